@@ -1,0 +1,162 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685, eq. 3): h = W x + b + (alpha / r) B A x with W and b frozen.
+
+Dim letters: N rows (tokens), I in_features, O out_features, R rank.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class _FoldedLinear(torch.autograd.Function):
+    """y = x (W + s B A)^T + b: one matmul over the tokens instead of three.
+
+    Folding costs R * I * O once, whatever the number of tokens. The backward keeps x and references to parameters only,
+    folds again, and reaches A and B through the rank: no [O, I] gradient is formed unless W itself trains.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
+        ctx.save_for_backward(x, weight, A, B)
+        ctx.scaling = s
+        return F.linear(x, torch.addmm(weight, B, A, alpha=s), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B = ctx.saved_tensors
+        s, (need_x, need_weight, need_bias, need_A, need_B, _) = ctx.scaling, ctx.needs_input_grad
+        rows, grad = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])  # [N, I], [N, O]
+        grad_x = (grad @ torch.addmm(weight, B, A, alpha=s)).view_as(x) if need_x else None
+        grad_weight = grad.t() @ rows if need_weight else None
+        grad_bias = grad.sum(0) if need_bias else None
+        grad_A = s * ((grad @ B).t() @ rows) if need_A else None  # [R, N] [N, I]
+        grad_B = s * (grad.t() @ (rows @ A.t())) if need_B else None  # [O, N] [N, R]
+        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
+
+
+class LoRALinear(nn.Linear):
+    """`nn.Linear` with a trainable low-rank update: y = x W^T + b + (lora_alpha / r) x A^T B^T.
+
+    `weight` [O, I] and `bias` [O] are frozen; `lora_A` [R, I] starts Kaiming-uniform (a = sqrt 5) and `lora_B` [O, R] at
+    zero, so a new layer computes what the linear layer it replaces did. There is no dropout on the update.
+
+    In fp32 the update is folded into the weight for each call. In half precision and under autocast the low-rank path
+    runs beside the frozen one, because a small B A would be rounded away in the sum. A merged layer's state dict holds
+    `weight` with the update in it and no `lora_*`, so a file never counts the update twice.
+    """
+
+    def __init__(self, in_features: int, out_features: int, r: int, lora_alpha: float, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        if r < 1:
+            raise ValueError(f"LoRALinear needs a rank of at least 1, got r={r}; rank 0 is nn.Linear.")
+        self.r = r
+        self.scaling = lora_alpha / r
+        self.merged = False
+        self.lora_A = nn.Parameter(torch.empty(r, in_features))
+        self.lora_B = nn.Parameter(torch.empty(out_features, r))
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        # torch.nn.init, not .data: transformers guards these functions so that loaded tensors are left alone.
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]. Raises RuntimeError when a merged layer is asked to train."""
+        if self.merged:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError("A merged LoRALinear can't train: its lora_A and lora_B are unused. Call unmerge().")
+            return F.linear(x, self.weight, self.bias)
+        if x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+            return _FoldedLinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
+        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return F.linear(x, self.weight, self.bias) + self.scaling * update
+
+    @torch.no_grad()
+    def _add_update(self, sign: int) -> None:
+        # B A in fp32 whatever the weight's dtype; one rounding at the end.
+        update = (sign * self.scaling) * (self.lora_B.float() @ self.lora_A.float())
+        self.weight.copy_(self.weight.float() + update)
+        self.merged = sign > 0
+
+    def merge(self) -> None:
+        """Add (alpha / r) B A to `weight` in place, once; a second call does nothing."""
+        if not self.merged:
+            self._add_update(+1)
+
+    def unmerge(self) -> None:
+        """Take the update out of `weight` again, exact to one rounding of its dtype; without a merge, do nothing."""
+        if self.merged:
+            self._add_update(-1)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            del destination[prefix + "lora_A"], destination[prefix + "lora_B"]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, merged={self.merged}"
+
+
+def lora_linear(config: Any, in_features: int, out_features: int) -> nn.Linear:
+    """The projection a model puts where LoRA may go: `LoRALinear` by the config's `lora_r`, or `nn.Linear` without."""
+    r = lora_rank(config)
+    return LoRALinear(in_features, out_features, r, config.lora_alpha) if r else nn.Linear(in_features, out_features)
+
+
+def lora_rank(config: Any) -> int:
+    """`config.lora_r` where `config.apply_lora` is set, else 0: a checkpoint's config knows neither."""
+    return (getattr(config, "lora_r", 0) or 0) if getattr(config, "apply_lora", False) else 0
+
+
+def mark_only_lora_as_trainable(model: Any) -> None:
+    """Train the LoRA matrices and every parameter outside the encoder (`model.base_model`); freeze the rest.
+
+    Call it after `from_pretrained`, which forgets `requires_grad`. With no LoRA in the model the head alone trains.
+    """
+    for parameter in model.base_model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.base_model.modules():
+        if isinstance(module, LoRALinear):
+            module.lora_A.requires_grad_(True)
+            module.lora_B.requires_grad_(True)
+
+
+def merge_lora_(model: nn.Module) -> None:
+    """Merge every `LoRALinear` of `model` in place; idempotent."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.merge()
+
+
+def unmerge_lora_(model: nn.Module) -> None:
+    """Undo `merge_lora_`; idempotent."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.unmerge()
+
+
+class ParameterCounts(NamedTuple):
+    """Numbers of scalars: in LoRA matrices, in everything that trains (the head too), in the whole model."""
+
+    lora: int
+    trainable: int
+    total: int
+
+
+def count_parameters(model: nn.Module) -> ParameterCounts:
+    """Count the parameters of `model`; RoBERTa-base with r=8 on query and value has 294,912 in LoRA matrices."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    return ParameterCounts(
+        lora=sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in model.parameters()),
+    )

@@ -1,0 +1,90 @@
+"""Padded batches to rows of real tokens and back.
+
+Dim letters: B sequences, S longest of them, N real tokens, L the length shared by one group of sequences.
+Packed rows are sorted by sequence length, so that sequences of equal length lie side by side and a group of them is a
+view [count, L, ...] of its rows: attention needs no mask and no padding.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Where the real tokens of one padded batch went.
+
+    slots:       [N] int64, place of each packed row in the flat [B * S] grid; None if every token is real and in place.
+    first_rows:  [B] int64, packed row of each sequence's first token, sequences in packed (sorted) order.
+    unsort:      [B] int64, packed place of each sequence of the batch; None if the order is the batch's.
+    groups:      (count, length) of each run of equally long sequences, in packed order.
+    key_mask:    [B, 1, 1, S] bool, True where attention may look; None except in the fallback below.
+
+    Fallback: where a sequence's first position is masked (left padding), callers still read that position, as
+    transformers does. Such a batch keeps all of its B * S tokens as rows, in one group, under `key_mask`.
+    """
+
+    batch: int
+    length: int
+    slots: Tensor | None
+    first_rows: Tensor
+    unsort: Tensor | None
+    groups: tuple[tuple[int, int], ...]
+    key_mask: Tensor | None = None
+
+    @classmethod
+    def from_mask(cls, mask: Tensor | None, batch: int, length: int, device: torch.device) -> "PackedBatch":
+        """Plan the packing of a [B, S] batch from its attention mask ([B, S], 0 = padding; None = all real).
+
+        Waits for the GPU once, for the lengths. Raises ValueError if the mask has another shape.
+        """
+        dense = cls(
+            batch=batch,
+            length=length,
+            slots=None,
+            first_rows=torch.arange(batch, device=device) * length,
+            unsort=None,
+            groups=((batch, length),),
+        )
+        if mask is None:
+            return dense
+        if mask.shape != (batch, length):
+            raise ValueError(f"attention_mask must be [batch, seq] = {[batch, length]}, got {list(mask.shape)}.")
+        real = mask.to(device) != 0
+        *lengths, first_is_real = torch.cat([real.sum(1), real[:, 0].all()[None].long()]).tolist()
+        if not first_is_real:
+            return cls(**{**vars(dense), "key_mask": real[:, None, None, :]})
+        if all(n == length for n in lengths):
+            return dense
+        order = sorted(range(batch), key=lengths.__getitem__)
+        starts, row = [], 0
+        for sequence in order:
+            starts.append(row)
+            row += lengths[sequence]
+        order_of = torch.tensor(order, device=device)
+        sequence_of, place_of = real[order_of].nonzero(as_tuple=True)  # [N], [N]
+        return cls(
+            batch=batch,
+            length=length,
+            slots=order_of[sequence_of] * length + place_of,
+            first_rows=torch.tensor(starts, device=device),
+            unsort=torch.argsort(order_of),
+            groups=tuple((len(list(run)), n) for n, run in groupby(lengths[i] for i in order)),
+        )
+
+    def pack(self, grid: Tensor) -> Tensor:
+        """[B, S, ...] to [N, ...], real tokens only."""
+        rows = grid.flatten(0, 1)  # [B * S, ...]
+        return rows if self.slots is None else rows.index_select(0, self.slots)
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """[N, ...] back to [B, S, ...]; padding is 0. Differentiable; never waits for the GPU."""
+        shape = (self.batch * self.length, *rows.shape[1:])
+        grid = rows if self.slots is None else rows.new_zeros(shape).index_copy(0, self.slots, rows)
+        return grid.view(self.batch, self.length, *rows.shape[1:])
+
+    def in_batch_order(self, sequences: Tensor) -> Tensor:
+        """[B, ...], one row a sequence, from packed order to the batch's."""
+        return sequences if self.unsort is None else sequences.index_select(0, self.unsort)
