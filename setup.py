@@ -1,4 +1,4 @@
-"""Package metadata and the dependency list, once. Tool settings are in pyproject.toml, tested versions in constraints.txt."""
+"""Package metadata and dependencies, once; tool settings are in pyproject.toml, tested versions in constraints.txt."""
 
 from setuptools import find_packages, setup
 

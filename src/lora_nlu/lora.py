@@ -42,8 +42,8 @@ class _FoldedLinear(torch.autograd.Function):
 class LoRALinear(nn.Linear):
     """`nn.Linear` with a trainable low-rank update: y = x W^T + b + (lora_alpha / r) x A^T B^T.
 
-    `weight` [O, I] and `bias` [O] are frozen; `lora_A` [R, I] starts Kaiming-uniform (a = sqrt 5) and `lora_B` [O, R] at
-    zero, so a new layer computes what the linear layer it replaces did. There is no dropout on the update.
+    `weight` [O, I] and `bias` [O] are frozen; `lora_A` [R, I] starts Kaiming-uniform (a = sqrt 5) and `lora_B` [O, R]
+    at zero, so a new layer computes what the linear layer it replaces did. There is no dropout on the update.
 
     In fp32 the update is folded into the weight for each call. In half precision and under autocast the low-rank path
     runs beside the frozen one, because a small B A would be rounded away in the sum. A merged layer's state dict holds

@@ -8,6 +8,7 @@ A heads, D head size, C labels; L the length shared by one group of sequences, n
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,8 @@ class RobertaEmbeddings(nn.Module):
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
         size = config.hidden_size
+        if config.pad_token_id is None:
+            raise ValueError("RoBERTa counts positions from pad_token_id + 1: the config must set pad_token_id.")
         self.padding_idx = config.pad_token_id
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=self.padding_idx)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size, padding_idx=self.padding_idx)
@@ -75,7 +78,7 @@ class RobertaEmbeddings(nn.Module):
         if input_ids is None:
             positions = torch.arange(first, first + length, device=device)[None]
         else:
-            real = (input_ids != self.padding_idx).long()
+            real = input_ids.ne(self.padding_idx).long()
             positions = real.cumsum(1) * real + self.padding_idx
         if length > limit - first and int(positions.max()) >= limit:
             raise ValueError(
@@ -86,16 +89,17 @@ class RobertaEmbeddings(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor | None,
+        input_ids: Any,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
+        inputs_embeds: Any,
         packed: PackedBatch,
     ) -> Tensor:
+        """Ids or embeddings as in `RobertaModel.forward`, exactly one of them None."""
         shape, device = (packed.batch, packed.length), packed.first_rows.device
         if position_ids is None:
             position_ids = self.positions(input_ids, *shape, device)
-        words = packed.pack(inputs_embeds) if input_ids is None else self.word_embeddings(packed.pack(input_ids))
+        words = self.word_embeddings(packed.pack(input_ids)) if inputs_embeds is None else packed.pack(inputs_embeds)
         positions = self.position_embeddings(packed.pack(position_ids.expand(shape)))
         if token_type_ids is None:
             types = self.token_type_embeddings.weight[0]  # [H]: type 0 for every token
@@ -241,8 +245,8 @@ class RobertaModel(RobertaPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.word_embeddings = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value  # type: ignore[assignment]
 
     def forward(
         self,
@@ -271,7 +275,7 @@ class RobertaModel(RobertaPreTrainedModel):
         with_probs = self.config.output_attentions if output_attentions is None else output_attentions
         with_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         first_token_only = first_token_only and not with_probs and not with_hidden
-        grid = input_ids if inputs_embeds is None else inputs_embeds
+        grid: Any = input_ids if inputs_embeds is None else inputs_embeds
         packed = PackedBatch.from_mask(attention_mask, grid.shape[0], grid.shape[1], grid.device)
 
         rows = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, packed)  # [N, H]
@@ -307,7 +311,7 @@ class RobertaClassificationHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         choices = (getattr(config, "cls_dropout", None), config.classifier_dropout, config.hidden_dropout_prob)
         self.dropout = nn.Dropout(next(p for p in choices if p is not None))  # 0 counts
-        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
 
     def forward(self, first: Tensor) -> Tensor:
         return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(first)))))
@@ -316,8 +320,8 @@ class RobertaClassificationHead(nn.Module):
 class RobertaForSequenceClassification(RobertaPreTrainedModel):
     """RoBERTa with a classification or regression head, in place of transformers' class of that name.
 
-    LoRA settings are plain attributes of the config: `apply_lora`, `lora_r`, `lora_alpha`; `cls_dropout` sets the head's
-    dropout. After `from_pretrained`, call `lora.mark_only_lora_as_trainable` to train the update and the head alone.
+    LoRA settings are plain attributes of the config: `apply_lora`, `lora_r`, `lora_alpha`; `cls_dropout` sets the
+    head's dropout. After `from_pretrained`, `lora.mark_only_lora_as_trainable` leaves the update and the head to train.
     """
 
     def __init__(self, config: RobertaConfig) -> None:
@@ -365,7 +369,7 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """The loss of `logits` [B, C] in fp32 or wider: by `problem_type`, or by the labels' shape and dtype as transformers does."""
+    """The loss of `logits` [B, C]: by `problem_type`, or by the labels' count and dtype as transformers chooses."""
     if problem_type is None:
         is_integer = not labels.is_floating_point()
         several = "single_label_classification" if is_integer else "multi_label_classification"
