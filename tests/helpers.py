@@ -65,9 +65,13 @@ def ragged_batch(lengths: list[int], vocab_size: int = 50, seed: int = 0) -> dic
     return {"input_ids": torch.where(mask == 1, ids, 1), "attention_mask": mask}
 
 
-def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-5, scale: float | None = None, what: str = "") -> None:
+def assert_close(
+    got: Tensor, want: Tensor, tolerance: float = 1e-5, scale: float | None = None, what: str = ""
+) -> None:
     """max|got - want| <= tolerance * scale, the scale being max|want| unless given; shapes and dtypes equal."""
-    assert got.shape == want.shape and got.dtype == want.dtype, f"{what}: {got.shape, got.dtype, want.shape, want.dtype}"
+    assert got.shape == want.shape and got.dtype == want.dtype, (
+        f"{what}: {got.shape, got.dtype, want.shape, want.dtype}"
+    )
     scale = want.abs().max().item() if scale is None else scale
     error = (got - want).abs().max().item()
     assert error <= tolerance * scale, f"{what}: off by {error:.3g}, {error / scale if scale else 0:.3g} of {scale:.3g}"

@@ -1,0 +1,443 @@
+"""Examples from the Hub, from the standard GLUE folders, or from a person's own CSV, TSV and JSON lines, tokenised.
+
+Every source becomes the same table: `text`, `text_pair` for pairs, `label` (a class id, or a float for regression).
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+from datasets import Dataset
+
+from lora_nlu.errors import UserError
+from lora_nlu.tasks import TASKS, Task
+
+HUB_DATASET = "nyu-mll/glue"
+HUB_TIMEOUT_S = 5
+LABEL = "label"
+_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text", "text_pair"),
+)
+_ROW_NUMBERS = {"idx", "id", "index", ""}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tables by split name, and what their labels mean: `labels` in id order, () for regression."""
+
+    splits: dict[str, Dataset]
+    labels: tuple[str, ...]
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.labels
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of a file of one's own: fields by column, and where it stands, for errors."""
+
+    fields: dict[str, Any]
+    where: str
+
+
+def _read(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror or e}.") from e
+    if not content.strip():
+        raise UserError(f"{path}: the file is empty.")
+    return content
+
+
+def _decode(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = content[: e.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 (byte {e.start}). Save the file as UTF-8.") from e
+
+
+def _from_columns(columns: dict[str, list], key: str) -> Dataset:
+    """A table whose fingerprint, and with it the tokenised cache, is a function of `key`."""
+    dataset = Dataset.from_dict(columns)
+    dataset._fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return dataset
+
+
+def use_cache_if_hub_unreachable() -> None:
+    """Ask the Hub for a sign of life; without one, read only the local cache instead of retrying for minutes."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except Exception:  # whatever the HTTP library in use calls it: no answer
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
+
+
+# ---------------------------------------------------------------------------------------------------- GLUE folders
+
+
+def _glue_lines(path: Path, task: Task, text: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields) of a GLUE file: tab-separated, unquoted; complete to the last line."""
+    lines = text.split("\n")
+    if lines.pop():
+        raise UserError(
+            f"{path}:{len(lines) + 1}: the last line has no end: the file was cut short.\n"
+            "Download it again, or add the missing newline if it is complete."
+        )
+    width = len(lines[0].rstrip("\r").split("\t"))
+    for number, line in enumerate(lines, start=1):
+        fields = line.rstrip("\r").split("\t")
+        if len(fields) != width:
+            if task.skips_broken_lines and number < len(lines):
+                continue  # as the Hub's own conversion of this task does
+            raise UserError(f"{path}:{number}: {len(fields)} columns, the file has {width}: a broken or cut line.")
+        yield number, fields
+
+
+def read_glue_file(path: Path, task: Task, with_labels: bool) -> Dataset:
+    """Read one file of the standard GLUE download.
+
+    Raises UserError, with file and line, for a missing or empty file, a header without the task's columns, a line of
+    another width or without an end, and a label outside the task's set.
+    """
+    content = _read(path)
+    lines = _glue_lines(path, task, _decode(path, content))
+    wanted = list(task.text_columns or task.text)
+    if with_labels:
+        wanted.append(task.label_column)
+    if with_labels and task.headerless:
+        header = list(task.headerless)
+        first = content.split(b"\n", 1)[0].count(b"\t") + 1
+        if first != len(header):
+            raise UserError(f"{path}:1: {first} columns, {task.name} has {len(header)}: {', '.join(header)}.")
+    else:
+        _, header = next(lines)
+        if missing := [column for column in wanted if column not in header]:
+            raise UserError(
+                f"{path}:1: the header lacks {', '.join(map(repr, missing))}; it has {', '.join(header)}.\n"
+                f"Is this the standard GLUE file of {task.name}?"
+            )
+    places = [header.index(column) for column in wanted]
+    ids = {name: i for i, name in enumerate(task.written or task.labels)}
+    names = ["text", "text_pair"][: len(task.text)]
+    columns: dict[str, list] = {name: [] for name in names + ([LABEL] if with_labels else [])}
+    for number, fields in lines:
+        for name, place in zip(names, places, strict=False):
+            columns[name].append(fields[place])
+        if with_labels:
+            columns[LABEL].append(_glue_label(fields[places[-1]], ids, task, f"{path}:{number}"))
+    if not columns["text"]:
+        raise UserError(f"{path}: no examples, only a header.")
+    return _from_columns(columns, f"{task.name} {with_labels} {hashlib.sha256(content).hexdigest()}")
+
+
+def _glue_label(written: str, ids: dict[str, int], task: Task, where: str) -> int | float:
+    if not task.is_regression:
+        if written not in ids:
+            raise UserError(f"{where}: label {written!r} is none of {task.name}'s: {', '.join(ids)}.")
+        return ids[written]
+    try:
+        score = float(written)
+    except ValueError:
+        score = math.nan
+    if not 0 <= score <= 5:  # catches NaN as well
+        raise UserError(f"{where}: label {written!r} is no number from 0 to 5, as {task.name}'s scores are.")
+    return score
+
+
+def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str]) -> Examples:
+    """Read the splits (Hub names) of a task from the standard GLUE folders under `glue_dir`."""
+    if not Path(glue_dir).is_dir():
+        raise UserError(f"--glue_dir {glue_dir}: no such folder. It must hold {next(iter(task.files.values()))[0]}.")
+    tables = {}
+    for split in splits:
+        candidates = [Path(glue_dir, file) for file in task.files[split]]
+        path = next((file for file in candidates if file.is_file()), candidates[0])
+        if not path.is_file():
+            raise UserError(
+                f"{path}: missing, and {task.name} needs it.\n"
+                f"--glue_dir must be the folder that holds {path.parent.name}/ of the standard GLUE download."
+            )
+        tables[split] = read_glue_file(path, task, with_labels=not split.startswith("test"))
+        if len(tables[split]) != task.rows[split]:
+            datasets.logging.get_logger(__name__).warning(
+                f"{path} has {len(tables[split])} examples; the published file has {task.rows[split]}."
+            )
+    return Examples(tables, task.labels)
+
+
+def load_glue_hub(task: Task, splits: Sequence[str], cache_dir: str | None, token: str | None) -> Examples:
+    """Load the splits of a task from the Hub's `nyu-mll/glue`, or from the local cache of an earlier download."""
+    tables = {}
+    for split in splits:
+        try:
+            table = datasets.load_dataset(HUB_DATASET, task.name, split=split, cache_dir=cache_dir, token=token)
+        except (OSError, ValueError) as e:  # the Hub's errors are OSErrors, an uncached split offline a ValueError
+            raise UserError(
+                f"{task.name}: {HUB_DATASET} can't be had from the Hub ({str(e).splitlines()[0][:140]}).\n"
+                f"Give a local copy: --glue_dir FOLDER with {task.files[split][0]} in it."
+            ) from e
+        keep = [*task.text, LABEL] if not split.startswith("test") else list(task.text)
+        table = table.select_columns(keep)
+        tables[split] = table.rename_columns(dict(zip(task.text, ("text", "text_pair"), strict=False)))
+    return Examples(tables, task.labels)
+
+
+# ----------------------------------------------------------------------------------------------- files of one's own
+
+
+def _own_rows(path: Path, content: bytes) -> list[_Row]:
+    text = _decode(path, content)
+    if path.suffix in (".json", ".jsonl"):
+        return list(_json_rows(path, text))
+    if path.suffix in (".csv", ".tsv"):
+        return list(_csv_rows(path, text))
+    raise UserError(f"{path}: the name must end in .csv, .tsv, .json or .jsonl.")
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[_Row]:
+    """CSV as spreadsheets write it; TSV unquoted, as GLUE's files are. The first line names the columns."""
+    tabs = path.suffix == ".tsv"
+    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    reader = csv.reader(io.StringIO(text, newline=""), **options)
+    try:
+        header = next(reader)
+        if len(set(header)) != len(header):
+            raise UserError(f"{path}:1: two columns have the same name: {', '.join(header)}.")
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise UserError(f"{path}:{reader.line_num}: {len(fields)} columns, the header has {len(header)}.")
+            yield _Row(dict(zip(header, fields, strict=True)), f"{path}:{reader.line_num}")
+    except csv.Error as e:
+        raise UserError(f"{path}:{reader.line_num}: {e}: a broken or cut line.") from e
+
+
+def _json_rows(path: Path, text: str) -> Iterator[_Row]:
+    """JSON lines: one object a line."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}:{number}: not a JSON object ({e}). The file needs one object a line.") from e
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}:{number}: a JSON {type(fields).__name__}; the file needs one object a line.")
+        yield _Row(fields, f"{path}:{number}")
+
+
+def _text_columns(path: Path, columns: Sequence[str]) -> tuple[str, ...]:
+    """The one or two columns to read: a known pair, or all that is left beside the label and row numbers."""
+    for pair in _PAIRS:
+        if set(pair) <= set(columns):
+            return pair
+    texts = tuple(c for c in columns if c != LABEL and c.lower() not in _ROW_NUMBERS)
+    if not 1 <= len(texts) <= 2:
+        raise UserError(
+            f"{path}: found columns {', '.join(columns)}; which hold the text?\n"
+            "Keep one text column or two beside 'label', or name a pair 'sentence1' and 'sentence2'."
+        )
+    return texts
+
+
+def _label_values(rows: Sequence[_Row]) -> list[str] | list[float]:
+    """Labels as class names (strings), or as floats if every one is a number and not every one an integer."""
+    written = []
+    for row in rows:
+        value = row.fields[LABEL]
+        if isinstance(value, bool):
+            value = str(value).lower()
+        empty = value is None or (isinstance(value, float) and not math.isfinite(value))
+        if empty or str(value).strip().lower() in ("", "nan", "none", "null", "inf", "-inf"):
+            raise UserError(f"{row.where}: the label is {value!r}. Give every example one.")
+        if not isinstance(value, (str, int, float)):
+            raise UserError(f"{row.where}: the label is a {type(value).__name__}; it must be a string or a number.")
+        written.append(value)
+    if any(isinstance(value, float) for value in written) or all(isinstance(value, str) for value in written):
+        try:
+            numbers = [float(value) for value in written]
+        except ValueError:
+            return [str(value) for value in written]
+        if not all(_is_integer(value) for value in written):
+            return numbers
+    return [str(value) for value in written]
+
+
+def _is_integer(value: Any) -> bool:
+    try:
+        return not isinstance(value, float) and int(value) is not None
+    except ValueError:
+        return False
+
+
+def load_files(files: dict[str, str], known_labels: Sequence[str] | None) -> Examples:
+    """Read train, validation and test files of one's own (CSV, TSV, JSON lines).
+
+    Text is in a column of any name, or a pair of columns; `label` holds class names or integers (classification) or
+    other numbers (regression). Class ids follow `known_labels` (those of a saved adapter; () means regression) or the
+    sorted labels of the training file; without either, of the validation file. Raises UserError naming file and line.
+    """
+    rows: dict[str, list[_Row]] = {}
+    digests, texts = {}, {}
+    for split, name in files.items():
+        path = Path(name)
+        content = _read(path)
+        digests[split] = hashlib.sha256(content).hexdigest()
+        rows[split] = _own_rows(path, content)
+        if not rows[split]:
+            raise UserError(f"{path}: no examples, only a header.")
+        columns = list(rows[split][0].fields)
+        texts[split] = _text_columns(path, columns)
+        needed = {*texts[split], LABEL} if split != "test" else set(texts[split])
+        for row in rows[split]:
+            if missing := needed - set(row.fields):
+                raise UserError(
+                    f"{row.where}: no column {', '.join(map(repr, sorted(missing)))}; has {', '.join(columns)}."
+                )
+            if bad := [c for c in texts[split] if not isinstance(row.fields[c], str)]:
+                raise UserError(f"{row.where}: {bad[0]!r} is {row.fields[bad[0]]!r}; it must be a string.")
+    labels = {split: _label_values(rows[split]) for split in rows if split != "test"}
+    if known_labels is None and not labels:
+        raise UserError("The labels are unknown: give --train_file, or --lora_path with an adapter that records them.")
+    if known_labels is None:
+        reference = labels.get("train") or labels["validation"]
+        names = () if isinstance(reference[0], float) else tuple(sorted(set(map(str, reference)), key=_label_order))
+        if len(names) == 1:
+            raise UserError(
+                f"{files.get('train') or files['validation']}: every label is {names[0]!r}; nothing to learn."
+            )
+    else:
+        names = tuple(known_labels)
+    ids = {name: i for i, name in enumerate(names)}
+    tables = {}
+    for split in files:
+        table: dict[str, list] = {
+            name: [row.fields[column] for row in rows[split]]
+            for name, column in zip(("text", "text_pair"), texts[split], strict=False)
+        }
+        if split in labels:
+            table[LABEL] = [
+                _own_label(value, ids, row.where) for value, row in zip(labels[split], rows[split], strict=True)
+            ]
+        tables[split] = _from_columns(table, f"{split} {names} {digests[split]}")
+    return Examples(tables, names)
+
+
+def _label_order(name: str) -> tuple[int, int, str]:
+    return (0, int(name), name) if _is_integer(name) else (1, 0, name)
+
+
+def _own_label(value: str | float, ids: dict[str, int], where: str) -> int | float:
+    if ids:
+        if str(value) not in ids:
+            raise UserError(f"{where}: label {str(value)!r} was not among the training labels: {', '.join(ids)}.")
+        return ids[str(value)]
+    try:
+        return float(value)
+    except ValueError as e:
+        raise UserError(f"{where}: label {value!r} is no number, and this is a regression.") from e
+
+
+# ------------------------------------------------------------------------------------------------------ tokenising
+
+
+def first_rows(examples: Examples, limits: dict[str, int | None]) -> Examples:
+    """The first `limits[split]` examples of each split; None or no entry keeps all."""
+    tables = {
+        split: table.select(range(min(limit, len(table)))) if (limit := limits.get(split)) is not None else table
+        for split, table in examples.splits.items()
+    }
+    return replace(examples, splits=tables)
+
+
+def tokenize(
+    examples: Examples, tokenizer: Any, max_length: int, cache_dir: str | None = None, overwrite_cache: bool = False
+) -> dict[str, Dataset]:
+    """Encode text to input_ids (and token_type_ids, attention_mask, label), truncated to `max_length`, unpadded.
+
+    Cached in `cache_dir` (or the datasets library's) under a name made of text, tokenizer and length; written to a
+    temporary name first, so several processes may share it. Raises UserError if the tokenizer doesn't know the text.
+    """
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "lora_nlu")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.backend_tokenizer.no_truncation()  # what it did before must not show in the identity
+    tokenizer.backend_tokenizer.no_padding()
+    identity = f"{tokenizer.__class__.__name__} {tokenizer.backend_tokenizer.to_str()} {max_length}"
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        return tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
+
+    encoded = {}
+    for split, table in examples.splits.items():
+        key = hashlib.sha256(f"{table._fingerprint} {len(table)} {identity}".encode()).hexdigest()[:32]
+        texts = [name for name in table.column_names if name != LABEL]
+        encoded[split] = table.map(
+            encode,
+            batched=True,
+            remove_columns=texts,
+            cache_file_name=str(folder / f"{split}-{key}.arrow"),
+            load_from_cache_file=not overwrite_cache,
+            new_fingerprint=key,
+            desc=f"Tokenising {split}",
+        )
+        _check_vocabulary(encoded[split], tokenizer, split)
+    return encoded
+
+
+def _check_vocabulary(table: Dataset, tokenizer: Any, split: str) -> None:
+    """A vocabulary read by the wrong tokenizer class turns every word into the unknown token, silently."""
+    ids = [i for row in table[:100]["input_ids"] for i in row]
+    known = sum(i not in tokenizer.all_special_ids for i in ids)
+    if ids.count(tokenizer.unk_token_id) > max(10, known):
+        raise UserError(
+            f"The tokenizer ({type(tokenizer).__name__}) knows almost none of the words of the {split} examples.\n"
+            "Its files don't fit its class: set tokenizer_class in tokenizer_config.json, or give --tokenizer_name."
+        )
+
+
+def token_count(table: Dataset) -> int:
+    """Real tokens of a tokenised table."""
+    return sum(len(row) for row in table["input_ids"])
+
+
+def load_examples(
+    task_name: str | None,
+    glue_dir: str | None,
+    files: dict[str, str],
+    wanted: Sequence[str],
+    known_labels: Sequence[str] | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> Examples:
+    """Load what a run needs: `wanted` of train, validation, test, of a GLUE task or from `files`.
+
+    Raises UserError if a wanted split is not to be had.
+    """
+    if task_name is None:
+        return load_files({split: files[split] for split in wanted}, known_labels)
+    task = TASKS[task_name]
+    for split in wanted:
+        if not task.splits[split]:
+            raise UserError(f"{task_name} has no {split} set. It is for --do_predict with an adapter trained on mnli.")
+    splits = [name for split in wanted for name in task.splits[split]]
+    if glue_dir is not None:
+        return load_glue_folder(glue_dir, task, splits)
+    return load_glue_hub(task, splits, cache_dir, token)

@@ -1,0 +1,115 @@
+"""The `Trainer` subclass: checkpoints hold what was trained, appear whole or not at all, and resume from a whole one."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from lora_nlu import adapters
+from lora_nlu.errors import UserError
+from lora_nlu.lora import count_parameters
+
+STATE = "trainer_state.json"
+_SAVING = ".saving"  # a checkpoint under construction; never looked at by resume
+
+
+def whole_checkpoints(output_dir: str) -> list[Path]:
+    """Checkpoints of a run by step, oldest first; one without a readable trainer state (written last) does not count."""
+    found = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        try:
+            whole = step.isdigit() and json.loads((path / STATE).read_text())["global_step"] == int(step)
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if whole:
+            found.append((int(step), path))
+    return [path for _, path in sorted(found)]
+
+
+class AdapterTrainer(Trainer):
+    """`Trainer` for a LoRA model: saves and loads the trained parameters alone. Without LoRA it saves the whole model.
+
+    `metadata` (task, label names, base model, ...) is written with every adapter.
+    """
+
+    def __init__(self, *args: Any, metadata: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.metadata = metadata
+        self.has_lora = count_parameters(self.model).lora > 0
+        self._under_construction = False
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        try:
+            if not self.has_lora:
+                super()._save(output_dir, state_dict)
+            elif self.args.should_save:
+                adapters.save_adapter(self.model, folder, self.metadata, state_dict)
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"Can't write the trained model to {folder}: {e}.") from e
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, _SAVING)) if self._under_construction else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the checkpoint under a temporary name, then rename it: whatever happens in between, the others stay."""
+        output_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        saving = output_dir / _SAVING
+        if self.args.should_save:
+            shutil.rmtree(saving, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._under_construction = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.state.best_global_step:
+                    self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
+                    self.state.save_to_json(str(saving / name / STATE))
+                shutil.rmtree(output_dir / name, ignore_errors=True)  # a damaged one of the same step
+                adapters.publish(saving / name, output_dir / name)
+        except (OSError, SafetensorError, RuntimeError) as e:
+            # torch.save reports a full disk as a RuntimeError
+            last = whole_checkpoints(str(output_dir))
+            kept = f"{last[-1]} is whole; the same command resumes from it" if last else "there is no earlier one"
+            raise UserError(f"Can't write {output_dir / name}: {e}.\nMake room or choose another place; {kept}.") from e
+        finally:
+            self._under_construction = False
+            if self.args.should_save:
+                shutil.rmtree(saving, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(output_dir), limit, best, use_mtime=True)
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not Path(resume_from_checkpoint, adapters.WEIGHTS).is_file():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        adapters.load_adapter(self.model, adapters.read_adapter(resume_from_checkpoint), allow_new_head=False)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.has_lora and best:
+            self._load_from_checkpoint(best)
+        else:
+            super()._load_best_model()
+
+    # ----------------------------------------------------------------------------------------------- evaluation
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # With --train_sampling_strategy group_by_length transformers would sort the evaluation as well, and predictions
+        # would come out in another order than the examples.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None

@@ -1,0 +1,473 @@
+"""The low-rank update: one layer against the textbook and PEFT, then merging, freezing, counting and loading in a model."""
+
+import copy
+import math
+
+import pytest
+import torch
+import transformers
+from helpers import assert_close, golden, golden_inputs, golden_model, ragged_batch, randomise_, tiny_config
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import RobertaConfig
+
+from lora_nlu.lora import (
+    LoRALinear,
+    count_parameters,
+    lora_linear,
+    mark_only_lora_as_trainable,
+    merge_lora_,
+    unmerge_lora_,
+)
+from lora_nlu.modeling_roberta import RobertaForSequenceClassification
+
+I, O, R, ALPHA = 12, 10, 4, 6.0  # noqa: E741 (the paper's and lora.py's letters)
+BF16 = 2.0**-8  # half the distance between neighbours of 1: the error of one rounding, relative
+
+
+def random_layer(bias: bool = True, seed: int = 0) -> LoRALinear:
+    layer = LoRALinear(I, O, r=R, lora_alpha=ALPHA, bias=bias)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return layer
+
+
+def tokens(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def textbook(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """h = W x + b + (alpha / r) B A x, one token a row."""
+    y = x @ parameters["weight"].T + (ALPHA / R) * (x @ parameters["lora_A"].T) @ parameters["lora_B"].T
+    return y + parameters["bias"] if "bias" in parameters else y
+
+
+def lora_config(**settings) -> RobertaConfig:
+    return tiny_config(**{"apply_lora": True, "lora_r": R, "lora_alpha": ALPHA, **settings})
+
+
+@pytest.fixture
+def base_checkpoint(tmp_path):
+    """A classifier written by transformers, without LoRA."""
+    torch.manual_seed(0)
+    transformers.RobertaForSequenceClassification(tiny_config()).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def load_with_lora(path, seed: int, **settings) -> RobertaForSequenceClassification:
+    torch.manual_seed(seed)
+    return RobertaForSequenceClassification.from_pretrained(path, config=lora_config(**settings))
+
+
+# One layer.
+
+
+@pytest.mark.parametrize("trains", ["lora", "all"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, I), (2, 5, I), (I,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_output_and_gradients_are_those_of_the_textbook_formula(dtype, shape, bias, trains):
+    layer = random_layer(bias).to(dtype)
+    if trains == "all":
+        layer.requires_grad_(True)
+    x = tokens(*shape).to(dtype).requires_grad_()
+    y = layer(x)
+    grad_y = tokens(*shape[:-1], O, seed=2).to(dtype)
+    y.backward(grad_y)
+
+    exact_x = x.detach().double().requires_grad_()
+    exact = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()}
+    want = textbook(exact_x, exact)
+    want.backward(grad_y.double())
+
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    assert y.shape == (*shape[:-1], O) and y.dtype == dtype
+    assert_close(y.double(), want, tolerance)
+    assert_close(x.grad.double(), exact_x.grad, tolerance)
+    for name, parameter in layer.named_parameters():
+        if exact[name].grad is None:
+            assert parameter.grad is None, name
+        else:
+            assert_close(parameter.grad.double(), exact[name].grad, tolerance, what=name)
+
+
+def test_output_and_gradients_are_those_of_a_peft_layer_with_the_same_weights():
+    ours = random_layer()
+    model = nn.Sequential(nn.Linear(I, O))
+    config = LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=["0"])
+    theirs = inject_adapter_in_model(config, model)[0]
+    pairs = {
+        "weight": theirs.base_layer.weight,
+        "bias": theirs.base_layer.bias,
+        "lora_A": theirs.lora_A["default"].weight,
+        "lora_B": theirs.lora_B["default"].weight,
+    }
+    with torch.no_grad():
+        for name, parameter in pairs.items():
+            parameter.copy_(getattr(ours, name))
+    x = tokens(2, 5, I).requires_grad_()
+    x_theirs = x.detach().clone().requires_grad_()
+    got, want = ours(x), theirs(x_theirs)
+    got.pow(2).sum().backward()
+    want.pow(2).sum().backward()
+    assert_close(got, want)
+    assert_close(x.grad, x_theirs.grad)
+    assert_close(ours.lora_A.grad, pairs["lora_A"].grad)
+    assert_close(ours.lora_B.grad, pairs["lora_B"].grad)
+    assert ours.weight.grad is None and pairs["weight"].grad is None
+
+
+def test_a_bf16_layer_agrees_with_fp32_to_bf16_rounding():
+    layer = random_layer().bfloat16()
+    exact = copy.deepcopy(layer).float()
+    x = tokens(64, I).bfloat16()
+    y, want = layer(x), exact(x.float())
+    assert y.dtype == torch.bfloat16
+    # one rounding each of: the frozen product, x A, its product with B, the scaled update, the sum
+    assert_close(y.float(), want, 5 * BF16)
+    y.sum().backward()
+    want.sum().backward()
+    for name in ("lora_A", "lora_B"):
+        assert_close(getattr(layer, name).grad.float(), getattr(exact, name).grad, 5 * BF16, what=name)
+
+
+def test_under_autocast_an_fp32_layer_agrees_with_fp32_to_bf16_rounding():
+    layer, exact = random_layer(), random_layer()
+    x = tokens(64, I)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    want = exact(x)
+    assert_close(y.float(), want, 7 * BF16)  # x and the weights are rounded too
+    y.float().sum().backward()
+    want.sum().backward()
+    for name in ("lora_A", "lora_B"):
+        assert getattr(layer, name).grad.dtype == torch.float32
+        assert_close(getattr(layer, name).grad, getattr(exact, name).grad, 7 * BF16, what=name)
+
+
+def test_in_bf16_an_update_too_small_for_the_weight_still_counts():
+    layer = LoRALinear(1, 1, r=1, lora_alpha=1.0, bias=False).bfloat16()
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        layer.lora_A.fill_(1.0)
+        layer.lora_B.fill_(2.0**-10)  # bf16's 1 + 2^-10 is 1
+    assert torch.equal(layer.weight + layer.lora_B, layer.weight)
+    layer(torch.ones(1, 1, dtype=torch.bfloat16)).backward()
+    assert layer.lora_A.grad.item() == 2.0**-10
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_new_layer_computes_what_the_linear_layer_did(bias):
+    torch.manual_seed(0)
+    layer = LoRALinear(I, O, r=R, lora_alpha=ALPHA, bias=bias)
+    x = tokens(3, I)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_a_new_layer_has_kaiming_uniform_A_and_zero_B():
+    torch.manual_seed(0)
+    layer = LoRALinear(256, 8, r=64, lora_alpha=1.0)
+    bound = 1 / math.sqrt(256)  # Kaiming-uniform with a = sqrt 5
+    assert layer.lora_A.abs().max().item() <= bound
+    assert layer.lora_A.abs().max().item() > 0.99 * bound
+    assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)  # 16,384 draws: 4 sd = 1.4%
+    assert abs(layer.lora_A.mean().item()) < 4 * bound / math.sqrt(3 * 64 * 256)
+    assert torch.count_nonzero(layer.lora_B) == 0
+
+
+def test_a_new_layer_trains_A_and_B_and_neither_weight_nor_bias():
+    layer = LoRALinear(I, O, r=R, lora_alpha=ALPHA)
+    trains = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    assert trains == {"lora_A", "lora_B"}
+    assert layer.lora_A.shape == (R, I) and layer.lora_B.shape == (O, R)
+    assert layer.scaling == ALPHA / R
+
+
+class ProductShapes(TorchDispatchMode):
+    """Records the shape of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("weight_trains", [False, True])
+def test_a_gradient_as_large_as_the_weight_is_formed_only_if_the_weight_trains(weight_trains):
+    layer = random_layer()
+    layer.weight.requires_grad_(weight_trains)
+    loss = layer(tokens(7, I)).sum()
+    with ProductShapes() as products:
+        loss.backward()
+    assert ((O, I) in products.shapes) == weight_trains
+    assert (layer.weight.grad is not None) == weight_trains
+    assert layer.bias.grad is None
+
+
+@pytest.mark.parametrize("r", [0, -1])
+def test_a_rank_below_1_is_refused(r):
+    with pytest.raises(ValueError, match=f"rank of at least 1, got r={r}"):
+        LoRALinear(I, O, r=r, lora_alpha=ALPHA)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lora_r": R, "lora_alpha": ALPHA},
+        {"apply_lora": False, "lora_r": R, "lora_alpha": ALPHA},
+        {"apply_lora": True, "lora_r": 0, "lora_alpha": ALPHA},
+        {"apply_lora": True, "lora_r": None},
+    ],
+)
+def test_a_config_without_lora_gives_a_plain_linear_layer(settings):
+    assert type(lora_linear(RobertaConfig(**settings), I, O)) is nn.Linear
+
+
+def test_a_config_with_lora_gives_a_lora_layer_of_its_rank_and_scaling():
+    layer = lora_linear(RobertaConfig(apply_lora=True, lora_r=8, lora_alpha=16), I, O)
+    assert type(layer) is LoRALinear
+    assert (layer.r, layer.scaling, layer.in_features, layer.out_features) == (8, 2.0, I, O)
+
+
+# Merging.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_rounds_the_exact_sum_once(dtype):
+    layer = random_layer().to(dtype)
+    exact = layer.weight.double() + (ALPHA / R) * layer.lora_B.double() @ layer.lora_A.double()
+    layer.merge()
+    rounding = {torch.float32: 1e-7, torch.bfloat16: BF16}[dtype]
+    assert layer.weight.dtype == dtype
+    # |exact| element by element, plus the fp32 product's own 1e-6: no update is lost, none is rounded twice
+    assert ((layer.weight.double() - exact).abs() <= rounding * exact.abs() + 1e-6).all()
+
+
+def test_merging_twice_is_merging_once_and_unmerging_gives_the_weight_back():
+    layer = random_layer()
+    before = layer.weight.clone()
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)  # nothing to take out
+    layer.merge()
+    once = layer.weight.clone()
+    layer.merge()
+    assert torch.equal(layer.weight, once) and not torch.equal(once, before)
+    layer.unmerge()
+    layer.unmerge()
+    assert_close(layer.weight, before, 1e-6)
+
+
+def test_a_merged_layer_computes_what_the_unmerged_one_does():
+    layer = random_layer()
+    x = tokens(2, 5, I)
+    want = layer(x).detach()
+    layer.eval().merge()
+    assert_close(layer(x), want, 1e-6)
+
+
+def test_train_and_eval_leave_the_weight_alone():
+    layer = random_layer()
+    before = layer.weight.clone()
+    layer.eval()
+    layer.train()
+    assert torch.equal(layer.weight, before) and not layer.merged
+
+
+def test_a_merged_layer_refuses_to_train_but_evaluates():
+    layer = random_layer()
+    layer.merge()
+    x = tokens(3, I)
+    with pytest.raises(RuntimeError, match=r"can't train.*unmerge"):
+        layer.train()(x)
+    with torch.no_grad():
+        layer(x)
+    layer.eval()(x)
+    layer.unmerge()
+    layer.train()(x).sum().backward()
+    assert layer.lora_A.grad is not None
+
+
+def test_the_state_dict_of_a_merged_layer_has_no_lora_matrices():
+    layer = random_layer()
+    assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
+    layer.merge()
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    layer.unmerge()
+    assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
+
+
+def test_a_merged_layer_loaded_with_unmerged_weights_computes_what_their_layer_did():
+    source, layer = random_layer(seed=0), random_layer(seed=5)
+    layer.eval().merge()
+    layer.load_state_dict(source.state_dict())
+    x = tokens(3, I)
+    assert_close(layer(x), source(x), 1e-6)
+
+
+def test_a_merged_file_loads_into_transformers_plain_class_with_the_same_logits(tmp_path):
+    model = randomise_(RobertaForSequenceClassification(lora_config())).eval()
+    batch = ragged_batch([9, 4, 6])
+    want = model(**batch).logits
+    merge_lora_(model)
+    merge_lora_(model)
+    model.save_pretrained(tmp_path)
+    plain, report = transformers.RobertaForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert_close(plain.eval()(**batch).logits, want)
+    # and into our class, where its config asks for LoRA: the new B is zero, so the update counts once
+    again = RobertaForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert_close(again(**batch).logits, want)
+    unmerge_lora_(model)
+    unmerge_lora_(model)
+    assert_close(model(**batch).logits, want)
+
+
+def test_merged_weights_and_logits_are_those_of_the_reference():
+    tensors, _ = golden("roberta_merged")
+    inputs = golden_inputs(golden("roberta_cls3")[0])
+    model = golden_model("roberta_cls3").eval()
+    assert_close(model(**inputs).logits, tensors["out.logits_unmerged"], 2e-5, scale=1)
+    merge_lora_(model)
+    weights = model.state_dict()
+    merged = {key[len("merged.") :]: want for key, want in tensors.items() if key.startswith("merged.")}
+    assert len(merged) == 6  # query and value of 3 layers
+    for name, want in merged.items():
+        assert_close(weights[name], want, 1e-6, what=name)
+    logits = model(**inputs).logits
+    assert_close(logits, tensors["out.logits_merged"], 2e-5, scale=1)
+    assert (logits - tensors["alt.logits_double_counted"]).abs().max() > 0.1
+
+
+# In a model: what trains, how many, what a file gives.
+
+
+@pytest.mark.parametrize("case", ["roberta_cls3", "roberta_reg"])
+def test_the_parameters_that_train_are_the_ones_the_reference_trains(case):
+    _, description = golden(case)
+    model = golden_model(case).requires_grad_(True)
+    mark_only_lora_as_trainable(model)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains == set(description["trainable"])
+    assert {name for name, _ in model.named_parameters()} - trains == set(description["frozen"])
+
+
+def test_without_lora_the_head_alone_trains():
+    model = RobertaForSequenceClassification(tiny_config())
+    mark_only_lora_as_trainable(model)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    head = {f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")}
+    assert trains == head
+
+
+def test_frozen_parameters_get_no_gradient_and_trainable_ones_do():
+    model = randomise_(RobertaForSequenceClassification(lora_config()))
+    mark_only_lora_as_trainable(model)
+    model(**ragged_batch([9, 4, 6]), labels=torch.tensor([0, 1, 2])).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("hidden", "layers", "lora", "head"),
+    [
+        (768, 12, 294_912, 768 * 768 + 768 + 768 * 3 + 3),  # base: 12 layers x 2 projections x 8 x (768 + 768)
+        (1024, 24, 786_432, 1024 * 1024 + 1024 + 1024 * 3 + 3),  # large: 24 x 2 x 8 x (1024 + 1024)
+    ],
+)
+def test_rank_8_has_the_published_number_of_parameters(hidden, layers, lora, head):
+    config = RobertaConfig(
+        vocab_size=50265,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        intermediate_size=4 * hidden,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        num_labels=3,
+        apply_lora=True,
+        lora_r=8,
+        lora_alpha=16,
+    )
+    with torch.device("meta"):
+        model = RobertaForSequenceClassification(config)
+        plain = transformers.RobertaForSequenceClassification(config)
+    mark_only_lora_as_trainable(model)
+    counts = count_parameters(model)
+    assert counts.lora == lora
+    assert counts.trainable == lora + head
+    assert counts.total == sum(p.numel() for p in plain.parameters()) + lora
+
+
+@pytest.mark.parametrize("writer", ["RobertaForSequenceClassification", "RobertaForMaskedLM", "RobertaModel"])
+def test_loading_a_base_checkpoint_keeps_its_weights_and_starts_A_at_random_and_B_at_zero(tmp_path, writer):
+    torch.manual_seed(0)
+    saved = randomise_(getattr(transformers, writer)(tiny_config()))
+    saved.save_pretrained(tmp_path)
+    weights = {("roberta." if writer == "RobertaModel" else "") + key: t for key, t in saved.state_dict().items()}
+    model = load_with_lora(tmp_path, seed=1)
+    compared = 0
+    for name, tensor in model.state_dict().items():
+        if name.endswith("lora_A"):
+            bound = 1 / math.sqrt(tensor.shape[1])
+            assert 0.9 * bound < tensor.abs().max().item() <= bound, name
+            assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.2), name  # 128 draws
+        elif name.endswith("lora_B"):
+            assert torch.count_nonzero(tensor) == 0, name
+        elif name in weights:
+            assert torch.equal(tensor, weights[name]), name
+            compared += 1
+        else:
+            assert name.startswith("classifier.") and torch.isfinite(tensor).all(), name
+    # embeddings 5 and 16 a layer, and the head's 4 where the file has one
+    assert compared == 5 + 2 * 16 + (4 if writer == "RobertaForSequenceClassification" else 0)
+
+
+def test_the_start_of_A_follows_the_seed(base_checkpoint):
+    def start(seed: int) -> list[Tensor]:
+        state = load_with_lora(base_checkpoint, seed).state_dict()
+        return [tensor for name, tensor in state.items() if name.endswith("lora_A")]
+
+    first, second, other = start(1), start(1), start(2)
+    assert len(first) == 4
+    assert all(map(torch.equal, first, second))
+    assert not any(map(torch.equal, first, other))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_a_freshly_loaded_lora_model_computes_what_its_checkpoint_does(base_checkpoint):
+    batch = ragged_batch([9, 4, 6])
+    plain = transformers.RobertaForSequenceClassification.from_pretrained(base_checkpoint).eval()
+    assert_close(load_with_lora(base_checkpoint, seed=1).eval()(**batch).logits, plain(**batch).logits)
+
+
+def test_saving_and_loading_a_lora_model_gives_every_tensor_back_bit_for_bit(tmp_path):
+    model = randomise_(RobertaForSequenceClassification(lora_config()))
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    again, report = RobertaForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    want = model.state_dict()
+    assert sum("lora_" in name for name in want) == 8
+    assert again.state_dict().keys() == want.keys()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in again.state_dict().items())
+    assert again.roberta.encoder.layer[0].attention.self.query.scaling == ALPHA / R
+
+
+def test_a_copy_of_a_model_is_independent_of_it():
+    model = randomise_(RobertaForSequenceClassification(lora_config()))
+    twin = copy.deepcopy(model)
+    merge_lora_(twin)
+    assert not model.roberta.encoder.layer[0].attention.self.query.merged
+    assert set(model.state_dict()) > set(twin.state_dict())
