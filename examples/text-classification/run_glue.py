@@ -97,7 +97,7 @@ class RunArguments(TrainingArguments):
             self.use_cpu, self.dataloader_pin_memory = True, False
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained parameter gets a gradient in every step
-        if self.include_num_input_tokens_seen == "no":
+        if self.include_num_input_tokens_seen in ("no", False):
             self.include_num_input_tokens_seen = "non_padding"
         if self.logging_dir:
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
@@ -209,7 +209,7 @@ def build_model(
         config = AutoConfig.from_pretrained(model_args.config_name or name, num_labels=len(labels) or 1, **where)
     except (OSError, ValueError) as e:
         raise UserError(
-            f"--model_name_or_path {name}: neither a folder with a model's config.json nor a model to be had from the Hub.\n"
+            f"--model_name_or_path {name}: neither a folder with a config.json nor a model the Hub gives.\n"
             f"({str(e).splitlines()[0][:150]})"
         ) from e
     if config.model_type not in MODELS:
@@ -239,7 +239,7 @@ def build_model(
     new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if wrong := sorted(new - head):
         raise UserError(
-            f"--model_name_or_path {name}: {len(wrong)} weights are missing or of another shape than its config.json says, "
+            f"--model_name_or_path {name}: {len(wrong)} weights are missing or not of config.json's shape, "
             f"{', '.join(wrong[:3])} among them."
         )
     if new and needs_head:
@@ -266,7 +266,7 @@ def load_tokenizer(model_args: ModelArguments, config: Any) -> Any:
 
 
 def load_adapter(model: Any, adapter: adapters.Adapter, labels: tuple[str, ...], args: RunArguments) -> None:
-    """Put a saved adapter into the model. Raises UserError if it is another model's, or another label set's to score."""
+    """Put a saved adapter into the model. Raises UserError if it is another model's or label set's."""
     if not args.do_train and adapter.labels is not None and adapter.labels != labels:
         trained, asked = (", ".join(names) or "a number (regression)" for names in (adapter.labels, labels))
         raise UserError(f"{adapter.source}: was trained to tell {trained}; the examples have {asked}.")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lora_nlu.errors import UserError
@@ -79,7 +79,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{WEIGHTS}.partial"
     try:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file would hide it from other users
         publish(partial, folder / WEIGHTS)
         write_json(folder / METADATA, metadata)
         write_json(folder / CONFIG, config)
@@ -206,7 +206,7 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
     if labels is not None and labels != model.config.num_labels:
         if not allow_new_head:
             raise UserError(
-                f"{source}: its head has {labels} labels, the task has {model.config.num_labels}: another task's adapter."
+                f"{source}: its head has {labels} labels, this task {model.config.num_labels}: another task's adapter."
             )
         dropped = [name for name in head if name in state]
         for name in dropped:

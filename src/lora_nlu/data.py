@@ -345,13 +345,13 @@ def _label_order(name: str) -> tuple[int, int, str]:
     return (0, int(name), name) if _is_integer(name) else (1, 0, name)
 
 
-def _own_label(value: str | float, ids: dict[str, int], where: str) -> int | float:
+def _own_label(value: object, ids: dict[str, int], where: str) -> int | float:
     if ids:
         if str(value) not in ids:
             raise UserError(f"{where}: label {str(value)!r} was not among the training labels: {', '.join(ids)}.")
         return ids[str(value)]
     try:
-        return float(value)
+        return float(str(value))
     except ValueError as e:
         raise UserError(f"{where}: label {value!r} is no number, and this is a regression.") from e
 

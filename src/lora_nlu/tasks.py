@@ -40,7 +40,7 @@ class Task:
 
 
 def _task(name: str, folder: str, rows: tuple[int, int, int], **fields) -> Task:
-    files = {
+    files: dict[str, tuple[str, ...]] = {
         split: (f"{folder}/{file}.tsv",)
         for split, file in zip(("train", "validation", "test"), ("train", "dev", "test"), strict=True)
     }

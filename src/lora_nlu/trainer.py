@@ -1,4 +1,4 @@
-"""The `Trainer` subclass: checkpoints hold what was trained, appear whole or not at all, and resume from a whole one."""
+"""The `Trainer` subclass: checkpoints hold what was trained, appear whole or not at all, and are resumed whole."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ _SAVING = ".saving"  # a checkpoint under construction; never looked at by resum
 
 
 def whole_checkpoints(output_dir: str) -> list[Path]:
-    """Checkpoints of a run by step, oldest first; one without a readable trainer state (written last) does not count."""
+    """Checkpoints of a run by step, oldest first; one without a readable trainer state is not whole."""
     found = []
     for path in Path(output_dir).glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
@@ -41,13 +41,13 @@ class AdapterTrainer(Trainer):
     def __init__(self, *args: Any, metadata: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.metadata = metadata
-        self.has_lora = count_parameters(self.model).lora > 0
+        self.has_lora = count_parameters(kwargs["model"]).lora > 0
         self._under_construction = False
 
     # ------------------------------------------------------------------------------------------------- writing
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         try:
             if not self.has_lora:
                 super()._save(output_dir, state_dict)
