@@ -3,6 +3,7 @@
 Every source becomes the same table: `text`, `text_pair` for pairs, `label` (a class id, or a float for regression).
 """
 
+import codecs
 import csv
 import hashlib
 import io
@@ -58,7 +59,7 @@ def _read(path: Path) -> bytes:
         content = path.read_bytes()
     except OSError as e:
         raise UserError(f"{path}: {e.strerror or e}.") from e
-    if not content.strip():
+    if not content.removeprefix(codecs.BOM_UTF8).strip():
         raise UserError(f"{path}: the file is empty.")
     return content
 
@@ -277,6 +278,9 @@ def _label_values(rows: Sequence[_Row]) -> list[str] | list[float]:
         except ValueError:
             return [str(value) for value in written]
         if not all(_is_integer(value) for value in written):
+            for row, number in zip(rows, numbers, strict=True):
+                if not math.isfinite(number):
+                    raise UserError(f"{row.where}: the label is {row.fields[LABEL]!r}, which is not finite.")
             return numbers
     return [str(value) for value in written]
 
@@ -305,7 +309,10 @@ def load_files(files: dict[str, str], known_labels: Sequence[str] | None) -> Exa
         if not rows[split]:
             raise UserError(f"{path}: no examples, only a header.")
         columns = list(rows[split][0].fields)
-        texts[split] = _text_columns(path, columns)
+        first = next(iter(texts.values()), ("",))  # the first file says which columns, and in which order
+        texts[split] = first if set(first) <= set(columns) else _text_columns(path, columns)
+        if first != ("",) and len(texts[split]) != len(first):
+            raise UserError(f"{path}:1: text in {', '.join(texts[split])}; in the other files in {', '.join(first)}.")
         needed = {*texts[split], LABEL} if split != "test" else set(texts[split])
         for row in rows[split]:
             if missing := needed - set(row.fields):
@@ -337,7 +344,8 @@ def load_files(files: dict[str, str], known_labels: Sequence[str] | None) -> Exa
             table[LABEL] = [
                 _own_label(value, ids, row.where) for value, row in zip(labels[split], rows[split], strict=True)
             ]
-        tables[split] = _from_columns(table, f"{split} {names} {digests[split]}")
+        suffix = Path(files[split]).suffix  # the same bytes are other examples in CSV and TSV
+        tables[split] = _from_columns(table, f"{split} {names} {texts[split]} {suffix} {digests[split]}")
     return Examples(tables, names)
 
 
@@ -380,7 +388,8 @@ def tokenize(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.backend_tokenizer.no_truncation()  # what it did before must not show in the identity
     tokenizer.backend_tokenizer.no_padding()
-    identity = f"{tokenizer.__class__.__name__} {tokenizer.backend_tokenizer.to_str()} {max_length}"
+    settings = f"{tokenizer.__class__.__name__} {tokenizer.truncation_side} {tokenizer.model_input_names}"
+    identity = f"{settings} {tokenizer.backend_tokenizer.to_str()} {max_length}"
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         return tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)

@@ -47,19 +47,21 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     groups: list[tuple[str, list[str]]] = []  # (name, its tokens as written), in order
     for token in argv:
         if token.startswith("--") and len(token) > 2:
-            name, _, value = token[2:].partition("=")
-            groups.append((name.replace("-", "_"), [token] if "=" not in token else [f"--{name}", value]))
+            groups.append((token[2:].partition("=")[0].replace("-", "_"), [token]))
         elif groups:
             groups[-1][1].append(token)
         else:
             groups.append(("", [token]))
-    steps = [tokens[1] for name, tokens in groups if name == "warmup_steps" and len(tokens) > 1]
+    steps = [values[0] for name, tokens in groups if name == "warmup_steps" and (values := _values(tokens))]
     warmup_steps_win = bool(steps) and steps[-1] not in ("0", "0.0")
     translated: list[str] = []
     notes: list[str] = []
-    for name, (flag, *values) in groups:
-        old = " ".join([flag, *values])
-        if name in RENAMED:
+    for name, tokens in groups:
+        old = " ".join(tokens)
+        values = _values(tokens)
+        if name == "use_auth_token" and (not values or values[0].lower() in _TRUE | _FALSE):
+            new = []  # was a switch: the token of `hf auth login`, which is used anyway
+        elif name in RENAMED:
             new = [f"--{RENAMED[name]}", *values]
         elif name in SWITCHES:
             new = [] if values and values[0].lower() in _FALSE else SWITCHES[name]
@@ -73,11 +75,17 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
         elif name == "warmup_steps" and not warmup_steps_win and any(n == "warmup_ratio" for n, _ in groups):
             continue  # 0 leaves the word to the ratio
         else:
-            translated += [flag, *values]
+            translated += tokens
             continue
         notes.append(f"{old} is now {' '.join(new)}." if new else f"{old}: dropped, it changes nothing.")
         translated += new
     return translated, notes
+
+
+def _values(tokens: list[str]) -> list[str]:
+    """The values of `--x y z`, `--x=y` or `--x`."""
+    _, equals, value = tokens[0].partition("=")
+    return [value, *tokens[1:]] if equals else tokens[1:]
 
 
 def _warmup(values: list[str], warmup_steps_win: bool) -> list[str]:

@@ -1,0 +1,194 @@
+"""A RoBERTa that trains in seconds, GLUE folders to train it on, and run_glue.py inside and outside this process."""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
+
+from lora_nlu.errors import UserError
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "text-classification" / "run_glue.py"
+NOUNS = "cat dog bird tree house river stone cloud road garden window table".split()
+VERBS = "sees finds leaves likes paints carries follows remembers".split()
+LORA = ["--apply_lora", "--lora_r", "4", "--lora_alpha", "8"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one run of run_glue.py ended: exit code, what it printed, and its error message."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+def sentence(rng: random.Random, marker: str = "") -> str:
+    words = [f"the {rng.choice(NOUNS)} {rng.choice(VERBS)} the {rng.choice(NOUNS)}" for _ in range(rng.randint(1, 3))]
+    return " and ".join([*words, marker] if marker else words)
+
+
+def write_tsv(path: Path, rows: list[list[object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory) -> Path:
+    """RTE, CoLA, MNLI and STS-B as the standard download lays them out; one word in the text tells the label."""
+    folder, rng = tmp_path_factory.mktemp("glue"), random.Random(0)
+    for name, rows in (("train", 48), ("dev", 24), ("test", 10)):
+        rte, cola, stsb = [["index", "sentence1", "sentence2", "label"]], [], [list("abcdefg")]
+        stsb[0] += ["sentence1", "sentence2", "score"]
+        if name == "test":
+            cola.append(["index", "sentence"])
+            rte[0].pop()
+            stsb[0].pop()
+        for i in range(rows):
+            yes, score = rng.random() < 0.5, rng.randint(0, 5)
+            rte.append([i, sentence(rng), sentence(rng, "surely" if yes else "never")])
+            cola.append([i, sentence(rng, "well" if yes else "of")])
+            stsb.append([i, *"bcdefg", sentence(rng), sentence(rng, "very " * score + "alike")])
+            if name != "test":
+                rte[-1].append("entailment" if yes else "not_entailment")
+                cola[-1] = ["src", int(yes), "" if yes else "*", cola[-1][1]]
+                stsb[-1].append(f"{score:.3f}")
+        write_tsv(folder / "RTE" / f"{name}.tsv", rte)
+        write_tsv(folder / "CoLA" / f"{name}.tsv", cola)
+        write_tsv(folder / "STS-B" / f"{name}.tsv", stsb)
+    words = {"entailment": "surely", "neutral": "perhaps", "contradiction": "never"}
+    for name, rows in (
+        ("train", 48),
+        ("dev_matched", 24),
+        ("dev_mismatched", 18),
+        ("test_matched", 7),
+        ("test_mismatched", 9),
+    ):
+        mnli: list[list[object]] = [["index", "sentence1", "sentence2", "label1", "gold_label"]]
+        for i in range(rows):
+            label = rng.choice([*words])
+            mnli.append([i, sentence(rng), sentence(rng, words[label]), label, label])
+        if name.startswith("test"):
+            mnli = [row[:3] for row in mnli]
+        write_tsv(folder / "MNLI" / f"{name}.tsv", mnli)
+    return folder
+
+
+def write_checkpoint(folder: Path, vocabulary: Path, **settings: int) -> Path:
+    """A RoBERTa checkpoint as the Hub has them: encoder and language-model head, tokenizer, config, safetensors."""
+    tokenizer = RobertaTokenizer.from_pretrained(vocabulary)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48} | settings
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=66, type_vocab_size=1, initializer_range=0.2, **shape
+    )
+    torch.manual_seed(0)
+    RobertaForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory, glue) -> Path:
+    """vocab.json and merges.txt of a byte-level BPE trained on the GLUE folder's text."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train([str(path) for path in sorted(glue.glob("*/train.tsv"))], trainer)
+    bpe.model.save(str(folder))
+    RobertaConfig().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, vocabulary) -> Path:
+    """Hidden 32, 2 layers, 64 tokens at most."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny-roberta"), vocabulary)
+
+
+@pytest.fixture(scope="session")
+def run_glue() -> ModuleType:
+    """run_glue.py as a module."""
+    spec = importlib.util.spec_from_file_location("run_glue", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["run_glue"] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def base_flags(tiny_model, tmp_path_factory) -> list[str]:
+    """What every run of these tests says: the tiny model, a cache of its own, no progress bars."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return ["--model_name_or_path", str(tiny_model), "--cache_dir", cache, "--disable_tqdm", "true"]
+
+
+@pytest.fixture(scope="session")
+def call(run_glue, base_flags) -> Run:
+    """run_glue.main in this process, its exceptions told as the exit codes they stand for."""
+
+    def run(*argv: object, base: bool = True) -> Outcome:
+        out = io.StringIO()
+        torch.set_num_threads(1)
+        with contextlib.redirect_stdout(out):
+            try:
+                run_glue.main([*(base_flags if base else []), *map(str, argv)])
+            except run_glue.UsageError as e:
+                return Outcome(2, out.getvalue(), str(e))
+            except UserError as e:
+                return Outcome(1, out.getvalue(), str(e))
+        return Outcome(0, out.getvalue(), "")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Of a process that finds no Hub and nobody's cache, and computes on one thread."""
+    home = tmp_path_factory.mktemp("home")
+    settings = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    dropped = ("HF_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "TRANSFORMERS_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(dropped)} | settings
+
+
+@pytest.fixture(scope="session")
+def start(base_flags, environment) -> Run:
+    """run_glue.py in a process of its own, by `launcher` if it isn't Python alone."""
+
+    def run(
+        *argv: object, launcher: tuple[str, ...] = (), base: bool = True, env: dict | None = None, **kwargs
+    ) -> Outcome:
+        command = [sys.executable, *launcher, str(SCRIPT), *(base_flags if base else []), *map(str, argv)]
+        done = subprocess.run(
+            command, env=environment | (env or {}), capture_output=True, text=True, timeout=240, **kwargs
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file under a folder by its SHA-256."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
