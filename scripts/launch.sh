@@ -1,8 +1,10 @@
 # Sourced by every <model>_<task>.sh: where things are and how processes start. Holds no hyperparameter.
 #
-# A script sets num_gpus, sources this file, fills the array `args` and calls `launch "${args[@]}" "$@"`. What a user may set:
+# A script sets num_gpus, sources this file, fills the array `args` and calls `launch "${args[@]}" "$@"`.
+# What a user may set, each as NAME=value before `bash scripts/...`:
 #   num_gpus=8        GPUs the hyperparameters are for; with the batch per GPU it fixes the examples a step
-#   devices=1         accelerators to use; by default all that are there, 0 is the CPU. Fewer than num_gpus accumulate gradients
+#   devices=1         accelerators to use, 0 is the CPU; by default all that are there, up to num_gpus. Fewer accumulate
+#                     gradients, so that the examples a step stay the same
 #   output_dir=...    results and adapter; by default output/<script's name> in the repository
 #   GLUE_DIR=...      the GLUE download; without it the data come from the Hugging Face Hub
 #   MNLI_LORA=...     the MNLI adapter that MRPC, RTE and STS-B start from (file or folder), or `none`
@@ -62,7 +64,7 @@ print(torch.accelerator.device_count() if torch.accelerator.is_available() else 
   if ((num_gpus % processes)); then
     local fit=$processes
     while ((num_gpus % fit)); do fit=$((fit - 1)); done
-    refuse "$devices devices cannot make up the $num_gpus x $batch examples a step of num_gpus=$num_gpus in equal shares." \
+    refuse "$devices devices cannot share the $num_gpus x $batch examples a step of num_gpus=$num_gpus equally." \
       "Use $fit of them: devices=$fit, or name $fit in CUDA_VISIBLE_DEVICES." \
       "Or train another recipe, with $processes x $batch examples a step: num_gpus=$processes."
   fi
@@ -109,7 +111,7 @@ print(torch.accelerator.device_count() if torch.accelerator.is_available() else 
 # Print launch's command, one flag a line, quoted and continued so that it can be pasted into a shell.
 print_command() {
   local word
-  printf '%s ' "${environment[@]}"
+  printf '%q ' "${environment[@]}"
   printf '\\\n '
   printf ' %q' "${program[@]}"
   for word in "${flags[@]}"; do

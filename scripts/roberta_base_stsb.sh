@@ -9,13 +9,13 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(
   --model_name_or_path roberta-base --task_name stsb
   --do_train --do_eval
-  --max_seq_length 512                       # tokens; a longer pair is cut
-  --per_device_train_batch_size 16           # x num_gpus=8: 128 pairs a step
+  --max_seq_length 512                        # tokens; a longer pair is cut
+  --per_device_train_batch_size 16            # x num_gpus=8: 128 pairs a step
   --num_train_epochs 40
-  --learning_rate 4e-4 --warmup_ratio 0.06   # linear up over 6% of the steps, then linear down to 0
-  --weight_decay 0.1                         # of what trains, save biases
-  --apply_lora --lora_r 8 --lora_alpha 16    # W + (16 / 8) B A on query and value of each layer
-  --eval_strategy epoch --save_strategy epoch # the best epoch counts
+  --learning_rate 4e-4 --warmup_ratio 0.06    # linear up over 6% of the steps, then linear down to 0
+  --weight_decay 0.1                          # of what trains, save biases
+  --apply_lora --lora_r 8 --lora_alpha 16     # W + (16 / 8) B A on query and value of each layer
+  --eval_strategy epoch --save_strategy epoch # so that the best epoch is there to be had
   --logging_steps 10
   --seed 0
 )

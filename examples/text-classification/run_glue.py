@@ -79,10 +79,6 @@ class DataArguments:
     validation_file: str | None = flag("The same, to evaluate on")
     test_file: str | None = flag("The same, to predict; 'label' not needed")
 
-    def __post_init__(self) -> None:
-        if (self.task_name is None) == (not (self.train_file or self.validation_file or self.test_file)):
-            raise ValueError("Give --task_name or files of your own (--train_file, ...), one of the two.")
-
 
 @dataclass
 class RunArguments(TrainingArguments):
@@ -156,7 +152,10 @@ def check_args(model_args: ModelArguments, data_args: DataArguments, args: RunAr
         raise UsageError("--lora_path needs --apply_lora with the adapter's --lora_r and --lora_alpha.")
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict.")
-    if data_args.task_name is None:
+    files = data_args.train_file or data_args.validation_file or data_args.test_file
+    if bool(data_args.task_name) == bool(files):
+        raise UsageError("give --task_name or files of your own (--train_file, ...), one of the two.")
+    if not data_args.task_name:
         for wanted, file in (("train", "train_file"), ("eval", "validation_file"), ("predict", "test_file")):
             if getattr(args, f"do_{wanted}") and not getattr(data_args, file):
                 raise UsageError(f"--do_{wanted} needs --{file}.")
@@ -302,7 +301,12 @@ def train(trainer: AdapterTrainer, args: RunArguments, task: str) -> None:
         say(args, f"Resuming from {checkpoint}.")
     if args.process_index == 0:
         adapters.write_json(folder / RUN, trainer.metadata)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt as e:
+        last = whole_checkpoints(args.output_dir)
+        kept = f"{last[-1]} is whole: the same command resumes from it" if last else "No checkpoint was due yet"
+        raise UserError(f"interrupted at step {trainer.state.global_step}. {kept}.") from e
     trainer.save_model()
     metrics = result.metrics | {"train_samples": len(trainer.train_dataset)}
     trainer.save_metrics("train", metrics)
@@ -462,4 +466,4 @@ if __name__ == "__main__":
     except OSError as e:
         fail(f"{e.strerror or e}: {e.filename or 'while writing results'}. What was saved before is untouched.", 1)
     except KeyboardInterrupt:
-        fail("interrupted. The last whole checkpoint is kept; the same command resumes from it.", 1)
+        fail("interrupted. Checkpoints that were there are whole; the same command takes up from the last.", 1)

@@ -309,9 +309,9 @@ def load_files(files: dict[str, str], known_labels: Sequence[str] | None) -> Exa
         if not rows[split]:
             raise UserError(f"{path}: no examples, only a header.")
         columns = list(rows[split][0].fields)
-        first = next(iter(texts.values()), ("",))  # the first file says which columns, and in which order
-        texts[split] = first if set(first) <= set(columns) else _text_columns(path, columns)
-        if first != ("",) and len(texts[split]) != len(first):
+        first = next(iter(texts.values()), None)  # the first file says which columns, and in which order
+        texts[split] = first if first and set(first) <= set(columns) else _text_columns(path, columns)
+        if first and len(texts[split]) != len(first):
             raise UserError(f"{path}:1: text in {', '.join(texts[split])}; in the other files in {', '.join(first)}.")
         needed = {*texts[split], LABEL} if split != "test" else set(texts[split])
         for row in rows[split]:

@@ -1,0 +1,405 @@
+"""run_glue.py from flags to files: training, evaluation, prediction, resuming, and other programs' files."""
+
+import csv
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import LORA, SCRIPT, Outcome, contents, sentence
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+LEARN = ["--learning_rate", "1e-2", "--num_train_epochs", "15", "--max_seq_length", "64", "--logging_steps", "10"]
+SHORT = ["--max_steps", "6", "--max_seq_length", "64", "--learning_rate", "1e-2"]
+TIMES = re.compile(r"runtime|per_second|preparation_time")
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def scores(path: Path) -> dict:
+    """A results file without the times and the training's counters."""
+    ignored = ("epoch", "num_input_tokens_seen")
+    return {key: v for key, v in read(path).items() if not TIMES.search(key) and key not in ignored}
+
+
+def rte(glue: Path, output: Path, *flags: object) -> list[object]:
+    return ["--task_name", "rte", "--glue_dir", glue, "--output_dir", output, *LORA, *flags]
+
+
+def succeeded(outcome: Outcome) -> Outcome:
+    assert outcome.code == 0, outcome.err[-3000:]
+    return outcome
+
+
+def trained_flat(folder: Path) -> dict[str, torch.Tensor]:
+    """An adapter folder's tensors by the model's own names: the published layout."""
+    return {
+        re.sub(r"(lora_[AB])\.weight$", r"\1", name.removeprefix("base_model.model.")): tensor
+        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- one task
+
+
+@pytest.fixture(scope="module")
+def rte_run(start, glue, tmp_path_factory) -> tuple[Path, Outcome]:
+    """RTE trained, evaluated and predicted by a process of its own, in the flags of 2021's scripts."""
+    output = tmp_path_factory.mktemp("rte") / "output"
+    flags = [*LEARN, "--do_train", "--do_eval", "--do_predict", "--evaluation_strategy", "epoch"]
+    flags += ["--warmup_ratio", "0.06", "--use_deterministic_algorithms", "--local_rank", "-1", "--seed", "0"]
+    flags += ["--overwrite_output_dir", "--save_strategy", "epoch", "--per_gpu_train_batch_size", "8"]
+    return output, succeeded(start(*rte(glue, output, *flags)))
+
+
+def test_train_eval_predict_writes_the_adapter_and_every_result_file(rte_run, tiny_model):
+    output, outcome = rte_run
+    assert read(output / "train_results.json").keys() >= {"train_loss", "train_runtime", "train_samples", "epoch"}
+    assert read(output / "train_results.json")["train_samples"] == 48
+    evaluated = read(output / "eval_results.json")
+    assert evaluated.keys() >= {"eval_accuracy", "eval_loss", "eval_runtime", "eval_samples", "epoch"}
+    assert evaluated["eval_samples"] == 24 and evaluated["epoch"] == 15
+    both = read(output / "all_results.json")
+    assert both.keys() >= {"train_loss", "train_samples", "eval_accuracy", "eval_samples"}
+    state = read(output / "trainer_state.json")
+    assert state["global_step"] == 90 and sum("eval_accuracy" in entry for entry in state["log_history"]) == 15
+    config = read(output / "adapter_config.json")
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, str(tiny_model))
+    metadata = read(output / "run_metadata.json")
+    assert metadata["task"] == "rte" and metadata["labels"] == ["entailment", "not_entailment"]
+    assert metadata["seed"] == 0 and metadata["base_model"] == str(tiny_model)
+    names = trained_flat(output)
+    assert all("lora_" in name or name.startswith("classifier.") for name in names) and len(names) == 12
+    assert not list(output.rglob("model.safetensors")) and not list(output.rglob("pytorch_model.bin"))
+    assert "eval" not in outcome.err.lower().split("error")[0] or "Traceback" not in outcome.err
+    for said in ("accuracy", "trainable parameters", "of them LoRA", "best while training", str(output)):
+        assert said in outcome.out, said
+
+
+def test_training_learns_what_the_examples_teach(rte_run):
+    losses = [entry["loss"] for entry in read(rte_run[0] / "trainer_state.json")["log_history"] if "loss" in entry]
+    assert losses[-1] < 0.6 * losses[0], losses
+
+
+def test_predictions_are_label_names_under_the_header_the_glue_server_wants(rte_run):
+    lines = (rte_run[0] / "predict_results_rte.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and len(lines) == 11
+    rows = [line.split("\t") for line in lines[1:]]
+    assert [row[0] for row in rows] == [str(i) for i in range(10)]
+    assert {row[1] for row in rows} <= {"entailment", "not_entailment"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("--evaluation_strategy epoch", "--eval_strategy epoch"),
+        ("--warmup_ratio 0.06", "--warmup_steps 0.06"),
+        ("--use_deterministic_algorithms", "--full_determinism"),
+        ("--per_gpu_train_batch_size 8", "--per_device_train_batch_size 8"),
+        ("--local_rank -1", "dropped"),
+    ],
+)
+def test_each_flag_of_2021_is_said_in_one_line_with_what_it_is_now(old, new, rte_run):
+    said = [line for line in rte_run[1].out.splitlines() if line.startswith(f"run_glue.py: {old}")]
+    assert len(said) == 1 and new in said[0]
+
+
+def test_a_new_process_evaluates_the_output_folder_to_exactly_the_same_numbers(rte_run, start, glue, tmp_path):
+    trained, _ = rte_run
+    flags = ["--do_eval", "--do_predict", "--max_seq_length", "64", "--lora_path", trained]
+    outcome = succeeded(start(*rte(glue, tmp_path / "eval", *flags)))
+    assert scores(tmp_path / "eval" / "eval_results.json") == scores(trained / "eval_results.json")
+    predictions = "predict_results_rte.tsv"
+    assert (tmp_path / "eval" / predictions).read_bytes() == (trained / predictions).read_bytes()
+    assert f"Loaded {trained}" in outcome.out
+
+
+def test_re_running_a_finished_run_skips_training_says_so_and_gives_the_same_result(rte_run, call, glue, tmp_path):
+    output = tmp_path / "output"
+    shutil.copytree(rte_run[0], output)
+    before = contents(output)
+    flags = [*LEARN, "--do_train", "--do_eval", "--seed", "0"]
+    outcome = succeeded(call(*rte(glue, output, *flags)))
+    assert "already trained" in outcome.out and "--overwrite_output_dir" in outcome.out
+    after, results = contents(output), {"eval_results.json", "all_results.json"}
+    assert {n: h for n, h in after.items() if n not in results} == {n: h for n, h in before.items() if n not in results}
+    assert scores(output / "eval_results.json") == scores(rte_run[0] / "eval_results.json")
+
+
+def test_overwrite_output_dir_trains_afresh_and_leaves_other_peoples_files(call, glue, tmp_path):
+    output = tmp_path / "output"
+    succeeded(call(*rte(glue, output, *SHORT, "--do_train", "--do_predict", "--save_steps", "2")))
+    (output / "notes.txt").write_text("mine")
+    first = trained_flat(output)
+    flags = [*SHORT, "--do_train", "--save_strategy", "no", "--seed", "1", "--overwrite_output_dir"]
+    outcome = succeeded(call(*rte(glue, output, *flags)))
+    assert "already trained" not in outcome.out and "Resuming" not in outcome.out
+    assert not all(torch.equal(tensor, first[name]) for name, tensor in trained_flat(output).items())
+    assert (output / "notes.txt").read_text() == "mine"
+    assert not list(output.glob("checkpoint-*")) and not list(output.glob("predict_results_*"))
+
+
+def test_a_run_of_another_task_in_the_output_folder_is_refused_not_taken_up(rte_run, call, glue, tmp_path):
+    output = tmp_path / "output"
+    shutil.copytree(rte_run[0], output)
+    before = contents(output)
+    flags = ["--task_name", "cola", "--glue_dir", glue, "--output_dir", output, *LORA, *LEARN, "--do_train"]
+    outcome = call(*flags)
+    assert outcome.code == 1 and "rte" in outcome.err and "--overwrite_output_dir" in outcome.err
+    assert contents(output) == before
+
+
+def test_flags_may_come_as_one_json_file(call, glue, base_flags, tmp_path):
+    flags = {"task_name": "rte", "glue_dir": str(glue), "output_dir": str(tmp_path / "json"), "do_train": True}
+    flags |= {"apply_lora": True, "lora_r": 4, "lora_alpha": 8, "max_steps": 6, "max_seq_length": 64}
+    flags |= {"learning_rate": 1e-2, "warmup_ratio": 0.5, "lora_path": None, "cls_dropout": 0.0}
+    flags |= {flag.removeprefix("--"): value for flag, value in zip(base_flags[::2], base_flags[1::2], strict=True)}
+    (tmp_path / "flags.json").write_text(json.dumps(flags))
+    outcome = succeeded(call(tmp_path / "flags.json", base=False))
+    assert "--warmup_ratio 0.5 is now --warmup_steps 0.5" in outcome.out
+    same = [*SHORT, "--do_train", "--warmup_steps", "0.5", "--cls_dropout", "0"]
+    succeeded(call(*rte(glue, tmp_path / "flags", *same)))
+    got, want = trained_flat(tmp_path / "json"), trained_flat(tmp_path / "flags")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+# ------------------------------------------------------------------------------------------------------- other tasks
+
+
+@pytest.fixture(scope="module")
+def mnli_run(call, glue, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("mnli") / "output"
+    flags = ["--task_name", "mnli", "--glue_dir", glue, "--output_dir", output, "--max_seq_length", "64"]
+    flags += ["--apply_lora", "--lora_r", "8", "--lora_alpha", "16", "--max_steps", "20", "--learning_rate", "1e-2"]
+    succeeded(call(*flags, "--do_train", "--do_eval", "--do_predict"))
+    return output
+
+
+def test_mnli_reports_matched_mismatched_and_overall_and_predicts_both_sets(mnli_run):
+    results, mismatched = read(mnli_run / "eval_results.json"), read(mnli_run / "eval_mm_results.json")
+    assert results["eval_samples"] == 24 and results["eval_samples_mm"] == 18
+    overall = (24 * results["eval_accuracy"] + 18 * results["eval_accuracy_mm"]) / 42
+    assert results["eval_accuracy_overall"] == pytest.approx(overall, rel=1e-12)
+    assert mismatched["eval_accuracy_mm"] == results["eval_accuracy_mm"]
+    for name, rows in (("predict_results_mnli.tsv", 7), ("predict_results_mnli-mm.tsv", 9)):
+        lines = (mnli_run / name).read_text().splitlines()
+        assert lines[0] == "index\tprediction" and len(lines) == rows + 1
+        assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "neutral", "contradiction"}
+
+
+def test_the_references_evaluation_command_works_on_a_published_file(mnli_run, start, glue, tmp_path):
+    file = tmp_path / "roberta_base_lora_mnli.bin"
+    torch.save(trained_flat(mnli_run), file)
+    flags = ["--task_name", "mnli", "--glue_dir", glue, "--do_eval", "--output_dir", tmp_path / "output"]
+    flags += ["--apply_lora", "--lora_r", "8", "--lora_alpha", "16", "--lora_path", file, "--max_seq_length", "64"]
+    launcher = ("-m", "torch.distributed.launch", "--nproc_per_node=1", "--master_port=29517")
+    succeeded(start(*flags, launcher=launcher))
+    assert scores(tmp_path / "output" / "eval_results.json") == scores(mnli_run / "eval_results.json")
+
+
+def test_rte_training_that_starts_from_an_mnli_adapter_says_that_the_head_is_left_behind(
+    mnli_run, call, glue, tmp_path
+):
+    rank = ["--lora_r", "8", "--lora_alpha", "16", "--lora_path", mnli_run]
+    outcome = succeeded(call(*rte(glue, tmp_path / "rte", *rank, *SHORT, "--learning_rate", "0", "--do_train")))
+    assert len([line for line in outcome.out.splitlines() if "its head is for other labels" in line]) == 1
+    got, mnli = trained_flat(tmp_path / "rte"), trained_flat(mnli_run)
+    assert all(torch.equal(got[name], mnli[name]) for name in mnli if "lora_" in name)
+    assert got["classifier.out_proj.weight"].shape[0] == 2
+    assert not torch.equal(got["classifier.dense.weight"], mnli["classifier.dense.weight"])
+
+
+def test_do_predict_alone_needs_no_labels(mnli_run, call, glue, tmp_path):
+    folder = tmp_path / "glue" / "MNLI"
+    folder.mkdir(parents=True)
+    for name in ("test_matched.tsv", "test_mismatched.tsv"):
+        shutil.copy(glue / "MNLI" / name, folder)
+    flags = ["--task_name", "mnli", "--glue_dir", folder.parent, "--output_dir", tmp_path / "o", "--do_predict"]
+    flags += ["--apply_lora", "--lora_r", "8", "--lora_alpha", "16", "--lora_path", mnli_run, "--max_seq_length", "64"]
+    succeeded(call(*flags))
+    for name in ("predict_results_mnli.tsv", "predict_results_mnli-mm.tsv"):
+        assert (tmp_path / "o" / name).read_bytes() == (mnli_run / name).read_bytes()
+    assert not (tmp_path / "o" / "eval_results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "keys"),
+    [
+        ("cola", {"eval_matthews_correlation"}),
+        ("stsb", {"eval_pearson", "eval_spearmanr", "eval_combined_score"}),
+    ],
+)
+def test_each_task_reports_its_own_metrics_and_writes_its_own_predictions(task, keys, call, glue, tmp_path):
+    flags = ["--task_name", task, "--glue_dir", glue, "--output_dir", tmp_path / "o", *LORA, *SHORT]
+    succeeded(call(*flags, "--do_train", "--do_eval", "--do_predict"))
+    assert read(tmp_path / "o" / "eval_results.json").keys() >= keys
+    answers = [
+        line.split("\t")[1] for line in (tmp_path / "o" / f"predict_results_{task}.tsv").read_text().split("\n")[1:-1]
+    ]
+    assert len(answers) == 10
+    assert all(
+        re.fullmatch(r"-?\d+\.\d{3}", a) if task == "stsb" else a in ("unacceptable", "acceptable") for a in answers
+    )
+
+
+# -------------------------------------------------------------------------------------------------- files of one's own
+
+
+def write_csv(path: Path, rows: list[tuple[str, object]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    return path
+
+
+@pytest.fixture(scope="module")
+def own_run(call, tmp_path_factory) -> tuple[Path, Path]:
+    """The output folder and the CSV files of a run on three classes named by words."""
+    folder, rng = tmp_path_factory.mktemp("own"), random.Random(1)
+    words = {"spam": "surely", "ham": "never", "eggs": "perhaps"}
+    for name, rows in (("train", 36), ("validation", 18)):
+        labels = [rng.choice([*words]) for _ in range(rows)]
+        write_csv(folder / f"{name}.csv", [(f'{sentence(rng, words[label])}, "so"', label) for label in labels])
+    flags = ["--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv", *LORA, *SHORT]
+    succeeded(call(*flags, "--do_train", "--do_eval", "--output_dir", folder / "output"))
+    return folder / "output", folder
+
+
+def test_a_csv_with_labels_in_words_trains_and_records_them(own_run):
+    output, _ = own_run
+    assert read(output / "run_metadata.json")["labels"] == ["eggs", "ham", "spam"]
+    assert read(output / "eval_results.json")["eval_samples"] == 18
+    assert load_file(output / "adapter_model.safetensors")["base_model.model.classifier.out_proj.weight"].shape[0] == 3
+
+
+def test_evaluating_a_custom_adapter_alone_uses_the_labels_it_recorded(own_run, call, tmp_path):
+    output, folder = own_run
+    with (folder / "validation.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    some = [tuple(row) for row in rows if row[1] == "spam"]  # by itself this file has one label, and no ids for it
+    part = write_csv(tmp_path / "part.csv", some)
+    flags = [*LORA, "--lora_path", output, "--max_seq_length", "64"]
+    succeeded(
+        call("--validation_file", folder / "validation.csv", "--do_eval", "--output_dir", tmp_path / "all", *flags)
+    )
+    assert scores(tmp_path / "all" / "eval_results.json") == scores(output / "eval_results.json")
+    succeeded(call("--validation_file", part, "--do_eval", "--output_dir", tmp_path / "part", *flags))
+    succeeded(call("--test_file", part, "--do_predict", "--output_dir", tmp_path / "predict", *flags))
+    lines = (tmp_path / "predict" / "predict_results_custom.tsv").read_text().splitlines()[1:]
+    right = sum(line.split("\t")[1] == "spam" for line in lines)
+    assert read(tmp_path / "part" / "eval_results.json")["eval_accuracy"] == right / len(some)
+
+
+def test_a_csv_with_decimal_labels_is_a_regression(call, tmp_path):
+    rng = random.Random(2)
+    files = [
+        write_csv(tmp_path / f"{name}.csv", [(sentence(rng, "very " * n + "so"), n / 2) for n in range(5)] * 4)
+        for name in ("train", "validation")
+    ]
+    flags = ["--train_file", files[0], "--validation_file", files[1], "--test_file", files[1], *LORA, *SHORT]
+    outcome = call(*flags, "--do_train", "--do_eval", "--do_predict", "--output_dir", tmp_path / "o")
+    assert succeeded(outcome)
+    results = read(tmp_path / "o" / "eval_results.json")
+    assert results.keys() >= {"eval_pearson", "eval_mse"}
+    assert results["eval_mse"] == pytest.approx(results["eval_loss"], rel=1e-4)
+    answers = [
+        line.split("\t")[1] for line in (tmp_path / "o" / "predict_results_custom.tsv").read_text().split("\n")[1:-1]
+    ]
+    mse = sum((float(a) - n % 5 / 2) ** 2 for n, a in enumerate(answers)) / len(answers)
+    assert mse == pytest.approx(results["eval_mse"], abs=5e-3)  # three decimals are written
+    assert read(tmp_path / "o" / "run_metadata.json")["labels"] == []
+
+
+# ---------------------------------------------------------------------------------------------------- interrupted runs
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_its_re_run_ends_bit_equal(
+    call, start, glue, environment, base_flags, tmp_path
+):
+    long = [
+        "--max_steps",
+        "240",
+        "--save_steps",
+        "20",
+        "--max_seq_length",
+        "64",
+        "--learning_rate",
+        "1e-3",
+        "--do_train",
+    ]
+    output = tmp_path / "output"
+    command = [sys.executable, SCRIPT, *base_flags, *rte(glue, output, *long)]
+    process = subprocess.Popen(
+        [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list(output.glob("checkpoint-*")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in err, err[-3000:]
+    assert "run_glue.py: error: interrupted" in err and "same command resumes" in err
+    checkpoints = list(output.glob("checkpoint-*"))
+    assert checkpoints and not (output / "adapter_model.safetensors").exists() and not (output / ".saving").exists()
+    for checkpoint in checkpoints:
+        assert read(checkpoint / "trainer_state.json")["global_step"] == int(checkpoint.name.split("-")[1])
+        assert len(trained_flat(checkpoint)) == 12
+        assert len(torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]) == 12
+
+    outcome = succeeded(start(*rte(glue, output, *long)))
+    assert f"Resuming from {output / 'checkpoint-'}" in outcome.out
+    succeeded(call(*rte(glue, tmp_path / "whole", *long)))
+    got, want = trained_flat(output), trained_flat(tmp_path / "whole")
+    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+    assert read(output / "trainer_state.json")["global_step"] == 240
+
+
+# -------------------------------------------------------------------------------------------- without LoRA, two processes
+
+
+def test_plain_fine_tuning_saves_a_model_that_transformers_own_class_loads(call, glue, tmp_path):
+    output = tmp_path / "o"
+    flags = ["--task_name", "rte", "--glue_dir", glue, "--output_dir", output, *SHORT, "--do_train", "--do_eval"]
+    outcome = succeeded(call(*flags, "--do_predict", "--save_strategy", "no"))
+    assert "LoRA" not in outcome.out and not (output / "adapter_config.json").exists()
+    theirs, report = transformers.RobertaForSequenceClassification.from_pretrained(output, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert theirs.config.id2label == {0: "entailment", 1: "not_entailment"}
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    rows = [line.split("\t") for line in (glue / "RTE" / "test.tsv").read_text().splitlines()[1:]]
+    with torch.no_grad():
+        batch = tokenizer([r[1] for r in rows], [r[2] for r in rows], padding=True, return_tensors="pt")
+        answers = [theirs.config.id2label[int(i)] for i in theirs.eval()(**batch).logits.argmax(1)]
+    written = [line.split("\t")[1] for line in (output / "predict_results_rte.tsv").read_text().splitlines()[1:]]
+    assert written == answers
+
+
+def test_two_processes_train_one_model_and_write_one_set_of_results(start, glue, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    flags = [
+        *SHORT,
+        "--do_train",
+        "--do_eval",
+        "--do_predict",
+        "--per_device_train_batch_size",
+        "4",
+        "--save_steps",
+        "3",
+    ]
+    outcome = succeeded(start(*rte(glue, tmp_path / "o", *flags), launcher=launcher))
+    assert outcome.out.count("trainable parameters") == 1
+    assert read(tmp_path / "o" / "train_results.json")["epoch"] == 1.0  # 6 steps of 2 x 4 examples are all 48
+    assert read(tmp_path / "o" / "eval_results.json")["eval_samples"] == 24
+    assert len((tmp_path / "o" / "predict_results_rte.tsv").read_text().splitlines()) == 11
+    assert sorted(path.name for path in (tmp_path / "o").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert len(trained_flat(tmp_path / "o")) == 12

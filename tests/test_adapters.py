@@ -1,0 +1,329 @@
+"""Adapters on disk: PEFT folders and published files, what is refused and what stays as it was."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import GOLDENS, assert_close, ragged_batch, randomise_, tiny_config
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lora_nlu.adapters import CONFIG, METADATA, WEIGHTS, load_adapter, read_adapter, save_adapter
+from lora_nlu.errors import UserError
+from lora_nlu.lora import mark_only_lora_as_trainable
+from lora_nlu.modeling_roberta import RobertaForSequenceClassification
+
+R, ALPHA = 4, 6
+LABELS = ["yes", "no", "perhaps"]
+METADATA_OF_RUN = {"task": "custom", "labels": LABELS, "base_model": "tiny", "seed": 3}
+HEAD = ["classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight", "classifier.out_proj.bias"]
+
+
+def lora_model(seed: int = 0, **settings) -> RobertaForSequenceClassification:
+    """Our classifier with LoRA, every parameter random, adapters and head ready to train."""
+    config = tiny_config(**{"apply_lora": True, "lora_r": R, "lora_alpha": ALPHA, **settings})
+    model = randomise_(RobertaForSequenceClassification(config), seed)
+    mark_only_lora_as_trainable(model)
+    return model.eval()
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(**ragged_batch([17, 3, 30, 9])).logits
+
+
+def published(path: Path, state: dict[str, Tensor], prefix: str = "") -> Path:
+    """One flat state dict by torch.save, as the reference implementation's adapters come."""
+    torch.save({prefix + name: tensor for name, tensor in state.items()}, path)
+    return path
+
+
+def refused(path: object, model: nn.Module | None = None, training: bool = False) -> str:
+    """The message with which a file is refused; fails unless the model is left alone and the message is short."""
+    model = lora_model(seed=1) if model is None else model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        load_adapter(model, read_adapter(str(path)), allow_new_head=training)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()), "a refusal changed the model"
+    message = str(error.value)
+    assert message.count("\n") < 3 and str(path) in message
+    return message
+
+
+# -------------------------------------------------------------------------------------------------------- written
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[RobertaForSequenceClassification, Path]:
+    """A trained model and the folder it was saved in."""
+    model, folder = lora_model(), tmp_path_factory.mktemp("saved") / "adapter"
+    save_adapter(model, folder, METADATA_OF_RUN)
+    return model, folder
+
+
+def test_peft_loads_a_written_folder_as_it_is_and_gives_the_same_logits(saved):
+    model, folder = saved
+    base = transformers.RobertaForSequenceClassification(tiny_config())
+    encoder = {k: t for k, t in model.state_dict().items() if "lora_" not in k and not k.startswith("classifier")}
+    assert set(base.load_state_dict(encoder, strict=False).missing_keys) == set(HEAD)
+    without = logits(base)
+    loaded = logits(PeftModel.from_pretrained(base, str(folder)))
+    assert_close(loaded, logits(model))
+    assert (loaded - without).abs().max() > 0.1, "the adapter changes nothing: the comparison proves nothing"
+
+
+def test_a_written_folder_has_the_keys_shapes_and_settings_peft_itself_writes(saved, tmp_path):
+    _, folder = saved
+    settings = LoraConfig(task_type=TaskType.SEQ_CLS, r=R, lora_alpha=ALPHA, target_modules=["query", "value"])
+    get_peft_model(transformers.RobertaForSequenceClassification(tiny_config()), settings).save_pretrained(tmp_path)
+    ours, theirs = load_file(folder / WEIGHTS), load_file(tmp_path / WEIGHTS)
+    assert {k: (t.shape, t.dtype) for k, t in ours.items()} == {k: (t.shape, t.dtype) for k, t in theirs.items()}
+    ours_config, theirs_config = (json.loads((f / CONFIG).read_text()) for f in (folder, tmp_path))
+    assert ours_config.keys() <= theirs_config.keys()
+    for key in ("peft_type", "task_type", "r", "lora_alpha", "bias", "fan_in_fan_out", "lora_dropout"):
+        assert ours_config[key] == theirs_config[key], key
+    assert sorted(ours_config["target_modules"]) == sorted(theirs_config["target_modules"])
+    assert json.loads((folder / METADATA).read_text()) == METADATA_OF_RUN
+    assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, METADATA, WEIGHTS])
+
+
+def test_a_folder_written_by_peft_loads_with_the_same_logits(tmp_path):
+    settings = LoraConfig(task_type=TaskType.SEQ_CLS, r=R, lora_alpha=ALPHA, target_modules=["query", "value"])
+    theirs = randomise_(get_peft_model(transformers.RobertaForSequenceClassification(tiny_config()), settings))
+    theirs.save_pretrained(tmp_path)
+    model = lora_model(seed=1)
+    base = {
+        name.replace(".base_layer", ""): t
+        for name, t in theirs.get_base_model().state_dict().items()
+        if "lora" not in name
+    }
+    model.load_state_dict({k: t for k, t in base.items() if k.startswith("roberta.")}, strict=False)
+    assert load_adapter(model, read_adapter(str(tmp_path)), allow_new_head=False) == []
+    assert_close(logits(model), logits(theirs))
+
+
+def test_what_was_written_is_read_back_bit_for_bit(saved):
+    model, folder = saved
+    other = lora_model(seed=7)
+    adapter = read_adapter(str(folder))
+    assert adapter.labels == tuple(LABELS) and adapter.lora_alpha == ALPHA
+    assert load_adapter(other, adapter, allow_new_head=False) == []
+    want, got = trained(model), trained(other)
+    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+    frozen = [name for name in dict(other.named_parameters()) if name not in got]
+    untouched = dict(lora_model(seed=7).named_parameters())
+    assert all(torch.equal(dict(other.named_parameters())[name], untouched[name]) for name in frozen)
+
+
+def test_a_save_that_fails_at_any_step_leaves_every_file_of_the_earlier_one_whole(tmp_path, monkeypatch):
+    folder, first, second = tmp_path / "adapter", lora_model(), lora_model(seed=5)
+    save_adapter(first, folder, METADATA_OF_RUN)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def half_write(path, data):
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
+        fail()
+
+    for where, what, stand_in in (
+        (os, "replace", fail),
+        (os, "fsync", fail),
+        (Path, "write_bytes", half_write),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, stand_in)
+            with pytest.raises(OSError, match="No space left"):
+                save_adapter(second, folder, METADATA_OF_RUN | {"seed": 4})
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, what
+    save_adapter(second, folder, METADATA_OF_RUN)
+    assert (folder / WEIGHTS).read_bytes() != before[WEIGHTS]
+
+
+# --------------------------------------------------------------------------------------------------- published files
+
+
+def test_the_published_layout_of_roberta_base_loads_by_exactly_its_52_keys(tmp_path):
+    """The keys and shapes of the published RoBERTa-base MNLI file, with a hidden size of 32 for 768."""
+    d, r, state = 32, 8, {}
+    for i in range(12):
+        for projection in ("query", "value"):
+            name = f"roberta.encoder.layer.{i}.attention.self.{projection}"
+            state[f"{name}.lora_A"], state[f"{name}.lora_B"] = torch.randn(r, d), torch.randn(d, r)
+    state["classifier.dense.weight"], state["classifier.dense.bias"] = torch.randn(d, d), torch.randn(d)
+    state["classifier.out_proj.weight"], state["classifier.out_proj.bias"] = torch.randn(3, d), torch.randn(3)
+    assert len(state) == 52
+    for prefix in ("", "module."):
+        model = lora_model(num_hidden_layers=12, lora_r=8, lora_alpha=16)
+        adapter = read_adapter(str(published(tmp_path / f"{prefix}mnli.bin", state, prefix)))
+        assert adapter.labels is None and adapter.lora_alpha is None
+        assert load_adapter(model, adapter, allow_new_head=False) == []
+        got = trained(model)
+        assert got.keys() == state.keys() and all(torch.equal(got[name], state[name]) for name in state), prefix
+
+
+@pytest.mark.parametrize("labels", [3, 2, 1])
+def test_training_from_another_tasks_file_keeps_or_drops_the_head_as_the_reference_does(labels, tmp_path):
+    case = json.loads((GOLDENS / "head_loading.json").read_text())["loading"][f"roberta_3_to_{labels}"]
+    state = trained(lora_model())
+    assert sorted(name for name in state if "lora_" not in name) == sorted(case["checkpoint_keys_not_lora"])
+    model = lora_model(seed=1, num_labels=labels)
+    fresh = trained(model)
+    path = published(tmp_path / "mnli.bin", state)
+    dropped = load_adapter(model, read_adapter(str(path)), allow_new_head=True)
+    assert sorted(dropped) == sorted(case["head_dropped"])
+    got = trained(model)
+    for name in got:
+        kept = fresh[name] if name in case["head_dropped"] else state[name]
+        assert torch.equal(got[name], kept), name
+    assert set(case["head_loaded"]) | set(case["head_dropped"]) == set(HEAD)
+
+
+# ----------------------------------------------------------------------------------------------------------- refused
+
+
+def test_a_missing_path_or_a_folder_without_an_adapter_is_refused(tmp_path):
+    assert "no such file or folder" in refused(tmp_path / "nowhere.bin")
+    assert CONFIG in refused(tmp_path)
+
+
+class Payload:
+    """Runs a shell command when unpickled."""
+
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_never_runs(tmp_path):
+    marker, command = tmp_path / "marker", f"touch {tmp_path / 'marker'}"
+    torch.save({"roberta.x.lora_A": Payload(command)}, tmp_path / "bad.bin")
+    torch.save({"roberta.x.lora_A": Payload(command)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    for name in ("bad.bin", "old.bin"):
+        assert "refused" in refused(tmp_path / name)
+        assert not marker.exists()
+    torch.load(tmp_path / "bad.bin", weights_only=False)
+    assert marker.exists(), "the payload is no payload: the test proves nothing"
+
+
+def test_a_file_that_holds_no_state_dict_is_refused(tmp_path):
+    torch.save([torch.zeros(2)], tmp_path / "list.bin")
+    torch.save({"epoch": 3, "model": {"a.lora_A": torch.zeros(2)}}, tmp_path / "nested.bin")
+    torch.save({1: torch.zeros(2)}, tmp_path / "numbers.bin")
+    for name in ("list.bin", "nested.bin", "numbers.bin"):
+        assert "no state dict" in refused(tmp_path / name)
+    published(tmp_path / "head.bin", {"classifier.dense.weight": torch.zeros(2, 2)})
+    assert "no LoRA matrices" in refused(tmp_path / "head.bin")
+    (tmp_path / "text.bin").write_text("404: Not Found")
+    assert "no PyTorch file" in refused(tmp_path / "text.bin")
+
+
+def test_a_file_cut_short_anywhere_is_refused(saved, tmp_path):
+    model, folder = saved
+    whole = published(tmp_path / "whole.bin", trained(model)).read_bytes()
+    for part in (0.0, 0.01, 0.5, 0.95, 0.999):
+        cut = tmp_path / "cut.bin"
+        cut.write_bytes(whole[: int(part * len(whole))])
+        assert refused(cut), part
+    weights = (folder / WEIGHTS).read_bytes()
+    for name in (CONFIG, METADATA):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    for part in (0.0, 0.01, 0.5, 0.999):
+        (tmp_path / WEIGHTS).write_bytes(weights[: int(part * len(weights))])
+        with pytest.raises(UserError, match="damaged or cut short"):
+            read_adapter(str(tmp_path))
+    (tmp_path / WEIGHTS).write_bytes(weights)
+    assert read_adapter(str(tmp_path)).state.keys() == trained(model).keys()
+
+
+@pytest.mark.parametrize("name", [CONFIG, METADATA])
+def test_a_folder_whose_json_is_cut_is_refused_by_the_files_name(name, saved, tmp_path):
+    _, folder = saved
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_text((folder / name).read_text()[:20])
+    with pytest.raises(UserError, match=name):
+        read_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "setting", [{"peft_type": "IA3"}, {"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"query": 2}}]
+)
+def test_a_peft_adapter_of_a_kind_we_would_compute_wrongly_is_refused(setting, saved, tmp_path):
+    _, folder = saved
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | setting))
+    assert next(iter(setting)) in refused(tmp_path)
+
+
+def test_another_rank_is_refused_with_key_shapes_and_the_flag_that_puts_it_right(tmp_path):
+    path = published(tmp_path / "rank.bin", trained(lora_model(lora_r=2)))
+    message = refused(path)
+    assert "roberta.encoder.layer.0.attention.self.query.lora_A" in message
+    assert "[2, 32]" in message and "[4, 32]" in message and "--lora_r 2" in message
+    assert "--lora_r 2" in refused(path, training=True)
+
+
+def test_another_alpha_than_the_folder_records_is_refused_with_the_flag_that_puts_it_right(saved):
+    _, folder = saved
+    assert f"--lora_alpha {ALPHA}" in refused(folder, lora_model(lora_alpha=12))
+
+
+def test_another_hidden_size_layer_count_or_architecture_is_refused(tmp_path):
+    state = trained(lora_model())
+    wide = published(tmp_path / "wide.bin", trained(lora_model(hidden_size=64)))
+    for training in (False, True):
+        message = refused(wide, training=training)
+        assert "[4, 64]" in message and "[4, 32]" in message and "another base model" in message
+    for depth in (1, 3):
+        path = published(tmp_path / f"{depth}.bin", trained(lora_model(num_hidden_layers=depth)))
+        assert f"{depth} in the file, 2 in the roberta model" in refused(path)
+        assert f"{depth} in the file" in refused(path, training=True)
+    renamed = {
+        name.replace("roberta.", "deberta.").replace("query", "query_proj").replace("value", "value_proj"): t
+        for name, t in state.items()
+        if "lora_" in name
+    } | {"pooler.dense.weight": torch.zeros(32, 32), "classifier.weight": torch.zeros(3, 32)}
+    message = refused(published(tmp_path / "deberta.bin", renamed))
+    assert "deberta.encoder.layer.0.attention.self.query_proj.lora_A" in message and "roberta model" in message
+    refused(tmp_path / "deberta.bin", training=True)
+
+
+def test_a_file_with_one_matrix_too_few_or_one_tensor_too_many_is_refused(tmp_path):
+    state = trained(lora_model())
+    gone = "roberta.encoder.layer.1.attention.self.value.lora_B"
+    less = published(tmp_path / "less.bin", {name: t for name, t in state.items() if name != gone})
+    more = published(tmp_path / "more.bin", state | {"roberta.encoder.layer.0.output.adapter_A": torch.zeros(2)})
+    for training in (False, True):
+        assert gone in refused(less, training=training)
+        assert "adapter_A" in refused(more, training=training)
+
+
+def test_evaluation_refuses_a_missing_head_and_a_head_for_another_number_of_labels(tmp_path):
+    state = trained(lora_model())
+    headless = published(tmp_path / "headless.bin", {name: t for name, t in state.items() if "lora_" in name})
+    message = refused(headless)
+    assert "lacks" in message and "classifier.dense.weight" in message
+    assert load_adapter(lora_model(), read_adapter(str(headless)), allow_new_head=True) == []
+    three = published(tmp_path / "three.bin", state)
+    for labels in (2, 1):
+        message = refused(three, lora_model(num_labels=labels))
+        assert f"3 labels, this task {labels}" in message
+    half = {name: t for name, t in state.items() if name != "classifier.dense.bias"}
+    assert "classifier.dense.bias" in refused(published(tmp_path / "half.bin", half))
+    assert "classifier.dense.bias" in refused(tmp_path / "half.bin", training=True)

@@ -1,0 +1,299 @@
+"""Checkpoints: what they hold, that they appear whole or not at all, and that resuming changes no bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import randomise_, tiny_config
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import TrainingArguments, set_seed
+
+from lora_nlu.adapters import CONFIG, METADATA, WEIGHTS
+from lora_nlu.errors import UserError
+from lora_nlu.lora import mark_only_lora_as_trainable
+from lora_nlu.modeling_roberta import RobertaForSequenceClassification
+from lora_nlu.trainer import AdapterTrainer, whole_checkpoints
+
+GOLDEN = json.loads((Path(__file__).parent / "goldens" / "roberta_cls3.json").read_text())
+STEPS = 12
+
+
+def examples(rows: int = 40, seed: int = 0) -> Dataset:
+    """Sequences of 2 to 15 tokens; the label is the first one's parity."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [
+        torch.randint(3, 50, (int(torch.randint(2, 16, (1,), generator=generator)),), generator=generator).tolist()
+        for _ in range(rows)
+    ]
+    return Dataset.from_dict({"input_ids": ids, "label": [row[0] % 2 for row in ids]})
+
+
+def collate(rows: list[dict]) -> dict[str, Tensor]:
+    tensors = [torch.tensor(row["input_ids"]) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=1)
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 1).long(),
+        "labels": torch.tensor([row["label"] for row in rows]),
+    }
+
+
+def new_trainer(
+    folder: Path, lora: bool = True, kind: type[AdapterTrainer] = AdapterTrainer, **settings
+) -> AdapterTrainer:
+    """A trainer over a tiny model with dropout, that saves every 4 of 12 steps."""
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    config = tiny_config(apply_lora=lora, lora_r=4, lora_alpha=8, num_labels=2, **dropout)
+    model = randomise_(RobertaForSequenceClassification(config))
+    if lora:
+        mark_only_lora_as_trainable(model)
+    flags = {
+        "max_steps": STEPS,
+        "save_steps": 4,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+    }
+    args = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **(flags | settings)
+    )
+    set_seed(args.seed)
+    return kind(
+        model=model,
+        args=args,
+        train_dataset=examples(),
+        eval_dataset=examples(24, seed=1),
+        data_collator=collate,
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(1) == p.label_ids).mean())},
+        metadata={"task": "custom", "labels": ["even", "odd"]},
+    )
+
+
+def parameters(trainer: AdapterTrainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_equal_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+def names(folders: list[Path]) -> list[str]:
+    return [folder.name for folder in folders]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
+    """The folder and final parameters of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    trainer = new_trainer(folder)
+    before = parameters(trainer)
+    trainer.train()
+    after = parameters(trainer)
+    assert all(torch.equal(before[n], after[n]) != p.requires_grad for n, p in trainer.model.named_parameters())
+    return folder, after
+
+
+def test_only_checkpoints_with_a_readable_state_of_their_own_step_count_as_whole(tmp_path):
+    def checkpoint(name: str, state: str | None) -> None:
+        (tmp_path / name).mkdir(parents=True)
+        if state is not None:
+            (tmp_path / name / "trainer_state.json").write_text(state)
+
+    for step in (100, 20, 3):
+        checkpoint(f"checkpoint-{step}", json.dumps({"global_step": step}))
+    checkpoint("checkpoint-200", None)
+    checkpoint("checkpoint-300", '{"global_step": 30')
+    checkpoint("checkpoint-400", json.dumps({"global_step": 300}))
+    checkpoint("checkpoint-500", "{}")
+    checkpoint("checkpoint-600", "[]")
+    checkpoint("checkpoint-best", json.dumps({"global_step": 700}))
+    checkpoint(".saving/checkpoint-800", json.dumps({"global_step": 800}))
+    (tmp_path / "checkpoint-900").write_text("a file")
+    assert names(whole_checkpoints(str(tmp_path))) == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+    assert whole_checkpoints(str(tmp_path / "nowhere")) == []
+
+
+def test_a_checkpoint_holds_the_trained_parameters_and_no_base_weights(uninterrupted):
+    folder, final = uninterrupted
+    assert names(whole_checkpoints(str(folder))) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    assert not (folder / ".saving").exists()
+    last = folder / "checkpoint-12"
+    tensors = load_file(last / WEIGHTS)
+    trained = {n: t for n, t in final.items() if "lora_" in n or n.startswith("classifier.")}
+    as_saved = {f"base_model.model.{n}" + (".weight" if "lora_" in n else ""): t for n, t in trained.items()}
+    assert_equal_bits(tensors, as_saved)
+    present = {path.name for path in last.iterdir()}
+    assert present >= {CONFIG, METADATA, WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    assert not present & {"model.safetensors", "pytorch_model.bin"}
+    moments = torch.load(last / "optimizer.pt", weights_only=True)["state"]
+    assert len(moments) == len(trained)
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_resumed_run_ends_bit_equal_to_the_uninterrupted_one(step, uninterrupted, tmp_path):
+    folder, final = uninterrupted
+    shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    trainer = new_trainer(tmp_path)
+    randomise_(trainer.model.classifier, seed=9)  # whatever was in the model, the checkpoint's values count
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert_equal_bits(parameters(trainer), final)
+    state, whole = (json.loads((f / "checkpoint-12" / "trainer_state.json").read_text()) for f in (tmp_path, folder))
+    assert state["num_input_tokens_seen"] == whole["num_input_tokens_seen"]
+    optimizers = [torch.load(f / "checkpoint-12" / "optimizer.pt", weights_only=True) for f in (tmp_path, folder)]
+    for got, want in zip(*(o["state"].values() for o in optimizers), strict=True):
+        assert_equal_bits(got, want)
+
+
+def test_another_seed_gives_another_model_so_bit_equality_is_no_accident(uninterrupted, tmp_path):
+    trainer = new_trainer(tmp_path, seed=5, save_strategy="no")
+    trainer.train()
+    final = uninterrupted[1]
+    assert not all(torch.equal(t, final[n]) for n, t in parameters(trainer).items())
+
+
+class Breaks(AdapterTrainer):
+    """Fails while it saves step 8: after the adapter, before the trainer state."""
+
+    error: BaseException = OSError(28, "No space left on device")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.state.global_step == 8:
+            raise self.error
+
+
+class BreaksAsTorchDoes(Breaks):
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+
+class IsKilled(Breaks):
+    error = KeyboardInterrupt()
+
+
+@pytest.mark.parametrize("kind", [Breaks, BreaksAsTorchDoes, IsKilled])
+def test_a_save_that_breaks_off_leaves_the_earlier_checkpoint_and_no_half_one(kind, uninterrupted, tmp_path):
+    trainer = new_trainer(tmp_path, kind=kind)
+    with pytest.raises(KeyboardInterrupt if kind is IsKilled else UserError) as error:
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    if kind is not IsKilled:
+        assert "checkpoint-8" in str(error.value) and "checkpoint-4 is whole" in str(error.value)
+        assert str(error.value).count("\n") < 3
+    again = new_trainer(tmp_path)
+    again.train(resume_from_checkpoint=str(whole_checkpoints(str(tmp_path))[-1]))
+    assert_equal_bits(parameters(again), uninterrupted[1])
+
+
+def test_a_first_save_that_breaks_off_says_there_is_no_earlier_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="no earlier one"):
+        new_trainer(tmp_path, kind=Breaks, save_steps=8).train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_behind_is_never_resumed_from_and_cleared_by_the_next_save(uninterrupted, tmp_path):
+    folder, final = uninterrupted
+    shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
+    shutil.copytree(folder / "checkpoint-8", tmp_path / ".saving" / "checkpoint-8")
+    (tmp_path / ".saving" / "checkpoint-8" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-8").mkdir()  # half a checkpoint of some other program
+    assert names(whole_checkpoints(str(tmp_path))) == ["checkpoint-4"]
+    trainer = new_trainer(tmp_path)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert_equal_bits(parameters(trainer), final)
+    assert names(whole_checkpoints(str(tmp_path))) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    assert not (tmp_path / ".saving").exists()
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_load_best_model_at_end_ends_with_the_best_checkpoints_parameters(lora, tmp_path):
+    trainer = new_trainer(
+        tmp_path,
+        lora,
+        eval_strategy="steps",
+        eval_steps=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # so that the best one isn't the last one
+    )
+    trainer.train()
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = max(losses, key=losses.__getitem__)
+    assert best != STEPS, "the last evaluation is the best: the test proves nothing"
+    checkpoint = tmp_path / f"checkpoint-{best}"
+    assert Path(trainer.state.best_model_checkpoint) == checkpoint
+    assert json.loads((tmp_path / "checkpoint-12" / "trainer_state.json").read_text())["best_model_checkpoint"] == str(
+        checkpoint
+    )
+    assert trainer.evaluate()["eval_loss"] == losses[best]
+    saved = load_file(checkpoint / (WEIGHTS if lora else "model.safetensors"))
+    final = parameters(trainer)
+    for name, tensor in saved.items():
+        name = name.removeprefix("base_model.model.")
+        assert torch.equal(final[name.removesuffix(".weight") if "lora_" in name else name], tensor), name
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_save_total_limit_keeps_the_last_checkpoints_and_the_best(limit, tmp_path):
+    new_trainer(tmp_path / "plain", save_steps=2, save_total_limit=limit).train()
+    want = {1: ["checkpoint-12"], 2: ["checkpoint-10", "checkpoint-12"]}[limit]
+    assert names(whole_checkpoints(str(tmp_path / "plain"))) == want
+    trainer = new_trainer(
+        tmp_path / "best",
+        save_total_limit=limit,
+        eval_strategy="steps",
+        eval_steps=4,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint).name
+    assert best != "checkpoint-12"
+    assert best in names(whole_checkpoints(str(tmp_path / "best")))
+    assert len(whole_checkpoints(str(tmp_path / "best"))) == limit
+
+
+def test_without_lora_a_checkpoint_holds_the_whole_model_and_resumes_bit_equal(tmp_path):
+    first = new_trainer(tmp_path, lora=False)
+    first.train()
+    saved = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
+    assert saved.keys() == dict(first.model.named_parameters()).keys()
+    assert not (tmp_path / "checkpoint-8" / WEIGHTS).exists()
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    again = new_trainer(tmp_path, lora=False)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert_equal_bits(parameters(again), parameters(first))
+
+
+def test_weight_decay_reaches_lora_and_head_weights_and_no_bias_as_in_the_reference(tmp_path):
+    trainer = new_trainer(tmp_path)
+    optimizer = trainer.create_optimizer()
+    by_id = {id(p): n for n, p in trainer.model.named_parameters()}
+    decay = {by_id[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay.keys() == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    layers = tuple(f".layer.{i}." for i in range(2))  # the golden model has a third one
+    reference = {
+        name
+        for name in GOLDEN["trainable_with_weight_decay"]
+        if ".layer." not in name or any(i in name for i in layers)
+    }
+    assert {name for name, value in decay.items() if value == 0.1} == reference
+    assert {name for name, value in decay.items() if value == 0.0} == {
+        "classifier.dense.bias",
+        "classifier.out_proj.bias",
+    }
+
+
+def test_predictions_keep_the_examples_order_when_training_groups_by_length(tmp_path):
+    plain, grouped = (
+        new_trainer(tmp_path, train_sampling_strategy=strategy) for strategy in ("random", "group_by_length")
+    )
+    torch.testing.assert_close(
+        grouped.predict(examples(24)).predictions, plain.predict(examples(24)).predictions, rtol=0, atol=0
+    )
