@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib.util
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -22,6 +24,12 @@ def run_glue():
     sys.modules[spec.name] = module  # its dataclasses look their module up
     yield spec.loader.exec_module(module) or module
     del sys.modules[spec.name]
+
+
+def parsed(argv: list[str]) -> TrainingArguments:
+    """As transformers reads them; what it writes into the environment (torch.compile's settings) is undone."""
+    with mock.patch.dict(os.environ):
+        return HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
 
 
 RENAMES = [
@@ -135,13 +143,13 @@ def test_a_warmup_ratio_becomes_steps_below_one_and_positive_steps_beat_it(writt
 
 def test_after_a_ratio_of_0_06_a_last_ratio_of_0_means_no_warmup(tmp_path):
     translated, _ = translate(["--warmup_ratio", "0.06", "--warmup_ratio", "0", "--output_dir", str(tmp_path)])
-    (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(translated, look_for_args_file=False)
+    args = parsed(translated)
     assert args.get_warmup_steps(1000) == 0
 
 
 def test_a_translated_ratio_is_a_fraction_of_all_steps_in_transformers(tmp_path):
     translated, _ = translate(["--warmup_ratio", "0.06", "--output_dir", str(tmp_path)])
-    (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(translated, look_for_args_file=False)
+    args = parsed(translated)
     assert args.get_warmup_steps(1000) == 60
 
 
@@ -199,7 +207,7 @@ def test_transformers_takes_the_translated_flags_with_their_values(tmp_path):
     argv += ["--gradient_checkpointing", "--torchdynamo", "inductor", "--group_by_length"]
     argv += ["--include_inputs_for_metrics", "--adafactor", "--evaluate_during_training", "--eval_steps", "9"]
     translated, _ = translate(argv)
-    (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(translated, look_for_args_file=False)
+    args = parsed(translated)
     assert (args.use_cpu, args.full_determinism, args.activation_checkpointing) == (True, True, True)
     assert (args.per_device_train_batch_size, args.per_device_eval_batch_size) == (4, 6)
     assert args.torch_compile_backend == "inductor"

@@ -290,6 +290,14 @@ def test_weight_decay_reaches_lora_and_head_weights_and_no_bias_as_in_the_refere
     }
 
 
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", WEIGHTS])
+def test_a_damaged_file_in_a_checkpoint_is_an_error_that_names_the_checkpoint(file, uninterrupted, tmp_path):
+    checkpoint = Path(shutil.copytree(uninterrupted[0] / "checkpoint-8", tmp_path / "checkpoint-8"))
+    (checkpoint / file).write_bytes((checkpoint / file).read_bytes()[:300])
+    with pytest.raises(UserError, match="checkpoint-8.*damaged"):
+        new_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_predictions_keep_the_examples_order_when_training_groups_by_length(tmp_path):
     plain, grouped = (
         new_trainer(tmp_path, train_sampling_strategy=strategy) for strategy in ("random", "group_by_length")

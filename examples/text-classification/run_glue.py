@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -26,6 +27,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
 
 import lora_nlu
 from lora_nlu import adapters, data
@@ -97,7 +99,7 @@ class RunArguments(TrainingArguments):
             self.include_num_input_tokens_seen = "non_padding"
         if self.logging_dir:
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
-            if self.report_to == "none":
+            if self.report_to == "none" and is_tensorboard_available():
                 self.report_to = "tensorboard"
         super().__post_init__()
 
@@ -133,6 +135,8 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
         raise UsageError(f"unknown flag {rest[0]}." + (f" Did you mean {' or '.join(near)}?" if near else ""))
     if not model_args.use_fast_tokenizer:
         notes.append("--use_fast_tokenizer false: tokenizers are always fast ones now.")
+    if args.logging_dir and not is_tensorboard_available():
+        notes.append(f"--logging_dir {args.logging_dir}: nothing is written there, tensorboard is not installed.")
     if args.process_index == 0:
         for note in notes:
             print(f"run_glue.py: {note}", flush=True)
@@ -159,10 +163,30 @@ def check_args(model_args: ModelArguments, data_args: DataArguments, args: RunAr
         for wanted, file in (("train", "train_file"), ("eval", "validation_file"), ("predict", "test_file")):
             if getattr(args, f"do_{wanted}") and not getattr(data_args, file):
                 raise UsageError(f"--do_{wanted} needs --{file}.")
+    if absent := [name for name in args.report_to if name not in (there := get_available_reporting_integrations())]:
+        raise UsageError(f"--report_to {absent[0]}: not installed here. Choose from: {', '.join(['none', *there])}.")
+    for group, least, names in (
+        (data_args, 1, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
+        (args, 1, ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")),
+        (args, 0, ("learning_rate", "weight_decay", "num_train_epochs", "seed")),
+    ):
+        for name in names:
+            if (value := getattr(group, name)) is not None and not value >= least:
+                raise UsageError(f"--{name} {value}: must be {least} or more.")
+    if model_args.lora_alpha is not None and not 0 < model_args.lora_alpha < float("inf"):
+        raise UsageError(f"--lora_alpha {model_args.lora_alpha}: must be above 0.")
     if data_args.max_seq_length < 4:
         raise UsageError(f"--max_seq_length {data_args.max_seq_length}: too short for any text.")
     if model_args.cls_dropout is not None and not 0 <= model_args.cls_dropout < 1:
         raise UsageError(f"--cls_dropout {model_args.cls_dropout}: must be from 0 to below 1.")
+
+
+def check_best_metric(args: RunArguments, names: tuple[str, ...]) -> None:
+    """The best checkpoint must be chosen by a metric that there is. Raises UsageError."""
+    known = ["loss", *names, *(["combined_score"] if len(names) > 1 and "mse" not in names else [])]
+    wanted = args.metric_for_best_model
+    if wanted is not None and wanted.removeprefix("eval_") not in known:
+        raise UsageError(f"--metric_for_best_model {wanted}: not evaluated here. Choose from: {', '.join(known)}.")
 
 
 def prepare_output_dir(args: RunArguments) -> None:
@@ -228,7 +252,7 @@ def build_model(
         model, report = MODELS[config.model_type].from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **where
         )
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(
             f"--model_name_or_path {name}: its weights can't be loaded ({str(e).splitlines()[0][:200]})."
         ) from e
@@ -259,6 +283,8 @@ def load_tokenizer(model_args: ModelArguments, config: Any) -> Any:
         )
     except (OSError, ValueError, ImportError) as e:
         raise UserError(f"No tokenizer in {name} ({str(e).splitlines()[0][:150]}). Give --tokenizer_name.") from e
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where the files are missing
+        raise UserError(f"No tokenizer in {name} (it has no vocabulary). Give --tokenizer_name.")
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"The tokenizer of {name} has {len(tokenizer)} tokens, the model only {config.vocab_size}.")
     return tokenizer
@@ -291,8 +317,13 @@ def train(trainer: AdapterTrainer, args: RunArguments, task: str) -> None:
     if args.overwrite_output_dir and args.process_index == 0:
         clear_earlier_run(folder)
     trainer.accelerator.wait_for_everyone()
-    done = adapters.read_json(folder / RUN).get("trained") if (folder / RUN).is_file() else None
-    if done == length:
+    earlier = adapters.read_json(folder / RUN) if (folder / RUN).is_file() else trainer.metadata
+    if any(earlier.get(key) != trainer.metadata[key] for key in ("task", "labels")):
+        raise UserError(
+            f"--output_dir {folder} holds a run of {earlier.get('task')} with labels {earlier.get('labels')}.\n"
+            "Choose another folder, or --overwrite_output_dir to train afresh."
+        )
+    if earlier.get("trained") == length:
         say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
         trainer._load_from_checkpoint(str(folder))
         return
@@ -322,7 +353,7 @@ def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> di
     for name in sets:
         metrics = trainer.evaluate(tables[name]) | {"eval_samples": len(tables[name])}
         if name.endswith("mismatched"):
-            metrics = {f"{key}_mm": value for key, value in metrics.items() if key != "epoch"}
+            metrics = {f"{key}_mm": value for key, value in metrics.items() if key.startswith("eval_")}
             trainer.save_metrics("eval_mm", metrics, combined=False)
         combined |= metrics
     if len(sets) > 1:
@@ -417,6 +448,7 @@ def main(argv: list[str]) -> None:
         tables = data.tokenize(examples, tokenizer, max_length, model_args.cache_dir, data_args.overwrite_cache)
 
     names = TASKS[task].metrics if task in TASKS else ("pearson", "mse") if examples.is_regression else ("accuracy",)
+    check_best_metric(args, names)
     padding = "max_length" if data_args.pad_to_max_length else "longest"
     trainer = AdapterTrainer(
         model=model,

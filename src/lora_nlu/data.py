@@ -238,6 +238,10 @@ def _json_rows(path: Path, text: str) -> Iterator[_Row]:
             continue
         try:
             fields = json.loads(line)
+            if "\\u" in line:
+                json.dumps(
+                    fields, ensure_ascii=False
+                ).encode()  # fails on half a surrogate pair, which no table can hold
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path}:{number}: not a JSON object ({e}). The file needs one object a line.") from e
         if not isinstance(fields, dict):
@@ -300,7 +304,8 @@ def load_files(files: dict[str, str], known_labels: Sequence[str] | None) -> Exa
     sorted labels of the training file; without either, of the validation file. Raises UserError naming file and line.
     """
     rows: dict[str, list[_Row]] = {}
-    digests, texts = {}, {}
+    digests: dict[str, str] = {}
+    texts: dict[str, tuple[str, ...]] = {}
     for split, name in files.items():
         path = Path(name)
         content = _read(path)
@@ -396,6 +401,7 @@ def tokenize(
 
     encoded = {}
     for split, table in examples.splits.items():
+        _check_vocabulary(table, tokenizer, split)
         key = hashlib.sha256(f"{table._fingerprint} {len(table)} {identity}".encode()).hexdigest()[:32]
         texts = [name for name in table.column_names if name != LABEL]
         encoded[split] = table.map(
@@ -407,15 +413,16 @@ def tokenize(
             new_fingerprint=key,
             desc=f"Tokenising {split}",
         )
-        _check_vocabulary(encoded[split], tokenizer, split)
     return encoded
 
 
 def _check_vocabulary(table: Dataset, tokenizer: Any, split: str) -> None:
-    """A vocabulary read by the wrong tokenizer class turns every word into the unknown token, silently."""
-    ids = [i for row in table[:100]["input_ids"] for i in row]
-    known = sum(i not in tokenizer.all_special_ids for i in ids)
-    if ids.count(tokenizer.unk_token_id) > max(10, known):
+    """A vocabulary read by the wrong tokenizer class makes words unknown, drops them or joins them up, silently."""
+    texts = [text[:200] for text in table[:100]["text"]]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    kept = sum(len(tokenizer.decode(row, skip_special_tokens=True).split()) for row in ids)
+    lost = sum(len(text.split()) for text in texts) - kept
+    if lost > max(10, kept):
         raise UserError(
             f"The tokenizer ({type(tokenizer).__name__}) knows almost none of the words of the {split} examples.\n"
             "Its files don't fit its class: set tokenizer_class in tokenizer_config.json, or give --tokenizer_name."

@@ -1,7 +1,10 @@
 """The `Trainer` subclass: checkpoints hold what was trained, appear whole or not at all, and are resumed whole."""
 
 import json
+import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,19 @@ def whole_checkpoints(output_dir: str) -> list[Path]:
         if whole:
             found.append((int(step), path))
     return [path for _, path in sorted(found)]
+
+
+@contextmanager
+def _damage_said(checkpoint: str | None) -> Iterator[None]:
+    """Turn what torch raises for a file it can't read into a UserError."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as e:
+        reason = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
+        raise UserError(
+            f"{checkpoint}: damaged, can't be resumed from ({reason}).\n"
+            "Remove this folder; the same command then takes the checkpoint before it, or starts anew."
+        ) from e
 
 
 class AdapterTrainer(Trainer):
@@ -99,6 +115,14 @@ class AdapterTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         adapters.load_adapter(self.model, adapters.read_adapter(resume_from_checkpoint), allow_new_head=False)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _damage_said(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _damage_said(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

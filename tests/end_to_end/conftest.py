@@ -1,51 +1,22 @@
 """A RoBERTa that trains in seconds, GLUE folders to train it on, and run_glue.py inside and outside this process."""
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from runs import SCRIPT, Outcome, Run, sentence, write_checkpoint, write_tsv
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
+from transformers import RobertaConfig
 
 from lora_nlu.errors import UserError
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "text-classification" / "run_glue.py"
-NOUNS = "cat dog bird tree house river stone cloud road garden window table".split()
-VERBS = "sees finds leaves likes paints carries follows remembers".split()
-LORA = ["--apply_lora", "--lora_r", "4", "--lora_alpha", "8"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one run of run_glue.py ended: exit code, what it printed, and its error message."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-def sentence(rng: random.Random, marker: str = "") -> str:
-    words = [f"the {rng.choice(NOUNS)} {rng.choice(VERBS)} the {rng.choice(NOUNS)}" for _ in range(rng.randint(1, 3))]
-    return " and ".join([*words, marker] if marker else words)
-
-
-def write_tsv(path: Path, rows: list[list[object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -86,19 +57,6 @@ def glue(tmp_path_factory) -> Path:
         if name.startswith("test"):
             mnli = [row[:3] for row in mnli]
         write_tsv(folder / "MNLI" / f"{name}.tsv", mnli)
-    return folder
-
-
-def write_checkpoint(folder: Path, vocabulary: Path, **settings: int) -> Path:
-    """A RoBERTa checkpoint as the Hub has them: encoder and language-model head, tokenizer, config, safetensors."""
-    tokenizer = RobertaTokenizer.from_pretrained(vocabulary)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48} | settings
-    config = RobertaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=66, type_vocab_size=1, initializer_range=0.2, **shape
-    )
-    torch.manual_seed(0)
-    RobertaForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -186,9 +144,3 @@ def start(base_flags, environment) -> Run:
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return run
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file under a folder by its SHA-256."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
