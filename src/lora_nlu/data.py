@@ -271,7 +271,7 @@ def _label_values(rows: Sequence[_Row]) -> list[str] | list[float]:
         if isinstance(value, bool):
             value = str(value).lower()
         empty = value is None or (isinstance(value, float) and not math.isfinite(value))
-        if empty or str(value).strip().lower() in ("", "nan", "none", "null", "inf", "-inf"):
+        if empty or str(value).strip().lower() in ("", "nan"):
             raise UserError(f"{row.where}: the label is {value!r}. Give every example one.")
         if not isinstance(value, (str, int, float)):
             raise UserError(f"{row.where}: the label is a {type(value).__name__}; it must be a string or a number.")
