@@ -102,6 +102,11 @@ class LoRALinear(nn.Linear):
         if self.merged:
             del destination[prefix + "lora_A"], destination[prefix + "lora_B"]
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "lora_A" in state_dict:
+            self.merged = False  # what came with its own matrices does not hold them in the weight
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, merged={self.merged}"
 

@@ -28,7 +28,7 @@ def attend(
     """softmax(q k^T / sqrt D) v within each sequence, group by group over sequences of equal length.
 
     Args:    query [Q, H]: a row a token, or a row a sequence (its first token's); key, value [N, H]; packed order.
-    Returns: context [Q, H] and, if `with_probs`, the probabilities [B, A, S, S] (0 beyond a sequence's end).
+    Returns: context [Q, H] and, if `with_probs`, the probabilities [B, A, S, S] (0 where a token is masked).
     """
     per_sequence = query.shape[0] != key.shape[0]
     head_size = query.shape[1] // heads
@@ -38,7 +38,7 @@ def attend(
     probs: list[Tensor] = []
     # split, not slices: the backward of one split is one concatenation
     parts = zip(query.split(query_sizes), key.split(key_sizes), value.split(key_sizes), strict=True)
-    for (n, length), (q, k, v) in zip(packed.groups, parts, strict=True):
+    for (n, _), (q, k, v) in zip(packed.groups, parts, strict=True):
         q, k, v = (rows.view(n, -1, heads, head_size).transpose(1, 2) for rows in (q, k, v))  # [n, A, L, D]
         if with_probs:
             scores = q @ k.transpose(-1, -2) / math.sqrt(head_size)  # [n, A, L, L]
@@ -46,12 +46,11 @@ def attend(
                 scores = scores.masked_fill(~packed.key_mask, torch.finfo(scores.dtype).min)
             weights = F.dropout(scores.softmax(-1), dropout_p)
             context = weights @ v
-            pad = packed.length - length
-            probs.append(F.pad(weights, (0, pad, 0, pad)))
+            probs.append(weights)
         else:
             context = F.scaled_dot_product_attention(q, k, v, packed.key_mask, dropout_p)
         contexts.append(context.transpose(1, 2).reshape(-1, query.shape[1]))
-    return torch.cat(contexts), packed.in_batch_order(torch.cat(probs)) if with_probs else None
+    return torch.cat(contexts), packed.unpack_pairs(probs) if with_probs else None
 
 
 class RobertaEmbeddings(nn.Module):

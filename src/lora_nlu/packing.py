@@ -85,6 +85,19 @@ class PackedBatch:
         grid = rows if self.slots is None else rows.new_zeros(shape).index_copy(0, self.slots, rows)
         return grid.view(self.batch, self.length, *rows.shape[1:])
 
+    def unpack_pairs(self, groups: list[Tensor]) -> Tensor:
+        """[count, A, L, L] of each group, token against token, to [B, A, S, S] at the tokens' places; padding is 0."""
+        if self.slots is None:
+            return groups[0]
+        heads, size = groups[0].shape[1], self.length
+        grid = groups[0].new_zeros(self.batch, heads, size, size)
+        for (n, length), slots, pairs in zip(
+            self.groups, self.slots.split([n * length for n, length in self.groups]), groups, strict=True
+        ):
+            sequence, place = slots.view(n, length)[:, :1, None] // size, slots.view(n, length) % size
+            grid[sequence, :, place[:, :, None], place[:, None, :]] = pairs.permute(0, 2, 3, 1)  # [n, L, L, A]
+        return grid
+
     def in_batch_order(self, sequences: Tensor) -> Tensor:
         """[B, ...], one row a sequence, from packed order to the batch's."""
         return sequences if self.unsort is None else sequences.index_select(0, self.unsort)

@@ -149,7 +149,7 @@ def test_without_data_and_hub_the_answer_comes_in_seconds_and_names_glue_dir(ref
     began = time.monotonic()
     message = refused_by_process(1, "--task_name", "rte", "--do_eval", *LORA, env=nobody)
     assert "--glue_dir" in message and "RTE" in message
-    assert time.monotonic() - began < 60  # twice a start on a busy machine; transformers' own retries take minutes
+    assert time.monotonic() - began < 90  # a start takes 30 on a busy machine; transformers' own retries minutes
 
 
 def test_a_glue_folder_without_the_task_or_no_folder_at_all_is_said(refused, glue, tmp_path):
@@ -223,7 +223,7 @@ def test_a_model_that_is_no_folder_and_no_hub_id_is_refused_in_seconds(refused_b
     began = time.monotonic()
     flags = rte(glue, "--model_name_or_path", "roberta-bose", "--do_train", *LORA)
     assert "--model_name_or_path roberta-bose" in refused_by_process(1, *flags, env=nobody)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 90
 
 
 def test_a_model_path_that_is_nothing_or_an_empty_folder_is_refused(refused, glue, tmp_path):
@@ -336,12 +336,14 @@ def test_an_adapter_of_another_rank_alpha_or_task_is_refused(refused, finished, 
     assert "entailment, not_entailment" in message and "contradiction" in message
 
 
-def test_a_pickle_that_would_run_code_ends_a_process_with_code_1_and_never_runs(refused_by_process, glue, tmp_path):
+def test_a_pickle_that_would_run_code_ends_a_process_with_code_1_and_never_runs(
+    refused, refused_by_process, glue, tmp_path
+):
     marker = tmp_path / "marker"
     torch.save({"a.lora_A": Payload(f"touch {marker}")}, tmp_path / "bad.bin")
     assert "refused" in refused_by_process(1, *rte(glue, "--do_eval", *LORA, "--lora_path", tmp_path / "bad.bin"))
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps(Payload(f"touch {marker}")))
-    assert "refused" in refused_by_process(1, *rte(glue, "--do_eval", *LORA, "--lora_path", tmp_path / "plain.pkl"))
+    assert "refused" in refused(1, *rte(glue, "--do_eval", *LORA, "--lora_path", tmp_path / "plain.pkl"))
     assert not marker.exists()
 
 
