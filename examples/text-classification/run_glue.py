@@ -129,7 +129,7 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, ImportError) as e:
-        raise UsageError(str(e).strip()) from e
+        raise UsageError("\n".join(str(e).strip().splitlines()[:3])) from e
     if rest:
         near = difflib.get_close_matches(rest[0], parser._option_string_actions, n=3)
         raise UsageError(f"unknown flag {rest[0]}." + (f" Did you mean {' or '.join(near)}?" if near else ""))
@@ -229,7 +229,7 @@ def build_model(
     name, where = model_args.model_name_or_path, {"cache_dir": model_args.cache_dir, "token": model_args.token}
     where["revision"] = model_args.model_revision
     try:
-        config = AutoConfig.from_pretrained(model_args.config_name or name, num_labels=len(labels) or 1, **where)
+        config = AutoConfig.from_pretrained(model_args.config_name or name, **where)
     except (OSError, ValueError) as e:
         raise UserError(
             f"--model_name_or_path {name}: neither a folder with a config.json nor a model the Hub gives.\n"
@@ -237,14 +237,16 @@ def build_model(
         ) from e
     if config.model_type not in MODELS:
         raise UserError(f"--model_name_or_path {name}: a {config.model_type!r} model; supported: {', '.join(MODELS)}.")
+    recorded = [label.lower() for _, label in sorted(config.id2label.items())]
+    named = not recorded[0].startswith("label_")  # else they are transformers' placeholders
+    if needs_head and named and labels and recorded != [label.lower() for label in labels]:
+        raise UserError(f"{name} was trained to tell {', '.join(recorded)}; the examples have {', '.join(labels)}.")
+    config.num_labels = len(labels) or 1
     if labels:
         config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
-    config.apply_lora, config.lora_r, config.lora_alpha = (
-        model_args.apply_lora,
-        model_args.lora_r,
-        model_args.lora_alpha,
-    )
-    config.cls_dropout, config.finetuning_task = model_args.cls_dropout, task
+    config.apply_lora, config.lora_r = model_args.apply_lora, model_args.lora_r
+    config.lora_alpha, config.cls_dropout = model_args.lora_alpha, model_args.cls_dropout
+    config.finetuning_task = task
     set_seed(args.seed)  # A and the head are drawn while loading
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # what is missing is checked and said below
@@ -265,10 +267,19 @@ def build_model(
             f"--model_name_or_path {name}: {len(wrong)} weights are missing or not of config.json's shape, "
             f"{', '.join(wrong[:3])} among them."
         )
+    if unexpected := sorted(report["unexpected_keys"]):
+        if any(".lora_" in key for key in unexpected):
+            raise UserError(
+                f"--model_name_or_path {name}: holds LoRA matrices ({unexpected[0]}, ...) and they would be left out.\n"
+                "Give the plain base model there, and the adapter with --apply_lora --lora_path."
+            )
+        say(args, f"{name}: {len(unexpected)} weights have no place in the model: {', '.join(unexpected[:3])} ...")
     if new and needs_head:
         raise UserError(
             f"{name} has no trained head for {task}. Train (--do_train), or give an adapter with --lora_path."
         )
+    if report["mismatched_keys"]:
+        say(args, f"{name}: its head is for other labels and is left behind; the head starts anew.")
     if lora_rank(config):
         mark_only_lora_as_trainable(model)
     return model
@@ -300,6 +311,22 @@ def load_adapter(model: Any, adapter: adapters.Adapter, labels: tuple[str, ...],
         say(args, f"{adapter.source}: its head is for other labels and is left behind; the head starts anew.")
 
 
+def run_metadata(
+    model_args: ModelArguments, args: RunArguments, task: str, labels: tuple[str, ...], max_length: int
+) -> dict[str, Any]:
+    """What a later reader of the adapter must know."""
+    return {
+        "task": task,
+        "labels": list(labels),
+        "base_model": model_args.model_name_or_path,
+        "lora_r": model_args.lora_r if model_args.apply_lora else 0,
+        "lora_alpha": model_args.lora_alpha,
+        "max_seq_length": max_length,
+        "seed": args.seed,
+        "versions": {module.__name__: module.__version__ for module in (lora_nlu, torch, transformers)},
+    }
+
+
 def find_checkpoint(args: RunArguments) -> str | None:
     """Where to resume: --resume_from_checkpoint, or the last whole checkpoint of an unfinished run."""
     given = args.resume_from_checkpoint
@@ -311,7 +338,7 @@ def find_checkpoint(args: RunArguments) -> str | None:
     return checkpoints[-1] if checkpoints and str(given).lower() != "false" else None
 
 
-def train(trainer: AdapterTrainer, args: RunArguments, task: str) -> None:
+def train(trainer: AdapterTrainer, args: RunArguments) -> None:
     """Train, or take up where an interrupted run stopped, or skip what is already done; save what was trained."""
     folder, length = Path(args.output_dir), [args.num_train_epochs, args.max_steps]
     if args.overwrite_output_dir and args.process_index == 0:
@@ -458,19 +485,10 @@ def main(argv: list[str]) -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, padding=padding, max_length=max_length),
         compute_metrics=lambda p: compute_metrics(names, p.predictions, p.label_ids),
-        metadata={
-            "task": task,
-            "labels": list(examples.labels),
-            "base_model": model_args.model_name_or_path,
-            "lora_r": lora_rank(model.config),
-            "lora_alpha": model_args.lora_alpha,
-            "max_seq_length": max_length,
-            "seed": args.seed,
-            "versions": {m.__name__: m.__version__ for m in (lora_nlu, torch, transformers)},
-        },
+        metadata=run_metadata(model_args, args, task, examples.labels, max_length),
     )
     if args.do_train:
-        train(trainer, args, task)
+        train(trainer, args)
     elif args.process_index == 0 and not Path(args.output_dir, RUN).is_file():
         adapters.write_json(Path(args.output_dir, RUN), trainer.metadata)
     metrics = evaluate(trainer, tables, names[0]) if args.do_eval else {}

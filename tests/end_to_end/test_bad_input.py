@@ -13,7 +13,9 @@ import pytest
 import torch
 from runs import LORA, contents, write_checkpoint
 from safetensors.torch import load_file
-from transformers import BertConfig
+from transformers import BertConfig, RobertaConfig
+
+from lora_nlu.modeling_roberta import RobertaForSequenceClassification
 
 SHORT = ["--max_steps", "4", "--save_steps", "4", "--max_seq_length", "64"]
 
@@ -405,3 +407,33 @@ def test_a_full_disk_ends_with_code_1_and_the_earlier_checkpoint_can_still_be_re
     again = call(*flags)
     assert again.code == 0 and f"Resuming from {output / 'checkpoint-4'}" in again.out
     assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 8
+
+
+# ------------------------------------------------------------------------------------- whole models as the base model
+
+
+@pytest.fixture
+def whole_model(tiny_model, tmp_path) -> Callable[..., Path]:
+    """A saved classifier with the given labels, in a folder with the tiny model's tokenizer."""
+
+    def save(labels: list[str], **settings) -> Path:
+        folder = Path(shutil.copytree(tiny_model, tmp_path / "whole"))
+        config = RobertaConfig.from_pretrained(tiny_model, id2label=dict(enumerate(labels)))
+        for name, value in settings.items():
+            setattr(config, name, value)
+        RobertaForSequenceClassification(config).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def test_a_whole_model_with_lora_matrices_is_not_evaluated_without_them(refused, glue, whole_model):
+    folder = whole_model(["entailment", "not_entailment"], apply_lora=True, lora_r=4, lora_alpha=8)
+    said = refused(1, *rte(glue, "--do_eval", "--model_name_or_path", folder))
+    assert "lora_A" in said and "--lora_path" in said
+
+
+def test_a_trained_model_is_not_evaluated_under_other_labels_or_another_order(refused, glue, whole_model):
+    folder = whole_model(["not_entailment", "entailment"])
+    said = refused(1, *rte(glue, "--do_eval", "--model_name_or_path", folder))
+    assert "not_entailment, entailment" in said and "entailment, not_entailment" in said
