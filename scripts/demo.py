@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -119,6 +120,7 @@ def train_head(work: Path, epochs: int = 3, batch: int = 32, learning_rate: floa
         print("Already trained")
         return
     torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()  # that the encoder has no head is known
     tokenizer = AutoTokenizer.from_pretrained(work / "encoder")
     config = RobertaConfig.from_pretrained(work / "encoder", num_labels=2)
     model = RobertaForSequenceClassification.from_pretrained(work / "encoder", config=config).eval()
@@ -175,7 +177,7 @@ def report(work: Path) -> None:
     right.axhline(head, color="#c06014", linestyle="--", label="head alone, 3 epochs")
     right.axhline(majority, color="#777777", linestyle=":", label="more frequent class")
     right.set(xlabel="step", ylabel="held-out accuracy", ylim=(0.45, 0.95))
-    right.legend(loc="lower right", frameon=False)
+    right.legend(loc="center right", bbox_to_anchor=(1, 0.4), frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(0, None)
