@@ -38,7 +38,6 @@ RENAMES = [
     ("per_gpu_train_batch_size", "4", "per_device_train_batch_size"),
     ("per_gpu_eval_batch_size", "8", "per_device_eval_batch_size"),
     ("use_deterministic_algorithms", "True", "full_determinism"),
-    ("gradient_checkpointing", "True", "activation_checkpointing"),
     ("torchdynamo", "inductor", "torch_compile_backend"),
     ("use_auth_token", "hf_abc", "token"),
     ("max_val_samples", "50", "max_eval_samples"),
@@ -70,9 +69,7 @@ def test_a_renamed_flag_keeps_its_value_in_every_spelling(old, value, new):
         assert notes == [f"{' '.join(spelling)} is now --{new} {value}."]
 
 
-@pytest.mark.parametrize(
-    "old", ["no_cuda", "use_deterministic_algorithms", "gradient_checkpointing"]
-)  # the renamed ones that are switches
+@pytest.mark.parametrize("old", ["no_cuda", "use_deterministic_algorithms"])  # the renamed ones that are switches
 def test_a_renamed_switch_without_a_value_stays_without(old):
     assert translate([f"--{old}"])[0] == [f"--{RENAMED[old]}"]
     assert translate([f"--{old}", "--seed", "1"])[0] == [f"--{RENAMED[old]}", "--seed", "1"]
@@ -204,11 +201,11 @@ def test_every_new_flag_exists_in_transformers_or_in_run_glue(run_glue):
 def test_transformers_takes_the_translated_flags_with_their_values(tmp_path):
     argv = ["--output_dir", str(tmp_path), "--no_cuda", "--local_rank=-1", "--fp16_opt_level", "O1"]
     argv += ["--per_gpu_train_batch_size=4", "--per_gpu_eval_batch_size", "6", "--use_deterministic_algorithms"]
-    argv += ["--gradient_checkpointing", "--torchdynamo", "inductor", "--group_by_length"]
+    argv += ["--torchdynamo", "inductor", "--group_by_length"]
     argv += ["--include_inputs_for_metrics", "--adafactor", "--evaluate_during_training", "--eval_steps", "9"]
     translated, _ = translate(argv)
     args = parsed(translated)
-    assert (args.use_cpu, args.full_determinism, args.activation_checkpointing) == (True, True, True)
+    assert (args.use_cpu, args.full_determinism) == (True, True)
     assert (args.per_device_train_batch_size, args.per_device_eval_batch_size) == (4, 6)
     assert args.torch_compile_backend == "inductor"
     assert args.train_sampling_strategy == "group_by_length" and args.include_for_metrics == ["inputs"]
@@ -218,4 +215,4 @@ def test_transformers_takes_the_translated_flags_with_their_values(tmp_path):
 @pytest.mark.parametrize("old", sorted({*RENAMED, *SWITCHES, *DROPPED, "warmup_ratio"}))
 def test_no_translated_flag_is_one_of_todays(old):
     """But two that transformers keeps for a while: it calls one deprecated, the other it ignores."""
-    assert (old in TRAINING_FLAGS) == (old in ("gradient_checkpointing", "local_rank"))
+    assert (old in TRAINING_FLAGS) == (old == "local_rank")

@@ -9,7 +9,6 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "use_deterministic_algorithms": "full_determinism",
-    "gradient_checkpointing": "activation_checkpointing",
     "torchdynamo": "torch_compile_backend",
     "use_auth_token": "token",
     "max_val_samples": "max_eval_samples",
