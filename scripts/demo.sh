@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on any machine with Python: a real pretrained encoder learns, with LoRA, to tell positive movie
-# sentences from negative ones. Everything comes from the package index; no Hub, no GPU. Six minutes on two cores.
+# sentences from negative ones. Everything comes from the package index; no Hub, no GPU.
 #   bash scripts/demo.sh       again: reuses what is there and skips what is done; rm -r .demo to start over
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -356,7 +356,13 @@ def test_an_interrupted_run_says_how_to_go_on_and_its_re_run_ends_bit_equal(
     output = tmp_path / "output"
     command = [sys.executable, SCRIPT, *base_flags, *rte(glue, output, *long)]
     process = subprocess.Popen(
-        [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*map(str, command)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in a shell's background has Ctrl-C ignored, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(output.glob("checkpoint-*")) and time.monotonic() < deadline and process.poll() is None:
