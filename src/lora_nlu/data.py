@@ -238,10 +238,8 @@ def _json_rows(path: Path, text: str) -> Iterator[_Row]:
             continue
         try:
             fields = json.loads(line)
-            if "\\u" in line:
-                json.dumps(
-                    fields, ensure_ascii=False
-                ).encode()  # fails on half a surrogate pair, which no table can hold
+            if "\\u" in line:  # half a surrogate pair, which no table can hold, fails here
+                json.dumps(fields, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path}:{number}: not a JSON object ({e}). The file needs one object a line.") from e
         if not isinstance(fields, dict):
