@@ -54,11 +54,24 @@ class AdapterTrainer(Trainer):
     `metadata` (task, label names, base model, ...) is written with every adapter.
     """
 
+    args: Any  # transformers types these as possibly None
+    model: Any
+    train_dataset: Any
+
     def __init__(self, *args: Any, metadata: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
         self.metadata = metadata
+        super().__init__(*args, **kwargs)
         self.has_lora = count_parameters(kwargs["model"]).lora > 0
         self._under_construction = False
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as e:  # the HTTP library in use decides what no network or no permission is called
+            raise UserError(
+                f"--push_to_hub: the Hub gives no repository to push to ({str(e).splitlines()[0][:150]}).\n"
+                "Log in with `hf auth login`, or leave the flag out and upload the output folder later: hf upload."
+            ) from e
 
     # ------------------------------------------------------------------------------------------------- writing
 

@@ -109,6 +109,7 @@ def rte(glue: Path, *flags: object) -> list[object]:
         (["--task_name", "rte", "--do_train", *LORA, "--lora_alpha", "nan"], ["--lora_alpha nan"]),
         (["--task_name", "rte", "--do_train", *LORA, "--lora_alpha", "0"], ["--lora_alpha 0"]),
         (["--task_name", "rte", "--do_train", "--report_to", "paper"], ["--report_to paper", "none"]),
+        (["--task_name", "rte", "--do_train", "--torch_compile_backend", "gcc"], ["backend gcc", "inductor"]),
     ],
     ids=lambda value: " ".join(value)[-40:],
 )
@@ -132,7 +133,7 @@ def test_half_precision_trains_without_a_gpu_too_and_saves_finite_fp32(precision
 
 
 def test_a_warmup_ratio_that_is_no_fraction_is_refused(refused):
-    assert "--warmup_ratio 6" in (message := refused(1, "--task_name", "rte", "--do_train", "--warmup_ratio", "6")), (
+    assert "--warmup_ratio 6" in (message := refused(2, "--task_name", "rte", "--do_train", "--warmup_ratio", "6")), (
         message
     )
 
@@ -407,6 +408,12 @@ def test_a_full_disk_ends_with_code_1_and_the_earlier_checkpoint_can_still_be_re
     again = call(*flags)
     assert again.code == 0 and f"Resuming from {output / 'checkpoint-4'}" in again.out
     assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 8
+
+
+def test_pushing_to_a_hub_that_isnt_there_is_refused_before_training(refused_by_process, glue, tmp_path):
+    flags = [*rte(glue, "--do_train", *LORA, *SHORT), "--push_to_hub", "--overwrite_output_dir"]
+    said = refused_by_process(1, *flags)
+    assert "--push_to_hub" in said and "hf upload" in said
 
 
 # ------------------------------------------------------------------------------------- whole models as the base model

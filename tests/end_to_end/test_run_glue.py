@@ -316,6 +316,20 @@ def test_evaluating_a_custom_adapter_alone_uses_the_labels_it_recorded(own_run, 
     assert read(tmp_path / "part" / "eval_results.json")["eval_accuracy"] == right / len(some)
 
 
+def test_a_whole_fine_tuned_model_predicts_by_the_labels_its_config_records(own_run, call, tmp_path):
+    _, folder = own_run
+    files = ["--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv"]
+    whole = tmp_path / "whole"
+    succeeded(call(*files, *SHORT, "--do_train", "--do_eval", "--output_dir", whole))
+    flags = ["--model_name_or_path", whole, "--max_seq_length", "64", "--output_dir", tmp_path / "o"]
+    succeeded(call("--test_file", folder / "validation.csv", "--do_predict", *flags))
+    lines = (tmp_path / "o" / "predict_results_custom.tsv").read_text().splitlines()[1:]
+    with (folder / "validation.csv").open(newline="", encoding="utf-8") as file:
+        wanted = [row[1] for row in list(csv.reader(file))[1:]]
+    right = sum(line.split("\t")[1] == label for line, label in zip(lines, wanted, strict=True))
+    assert read(whole / "eval_results.json")["eval_accuracy"] == pytest.approx(right / len(wanted))
+
+
 def test_a_csv_with_decimal_labels_is_a_regression(call, tmp_path):
     rng = random.Random(2)
     files = [

@@ -11,7 +11,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from lora_nlu.errors import UserError
-from lora_nlu.legacy_flags import DROPPED, RENAMED, SWITCHES, translate
+from lora_nlu.flags import DROPPED, RENAMED, SWITCHES, translate
 
 RUN_GLUE = Path(__file__).parents[1] / "examples" / "text-classification" / "run_glue.py"
 TRAINING_FLAGS = {field.name for field in dataclasses.fields(TrainingArguments)}

@@ -1,6 +1,15 @@
-"""Flags of 2021's scripts in today's spelling: what transformers 5 renamed or dropped, translated one by one."""
+"""A command line, or a JSON file of flags, to dataclasses; what transformers 5 renamed or dropped is translated."""
 
-from lora_nlu.errors import UserError
+import difflib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import HfArgumentParser
+
+from lora_nlu.errors import UsageError
 
 # old name: new flag that takes the same value
 RENAMED = {
@@ -38,10 +47,61 @@ DROPPED = {
 _TRUE, _FALSE = {"true", "yes", "1", "t", "y"}, {"false", "no", "0", "f", "n"}
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def parse(argv: list[str], groups: Any) -> tuple[tuple[Any, ...], list[str]]:
+    """Read flags, or the JSON file that is the only argument, into one object of each dataclass of `groups`.
+
+    Returns them and a line for each old flag that was translated. Raises UsageError; an unknown flag names near ones.
+    """
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        argv = _from_json(Path(argv[0]))
+    argv, notes = translate(argv)
+    parser = _Parser(groups, allow_abbrev=False)
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, ImportError) as e:
+        raise UsageError("\n".join(str(e).strip().splitlines()[:3])) from e
+    if rest:
+        near = difflib.get_close_matches(rest[0], parser._option_string_actions, n=3)
+        raise UsageError(f"unknown flag {rest[0]}." + (f" Did you mean {' or '.join(near)}?" if near else ""))
+    return tuple(parsed), notes
+
+
+def _from_json(path: Path) -> list[str]:
+    """The flags of a JSON object: a list is several values, null a flag left out."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{path}: can't be read ({e}).") from e
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path}: holds a JSON {type(settings).__name__}; expected an object of flags.")
+    argv = []
+    for name, value in settings.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            argv += [f"--{name}", *map(str, values)]
+    return argv
+
+
+def check_compiler(backend: str | None, on_cpu: bool) -> None:
+    """torch.compile must know its backend, and find the compiler that it would start. Raises UsageError."""
+    if backend and backend not in torch._dynamo.list_backends(exclude_tags=()):
+        known = ", ".join(torch._dynamo.list_backends())
+        raise UsageError(f"--torch_compile_backend {backend}: unknown. Choose from: {known}.")
+    if backend == "inductor" and on_cpu and not shutil.which("g++"):
+        raise UsageError("--torch_compile: needs a C++ compiler on a CPU, and there is no g++. Leave the flag out.")
+
+
 def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     """Translate a command line; returns it in today's flags, and a line for each translation made.
 
-    Raises UserError for a `--warmup_ratio` that is no fraction.
+    Raises UsageError for a `--warmup_ratio` that is no fraction.
     """
     groups: list[tuple[str, list[str]]] = []  # (name, its tokens as written), in order
     for token in argv:
@@ -94,5 +154,5 @@ def _warmup(values: list[str], warmup_steps_win: bool) -> list[str]:
     except (IndexError, ValueError):
         ratio = -1.0
     if not 0 <= ratio < 1:
-        raise UserError(f"--warmup_ratio {' '.join(values)}: must be a fraction of all steps, from 0 to below 1.")
+        raise UsageError(f"--warmup_ratio {' '.join(values)}: must be a fraction of all steps, from 0 to below 1.")
     return [] if warmup_steps_win else ["--warmup_steps", values[0]]

@@ -1,0 +1,114 @@
+"""From a checkpoint folder or Hub id to our model and its tokenizer, checked against what is asked of them."""
+
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer
+
+from lora_nlu.adapters import head_names
+from lora_nlu.errors import UserError
+from lora_nlu.lora import lora_rank, mark_only_lora_as_trainable
+from lora_nlu.modeling_roberta import RobertaForSequenceClassification
+
+MODELS: dict[str, Any] = {"roberta": RobertaForSequenceClassification}
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def load_config(name: str, **hub: Any) -> Any:
+    """The configuration of a folder or Hub id; `hub`: cache_dir, token, revision.
+
+    Raises UserError if there is none, or none of a model we have.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+    except (OSError, ValueError) as e:
+        said = f"--model_name_or_path {name}: neither a folder with a config.json nor a model the Hub gives."
+        raise UserError(f"{said}\n({_reason(e)})") from e
+    if config.model_type not in MODELS:
+        raise UserError(f"--model_name_or_path {name}: a {config.model_type!r} model; supported: {', '.join(MODELS)}.")
+    return config
+
+
+def recorded_labels(config: Any) -> tuple[str, ...] | None:
+    """Label names in id order that a fine-tuned model's config records, () for regression, None for placeholders."""
+    names = tuple(label for _, label in sorted(config.id2label.items()))
+    if len(names) == 1:
+        return ()
+    return None if names[0].lower().startswith("label_") else names
+
+
+def check_labels(source: object, trained: tuple[str, ...] | None, asked: tuple[str, ...]) -> None:
+    """The examples' labels must be those that `source` was trained to tell, where it says. Raises UserError."""
+    if trained is not None and [label.lower() for label in trained] != [label.lower() for label in asked]:
+        said, wanted = (", ".join(names) or "a number (regression)" for names in (trained, asked))
+        raise UserError(f"{source}: was trained to tell {said}; the examples have {wanted}.")
+
+
+def set_labels(config: Any, labels: tuple[str, ...]) -> None:
+    """Write label names (() for regression) into a config."""
+    config.num_labels = len(labels) or 1
+    if labels:
+        config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+
+
+def longest_input(config: Any) -> int:
+    """How many tokens the position table has room for."""
+    return config.max_position_embeddings - config.pad_token_id - 1  # RoBERTa counts from pad_token_id + 1
+
+
+def load_model(name: str, config: Any, needs_head: bool, **hub: Any) -> tuple[Any, list[str]]:
+    """The model of `config` with the weights of `name` in fp32, what trains in it marked; and lines worth saying.
+
+    LoRA matrices and a head that the checkpoint lacks are drawn from torch's global generator. Raises UserError if
+    encoder weights are missing or misshapen, if LoRA matrices would be left out, or with `needs_head` the head is.
+    """
+    verbosity, notes = transformers.logging.get_verbosity(), []
+    transformers.logging.set_verbosity_error()  # what is missing is checked and said below
+    try:
+        model, report = MODELS[config.model_type].from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **hub
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"--model_name_or_path {name}: its weights can't be loaded ({_reason(e)}).") from e
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if wrong := sorted(new - set(head_names(model))):
+        raise UserError(
+            f"--model_name_or_path {name}: {len(wrong)} weights are missing or not of config.json's shape, "
+            f"{', '.join(wrong[:3])} among them."
+        )
+    if unexpected := sorted(report["unexpected_keys"]):
+        if any(".lora_" in key for key in unexpected):
+            raise UserError(
+                f"--model_name_or_path {name}: holds LoRA matrices ({unexpected[0]}, ...) and they would be left out.\n"
+                "Give the plain base model there, and the adapter with --apply_lora --lora_path."
+            )
+        notes.append(f"{name}: {len(unexpected)} weights have no place in the model: {', '.join(unexpected[:3])} ...")
+    if new and needs_head:
+        raise UserError(
+            f"{name} has no trained head for these labels. Train (--do_train), or give an adapter with --lora_path."
+        )
+    if report["mismatched_keys"]:
+        notes.append(f"{name}: its head is for other labels and is left behind; the head starts anew.")
+    if lora_rank(config):
+        mark_only_lora_as_trainable(model)
+    return model, notes
+
+
+def load_tokenizer(name: str, vocab_size: int, **hub: Any) -> Any:
+    """The tokenizer of a folder or Hub id. Raises UserError if there is none or it has more tokens than the model."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    except (OSError, ValueError, ImportError) as e:
+        raise UserError(f"No tokenizer in {name} ({_reason(e)}). Give --tokenizer_name.") from e
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where the files are missing
+        raise UserError(f"No tokenizer in {name} (it has no vocabulary). Give --tokenizer_name.")
+    if len(tokenizer) > vocab_size:
+        raise UserError(f"The tokenizer of {name} has {len(tokenizer)} tokens, the model only {vocab_size}.")
+    return tokenizer

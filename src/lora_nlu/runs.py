@@ -1,0 +1,171 @@
+"""One run in its output folder: begun, resumed or already done; scored; its results as files and as a table."""
+
+import resource
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_nlu import adapters
+from lora_nlu.data import token_count
+from lora_nlu.errors import UserError
+from lora_nlu.lora import count_parameters
+from lora_nlu.metrics import predicted
+from lora_nlu.trainer import AdapterTrainer, whole_checkpoints
+
+RUN = "run.json"  # marks an output folder as a run of ours
+_RESULTS = ("trainer_state.json", "*_results.json", "predict_results_*.tsv", adapters.WEIGHTS, adapters.CONFIG)
+
+
+def say(args: Any, *lines: str) -> None:
+    """Print lines once, whatever the number of processes."""
+    if args.process_index == 0:
+        for line in lines:
+            print(line, flush=True)
+
+
+def prepare_output_dir(output_dir: str, overwrite: bool) -> None:
+    """Make sure the output folder can be written and is ours (or new). Raises UserError."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        content = [path.name for path in folder.iterdir()]
+    except OSError as e:
+        raise UserError(f"--output_dir {folder}: can't be written ({e.strerror}).") from e
+    if content and RUN not in content and not overwrite:
+        raise UserError(
+            f"--output_dir {folder} holds {len(content)} entries ({content[0]}, ...) and is no run of ours.\n"
+            "Choose another folder, or --overwrite_output_dir to write into it all the same."
+        )
+
+
+def record(trainer: AdapterTrainer, **more: Any) -> None:
+    """Write what the folder holds into it: the run's metadata and, once trained, for how long."""
+    if trainer.args.process_index == 0:
+        adapters.write_json(Path(trainer.args.output_dir, RUN), trainer.metadata | more)
+
+
+def record_if_new(trainer: AdapterTrainer) -> None:
+    """Mark the folder of an evaluation or prediction as ours; what a training run wrote stays."""
+    if not Path(trainer.args.output_dir, RUN).is_file():
+        record(trainer)
+
+
+def _clear_earlier_run(folder: Path) -> None:
+    """Remove what an earlier run left, and nothing else."""
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (RUN, *_RESULTS):
+        for path in folder.glob(name):
+            path.unlink()
+
+
+def _find_checkpoint(output_dir: str, given: str | None) -> str | None:
+    """Where to resume: --resume_from_checkpoint, or the last whole checkpoint of an unfinished run."""
+    checkpoints = [str(path) for path in whole_checkpoints(output_dir)]
+    if given and str(given).lower() not in ("true", "false"):
+        if str(Path(given)) not in map(str, whole_checkpoints(str(Path(given).parent))):
+            raise UserError(f"--resume_from_checkpoint {given}: no whole checkpoint.")
+        return given
+    return checkpoints[-1] if checkpoints and str(given).lower() != "false" else None
+
+
+def train(trainer: AdapterTrainer, overwrite: bool) -> None:
+    """Train, or take up where an interrupted run stopped, or skip what is already done; save what was trained."""
+    args = trainer.args
+    folder, length = Path(args.output_dir), [args.num_train_epochs, args.max_steps]
+    if overwrite and args.process_index == 0:
+        _clear_earlier_run(folder)
+    trainer.accelerator.wait_for_everyone()
+    earlier = adapters.read_json(folder / RUN) if (folder / RUN).is_file() else trainer.metadata
+    if any(earlier.get(key) != trainer.metadata[key] for key in ("task", "labels")):
+        raise UserError(
+            f"--output_dir {folder} holds a run of {earlier.get('task')} with labels {earlier.get('labels')}.\n"
+            "Choose another folder, or --overwrite_output_dir to train afresh."
+        )
+    if earlier.get("trained") == length:
+        say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
+        trainer._load_from_checkpoint(str(folder))
+        return
+    checkpoint = _find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint:
+        say(args, f"Resuming from {checkpoint}.")
+    record(trainer)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt as e:
+        last = whole_checkpoints(args.output_dir)
+        kept = f"{last[-1]} is whole: the same command resumes from it" if last else "No checkpoint was due yet"
+        raise UserError(f"interrupted at step {trainer.state.global_step}. {kept}.") from e
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics | {"train_samples": len(trainer.train_dataset)})
+    trainer.save_state()
+    record(trainer, trained=length)
+
+
+def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> dict[str, float]:
+    """Score every validation set; MNLI's second one gets the suffix _mm, and both together _overall."""
+    sets = [name for name in tables if name.startswith("validation")]
+    combined: dict[str, float] = {}
+    for name in sets:
+        metrics = trainer.evaluate(tables[name]) | {"eval_samples": len(tables[name])}
+        if name.endswith("mismatched"):
+            metrics = {f"{key}_mm": value for key, value in metrics.items() if key.startswith("eval_")}
+            trainer.save_metrics("eval_mm", metrics, combined=False)
+        combined |= metrics
+    if len(sets) > 1:
+        sizes = [len(tables[name]) for name in sets]
+        scores = [combined[f"eval_{metric}"], combined[f"eval_{metric}_mm"]]
+        combined[f"eval_{metric}_overall"] = sum(s * n for s, n in zip(scores, sizes, strict=True)) / sum(sizes)
+    trainer.save_metrics("eval", combined)
+    return combined
+
+
+def predict(trainer: AdapterTrainer, tables: dict[str, Any]) -> list[Path]:
+    """Write predict_results_<task>.tsv (index, label name or number) for every test set."""
+    written, task, labels = [], trainer.metadata["task"], trainer.metadata["labels"]
+    for name in (name for name in tables if name.startswith("test")):
+        logits: Any = trainer.predict(tables[name]).predictions
+        answers = predicted(logits)
+        suffix = "-mm" if name.endswith("mismatched") else ""
+        path = Path(trainer.args.output_dir, f"predict_results_{task}{suffix}.tsv")
+        if trainer.args.process_index == 0:
+            lines = [f"{i}\t{labels[int(a)] if labels else format(a, '.3f')}" for i, a in enumerate(answers)]
+            partial = path.with_suffix(".partial")
+            partial.write_text("\n".join(["index\tprediction", *lines]) + "\n", encoding="utf-8")
+            adapters.publish(partial, path)
+        written.append(path)
+    return written
+
+
+def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: dict[str, Any]) -> str:
+    """What a person wants to know at the end, two columns."""
+    counts, args, history = count_parameters(trainer.model), trainer.args, trainer.state.log_history
+    rows = [("task", trainer.metadata["task"])]
+    rows += [(key.removeprefix("eval_"), f"{metrics[key]:.4f}") for key in metrics if metric in key]
+    epochs = [entry for entry in history if f"eval_{metric}" in entry]
+    if args.do_train and len(epochs) > 1:
+        best = max(epochs, key=lambda entry: entry[f"eval_{metric}"] * (-1 if metric == "mse" else 1))
+        rows.append(("best while training", f"{best[f'eval_{metric}']:.4f} at epoch {best['epoch']:.2f}"))
+    lora = f", {counts.lora:,} of them LoRA" if counts.lora else ""
+    rows.append(("trainable parameters", f"{counts.trainable:,} of {counts.total:,}{lora}"))
+    runtime = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
+    if runtime:
+        tokens = trainer.state.num_input_tokens_seen - getattr(trainer, "_initial_num_input_tokens_seen", 0)
+        rows.append(("training", f"{runtime:.1f} s, {tokens / runtime:,.0f} real tokens/s"))
+    seconds = sum(value for key, value in metrics.items() if key.startswith("eval_runtime"))
+    if seconds:
+        tokens = sum(token_count(table) for name, table in tables.items() if name.startswith("validation"))
+        rows.append(("evaluation", f"{seconds:.1f} s, {tokens / seconds:,.0f} real tokens/s"))
+    if torch.cuda.is_available():
+        rows.append(("peak GPU memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"))
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    rows.append(("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"))
+    rows.append(("files", str(Path(args.output_dir).resolve())))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows), ""])
