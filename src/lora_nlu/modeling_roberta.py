@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, RobertaConfig
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 
+from lora_nlu.blocks import Encoded, EncoderLayer, PackedEncoder, SequenceClassifier
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
 
@@ -129,71 +127,26 @@ class RobertaSelfAttention(nn.Module):
         return attend(query, key, value, packed, self.heads, dropout_p, with_probs)
 
 
-class DenseAddNorm(nn.Module):
-    """LayerNorm(dropout(dense(x)) + residual): the end of both halves of a layer."""
-
-    def __init__(self, config: RobertaConfig, in_features: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(in_features, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
-
-
-class RobertaAttention(nn.Module):
-    """Self-attention with its output projection, residual and norm."""
-
-    def __init__(self, config: RobertaConfig) -> None:
-        super().__init__()
-        self.self = RobertaSelfAttention(config)
-        self.output = DenseAddNorm(config, config.hidden_size)
-
-    def forward(
-        self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        context, probs = self.self(queries, hidden_states, packed, with_probs)
-        return self.output(context, queries), probs
-
-
-class RobertaIntermediate(nn.Module):
-    """The feed-forward's first half: activation(dense(x))."""
-
-    def __init__(self, config: RobertaConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        act = config.hidden_act
-        self.activation = ACT2FN[act] if isinstance(act, str) else act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.dense(x))
-
-
-class RobertaLayer(GradientCheckpointingLayer):
-    """One encoder layer: [N, H] to [Q, H]."""
-
-    def __init__(self, config: RobertaConfig) -> None:
-        super().__init__()
-        self.attention = RobertaAttention(config)
-        self.intermediate = RobertaIntermediate(config)
-        self.output = DenseAddNorm(config, config.intermediate_size)
-
-    def forward(
-        self, hidden_states: Tensor, packed: PackedBatch, first_only: bool, with_probs: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """With `first_only`, keys and values come from every token, all the rest is computed for first tokens alone."""
-        queries = hidden_states.index_select(0, packed.first_rows) if first_only else hidden_states  # [Q, H]
-        attended, probs = self.attention(queries, hidden_states, packed, with_probs)
-        return self.output(self.intermediate(attended), attended), probs
-
-
 class RobertaEncoder(nn.Module):
     """The stack of layers, under the Hub's name `encoder.layer`."""
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([RobertaLayer(config) for _ in range(config.num_hidden_layers)])
+        layers = [EncoderLayer(config, RobertaSelfAttention(config)) for _ in range(config.num_hidden_layers)]
+        self.layer = nn.ModuleList(layers)
+
+    def forward(
+        self, rows: Tensor, packed: PackedBatch, first_only: bool, with_hidden: bool, with_probs: bool, views: int
+    ) -> Encoded:
+        """Embedded rows [N, H] through the layers; no dropout is shared by examples, so `views` changes nothing."""
+        encoded = Encoded(rows, [rows] if with_hidden else [], [])
+        for i, layer in enumerate(self.layer):
+            is_last = i + 1 == len(self.layer)
+            encoded.rows, probs = layer(encoded.rows, packed, first_only and is_last, with_probs)
+            encoded.attentions.append(probs)
+            if with_hidden:
+                encoded.hidden_states.append(encoded.rows)
+        return encoded
 
 
 class RobertaPooler(nn.Module):
@@ -213,7 +166,7 @@ class RobertaPreTrainedModel(PreTrainedModel):
     config_class = RobertaConfig
     base_model_prefix = "roberta"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["RobertaLayer"]
+    _no_split_modules = ["EncoderLayer"]
     # A base checkpoint has the language-model head and pooler that a classifier lacks; LoRA matrices start anew.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"pooler\.", r"position_ids$"]
     _keys_to_ignore_on_load_missing = [r"\.lora_[AB]$"]
@@ -231,7 +184,7 @@ class RobertaPreTrainedModel(PreTrainedModel):
             module.reset_lora_parameters()
 
 
-class RobertaModel(RobertaPreTrainedModel):
+class RobertaModel(PackedEncoder, RobertaPreTrainedModel):
     """The bare encoder, in place of `transformers.RobertaModel`."""
 
     def __init__(self, config: RobertaConfig, add_pooling_layer: bool = True) -> None:
@@ -240,66 +193,6 @@ class RobertaModel(RobertaPreTrainedModel):
         self.encoder = RobertaEncoder(config)
         self.pooler = RobertaPooler(config) if add_pooling_layer else None
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.word_embeddings = value  # type: ignore[assignment]
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        first_token_only: bool = False,
-    ) -> BaseModelOutputWithPooling | tuple:
-        """Encode a batch.
-
-        Args:    input_ids [B, S] int64 or inputs_embeds [B, S, H], one of them; attention_mask [B, S], 0 = padding;
-                 token_type_ids and position_ids [B, S] int64. `first_token_only` computes and returns just the first
-                 token of each sequence, exactly, where neither attentions nor hidden states are wanted.
-        Returns: last_hidden_state [B, S, H] ([B, 1, H] for first tokens only), 0 where the mask is 0; pooler_output
-                 [B, H] or None; hidden_states and attentions ([B, A, S, S] a layer) on request. If the first position
-                 of a sequence is masked, masked positions hold what transformers computes there.
-        Raises:  ValueError if both or neither input is given, a shape disagrees or a sequence is too long.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        with_probs = self.config.output_attentions if output_attentions is None else output_attentions
-        with_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        first_token_only = first_token_only and not with_probs and not with_hidden
-        grid: Any = input_ids if inputs_embeds is None else inputs_embeds
-        packed = PackedBatch.from_mask(attention_mask, grid.shape[0], grid.shape[1], grid.device)
-
-        rows = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, packed)  # [N, H]
-        hidden_states = [rows] if with_hidden else []
-        attentions = []
-        for i, layer in enumerate(self.encoder.layer):
-            is_last = i + 1 == len(self.encoder.layer)
-            rows, probs = layer(rows, packed, first_token_only and is_last, with_probs)
-            if with_hidden:
-                hidden_states.append(rows)
-            attentions.append(probs)
-
-        if first_token_only:
-            first = packed.in_batch_order(rows)  # [B, H]
-            last_hidden_state = first[:, None]  # [B, 1, H]
-        else:
-            last_hidden_state = packed.unpack(rows)  # [B, S, H]
-            first = last_hidden_state[:, 0]
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=last_hidden_state,
-            pooler_output=self.pooler(first) if self.pooler is not None else None,
-            hidden_states=tuple(packed.unpack(rows) for rows in hidden_states) if with_hidden else None,
-            attentions=tuple(attentions) if with_probs else None,
-        )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 class RobertaClassificationHead(nn.Module):
@@ -316,12 +209,8 @@ class RobertaClassificationHead(nn.Module):
         return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(first)))))
 
 
-class RobertaForSequenceClassification(RobertaPreTrainedModel):
-    """RoBERTa with a classification or regression head, in place of transformers' class of that name.
-
-    LoRA settings are plain attributes of the config: `apply_lora`, `lora_r`, `lora_alpha`; `cls_dropout` sets the
-    head's dropout. After `from_pretrained`, `lora.mark_only_lora_as_trainable` leaves the update and the head to train.
-    """
+class RobertaForSequenceClassification(SequenceClassifier, RobertaPreTrainedModel):
+    """RoBERTa with a classification or regression head, in place of transformers' class of that name."""
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__(config)
@@ -330,51 +219,5 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
         self.classifier = RobertaClassificationHead(config)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> SequenceClassifierOutput | tuple:
-        """Classify a batch; inputs as in `RobertaModel.forward`.
-
-        Args:    labels: [B] int64 class ids (cross-entropy), [B] numbers for one label (mean squared error), or [B, C]
-                 floats (binary cross-entropy); `config.problem_type`, where set, decides.
-        Returns: loss (None without labels), logits [B, C], hidden_states and attentions on request.
-        """
-        output = self.roberta(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            first_token_only=True,
-        )
-        logits = self.classifier(output.last_hidden_state[:, 0])  # [B, C]
-        loss = None if labels is None else classification_loss(logits, labels, self.config.problem_type)
-        result = SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
-        )
-        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
-
-
-def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """The loss of `logits` [B, C]: by `problem_type`, or by the labels' count and dtype as transformers chooses."""
-    if problem_type is None:
-        is_integer = not labels.is_floating_point()
-        several = "single_label_classification" if is_integer else "multi_label_classification"
-        problem_type = "regression" if logits.shape[-1] == 1 else several
-    if problem_type == "regression":
-        return F.mse_loss(logits.reshape(-1), labels.to(logits.dtype).reshape(-1))
-    if problem_type == "single_label_classification":
-        return F.cross_entropy(logits, labels.reshape(-1))
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    def head(self, first: Tensor) -> Tensor:
+        return self.classifier(first)

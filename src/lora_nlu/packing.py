@@ -23,7 +23,8 @@ class PackedBatch:
     key_mask:    [B, 1, 1, S] bool, True where attention may look; None except in the fallback below.
 
     Fallback: where a sequence's first position is masked (left padding), callers still read that position, as
-    transformers does. Such a batch keeps all of its B * S tokens as rows, in one group, under `key_mask`.
+    transformers does; and where distances count, a hole in a mask must not close up. Such a batch keeps all of its
+    B * S tokens as rows, in one group, under `key_mask`.
     """
 
     batch: int
@@ -35,9 +36,12 @@ class PackedBatch:
     key_mask: Tensor | None = None
 
     @classmethod
-    def from_mask(cls, mask: Tensor | None, batch: int, length: int, device: torch.device) -> "PackedBatch":
+    def from_mask(
+        cls, mask: Tensor | None, batch: int, length: int, device: torch.device, keep_distances: bool = False
+    ) -> "PackedBatch":
         """Plan the packing of a [B, S] batch from its attention mask ([B, S], 0 = padding; None = all real).
 
+        With `keep_distances`, tokens of a sequence are as far apart packed as they were: a mask with holes falls back.
         Waits for the GPU once, for the lengths. Raises ValueError if the mask has another shape.
         """
         dense = cls(
@@ -53,8 +57,11 @@ class PackedBatch:
         if mask.shape != (batch, length):
             raise ValueError(f"attention_mask must be [batch, seq] = {[batch, length]}, got {list(mask.shape)}.")
         real = mask.to(device) != 0
-        *lengths, first_is_real = torch.cat([real.sum(1), real[:, 0].all()[None].long()]).tolist()
-        if not first_is_real:
+        in_place = real[:, 0].all()
+        if keep_distances:
+            in_place &= (real[:, 1:] <= real[:, :-1]).all()
+        *lengths, packable = torch.cat([real.sum(1), in_place[None].long()]).tolist()
+        if not packable:
             return cls(**{**vars(dense), "key_mask": real[:, None, None, :]})
         if all(n == length for n in lengths):
             return dense
@@ -73,6 +80,11 @@ class PackedBatch:
             unsort=torch.argsort(order_of),
             groups=tuple((len(list(run)), n) for n, run in groupby(lengths[i] for i in order)),
         )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of each sequence, in packed order."""
+        return [length for count, length in self.groups for _ in range(count)]
 
     def pack(self, grid: Tensor) -> Tensor:
         """[B, S, ...] to [N, ...], real tokens only."""

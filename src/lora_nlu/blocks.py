@@ -1,0 +1,254 @@
+"""What RoBERTa and DeBERTa-V2 have in common: the parts of a layer, the way through the layers, the classifier.
+
+Dim letters: B sequences, S longest of them, N real tokens, Q query rows (N, or B for first tokens alone), H hidden,
+A heads, C labels.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, SequenceClassifierOutput
+
+from lora_nlu.packing import PackedBatch
+from lora_nlu.regularization import classification_loss, cutoff, two_view_losses
+
+
+def activation(name: Any) -> Any:
+    """The activation of this name, or the function itself."""
+    return ACT2FN[name] if isinstance(name, str) else name
+
+
+class DenseAddNorm(nn.Module):
+    """LayerNorm(dropout(dense(x)) + residual): the end of both halves of a layer."""
+
+    def __init__(self, config: Any, in_features: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class Attention(nn.Module):
+    """A model's self-attention with its output projection, residual and norm."""
+
+    def __init__(self, config: Any, self_attention: nn.Module) -> None:
+        super().__init__()
+        self.self = self_attention
+        self.output = DenseAddNorm(config, config.hidden_size)
+
+    def forward(self, queries: Tensor, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+        context, probs = self.self(queries, *inputs)
+        return self.output(context, queries), probs
+
+
+class Intermediate(nn.Module):
+    """The feed-forward's first half: activation(dense(x))."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = activation(config.hidden_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.dense(x))
+
+
+class EncoderLayer(GradientCheckpointingLayer):
+    """One encoder layer around a model's self-attention: [N, H] to [Q, H]."""
+
+    def __init__(self, config: Any, self_attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = Attention(config, self_attention)
+        self.intermediate = Intermediate(config)
+        self.output = DenseAddNorm(config, config.intermediate_size)
+
+    def forward(
+        self, hidden_states: Tensor, packed: PackedBatch, first_only: bool, with_probs: bool, *positions: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """With `first_only`, keys and values come from every token, all the rest is computed for first tokens alone.
+
+        `positions` is what the self-attention takes beside that: nothing, or DeBERTa's relative table.
+        """
+        queries = hidden_states.index_select(0, packed.first_rows) if first_only else hidden_states  # [Q, H]
+        attended, probs = self.attention(queries, hidden_states, packed, with_probs, *positions)
+        return self.output(self.intermediate(attended), attended), probs
+
+
+@dataclass
+class Encoded:
+    """Rows [Q, H] after the last layer; rows after each stage and probabilities [B, A, S, S], where asked for."""
+
+    rows: Tensor
+    hidden_states: list[Tensor]
+    attentions: list[Tensor | None]
+
+
+class PackedEncoder:
+    """The forward of both base models: pack, embed, run the layers, pad again what was asked for."""
+
+    config: Any
+    embeddings: Any
+    encoder: Any
+    pooler: Any  # of a model whose checkpoints have one; it may be None
+
+    keeps_distances = False  # where attention reads distances, a hole in a mask must not close up
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        first_token_only: bool = False,
+        views: int = 1,
+    ) -> BaseModelOutput | tuple:
+        """Encode a batch.
+
+        Args:    input_ids [B, S] int64 or inputs_embeds [B, S, H], one of them; attention_mask [B, S], 0 = padding;
+                 token_type_ids and position_ids [B, S] int64. `first_token_only` computes and returns just the first
+                 token of each sequence, exactly, where neither attentions nor hidden states are wanted. The batch is
+                 `views` equal parts, between which no dropout is shared.
+        Returns: last_hidden_state [B, S, H] ([B, 1, H] for first tokens only), 0 where the mask is 0; pooler_output
+                 [B, H] of a model that has one; hidden_states and attentions ([B, A, S, S] a layer) on request. In the
+                 fallback of `PackedBatch`, masked positions hold what transformers computes there.
+        Raises:  ValueError if both or neither input is given, a shape disagrees or a sequence is too long.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        config = self.config
+        with_probs = config.output_attentions if output_attentions is None else output_attentions
+        with_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        first_token_only = first_token_only and not with_probs and not with_hidden
+        grid: Any = input_ids if inputs_embeds is None else inputs_embeds
+        batch, length = grid.shape[:2]
+        packed = PackedBatch.from_mask(attention_mask, batch, length, grid.device, self.keeps_distances)
+
+        rows = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, packed)  # [N, H]
+        encoded = self.encoder(rows, packed, first_token_only, with_hidden, with_probs, views)
+        if first_token_only:
+            first = packed.in_batch_order(encoded.rows)  # [B, H]
+            last_hidden_state = first[:, None]  # [B, 1, H]
+        else:
+            last_hidden_state = packed.unpack(encoded.rows)  # [B, S, H]
+            first = last_hidden_state[:, 0]
+        output: Any = BaseModelOutputWithPooling if hasattr(self, "pooler") else BaseModelOutput
+        output = output(
+            last_hidden_state=last_hidden_state,
+            hidden_states=tuple(packed.unpack(rows) for rows in encoded.hidden_states) if with_hidden else None,
+            attentions=tuple(encoded.attentions) if with_probs else None,
+        )
+        if getattr(self, "pooler", None) is not None:
+            output["pooler_output"] = self.pooler(first)
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+@dataclass
+class TwoViewOutput(SequenceClassifierOutput):
+    """A training step on two views: `loss` = `task_loss` + `consistency_loss`; the logits are the first view's."""
+
+    task_loss: Tensor | None = None
+    consistency_loss: Tensor | None = None
+
+
+class SequenceClassifier:
+    """The forward of both classifiers, in place of transformers' classes of their names.
+
+    LoRA settings are plain attributes of the config: `apply_lora`, `lora_r`, `lora_alpha`; `cls_dropout` sets the
+    head's dropout. After `from_pretrained`, `lora.mark_only_lora_as_trainable` leaves the update and the head to train.
+    With `reg_loss_wgt` above 0 training steps run every example twice, as one batch of twice the size (R-Drop); with
+    `masking_prob` too, some tokens of the second view are `unk_token_id`, none of `special_token_ids` (cutoff).
+    """
+
+    config: Any
+    training: bool
+    base_model: Any
+    soft_labels = "multi_label_classification"  # what labels [B, C] mean to transformers' class of that name
+
+    def head(self, first: Tensor) -> Tensor:
+        """First tokens [B, H] to logits [B, C]."""
+        raise NotImplementedError(f"{type(self).__name__} must define its head.")
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple:
+        """Classify a batch; inputs as in `PackedEncoder.forward`.
+
+        Args:    labels: [B] int64 class ids (cross-entropy), [B] numbers for one label (mean squared error), or [B, C]
+                 floats; `config.problem_type`, where set, decides.
+        Returns: loss (None without labels), logits [B, C], hidden_states and attentions on request.
+        """
+        config = self.config
+        weight = getattr(config, "reg_loss_wgt", 0) if self.training and labels is not None else 0
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        if weight:
+            inputs = self._two_views(inputs)
+        output = self.base_model(
+            **inputs,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            first_token_only=True,
+            views=2 if weight else 1,
+        )
+        logits = self.head(output.last_hidden_state[:, 0])  # [B, C]
+        problem_type = config.problem_type
+        if problem_type is None and labels is not None and labels.dim() == 2 and labels.shape[1] > 1:
+            problem_type = self.soft_labels
+        rest = {"hidden_states": output.hidden_states, "attentions": output.attentions}
+        result: SequenceClassifierOutput
+        if weight and labels is not None:
+            first, second = logits.chunk(2)
+            task, consistency = two_view_losses(first, second, labels, problem_type, weight)
+            rest |= {"task_loss": task, "consistency_loss": consistency}
+            result = TwoViewOutput(loss=task + consistency, logits=first, **rest)
+        else:
+            loss = None if labels is None else classification_loss(logits, labels, problem_type)
+            result = SequenceClassifierOutput(loss=loss, logits=logits, **rest)
+        return result if (config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+    def _two_views(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch and itself again, or its cutoff, as one batch of 2 B."""
+        config, second = self.config, dict(inputs)
+        if p := getattr(config, "masking_prob", 0):
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            if ids is None:
+                raise ValueError("masking_prob replaces tokens: give input_ids, not inputs_embeds.")
+            second["input_ids"] = cutoff(ids, mask, p, config.special_token_ids, config.unk_token_id)
+        doubled = dict(inputs)
+        for name, x in inputs.items():
+            shared = name in ("token_type_ids", "position_ids") and x is not None and x.shape[0] == 1
+            if x is not None and not shared:  # one row of types or positions stands for all
+                doubled[name] = torch.cat([x, second[name]])
+        return doubled

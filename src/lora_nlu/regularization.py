@@ -1,0 +1,82 @@
+"""The losses of a classifier: of logits against labels, and of two views of the same examples.
+
+R-Drop (Liang et al. 2021, arXiv 2106.14448) asks two passes with independent dropout to agree; cutoff (Shen et al.
+2020, arXiv 2009.13818) also hides some tokens from the second. Dim letters: B sequences, S longest, C labels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+    """The loss of `logits` [B, C], a mean over the batch.
+
+    `problem_type` decides, or else the labels: numbers [B] for one label (mean squared error), class ids [B]
+    (cross-entropy, rows with a negative id left out), floats [B, C] (binary cross-entropy, or with
+    "soft_label_classification" cross-entropy against distributions).
+    """
+    problem_type = problem_type or _problem(logits, labels)
+    if problem_type == "regression":
+        return F.mse_loss(logits.reshape(-1), labels.to(logits.dtype).reshape(-1))
+    if problem_type == "single_label_classification":
+        labels = labels.reshape(-1).long()
+        total = F.cross_entropy(logits, labels.where(labels >= 0, -100), reduction="sum")
+        return total / (labels >= 0).sum().clamp(min=1)
+    if problem_type == "soft_label_classification":
+        return F.cross_entropy(logits, labels.to(logits.dtype))
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+def _problem(logits: Tensor, labels: Tensor) -> str:
+    if logits.shape[-1] == 1:
+        return "regression"
+    is_id = labels.dim() == 1 or not labels.is_floating_point()
+    return "single_label_classification" if is_id else "multi_label_classification"
+
+
+def two_view_losses(
+    first: Tensor, second: Tensor, labels: Tensor, problem_type: str | None, weight: float
+) -> tuple[Tensor, Tensor]:
+    """(task, consistency): what both views' logits [B, C] lose against the labels, and against each other.
+
+    task = L(z1) + L(z2), summed as the reference does; with m = (z1 + z2) / 2 and the gradient flowing through m,
+    consistency = weight / 2 * (KL(softmax m || softmax z1) + KL(softmax m || softmax z2)), each KL a mean over
+    examples x classes (not over examples); for regression the mean squared distances to m instead of the KLs.
+    Raises ValueError for multi-label problems, which have no softmax.
+    """
+    problem_type = problem_type or _problem(first, labels)
+    if problem_type == "multi_label_classification":
+        raise ValueError("R-Drop compares class distributions: multi-label problems have none. Set reg_loss_wgt to 0.")
+    task = classification_loss(first, labels, problem_type) + classification_loss(second, labels, problem_type)
+    mean = (first + second) / 2
+    if problem_type == "regression":
+        distances = F.mse_loss(first, mean) + F.mse_loss(second, mean)
+        return task, 0.5 * weight * distances
+    target = mean.log_softmax(-1)
+    divergences = torch.stack([first, second]).log_softmax(-1)  # [2, B, C]
+    divergences = F.kl_div(divergences, target.expand_as(divergences), reduction="none", log_target=True).sum(0)
+    if problem_type == "single_label_classification":
+        counted = labels.reshape(-1, 1) >= 0
+        mean_divergence = (divergences * counted).sum() / (counted.sum().clamp(min=1) * first.shape[-1])
+    else:
+        mean_divergence = divergences.mean()
+    return task, 0.5 * weight * mean_divergence
+
+
+def cutoff(
+    input_ids: Tensor, attention_mask: Tensor | None, masking_prob: float, special_ids: Sequence[int], unk_id: int
+) -> Tensor:
+    """Ids [B, S] in which each attended token that is not among `special_ids` is `unk_id` with that probability."""
+    chosen = _draw(input_ids, masking_prob)
+    chosen &= ~torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device))
+    if attention_mask is not None:
+        chosen &= attention_mask != 0
+    return input_ids.masked_fill(chosen, unk_id)
+
+
+def _draw(like: Tensor, p: float) -> Tensor:
+    """Independent booleans of the shape of `like`, True with probability p."""
+    return torch.rand(like.shape, device=like.device) < p
