@@ -97,6 +97,12 @@ class LoRALinear(nn.Linear):
         if self.merged:
             self._add_update(-1)
 
+    def frozen_weight(self) -> Tensor:
+        """The weight [O, I] without the update, merged or not."""
+        if not self.merged:
+            return self.weight
+        return (self.weight.float() - self.scaling * (self.lora_B.float() @ self.lora_A.float())).to(self.weight.dtype)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:

@@ -1,0 +1,426 @@
+"""DeBERTa-V2 and V3 (He et al. 2020, arXiv 2006.03654; 2021, arXiv 2111.09543) with LoRA inline, on real tokens only.
+
+Parameter names are the Hub's, plus `lora_A` and `lora_B` in `query_proj` and `value_proj`. Attention between tokens i
+and j of a sequence sums content to content, content to position and position to content (eq. 4 of the first paper):
+
+    score(i, j) = (q_i . k_j  +  q_i . k^r[i - j]  +  k_j . q^r[i - j]) / sqrt(3 D)
+
+q^r and k^r are projections of a table of relative embeddings. Only the rows of distances that occur are projected, each
+once; a product with all 2 L - 1 distances of a length becomes [L, L] by reading its rows shifted.
+
+With `share_att_key` the table goes through `query_proj` and `key_proj` themselves. There the reference implementation
+of LoRA, and so every published adapter, uses the frozen weight of `query_proj` alone; PEFT, and any merge of the update
+into the weight, also applies the update. The config's `lora_relative_query` chooses PEFT's reading.
+
+Dim letters: B sequences, S longest of them, N real tokens, Q query rows (N, or B for first tokens alone), H hidden,
+A heads, D head size, C labels; L the length shared by one group of sequences, n their number, M their query places
+(L or 1); V views (parts of the batch with a dropout of the table each), U rows of the table in use.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DebertaV2Config, PreTrainedModel
+
+from lora_nlu.blocks import Encoded, EncoderLayer, PackedEncoder, SequenceClassifier, activation
+from lora_nlu.lora import LoRALinear, lora_linear
+from lora_nlu.packing import PackedBatch
+
+
+@lru_cache(maxsize=1024)
+def table_rows(longest: int, buckets: int, reach: int) -> tuple[int, ...]:
+    """The row of the relative table for each distance from -(longest - 1) to longest - 1.
+
+    Without buckets (0 or less) a distance d has row reach + d. With them, distances up to buckets / 2 have a row each
+    and farther ones share rows in steps that grow logarithmically up to `reach`, the configured
+    `max_relative_positions`; the table's middle is at row `buckets`. Rows beyond the table's ends are its ends.
+    """
+    middle = buckets if buckets > 0 else reach
+    half = buckets // 2
+    rows = []
+    for distance in range(1 - longest, longest):
+        size = abs(distance)
+        if buckets > 0 and size > half:
+            steps = math.log(size / half) / math.log((reach - 1) / half) * (half - 1)
+            size = math.ceil(steps) + half
+        rows.append(min(max(middle + (size if distance > 0 else -size), 0), 2 * middle - 1))
+    return tuple(rows)
+
+
+def shifted(products: Tensor) -> Tensor:
+    """[..., L, 2 L - 1] to [..., L, L]: row i starts L - 1 - i places later than the last row, which starts at 0.
+
+    With columns by descending distance, element (i, j) is then column L - 1 - (i - j): that of distance i - j. A view
+    of a contiguous tensor, differentiable.
+    """
+    length = products.shape[-2]
+    *outer, row, column = products.stride()
+    return products.as_strided(
+        (*products.shape[:-1], length), (*outer, row - column, column), products.storage_offset() + length - 1
+    )
+
+
+class DebertaV2Embeddings(nn.Module):
+    """Words (+ positions, + token types), projected to the hidden size where they are smaller, normalised."""
+
+    def __init__(self, config: DebertaV2Config) -> None:
+        super().__init__()
+        size, hidden = getattr(config, "embedding_size", config.hidden_size), config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        has_types = config.type_vocab_size > 0
+        self.position_embeddings = (
+            nn.Embedding(config.max_position_embeddings, size) if config.position_biased_input else None
+        )
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size) if has_types else None
+        self.embed_proj = nn.Linear(size, hidden, bias=False) if size != hidden else None
+        self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Any,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Any,
+        packed: PackedBatch,
+    ) -> Tensor:
+        """Ids or embeddings as in `PackedEncoder.forward`, exactly one of them None, to rows [N, H].
+
+        Raises ValueError if a sequence is longer than the position table, where there is one.
+        """
+        shape = (packed.batch, packed.length)
+        rows = self.word_embeddings(packed.pack(input_ids)) if inputs_embeds is None else packed.pack(inputs_embeds)
+        if self.position_embeddings is not None:
+            limit = self.position_embeddings.num_embeddings
+            if position_ids is None and packed.length > limit:
+                raise ValueError(
+                    f"A batch of {packed.length} tokens exceeds the model's {limit} positions; "
+                    f"truncate it with max_length={limit}."
+                )
+            places = torch.arange(packed.length, device=rows.device) if position_ids is None else position_ids
+            rows = rows + self.position_embeddings(packed.pack(places.expand(shape)))
+        if self.token_type_embeddings is not None:
+            if token_type_ids is None:
+                rows = rows + self.token_type_embeddings.weight[0]  # [H]: type 0 for every token
+            else:
+                rows = rows + self.token_type_embeddings(packed.pack(token_type_ids.expand(shape)))
+        if self.embed_proj is not None:
+            rows = self.embed_proj(rows)
+        return self.dropout(only_real(self.LayerNorm(rows), packed))  # [N, H]
+
+
+def only_real(rows: Tensor, packed: PackedBatch) -> Tensor:
+    """Rows [N, H], those of masked tokens 0; only the fallback of `PackedBatch` keeps any."""
+    return rows if packed.key_mask is None else rows * packed.key_mask.reshape(-1, 1)
+
+
+class DisentangledSelfAttention(nn.Module):
+    """Attention by content and by distance; LoRA, where the config asks for it, in `query_proj` and `value_proj`."""
+
+    def __init__(self, config: DebertaV2Config) -> None:
+        super().__init__()
+        size, self.heads = config.hidden_size, config.num_attention_heads
+        kinds = config.pos_att_type or []
+        relative, shared = config.relative_attention, share_att_key(config)
+        self.scale = math.sqrt(size // self.heads * (1 + len(kinds)))
+        self.query_proj = lora_linear(config, size, size)
+        self.key_proj = nn.Linear(size, size)
+        self.value_proj = lora_linear(config, size, size)
+        self.content_to_position = relative and "c2p" in kinds
+        self.position_to_content = relative and "p2c" in kinds
+        if self.content_to_position and not shared:
+            self.pos_key_proj = nn.Linear(size, size)
+        if self.position_to_content and not shared:
+            self.pos_query_proj = nn.Linear(size, size)
+        self.shared, self.frozen_relative_query = shared, frozen_relative_query(config)
+        self.pos_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def forward(
+        self,
+        queries: Tensor,
+        hidden_states: Tensor,
+        packed: PackedBatch,
+        with_probs: bool,
+        table: Tensor | None,
+        distances: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """queries [Q, H] and hidden_states [N, H] to context [Q, H] and, if asked, probabilities [B, A, S, S].
+
+        table [V, U, H] and distances [2 S - 1] int64: the relative table's rows in use, and which one each distance
+        from -(S - 1) to S - 1 has.
+        """
+        query, key, value = (
+            self.query_proj(queries) / self.scale,
+            self.key_proj(hidden_states),
+            self.value_proj(hidden_states),
+        )
+        relative_key, relative_query = self.project(table, distances)  # [A, V, 2 S - 1, D] each, or None
+        first_only = query.shape[0] != key.shape[0]
+        key_sizes = [n * length for n, length in packed.groups]
+        query_sizes = [n for n, _ in packed.groups] if first_only else key_sizes
+        contexts: list[Tensor] = []
+        probs: list[Tensor] = []
+        # split, not slices: the backward of one split is one concatenation
+        parts = zip(query.split(query_sizes), key.split(key_sizes), value.split(key_sizes), strict=True)
+        for (n, length), (q, k, v) in zip(packed.groups, parts, strict=True):
+            q, k, v = (
+                rows.view(n, -1, self.heads, rows.shape[1] // self.heads).permute(2, 0, 1, 3) for rows in (q, k, v)
+            )
+            q, k = q.contiguous(), k.contiguous()  # [A, n, M, D], [A, n, L, D]
+            scores = q @ k.transpose(-1, -2)  # [A, n, M, L]
+            middle = slice(packed.length - length, packed.length + length - 1)  # the 2 L - 1 distances of this length
+            if relative_key is not None:
+                scores += content_to_position(q, relative_key[:, :, middle], length)
+            if relative_query is not None:
+                scores += position_to_content(k, relative_query[:, :, middle], q.shape[2])
+            if packed.key_mask is not None:  # a masked query sees all keys alike, as transformers has it
+                seen = packed.key_mask.transpose(0, 1)  # [1, B, 1, S]
+                seen = seen & seen[..., : q.shape[2]].transpose(-1, -2)
+                scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+            weights = self.dropout(scores.softmax(-1))
+            contexts.append((weights @ v).permute(1, 2, 0, 3).reshape(-1, query.shape[1]))
+            if with_probs:
+                probs.append(weights.transpose(0, 1))  # [n, A, L, L]
+        return torch.cat(contexts), packed.unpack_pairs(probs) if with_probs else None
+
+    def project(self, table: Tensor | None, distances: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """k^r by descending and q^r by ascending distance, [A, V, 2 S - 1, D] each; None where the config has none."""
+        if table is None or distances is None:
+            return None, None
+        table = self.pos_dropout(table)  # [V, U, H]
+        key = query = None
+        if self.content_to_position:
+            key = self.key_proj(table) if self.shared else self.pos_key_proj(table)
+            key = self.by_head(key, distances.flip(0))
+        if self.position_to_content:
+            if self.frozen_relative_query and isinstance(self.query_proj, LoRALinear):
+                query = F.linear(table, self.query_proj.frozen_weight(), self.query_proj.bias)
+            else:
+                query = self.query_proj(table) if self.shared else self.pos_query_proj(table)
+            query = self.by_head(query / self.scale, distances)
+        return key, query
+
+    def by_head(self, projected: Tensor, rows: Tensor) -> Tensor:
+        """The rows [V, U, H] of these distances by head: [A, V, 2 S - 1, D]."""
+        chosen = projected.index_select(1, rows)
+        return chosen.view(*chosen.shape[:2], self.heads, -1).permute(2, 0, 1, 3)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.frozen_relative_query and getattr(self.query_proj, "merged", False):
+            raise RuntimeError(
+                "A merged DeBERTa whose relative query is frozen can't be saved: whoever loads the file would apply "
+                "the update to the relative query too. Call lora.unmerge_lora_(model) and save the adapter."
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def content_to_position(q: Tensor, relative_key: Tensor, length: int) -> Tensor:
+    """q_i . k^r[i - j]: q [A, n, M, D], relative_key [A, V, 2 L - 1, D] by descending distance, to [A, n, M, L]."""
+    heads, n, places, size = q.shape
+    if places < length:  # first tokens: distances 0 to -(L - 1), in the order of j already
+        relative_key = relative_key[:, :, length - 1 :]
+    rows = q.reshape(heads, relative_key.shape[1], -1, size)  # [A, V, n / V * M, D]
+    products = (rows @ relative_key.transpose(-1, -2)).view(heads, n, places, -1)
+    return products if places < length else shifted(products)
+
+
+def position_to_content(k: Tensor, relative_query: Tensor, places: int) -> Tensor:
+    """k_j . q^r[i - j]: k [A, n, L, D], relative_query [A, V, 2 L - 1, D] by ascending distance, to [A, n, M, L]."""
+    heads, n, length, size = k.shape
+    if places < length:  # first tokens: k_j meets only distance -j
+        rows = k.view(heads, relative_query.shape[1], -1, length, size)  # [A, V, n / V, L, D]
+        return (rows * relative_query[:, :, None, :length].flip(3)).sum(-1).view(heads, n, 1, length)
+    rows = k.reshape(heads, relative_query.shape[1], -1, size)
+    products = (rows @ relative_query.transpose(-1, -2)).view(heads, n, length, -1)
+    return shifted(products).transpose(-1, -2)  # [A, n, j, i] to [A, n, i, j]
+
+
+class ConvLayer(nn.Module):
+    """LayerNorm(residual + act(dropout(conv(x)))), the convolution over each sequence alone, 0 beyond its ends."""
+
+    def __init__(self, config: DebertaV2Config) -> None:
+        super().__init__()
+        size, groups = config.hidden_size, getattr(config, "conv_groups", 1)
+        self.margin = config.conv_kernel_size // 2  # type: ignore[attr-defined]
+        self.conv = nn.Conv1d(size, size, 2 * self.margin + 1, padding=self.margin, groups=groups)
+        self.activation = activation(getattr(config, "conv_act", "tanh"))
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, embedded: Tensor, residual: Tensor, packed: PackedBatch) -> Tensor:
+        """embedded, residual [N, H] to [N, H]."""
+        # One long stream, `margin` zeros between sequences: a single convolution, however many lengths there are.
+        lengths = torch.tensor(packed.lengths, device=embedded.device)
+        sequence = torch.arange(packed.batch, device=embedded.device).repeat_interleave(
+            lengths, output_size=embedded.shape[0]
+        )
+        places = torch.arange(embedded.shape[0], device=embedded.device) + self.margin * sequence  # [N]
+        stream = embedded.new_zeros(embedded.shape[0] + self.margin * (packed.batch - 1), embedded.shape[1])
+        stream = stream.index_copy(0, places, embedded)
+        convolved = self.conv(stream.t()[None])[0].t().index_select(0, places)  # [N, H]
+        convolved = self.activation(self.dropout(only_real(convolved, packed)))
+        return only_real(self.LayerNorm(residual + convolved), packed)
+
+
+class DebertaV2Encoder(nn.Module):
+    """The layers, the relative table they share, and the convolution after the first, under the Hub's names."""
+
+    def __init__(self, config: DebertaV2Config) -> None:
+        super().__init__()
+        layers = [EncoderLayer(config, DisentangledSelfAttention(config)) for _ in range(config.num_hidden_layers)]
+        self.layer = nn.ModuleList(layers)
+        self.buckets = getattr(config, "position_buckets", -1)
+        self.reach = (
+            config.max_relative_positions if config.max_relative_positions > 0 else config.max_position_embeddings
+        )
+        if config.relative_attention:
+            rows = 2 * (self.buckets if self.buckets > 0 else self.reach)
+            self.rel_embeddings = nn.Embedding(rows, config.hidden_size)
+        if "layer_norm" in relative_norm(config):
+            self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.conv = ConvLayer(config) if getattr(config, "conv_kernel_size", 0) > 0 else None
+
+    def relative_table(self, packed: PackedBatch, views: int) -> tuple[Tensor | None, Tensor | None]:
+        """The rows [V, U, H] of the table that a batch's distances fall on, and [2 S - 1] which one each has."""
+        if not hasattr(self, "rel_embeddings"):
+            return None, None
+        rows = table_rows(packed.length, self.buckets, self.reach)
+        first, last = rows[0], rows[-1]
+        table = self.rel_embeddings.weight[first : last + 1]
+        if hasattr(self, "LayerNorm"):
+            table = self.LayerNorm(table)
+        if not self.training:
+            views = 1  # without dropout all views have the same table
+        return table.repeat(views, 1, 1), torch.tensor(rows, device=table.device) - first
+
+    def forward(
+        self, rows: Tensor, packed: PackedBatch, first_only: bool, with_hidden: bool, with_probs: bool, views: int
+    ) -> Encoded:
+        """Embedded rows [N, H] through the layers; each of the batch's `views` parts has a dropout of the table."""
+        table, distances = self.relative_table(packed, views)
+        encoded = Encoded(rows, [rows] if with_hidden else [], [])
+        for i, layer in enumerate(self.layer):
+            convolves = i == 0 and self.conv is not None
+            narrow = first_only and i + 1 == len(self.layer) and not convolves
+            output, probs = layer(encoded.rows, packed, narrow, with_probs, table, distances)
+            encoded.rows = self.conv(rows, output, packed) if convolves else output  # type: ignore[misc]
+            encoded.attentions.append(probs)
+            if with_hidden:
+                encoded.hidden_states.append(encoded.rows)
+        if first_only and encoded.rows.shape[0] != packed.batch:  # the only layer, convolved
+            encoded.rows = encoded.rows.index_select(0, packed.first_rows)
+        return encoded
+
+
+def share_att_key(config: Any) -> bool:
+    return bool(getattr(config, "share_att_key", False))
+
+
+def relative_norm(config: Any) -> list[str]:
+    return [kind.strip() for kind in str(getattr(config, "norm_rel_ebd", "none")).lower().split("|")]
+
+
+def frozen_relative_query(config: Any) -> bool:
+    """Whether the relative positions' query bypasses LoRA: it would go through `query_proj`, and nobody asked it to."""
+    position_to_content = config.relative_attention and "p2c" in (config.pos_att_type or [])
+    return bool(position_to_content and share_att_key(config) and not getattr(config, "lora_relative_query", False))
+
+
+def check_config(config: Any) -> None:
+    """Raise ValueError for a setting that this model would have to ignore or compute differently."""
+    size, heads = config.hidden_size, config.num_attention_heads
+    buckets, reach = getattr(config, "position_buckets", -1), config.max_relative_positions
+    reach = reach if reach > 0 else config.max_position_embeddings
+    wrong = []
+    if size % heads:
+        wrong.append(f"hidden_size {size} is no multiple of num_attention_heads {heads}")
+    elif getattr(config, "attention_head_size", size // heads) != size // heads:
+        wrong.append(f"attention_head_size {config.attention_head_size} is not hidden_size / num_attention_heads")
+    kinds = config.pos_att_type or []
+    if unknown := sorted(set(kinds) - {"c2p", "p2c"}):
+        wrong.append(f"pos_att_type {'|'.join(unknown)}: only c2p and p2c are supported")
+    if len(set(kinds)) != len(kinds):
+        wrong.append(f"pos_att_type {'|'.join(kinds)} names a kind twice")
+    if unknown := sorted(set(relative_norm(config)) - {"layer_norm", "none"}):
+        wrong.append(f"norm_rel_ebd {'|'.join(unknown)}: only layer_norm and none are supported")
+    if buckets > 0 and (buckets < 2 or reach - 1 <= buckets // 2):
+        wrong.append(f"position_buckets {buckets} does not fit max_relative_positions {reach}")
+    if (kernel := getattr(config, "conv_kernel_size", 0)) > 0 and kernel % 2 == 0:
+        wrong.append(f"conv_kernel_size {kernel} is even")
+    if config.pooler_hidden_size != size:
+        wrong.append(f"pooler_hidden_size {config.pooler_hidden_size} is not hidden_size {size}")
+    if getattr(config, "z_steps", 0) > 1:
+        wrong.append(f"z_steps {config.z_steps}: the enhanced mask decoder is not supported")
+    if wrong:
+        raise ValueError(f"This DeBERTa-V2 can't honour its config: {'; '.join(wrong)}.")
+
+
+class DebertaV2PreTrainedModel(PreTrainedModel):
+    """What both models share: configuration class, loading, initialisation."""
+
+    config_class = DebertaV2Config
+    base_model_prefix = "deberta"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EncoderLayer"]
+    # A base checkpoint has heads of its pretraining that a classifier lacks; LoRA matrices start anew.
+    _keys_to_ignore_on_load_unexpected = [r"^(cls|lm_predictions|mask_predictions)\.", r"position_(ids|embeddings)"]
+    _keys_to_ignore_on_load_missing = [r"\.lora_[AB]$"]
+
+    def __init__(self, config: DebertaV2Config) -> None:
+        check_config(config)
+        super().__init__(config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # normal(0, initializer_range), biases 0; loaded tensors are left alone
+        if isinstance(module, LoRALinear):  # the reference draws A so here, and Kaiming-uniform in RoBERTa
+            nn.init.normal_(module.lora_A, std=self.config.initializer_range)
+            nn.init.zeros_(module.lora_B)
+
+
+class DebertaV2Model(PackedEncoder, DebertaV2PreTrainedModel):
+    """The bare encoder, in place of `transformers.DebertaV2Model`."""
+
+    keeps_distances = True
+
+    def __init__(self, config: DebertaV2Config) -> None:
+        super().__init__(config)
+        self.embeddings = DebertaV2Embeddings(config)
+        self.encoder = DebertaV2Encoder(config)
+        self.post_init()
+
+
+class ContextPooler(nn.Module):
+    """act(dense(dropout(first token))): [B, H] to [B, H]."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.pooler_hidden_size, config.pooler_hidden_size)
+        self.dropout = nn.Dropout(config.pooler_dropout)
+        self.activation = activation(config.pooler_hidden_act)
+
+    def forward(self, first: Tensor) -> Tensor:
+        return self.activation(self.dense(self.dropout(first)))
+
+
+class DebertaV2ForSequenceClassification(SequenceClassifier, DebertaV2PreTrainedModel):
+    """DeBERTa-V2 with a classification or regression head, in place of transformers' class of that name."""
+
+    soft_labels = "soft_label_classification"
+
+    def __init__(self, config: DebertaV2Config) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.deberta = DebertaV2Model(config)
+        self.pooler = ContextPooler(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
+        dropout = getattr(config, "cls_dropout", None)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)  # 0 counts
+        self.post_init()
+
+    def head(self, first: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.pooler(first)))
