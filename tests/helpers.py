@@ -9,10 +9,16 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import RobertaConfig
+from transformers import DebertaV2Config, RobertaConfig
 
+from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
 
+# model type: our classifier, transformers' own
+CLASSIFIERS: dict[str, tuple[Any, Any]] = {
+    "roberta": (RobertaForSequenceClassification, transformers.RobertaForSequenceClassification),
+    "deberta-v2": (DebertaV2ForSequenceClassification, transformers.DebertaV2ForSequenceClassification),
+}
 GOLDENS = Path(__file__).parent / "goldens"
 
 
@@ -35,6 +41,35 @@ def tiny_config(**settings: Any) -> RobertaConfig:
     return RobertaConfig(**{**base, **settings})
 
 
+def tiny_deberta_config(**settings: Any) -> DebertaV2Config:
+    """The same size in the style of v2-xxlarge: buckets, shared keys, convolution; no dropout."""
+    base = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 40,
+        "type_vocab_size": 0,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.2,
+        "layer_norm_eps": 1e-7,
+        "num_labels": 3,
+        "pad_token_id": 0,
+        "relative_attention": True,
+        "position_buckets": 8,
+        "max_relative_positions": -1,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": "p2c|c2p",
+        "position_biased_input": False,
+        "conv_kernel_size": 3,
+        "conv_act": "gelu",
+    }
+    return DebertaV2Config(**{**base, **settings})
+
+
 @torch.no_grad()
 def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
     """Every parameter random, also biases, LayerNorms, padding rows and lora_B: a forgotten one then shows."""
@@ -45,24 +80,24 @@ def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def twins(
-    config: RobertaConfig, seed: int = 0, attn_implementation: str = "sdpa"
-) -> tuple[RobertaForSequenceClassification, transformers.RobertaForSequenceClassification]:
+def twins(config: Any, seed: int = 0, attn_implementation: str | None = None) -> tuple[Any, Any]:
     """Our classifier and transformers' with the same random weights, in train mode."""
+    ours_class, theirs_class = CLASSIFIERS[config.model_type]
     theirs_config = copy.deepcopy(config)  # transformers writes problem_type into it
-    theirs_config._attn_implementation = attn_implementation
-    theirs = randomise_(transformers.RobertaForSequenceClassification(theirs_config), seed)
-    ours = RobertaForSequenceClassification(config)
+    if attn_implementation:
+        theirs_config._attn_implementation = attn_implementation
+    theirs = randomise_(theirs_class(theirs_config), seed)
+    ours = ours_class(config)
     ours.load_state_dict(theirs.state_dict())
     return ours.train(), theirs.train()
 
 
-def ragged_batch(lengths: list[int], vocab_size: int = 50, seed: int = 0) -> dict[str, Tensor]:
-    """Random sequences of these lengths, padded on the right with id 1."""
+def ragged_batch(lengths: list[int], vocab_size: int = 50, seed: int = 0, pad: int = 1) -> dict[str, Tensor]:
+    """Random sequences of these lengths, padded on the right."""
     generator = torch.Generator().manual_seed(seed)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     ids = torch.randint(3, vocab_size, mask.shape, generator=generator)
-    return {"input_ids": torch.where(mask == 1, ids, 1), "attention_mask": mask}
+    return {"input_ids": torch.where(mask == 1, ids, pad), "attention_mask": mask}
 
 
 def assert_close(
@@ -106,10 +141,13 @@ def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads((GOLDENS / f"{name}.json").read_text())
 
 
-def golden_model(name: str, **settings: Any) -> RobertaForSequenceClassification:
+def golden_model(name: str, **settings: Any) -> Any:
     """Our classifier with a golden case's config and weights, in train mode."""
     tensors, case = golden(name)
-    model = RobertaForSequenceClassification(RobertaConfig(**{**case["config"], **settings}))
+    if "params_from" in case:
+        tensors, _ = golden(case["params_from"].removesuffix(".npz"))
+    kind, config_class = ("deberta-v2", DebertaV2Config) if name.startswith("deberta") else ("roberta", RobertaConfig)
+    model = CLASSIFIERS[kind][0](config_class(**{**case["config"], **settings}))
     model.load_state_dict({key[len("param.") :]: t for key, t in tensors.items() if key.startswith("param.")})
     return model.train()
 
