@@ -103,9 +103,20 @@ print(torch.accelerator.device_count() if torch.accelerator.is_available() else 
     echo "$name: $note" >&2
   fi
 
-  flags+=("$@")
+  if ((devices)); then flags+=("$@"); else without_fp16 "$@"; fi
   print_command
   [[ "${DRY_RUN:-0}" != 0 ]] || exec "${program[@]}" "${flags[@]}"
+}
+
+# Add flags to launch's but --fp16, which a CPU only emulates, slowly: the run then computes in fp32.
+without_fp16() {
+  local word dropped='' skip=
+  for word in "$@"; do
+    if [[ "$word" == --fp16 || "$word" == --fp16=* ]]; then dropped=1 skip=1
+    elif [[ -z "$skip" || "$word" == --* ]]; then flags+=("$word") skip=
+    fi # else it is the value of --fp16
+  done
+  [[ -z "$dropped" ]] || echo "$name: no GPU: --fp16 is dropped, computing in fp32" >&2
 }
 
 # Print launch's command, one flag a line, quoted and continued so that it can be pasted into a shell.

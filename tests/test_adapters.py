@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import GOLDENS, assert_close, ragged_batch, randomise_, tiny_config
+from helpers import (
+    GOLDENS,
+    assert_close,
+    ragged_batch,
+    randomise_,
+    tiny_config,
+    tiny_deberta_config,
+)
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,6 +22,7 @@ from torch import Tensor, nn
 from lora_nlu.adapters import CONFIG, METADATA, WEIGHTS, load_adapter, read_adapter, save_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.lora import mark_only_lora_as_trainable
+from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
 
 R, ALPHA = 4, 6
@@ -27,6 +35,14 @@ def lora_model(seed: int = 0, **settings) -> RobertaForSequenceClassification:
     """Our classifier with LoRA, every parameter random, adapters and head ready to train."""
     config = tiny_config(**{"apply_lora": True, "lora_r": R, "lora_alpha": ALPHA, **settings})
     model = randomise_(RobertaForSequenceClassification(config), seed)
+    mark_only_lora_as_trainable(model)
+    return model.eval()
+
+
+def lora_deberta(seed: int = 0, **settings) -> DebertaV2ForSequenceClassification:
+    """The same for DeBERTa."""
+    config = tiny_deberta_config(**{"apply_lora": True, "lora_r": R, "lora_alpha": ALPHA, **settings})
+    model = randomise_(DebertaV2ForSequenceClassification(config), seed)
     mark_only_lora_as_trainable(model)
     return model.eval()
 
@@ -174,12 +190,16 @@ def test_the_published_layout_of_roberta_base_loads_by_exactly_its_52_keys(tmp_p
         assert got.keys() == state.keys() and all(torch.equal(got[name], state[name]) for name in state), prefix
 
 
+@pytest.mark.parametrize("kind, new_model", [("roberta", lora_model), ("deberta", lora_deberta)])
 @pytest.mark.parametrize("labels", [3, 2, 1])
-def test_training_from_another_tasks_file_keeps_or_drops_the_head_as_the_reference_does(labels, tmp_path):
-    case = json.loads((GOLDENS / "head_loading.json").read_text())["loading"][f"roberta_3_to_{labels}"]
-    state = trained(lora_model())
-    assert sorted(name for name in state if "lora_" not in name) == sorted(case["checkpoint_keys_not_lora"])
-    model = lora_model(seed=1, num_labels=labels)
+def test_training_from_another_tasks_file_keeps_or_drops_the_head_as_the_reference_does(
+    labels, kind, new_model, tmp_path
+):
+    case = json.loads((GOLDENS / "head_loading.json").read_text())["loading"][f"{kind}_3_to_{labels}"]
+    state = trained(new_model())
+    head = sorted(name for name in state if "lora_" not in name)
+    assert head == sorted(case["checkpoint_keys_not_lora"])
+    model = new_model(seed=1, num_labels=labels)
     fresh = trained(model)
     path = published(tmp_path / "mnli.bin", state)
     dropped = load_adapter(model, read_adapter(str(path)), allow_new_head=True)
@@ -188,7 +208,93 @@ def test_training_from_another_tasks_file_keeps_or_drops_the_head_as_the_referen
     for name in got:
         kept = fresh[name] if name in case["head_dropped"] else state[name]
         assert torch.equal(got[name], kept), name
-    assert set(case["head_loaded"]) | set(case["head_dropped"]) == set(HEAD)
+    assert sorted([*case["head_loaded"], *case["head_dropped"]]) == head
+
+
+def test_the_published_layout_of_deberta_xxlarge_loads_by_exactly_its_196_keys(tmp_path):
+    """The keys and shapes of the published files, with a hidden size of 32 for 1536."""
+    d, r, state = 32, 16, {}
+    for i in range(48):
+        for projection in ("query_proj", "value_proj"):
+            name = f"deberta.encoder.layer.{i}.attention.self.{projection}"
+            state[f"{name}.lora_A"], state[f"{name}.lora_B"] = torch.randn(r, d), torch.randn(d, r)
+    state["pooler.dense.weight"], state["pooler.dense.bias"] = torch.randn(d, d), torch.randn(d)
+    state["classifier.weight"], state["classifier.bias"] = torch.randn(3, d), torch.randn(3)
+    assert len(state) == 196
+    model = lora_deberta(num_hidden_layers=48, lora_r=r, lora_alpha=32)
+    load_adapter(model, read_adapter(str(published(tmp_path / "mnli.bin", state))), allow_new_head=False)
+    got = trained(model)
+    assert got.keys() == state.keys() and all(torch.equal(got[name], state[name]) for name in state)
+
+
+# ------------------------------------------------------------------------- DeBERTa: LoRA on the relative query or not
+
+
+def peft_deberta(seed: int = 0) -> PeftModel:
+    """transformers' DeBERTa under PEFT, every parameter random; PEFT leaves the pooler out unless it is named."""
+    targets, heads = ["query_proj", "value_proj"], ["classifier", "pooler"]
+    settings = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=R, lora_alpha=ALPHA, target_modules=targets, modules_to_save=heads
+    )
+    base = transformers.DebertaV2ForSequenceClassification(tiny_deberta_config())
+    return randomise_(get_peft_model(base, settings), seed).eval()
+
+
+def test_a_deberta_adapter_trained_as_the_reference_does_is_one_that_peft_refuses_and_we_read_back(tmp_path):
+    model = lora_deberta()
+    save_adapter(model, tmp_path, METADATA_OF_RUN)
+    base = transformers.DebertaV2ForSequenceClassification(tiny_deberta_config())
+    with pytest.raises((KeyError, ValueError), match="LORA_FROZEN_RELATIVE_QUERY"):
+        PeftModel.from_pretrained(base, str(tmp_path))
+    other = lora_deberta(seed=7)
+    load_adapter(other, read_adapter(str(tmp_path)), allow_new_head=False)
+    want, got = trained(model), trained(other)
+    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_a_deberta_adapter_with_lora_on_the_relative_query_loads_in_peft_with_the_same_logits(tmp_path):
+    model = lora_deberta(lora_relative_query=True)
+    save_adapter(model, tmp_path, METADATA_OF_RUN)
+    base = transformers.DebertaV2ForSequenceClassification(tiny_deberta_config())
+    encoder = {name: t for name, t in model.state_dict().items() if name.startswith("deberta.") and "lora_" not in name}
+    base.load_state_dict(encoder, strict=False)
+    assert_close(logits(PeftModel.from_pretrained(base, str(tmp_path))), logits(model))
+
+
+def test_a_deberta_adapter_written_by_peft_loads_with_the_same_logits_and_only_in_its_own_reading(tmp_path):
+    theirs = peft_deberta()
+    theirs.save_pretrained(tmp_path)
+    base = {name.replace(".base_layer", ""): t for name, t in theirs.get_base_model().state_dict().items()}
+    encoder = {name: t for name, t in base.items() if name.startswith("deberta.") and "lora_" not in name}
+    model = lora_deberta(seed=1, lora_relative_query=True)
+    model.load_state_dict(encoder, strict=False)
+    load_adapter(model, read_adapter(str(tmp_path)), allow_new_head=False)
+    assert_close(logits(model), logits(theirs))
+    message = refused(tmp_path, lora_deberta(seed=1))
+    assert "was trained with LoRA on the relative" in message and "Give --lora_relative_query" in message
+
+
+def test_a_published_deberta_file_is_not_read_with_lora_on_the_relative_query(tmp_path):
+    file = published(tmp_path / "mnli.bin", trained(lora_deberta()))
+    folder = tmp_path / "folder"
+    save_adapter(lora_deberta(), folder, METADATA_OF_RUN)
+    for path in (file, folder):
+        assert "Leave out --lora_relative_query" in refused(path, lora_deberta(seed=1, lora_relative_query=True))
+        assert "Leave out" in refused(path, lora_deberta(seed=1, lora_relative_query=True), training=True)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"share_att_key": False}, {"pos_att_type": ["c2p"]}, {"relative_attention": False}]
+)
+def test_where_no_relative_query_goes_through_lora_the_two_readings_are_one(settings, tmp_path):
+    save_adapter(lora_deberta(**settings), tmp_path, METADATA_OF_RUN)
+    assert json.loads((tmp_path / CONFIG).read_text())["peft_type"] == "LORA"
+    want = None
+    for reading in (False, True):
+        model = lora_deberta(seed=1, lora_relative_query=reading, **settings)
+        load_adapter(model, read_adapter(str(tmp_path)), allow_new_head=False)
+        want = logits(model) if want is None else want
+        assert torch.equal(logits(model), want)
 
 
 # ----------------------------------------------------------------------------------------------------------- refused

@@ -17,10 +17,11 @@ from lora_nlu.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = "examples/text-classification/run_glue.py"
-SCRIPTS = sorted((ROOT / "scripts").glob("roberta_*.sh"))
+SCRIPTS = sorted(path for pattern in ("*_*_*.sh", "mnli.*.sh") for path in (ROOT / "scripts").glob(pattern))
 with open(Path(__file__).with_name("hyperparameters.tsv"), newline="", encoding="utf-8") as table:
     RECIPES = {recipe["script"]: recipe for recipe in csv.DictReader(table, delimiter="\t")}
 NOT_HYPERPARAMETERS = {"output_dir": None, "do_train": "", "do_eval": "", "apply_lora": ""}
+RENAMED = {"evaluation_strategy": "eval_strategy", "use_deterministic_algorithms": "full_determinism"}
 SETTINGS = ("num_gpus", "devices", "output_dir", "GLUE_DIR", "MNLI_LORA", "PYTHON", "DRY_RUN", "CUDA_VISIBLE_DEVICES")
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -97,15 +98,15 @@ def refusal(done: subprocess.CompletedProcess) -> str:
     return done.stderr
 
 
-def test_there_are_sixteen_scripts_one_for_each_published_recipe():
-    assert len(SCRIPTS) == 16
+def test_there_are_26_scripts_one_for_each_published_recipe_with_lora():
+    assert len(SCRIPTS) == 26
     assert [path.name for path in SCRIPTS] == sorted(RECIPES)
 
 
 @each_script
 def test_a_script_passes_exactly_the_published_hyperparameters(script, run):
     recipe = {name: value for name, value in RECIPES[script.name].items() if value and name != "script"}
-    recipe["eval_strategy"] = recipe.pop("evaluation_strategy")
+    recipe = {RENAMED.get(name, name): "" if value == "yes" else value for name, value in recipe.items()}
     num_gpus = recipe.pop("num_gpus")
     starts_from_mnli = recipe.pop("lora_path", None) is not None  # the published names of that file disagree
 
@@ -129,7 +130,8 @@ def test_the_comments_of_a_script_say_what_it_does(script):
     assert f"({task.rows['train']:,} training {'pairs' if len(task.text) == 2 else 'sentences'})" in text
     assert re.search(rf"size {batch} +# x num_gpus={num_gpus}: {num_gpus * batch} (pairs|sentences) a step", text)
     assert f"made for {num_gpus} GPUs" in text and f"bash scripts/{script.name}" in text
-    assert not re.search(r"roberta_(base|large)", text.replace(script.stem, "").replace(mnli_of(script), ""))
+    assert not re.search(r"(ro|de)berta_\w+", text.replace(script.stem, "").replace(mnli_of(script), ""))
+    assert ("R-Drop" in text or "utoff" in text) == bool(recipe["reg_loss_wgt"])
 
 
 def mnli_of(script: Path) -> str:
@@ -159,14 +161,20 @@ def test_the_real_parser_reads_every_flag_of_a_script(script, run, run_glue):
         assert parsed[name] == float(recipe[name]), name
     for name in ("lora_r", "lora_alpha", "seed", "logging_steps"):
         assert parsed[name] == int(recipe[name]), name
+    for name in ("cls_dropout", "reg_loss_wgt", "masking_prob", "eval_steps", "save_steps"):
+        assert not recipe[name] or parsed[name] == float(recipe[name]), name
+    assert (parsed["fp16"], parsed["full_determinism"]) == (bool(recipe["fp16"]), bool(recipe["fp16"]))
     assert parsed["gradient_accumulation_steps"] == int(recipe["num_gpus"])
-    assert (parsed["eval_strategy"], parsed["save_strategy"]) == ("epoch", "epoch")
-    assert float(recipe["warmup_ratio"]) in (parsed.get("warmup_ratio"), parsed["warmup_steps"])
+    assert (parsed["eval_strategy"], parsed["save_strategy"]) == (
+        recipe["evaluation_strategy"],
+        recipe["save_strategy"],
+    )
+    assert parsed["warmup_steps"] == float(recipe["warmup_steps"] or recipe["warmup_ratio"])
 
 
 def test_every_script_has_an_output_folder_of_its_own_inside_the_repository(run):
     folders = {script.stem: flags_of(run(script))["output_dir"] for script in SCRIPTS}
-    assert folders == {name: str(ROOT / "output" / name) for name in folders} and len(folders) == 16
+    assert folders == {name: str(ROOT / "output" / name) for name in folders} and len(folders) == 26
     assert flags_of(run("roberta_base_rte.sh", output_dir="my run/1"))["output_dir"] == "my run/1"
 
 
@@ -194,6 +202,16 @@ def test_fewer_devices_make_up_the_batch_with_accumulation_and_say_so(run, devic
     assert processes(command(done)) == started
     assert flags_of(done).get("gradient_accumulation_steps") == accumulation
     assert done.stderr == f"roberta_base_mnli: 8 x 16 = 128 examples a step{where}\n"
+
+
+@pytest.mark.parametrize("written", [["--fp16"], ["--fp16", "True"], ["--fp16=true"], []])
+def test_without_a_gpu_fp16_is_dropped_and_said_and_nothing_else_is(run, written):
+    on_cpu = run("deberta_v2_xxlarge_rte.sh", *written, "--seed", "3", devices="0")
+    assert on_cpu.stderr.splitlines()[-1] == "deberta_v2_xxlarge_rte: no GPU: --fp16 is dropped, computing in fp32"
+    flags = flags_of(run("deberta_v2_xxlarge_rte.sh", "--seed", "3", devices="1"))
+    assert flags.pop("fp16") == "" and flags_of(on_cpu) == flags
+    kept = run("roberta_base_rte.sh", "--fp16_full_eval", "--bf16", "true", devices="0")
+    assert command(kept)[-3:] == ["--fp16_full_eval", "--bf16", "true"] and "dropped" not in kept.stderr
 
 
 def test_another_num_gpus_is_another_recipe(run):
@@ -289,7 +307,7 @@ STARTS_FROM_MNLI = [script for script in SCRIPTS if RECIPES[script.name]["lora_p
 
 @pytest.mark.parametrize("script", STARTS_FROM_MNLI, ids=lambda path: path.stem)
 def test_mrpc_rte_and_stsb_start_from_the_mnli_adapter_of_their_size(script, run, copy, tmp_path):
-    assert len(STARTS_FROM_MNLI) == 6
+    assert len(STARTS_FROM_MNLI) == 9
     script, mnli = copy / "scripts" / script.name, copy / "output" / mnli_of(script)
 
     message = refusal(run(script, MNLI_LORA=None))

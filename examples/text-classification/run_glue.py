@@ -46,6 +46,9 @@ class ModelArguments:
     lora_r: int | None = flag("Rank of the update; 0 is plain fine-tuning")
     lora_alpha: float | None = flag("The update is scaled by lora_alpha / lora_r")
     lora_path: str | None = flag("Adapter to start from or evaluate: a published .bin, an adapter or output folder")
+    lora_relative_query: bool = flag("DeBERTa: LoRA also on the relative positions' query, as in PEFT", False)
+    reg_loss_wgt: float = flag("R-Drop: weight of the distance between two passes with their own dropout", 0.0)
+    masking_prob: float = flag("Cutoff: share of tokens hidden from the second of the two passes", 0.0)
     cls_dropout: float | None = flag("Dropout of the classification head; default: the model's hidden_dropout_prob")
 
 
@@ -77,6 +80,10 @@ class RunArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             # Under a launcher, transformers would otherwise train one separate model in each process.
             self.use_cpu, self.dataloader_pin_memory = True, False
+        if self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+            raise ValueError(
+                f"--bf16: {torch.cuda.get_device_name()} can't compute in it. Drop the flag, or say --fp16."
+            )
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every trained parameter gets a gradient in every step
         if self.include_num_input_tokens_seen in ("no", False):
@@ -123,7 +130,8 @@ def check_args(model_args: ModelArguments, data_args: DataArguments, args: RunAr
     counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     for group, least, below, names in (
         (model_args, 0, math.inf, ("lora_r",)),  # rank 0 is plain fine-tuning
-        (model_args, 0, 1, ("cls_dropout",)),
+        (model_args, 0, math.inf, ("reg_loss_wgt",)),
+        (model_args, 0, 1, ("cls_dropout", "masking_prob")),
         (data_args, 1, math.inf, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
         (data_args, 4, math.inf, ("max_seq_length",)),
         (args, 1, math.inf, counts),
@@ -133,6 +141,12 @@ def check_args(model_args: ModelArguments, data_args: DataArguments, args: RunAr
             if (value := getattr(group, name)) is not None and not least <= value < below:
                 wanted = f"{least} or more" if below == math.inf else f"from {least} to below {below}"
                 raise UsageError(f"--{name} {value}: must be {wanted}.")
+    if model_args.masking_prob and not model_args.reg_loss_wgt:
+        raise UsageError(
+            "--masking_prob needs --reg_loss_wgt: cutoff compares the pass with hidden tokens to a whole one."
+        )
+    if model_args.reg_loss_wgt and args.label_smoothing_factor:
+        raise UsageError("--label_smoothing_factor replaces the loss that --reg_loss_wgt adds to: give one of them.")
     if model_args.lora_alpha is not None and not 0 < model_args.lora_alpha < math.inf:
         raise UsageError(f"--lora_alpha {model_args.lora_alpha}: must be above 0.")
 
@@ -155,6 +169,7 @@ def run_metadata(
         "base_model": model_args.model_name_or_path,
         "lora_r": model_args.lora_r if model_args.apply_lora else 0,
         "lora_alpha": model_args.lora_alpha,
+        "lora_relative_query": model_args.lora_relative_query,
         "max_seq_length": max_length,
         "seed": args.seed,
         "versions": {module.__name__: module.__version__ for module in (lora_nlu, torch, transformers)},
@@ -172,14 +187,17 @@ def prepare_model(
     name, hub = model_args.model_name_or_path, hub_settings(model_args)
     config.apply_lora, config.lora_r = model_args.apply_lora, model_args.lora_r
     config.lora_alpha, config.cls_dropout = model_args.lora_alpha, model_args.cls_dropout
-    config.finetuning_task = task
+    config.finetuning_task, config.lora_relative_query = task, model_args.lora_relative_query
+    if model_args.lora_relative_query and config.model_type != "deberta-v2":
+        raise UsageError(f"--lora_relative_query: a {config.model_type} model has no relative positions.")
     set_seed(args.seed)  # A and the head are drawn while loading
     model, notes = loading.load_model(name, config, needs_head=not args.do_train and adapter is None, **hub)
     say(args, *notes)
     tokenizer = loading.load_tokenizer(model_args.tokenizer_name or name, config.vocab_size, **hub)
+    loading.set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
     if adapter:
         if adapters.load_adapter(model, adapter, allow_new_head=args.do_train):
-            say(args, f"{adapter.source}: its head is for other labels and is left behind; the head starts anew.")
+            say(args, f"{adapter.source}: its classifier is for other labels and is left behind; a new one starts.")
         say(args, f"Loaded {adapter.source}: rank {model_args.lora_r}, alpha {model_args.lora_alpha:g}.")
     return model, tokenizer
 
@@ -212,7 +230,7 @@ def main(argv: list[str]) -> None:
     max_length, limit = data_args.max_seq_length, loading.longest_input(config)
     if max_length > limit:
         say(args, f"--max_seq_length {max_length} is more than the model's {limit} positions; using {limit}.")
-        max_length = limit
+        max_length = int(limit)
     with args.main_process_first(desc="tokenising"):
         tables = data.tokenize(examples, tokenizer, max_length, model_args.cache_dir, data_args.overwrite_cache)
 

@@ -3,6 +3,9 @@
 A folder holds `adapter_config.json` and `adapter_model.safetensors`, which `peft.PeftModel.from_pretrained` loads as
 they are, and `run_metadata.json` (task, label names, base model, seed) beside them. A published file is a flat state
 dict saved by `torch.save`: `<module>.lora_A`, `<module>.lora_B` and the head, with no word of rank or alpha.
+
+A DeBERTa trained as the reference does, with the relative positions' query frozen, is no LoRA model in PEFT's sense:
+PEFT would apply the update there too. Its folder says so in `peft_type`, which PEFT then refuses to load.
 """
 
 import json
@@ -22,17 +25,22 @@ from lora_nlu.errors import UserError
 from lora_nlu.lora import LoRALinear
 
 CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "run_metadata.json"
+_LORA, _LORA_FROZEN_RELATIVE_QUERY = "LORA", "LORA_FROZEN_RELATIVE_QUERY"  # peft_type; PEFT knows the first
 _PEFT_PREFIX = "base_model.model."
 _LORA_KEY = re.compile(r"\.lora_[AB]$")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A saved adapter in memory: tensors by the model's own parameter names; alpha None where the file doesn't know."""
+    """A saved adapter in memory: tensors by the model's own parameter names; alpha None where the file doesn't know.
+
+    `frozen_relative_query` is how a DeBERTa was trained (modeling_deberta_v2.py); published files are the reference's.
+    """
 
     source: Path
     state: dict[str, Tensor]
     lora_alpha: float | None = None
+    frozen_relative_query: bool = True
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -64,7 +72,7 @@ def save_adapter(
             tensors[f"{_PEFT_PREFIX}{name}"] = tensor
             heads.add(name.split(".")[0])
     config = {
-        "peft_type": "LORA",
+        "peft_type": _LORA_FROZEN_RELATIVE_QUERY if getattr(model, "frozen_relative_query", False) else _LORA,
         "task_type": "SEQ_CLS",
         "base_model_name_or_path": metadata.get("base_model"),
         "r": first.r,
@@ -157,8 +165,9 @@ def _read_folder(folder: Path) -> Adapter:
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(f"--lora_path {folder}: holds no {CONFIG} with {WEIGHTS}.")
     config = read_json(folder / CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}; only LORA can be read.")
+    kind = config.get("peft_type")
+    if kind not in (_LORA, _LORA_FROZEN_RELATIVE_QUERY):
+        raise UserError(f"{folder / CONFIG}: peft_type is {kind!r}; only LORA can be read.")
     plain = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
     for key, value in plain.items():
         if config.get(key, value) not in (value, None):
@@ -168,7 +177,7 @@ def _read_folder(folder: Path) -> Adapter:
     for name, tensor in load_file_safely(folder / WEIGHTS).items():
         name = name.removeprefix(_PEFT_PREFIX)
         state[re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)] = tensor
-    return Adapter(folder, state, config.get("lora_alpha"), metadata)
+    return Adapter(folder, state, config.get("lora_alpha"), kind == _LORA_FROZEN_RELATIVE_QUERY, metadata)
 
 
 def head_label_count(state: dict[str, Tensor], model: Any) -> int | None:
@@ -185,8 +194,9 @@ def head_names(model: Any) -> list[str]:
 def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str]:
     """Copy an adapter into a LoRA model; every tensor of the file must have its place and every place its tensor.
 
-    The one exception, with `allow_new_head` (training starts from another task's adapter): a head for another number
-    of labels is left behind whole, and the model's fresh one stays, as the reference implementation does.
+    The one exception, with `allow_new_head` (training starts from another task's adapter): a `classifier` for another
+    number of labels is left behind, and the model's fresh one stays, as the reference implementation does. That is
+    RoBERTa's whole head; DeBERTa keeps the `pooler` trained with it.
     Returns the names left behind. Raises UserError naming key and shapes; the model is unchanged then.
     """
     source, state = adapter.source, dict(adapter.state)
@@ -208,10 +218,11 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
             raise UserError(
                 f"{source}: its head has {labels} labels, this task {model.config.num_labels}: another task's adapter."
             )
-        dropped = [name for name in head if name in state]
+        dropped = [name for name in head if name in state and name.startswith("classifier.")]
         for name in dropped:
             del state[name]
-    required = wanted + ([] if allow_new_head and not any(name in state for name in head) else head)
+    headless = allow_new_head and not any(name in state for name in head)
+    required = wanted + ([] if headless else [name for name in head if name not in dropped])
     missing = [name for name in required if name not in state]
     unexpected = [name for name in state if name not in required]
     if missing or unexpected:
@@ -223,6 +234,13 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
         raise UserError(
             f"{source}: not an adapter of this model: the file {said}.\n"
             f"Layers with LoRA: {depth['file']} in the file, {depth['model']} in the {model.config.model_type} model."
+        )
+    frozen = getattr(model, "frozen_relative_query", None)
+    if frozen is not None and frozen != adapter.frozen_relative_query:
+        trained, remedy = ("without", "Leave out") if adapter.frozen_relative_query else ("with", "Give")
+        raise UserError(
+            f"{source}: was trained {trained} LoRA on the relative positions' query; read otherwise it gives other "
+            f"answers.\n{remedy} --lora_relative_query."
         )
     for name, tensor in state.items():
         if tensor.shape != parameters[name].shape:

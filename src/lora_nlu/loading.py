@@ -1,5 +1,6 @@
 """From a checkpoint folder or Hub id to our model and its tokenizer, checked against what is asked of them."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from transformers import AutoConfig, AutoTokenizer
 from lora_nlu.adapters import head_names
 from lora_nlu.errors import UserError
 from lora_nlu.lora import lora_rank, mark_only_lora_as_trainable
+from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
 
-MODELS: dict[str, Any] = {"roberta": RobertaForSequenceClassification}
+MODELS: dict[str, Any] = {
+    "roberta": RobertaForSequenceClassification,
+    "deberta-v2": DebertaV2ForSequenceClassification,
+}
 
 
 def _reason(error: Exception) -> str:
@@ -56,9 +61,11 @@ def set_labels(config: Any, labels: tuple[str, ...]) -> None:
         config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
 
 
-def longest_input(config: Any) -> int:
-    """How many tokens the position table has room for."""
-    return config.max_position_embeddings - config.pad_token_id - 1  # RoBERTa counts from pad_token_id + 1
+def longest_input(config: Any) -> float:
+    """How many tokens the position table has room for; infinity for a DeBERTa, which has none."""
+    if config.model_type == "roberta":
+        return config.max_position_embeddings - config.pad_token_id - 1  # it counts from pad_token_id + 1
+    return config.max_position_embeddings if config.position_biased_input else math.inf
 
 
 def load_model(name: str, config: Any, needs_head: bool, **hub: Any) -> tuple[Any, list[str]]:
@@ -99,6 +106,17 @@ def load_model(name: str, config: Any, needs_head: bool, **hub: Any) -> tuple[An
     if lora_rank(config):
         mark_only_lora_as_trainable(model)
     return model, notes
+
+
+def set_two_views(model: Any, tokenizer: Any, reg_loss_wgt: float, masking_prob: float) -> None:
+    """Turn R-Drop, and with `masking_prob` cutoff, on or off. Raises UserError without a token that stands for none."""
+    config = model.config
+    config.reg_loss_wgt, config.masking_prob = reg_loss_wgt, masking_prob
+    if masking_prob:
+        if tokenizer.unk_token_id is None:
+            raise UserError("--masking_prob: the tokenizer has no unknown token to put in the place of others.")
+        config.unk_token_id = tokenizer.unk_token_id
+        config.special_token_ids = sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id})
 
 
 def load_tokenizer(name: str, vocab_size: int, **hub: Any) -> Any:

@@ -325,10 +325,14 @@ def relative_norm(config: Any) -> list[str]:
     return [kind.strip() for kind in str(getattr(config, "norm_rel_ebd", "none")).lower().split("|")]
 
 
+def relative_query_is_shared(config: Any) -> bool:
+    """Whether the relative positions' query goes through `query_proj`, where LoRA may be."""
+    return bool(config.relative_attention and "p2c" in (config.pos_att_type or []) and share_att_key(config))
+
+
 def frozen_relative_query(config: Any) -> bool:
-    """Whether the relative positions' query bypasses LoRA: it would go through `query_proj`, and nobody asked it to."""
-    position_to_content = config.relative_attention and "p2c" in (config.pos_att_type or [])
-    return bool(position_to_content and share_att_key(config) and not getattr(config, "lora_relative_query", False))
+    """Whether it then bypasses LoRA: unless `lora_relative_query` asks otherwise."""
+    return relative_query_is_shared(config) and not getattr(config, "lora_relative_query", False)
 
 
 def check_config(config: Any) -> None:
@@ -374,6 +378,11 @@ class DebertaV2PreTrainedModel(PreTrainedModel):
     def __init__(self, config: DebertaV2Config) -> None:
         check_config(config)
         super().__init__(config)
+
+    @property
+    def frozen_relative_query(self) -> bool | None:
+        """Whether the relative query bypasses LoRA (the reference's reading); None where both readings are the same."""
+        return frozen_relative_query(self.config) if relative_query_is_shared(self.config) else None
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # normal(0, initializer_range), biases 0; loaded tensors are left alone

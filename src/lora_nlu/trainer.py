@@ -3,12 +3,15 @@
 import json
 import pickle
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -63,6 +66,24 @@ class AdapterTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.has_lora = count_parameters(kwargs["model"]).lora > 0
         self._under_construction = False
+        self._loss_parts: dict[str, list[Tensor]] = defaultdict(list)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's loss; where a training step's has parts (R-Drop), they are logged beside it."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        for name in ("task_loss", "consistency_loss"):
+            if isinstance(outputs, dict) and name in outputs:
+                self._loss_parts[name].append(outputs[name].detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            for name, values in self._loss_parts.items():
+                logs[name] = self.accelerator.gather(torch.stack(values).mean()[None]).mean().item()
+            self._loss_parts.clear()
+        super().log(logs, start_time)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         try:

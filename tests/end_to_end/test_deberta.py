@@ -1,0 +1,299 @@
+"""DeBERTa-V2, R-Drop and cutoff from a script's first line to the last file, on sentences with a tiny model."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from runs import LORA, Outcome, contents, sentence, write_tsv
+from test_run_glue import read, scores, succeeded, trained_flat
+from transformers import AutoTokenizer, DebertaV2Config, DebertaV2ForMaskedLM
+
+ROOT = Path(__file__).parents[2]
+GLUE = Path(os.environ.get("GLUE_DIR") or ROOT.parent / "shared" / "glue")
+needs_glue = pytest.mark.skipif(not GLUE.is_dir(), reason=f"no GLUE download at {GLUE}; set GLUE_DIR")
+SHORT = ["--max_steps", "6", "--max_seq_length", "64", "--learning_rate", "1e-2", "--logging_steps", "2"]
+
+
+def write_sentencepiece(folder: Path, text: Path, do_lower_case: bool = False) -> None:
+    """spm.model and its settings as Microsoft's checkpoints have them: [PAD] 0, [CLS] 1, [SEP] 2, [UNK] 3."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "spm"),
+        vocab_size=150,
+        hard_vocab_limit=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        pad_piece="[PAD]",
+        bos_piece="[CLS]",
+        eos_piece="[SEP]",
+        unk_piece="[UNK]",
+        minloglevel=2,
+    )
+    (folder / "spm.vocab").unlink()
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+
+
+def write_deberta(folder: Path, **settings) -> Path:
+    """A checkpoint in v2-xxlarge's style around the tokenizer in `folder`: encoder and masked-language head."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = DebertaV2Config(
+        vocab_size=160,
+        max_position_embeddings=64,
+        relative_attention=True,
+        position_buckets=16,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type="p2c|c2p",
+        position_biased_input=False,
+        conv_kernel_size=3,
+        conv_act="gelu",
+        initializer_range=0.2,
+        **(shape | settings),
+    )
+    torch.manual_seed(0)
+    DebertaV2ForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path, rng = tmp_path_factory.mktemp("text") / "text.txt", random.Random(3)
+    markers = ["surely", "never", "perhaps", "well", "of", "very alike"]
+    path.write_text("\n".join(sentence(rng, rng.choice(markers)) for _ in range(400)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny_deberta(tmp_path_factory, text) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-deberta")
+    write_sentencepiece(folder, text)
+    return write_deberta(folder)
+
+
+@pytest.fixture
+def run(call, tiny_deberta, glue) -> Callable[..., Outcome]:
+    """run_glue.py with the tiny DeBERTa, without a check of how it ends."""
+    return lambda *flags: call("--model_name_or_path", tiny_deberta, "--glue_dir", glue, *flags)
+
+
+def cut_off(whole: Path, folder: Path, after: int) -> Path:
+    """What a run would have left if it had been cut off after the checkpoint of that step."""
+    shutil.copytree(whole, folder)
+    for path in folder.glob("*"):
+        if path.is_file():
+            path.unlink()
+        elif path.name != f"checkpoint-{after}":
+            shutil.rmtree(path)
+    run = read(whole / "run.json")
+    del run["trained"]
+    (folder / "run.json").write_text(json.dumps(run))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_a_sentencepiece_tokenizer_of_local_files_gives_sentencepieces_own_ids(tiny_deberta):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_deberta)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tiny_deberta / "spm.model"))
+    for written in ("the cat sees the dog", "never  the Bird, surely", "perhaps zebra"):
+        ids = tokenizer(written)["input_ids"]
+        assert ids == [1, *reference.encode(written), 2]
+    pair = tokenizer("the cat", "the dog")
+    assert pair["input_ids"] == [1, *reference.encode("the cat"), 2, *reference.encode("the dog"), 2]
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id) == (0, 3)
+
+
+# ------------------------------------------------------------------------------------------------- a run of a script
+
+
+@pytest.fixture
+def script(environment, base_flags, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """A script as a user runs it on a machine without a GPU, another model and a few steps on its command line."""
+
+    def run(name: str, glue_dir: Path, *flags: object, **settings: str) -> subprocess.CompletedProcess:
+        env = environment | {"GLUE_DIR": str(glue_dir), "devices": "0", "num_gpus": "1"} | settings
+        command = ["bash", str(ROOT / "scripts" / name), *base_flags[2:], *map(str, flags)]
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+
+    return run
+
+
+@needs_glue
+@pytest.mark.parametrize("name", ["deberta_v2_xxlarge_cola.sh", "deberta_v2_xxlarge_sst2.sh"])
+def test_a_script_trains_on_real_sentences_resumes_and_its_adapter_evaluates_to_the_same(
+    name, script, tmp_path, tmp_path_factory
+):
+    task = name.removesuffix(".sh").rpartition("_")[2]
+    lines = (GLUE / ("CoLA" if task == "cola" else "SST-2") / "train.tsv").read_text().splitlines()[1:3000]
+    (tmp_path / "text.txt").write_text("\n".join(line.split("\t")[3 if task == "cola" else 0] for line in lines))
+    write_sentencepiece(tmp_path / "model", tmp_path / "text.txt")
+    model = write_deberta(tmp_path / "model")
+    few = ["--model_name_or_path", model, "--max_train_samples", 64, "--max_eval_samples", 40]
+    few += ["--max_steps", 8, "--eval_steps", 4, "--save_steps", 4, "--logging_steps", 2]
+
+    whole = script(name, GLUE, *few, output_dir=str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert "no GPU: --fp16 is dropped" in whole.stderr
+    state = read(tmp_path / "whole" / "trainer_state.json")
+    assert state["global_step"] == 8 and len([e for e in state["log_history"] if "eval_loss" in e]) == 2
+
+    stopped = cut_off(tmp_path / "whole", tmp_path / "stopped", after=4)
+    resumed = script(name, GLUE, *few, output_dir=str(stopped))
+    assert resumed.returncode == 0 and f"Resuming from {stopped / 'checkpoint-4'}" in resumed.stdout, resumed.stderr
+    got, want = trained_flat(stopped), trained_flat(tmp_path / "whole")
+    assert [key for key in want if not torch.equal(got[key], want[key])] == []
+
+    flags = [*few[:6], "--lora_path", stopped, "--do_train", "false"]
+    again = script(name, GLUE, *flags, output_dir=str(tmp_path / "again"))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert scores(tmp_path / "again" / "eval_results.json") == scores(tmp_path / "whole" / "eval_results.json")
+
+
+def test_rte_from_an_mnli_adapter_keeps_the_pooler_and_leaves_the_classifier(run, tmp_path):
+    succeeded(run("--task_name", "mnli", "--output_dir", tmp_path / "mnli", *LORA, *SHORT, "--do_train", "--do_eval"))
+    flags = ["--lora_path", tmp_path / "mnli", "--learning_rate", "0", "--do_train", "--output_dir", tmp_path / "rte"]
+    outcome = succeeded(run("--task_name", "rte", *LORA, *SHORT, *flags))
+    assert len([line for line in outcome.out.splitlines() if "its classifier is for other labels" in line]) == 1
+    got, mnli = trained_flat(tmp_path / "rte"), trained_flat(tmp_path / "mnli")
+    assert {"pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"} <= mnli.keys()
+    assert [name for name in mnli if not torch.equal(got[name], mnli[name])] == ["classifier.bias", "classifier.weight"]
+    assert got["classifier.weight"].shape[0] == 2
+
+
+def test_lora_on_the_relative_query_is_saved_with_the_adapter_and_checked_on_loading(run, tmp_path):
+    train = ["--task_name", "cola", *LORA, *SHORT, "--do_train", "--do_eval"]
+    succeeded(run(*train, "--output_dir", tmp_path / "frozen"))
+    succeeded(run(*train, "--output_dir", tmp_path / "peft", "--lora_relative_query"))
+    kinds = {name: read(tmp_path / name / "adapter_config.json")["peft_type"] for name in ("frozen", "peft")}
+    assert kinds == {"frozen": "LORA_FROZEN_RELATIVE_QUERY", "peft": "LORA"}
+    one, other = (trained_flat(tmp_path / name) for name in kinds)
+    assert not torch.equal(*(t["deberta.encoder.layer.0.attention.self.query_proj.lora_A"] for t in (one, other)))
+    evaluate = ["--task_name", "cola", *LORA, "--do_eval", "--max_seq_length", "64", "--output_dir", tmp_path / "o"]
+    for name, flags, remedy in (("frozen", ["--lora_relative_query"], "Leave out"), ("peft", [], "Give")):
+        outcome = run(*evaluate, "--lora_path", tmp_path / name, *flags)
+        assert outcome.code == 1 and f"{remedy} --lora_relative_query" in outcome.err
+    succeeded(run(*evaluate, "--lora_path", tmp_path / "peft", "--lora_relative_query"))
+    assert scores(tmp_path / "o" / "eval_results.json") == scores(tmp_path / "peft" / "eval_results.json")
+
+
+def test_a_deberta_has_no_longest_input_where_it_has_no_position_table(run, tmp_path):
+    flags = ["--task_name", "rte", *LORA, *SHORT, "--max_seq_length", "200", "--do_train", "--output_dir", tmp_path]
+    outcome = succeeded(run(*flags, "--overwrite_output_dir"))
+    assert "is more than the model's" not in outcome.out
+
+
+# -------------------------------------------------------------------------------------------------- R-Drop and cutoff
+
+
+@pytest.mark.parametrize("kind", ["roberta", "deberta"])
+@pytest.mark.parametrize("masking", [[], ["--masking_prob", "0.3"]], ids=["R-Drop", "cutoff"])
+@pytest.mark.parametrize("task", ["rte", "stsb"])
+def test_two_views_train_and_resume_and_log_both_parts_of_the_loss(
+    kind, masking, task, call, tiny_model, tiny_deberta, glue, tmp_path
+):
+    model = tiny_model if kind == "roberta" else tiny_deberta
+    flags = ["--model_name_or_path", model, "--glue_dir", glue, "--task_name", task, *LORA, *SHORT, "--do_train"]
+    flags += ["--do_eval", "--save_steps", "4", "--reg_loss_wgt", "1.5", *masking]
+    succeeded(call(*flags, "--output_dir", tmp_path / "o"))
+    logged = [entry for entry in read(tmp_path / "o" / "trainer_state.json")["log_history"] if "loss" in entry]
+    assert len(logged) == 3
+    for entry in logged:
+        assert entry["task_loss"] + entry["consistency_loss"] == pytest.approx(entry["loss"], rel=1e-4)
+        assert entry["consistency_loss"] > 0
+    results = read(tmp_path / "o" / "eval_results.json")
+    assert "eval_task_loss" not in results and results["eval_loss"] > 0
+
+    plain = ["--lora_path", tmp_path / "o", "--do_eval", "--output_dir", tmp_path / "plain", "--max_seq_length", "64"]
+    succeeded(call("--model_name_or_path", model, "--glue_dir", glue, "--task_name", task, *LORA, *plain))
+    assert scores(tmp_path / "plain" / "eval_results.json") == scores(tmp_path / "o" / "eval_results.json")
+
+    resumed = cut_off(tmp_path / "o", tmp_path / "resumed", after=4)
+    assert "Resuming" in succeeded(call(*flags, "--output_dir", resumed)).out
+    got, want = trained_flat(resumed), trained_flat(tmp_path / "o")
+    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--masking_prob", "0.1"], ["--masking_prob needs --reg_loss_wgt"]),
+        (["--reg_loss_wgt", "-1"], ["--reg_loss_wgt -1.0"]),
+        (["--reg_loss_wgt", "1", "--masking_prob", "-0.1"], ["--masking_prob -0.1"]),
+        (["--reg_loss_wgt", "1", "--masking_prob", "1.1"], ["--masking_prob 1.1", "from 0"]),
+        (["--reg_loss_wgt", "nan"], ["--reg_loss_wgt nan"]),
+        (["--reg_loss_wgt", "1", "--label_smoothing_factor", "0.1"], ["--label_smoothing_factor", "--reg_loss_wgt"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_settings_of_the_two_views_that_make_no_sense_end_with_code_2(flags, said, run, tmp_path):
+    outcome = run("--task_name", "rte", "--do_train", "--output_dir", tmp_path / "o", *LORA, *flags)
+    assert outcome.code == 2 and all(words in outcome.err for words in said), outcome
+    assert not (tmp_path / "o").exists()
+
+
+def test_lora_on_the_relative_query_of_a_roberta_ends_with_code_2(call, glue, tmp_path):
+    flags = ["--task_name", "rte", "--glue_dir", glue, "--do_train", *LORA, "--lora_relative_query"]
+    outcome = call(*flags, "--output_dir", tmp_path / "o")
+    assert outcome.code == 2 and "--lora_relative_query" in outcome.err and "roberta" in outcome.err
+
+
+def test_cutoff_with_a_tokenizer_without_an_unknown_token_is_refused(run, tiny_deberta, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_deberta)
+    tokenizer.unk_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    flags = ["--task_name", "rte", "--do_train", *LORA, *SHORT, "--reg_loss_wgt", "1", "--masking_prob", "0.1"]
+    outcome = run(*flags, "--tokenizer_name", tmp_path / "tokenizer", "--output_dir", tmp_path / "o")
+    assert outcome.code == 1 and "no unknown token" in outcome.err, outcome
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_config_the_model_cannot_honour_is_refused_by_the_setting(run, text, tmp_path):
+    write_sentencepiece(tmp_path / "model", text)
+    write_deberta(tmp_path / "model")
+    config = DebertaV2Config.from_pretrained(tmp_path / "model")
+    config.pos_att_type = ["p2p", "c2p"]
+    config.save_pretrained(tmp_path / "model")
+    flags = ["--task_name", "rte", "--do_train", *LORA, *SHORT, "--output_dir", tmp_path / "o"]
+    outcome = run(*flags, "--model_name_or_path", tmp_path / "model")
+    assert outcome.code == 1 and "p2p" in outcome.err and outcome.err.count("\n") < 3, outcome
+
+
+def test_adapters_of_another_model_rank_or_label_count_are_refused_and_nothing_changes(run, call, glue, tmp_path):
+    train = ["--task_name", "rte", *SHORT, "--do_train", "--do_eval"]
+    succeeded(run(*train, *LORA, "--output_dir", tmp_path / "deberta"))
+    succeeded(call(*train, *LORA, "--glue_dir", glue, "--output_dir", tmp_path / "roberta"))
+    before = contents(tmp_path / "deberta")
+    evaluate = ["--do_eval", "--output_dir", tmp_path / "deberta", "--max_seq_length", "64"]
+    for flags, words in (
+        (["--task_name", "rte", *LORA, "--lora_path", tmp_path / "roberta"], ["roberta.encoder", "deberta-v2 model"]),
+        (["--task_name", "mnli", *LORA, "--lora_path", tmp_path / "deberta"], ["entailment, neutral, contradiction"]),
+        (["--task_name", "rte", *LORA, "--lora_r", "2", "--lora_alpha", "8", "--lora_path", tmp_path / "deberta"],
+         ["[4, 32]", "[2, 32]", "--lora_r 4"]),
+    ):  # fmt: skip
+        outcome = run(*evaluate, *flags)
+        assert outcome.code == 1 and outcome.err.count("\n") < 3, outcome
+        assert all(word in outcome.err for word in words), outcome.err
+        assert contents(tmp_path / "deberta") == before
+
+
+def test_words_of_glue_reach_the_model_though_written_in_a_file_of_ones_own(call, tiny_deberta, tmp_path):
+    rows, rng = [["sentence", "label"]], random.Random(0)
+    rows += [[sentence(rng, word), label] for word, label in (("surely", "yes"), ("never", "no")) for _ in range(12)]
+    write_tsv(tmp_path / "train.tsv", rows)
+    flags = ["--train_file", tmp_path / "train.tsv", "--validation_file", tmp_path / "train.tsv", *LORA]
+    flags += ["--max_steps", "60", "--learning_rate", "1e-2", "--max_seq_length", "64", "--do_train", "--do_eval"]
+    succeeded(call("--model_name_or_path", tiny_deberta, *flags, "--output_dir", tmp_path / "o"))
+    assert read(tmp_path / "o" / "eval_results.json")["eval_accuracy"] > 0.9
