@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="lora-nlu",
     version="0.1.0",
-    description="LoRA fine-tuning of RoBERTa on GLUE, with the update written into the model",
+    description="LoRA fine-tuning of RoBERTa and DeBERTa-V2 on GLUE, with the update written into the model",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="MIT",

@@ -132,6 +132,14 @@ def test_half_precision_trains_without_a_gpu_too_and_saves_finite_fp32(precision
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors)
 
 
+def test_bf16_on_a_gpu_that_cant_compute_in_it_is_refused_with_the_flag_to_drop(refused, glue, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    message = refused(2, *rte(glue, "--do_train", *LORA, "--bf16"))
+    assert "--bf16: Tesla T4" in message and "Drop the flag" in message
+
+
 def test_a_warmup_ratio_that_is_no_fraction_is_refused(refused):
     assert "--warmup_ratio 6" in (message := refused(2, "--task_name", "rte", "--do_train", "--warmup_ratio", "6")), (
         message
