@@ -773,7 +773,7 @@ def test_draws_are_independent_from_call_to_call_and_token_to_token():
 @pytest.mark.parametrize("model_kind", MODELS)
 def test_a_training_step_cuts_a_share_of_p_from_the_second_view_alone_and_anew_each_time(model_kind):
     model = model_of(model_kind, **CUTOFF)
-    batch = ragged_batch([20, 11] * 100, pad=PAD[model_kind])
+    batch = ragged_batch([20, 11] * 100, pad=7)  # padding that only the mask tells from text
     batch["input_ids"][:, 0] = FIRST_TOKEN[model_kind]
     calls = encoder_calls(model)
     torch.manual_seed(0)
@@ -919,3 +919,30 @@ def test_a_named_problem_overrides_what_the_labels_look_like():
     assert values["soft_label_classification"] == pytest.approx(-(labels * z.log_softmax(-1)).sum(-1).mean().item())
     assert values["multi_label_classification"] == classification_loss(z, labels, None).item()
     assert len(set(values.values())) == 3
+
+
+def test_what_a_step_on_two_views_returns_beside_the_loss_is_the_first_views():
+    model = CLASSIFIERS["deberta-v2"][0](tiny_deberta_config(reg_loss_wgt=1.0)).train()
+    batch = ragged_batch([7, 3, 5], pad=0)
+    output = model(**batch, labels=torch.tensor([0, 1, 2]), output_hidden_states=True, output_attentions=True)
+    plain = model.eval()(**batch, output_hidden_states=True, output_attentions=True)
+    assert_close(output.logits, plain.logits)
+    for got, want in zip(
+        (*output.hidden_states, *output.attentions), (*plain.hidden_states, *plain.attentions), strict=True
+    ):
+        assert_close(got, want)
+
+
+def test_views_that_half_precision_cannot_tell_apart_by_their_mean_still_have_their_distance():
+    generator = torch.Generator().manual_seed(0)
+    first = 3 * torch.randn(64, 3, generator=generator)
+    views = [first.bfloat16(), (first + 0.05 * torch.randn(64, 3, generator=generator)).bfloat16()]
+    labels = torch.arange(64) % 3
+    got = two_view_losses(*views, labels, None, 1.0)[1]
+    assert_close(got, two_view_losses(*(view.float() for view in views), labels, None, 1.0)[1])
+
+
+def test_cutoff_without_the_tokenizers_ids_in_the_config_says_what_is_missing():
+    model = CLASSIFIERS["roberta"][0](tiny_config(reg_loss_wgt=1.0, masking_prob=0.1)).train()
+    with pytest.raises(ValueError, match="special_token_ids and unk_token_id"):
+        model(**ragged_batch([5, 3]), labels=torch.tensor([0, 1]))

@@ -161,7 +161,7 @@ class PackedEncoder:
 
 @dataclass
 class TwoViewOutput(SequenceClassifierOutput):
-    """A training step on two views: `loss` = `task_loss` + `consistency_loss`; the logits are the first view's."""
+    """A training step on two views: `loss` = `task_loss` + `consistency_loss`; the rest is the first view's."""
 
     task_loss: Tensor | None = None
     consistency_loss: Tensor | None = None
@@ -230,6 +230,7 @@ class SequenceClassifier:
         result: SequenceClassifierOutput
         if weight and labels is not None:
             first, second = logits.chunk(2)
+            rest = {name: layers and tuple(x.chunk(2)[0] for x in layers) for name, layers in rest.items()}
             task, consistency = two_view_losses(first, second, labels, problem_type, weight)
             rest |= {"task_loss": task, "consistency_loss": consistency}
             result = TwoViewOutput(loss=task + consistency, logits=first, **rest)
@@ -245,6 +246,8 @@ class SequenceClassifier:
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             if ids is None:
                 raise ValueError("masking_prob replaces tokens: give input_ids, not inputs_embeds.")
+            if not hasattr(config, "special_token_ids") or not hasattr(config, "unk_token_id"):
+                raise ValueError("masking_prob needs the tokenizer's special_token_ids and unk_token_id in the config.")
             second["input_ids"] = cutoff(ids, mask, p, config.special_token_ids, config.unk_token_id)
         doubled = dict(inputs)
         for name, x in inputs.items():

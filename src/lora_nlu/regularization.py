@@ -50,6 +50,7 @@ def two_view_losses(
     problem_type = problem_type or _problem(first, labels)
     if problem_type == "multi_label_classification":
         raise ValueError("R-Drop compares class distributions: multi-label problems have none. Set reg_loss_wgt to 0.")
+    first, second = _wide(first), _wide(second)  # views may be closer to each other than half precision can tell
     task = classification_loss(first, labels, problem_type) + classification_loss(second, labels, problem_type)
     mean = (first + second) / 2
     if problem_type == "regression":
@@ -64,6 +65,10 @@ def two_view_losses(
     else:
         mean_divergence = divergences.mean()
     return task, 0.5 * weight * mean_divergence
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def cutoff(
