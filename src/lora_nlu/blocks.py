@@ -16,6 +16,15 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from lora_nlu.packing import PackedBatch
 from lora_nlu.regularization import classification_loss, cutoff, two_view_losses
 
+Given = Tensor | None
+
+
+def embed_types(embedding: nn.Embedding, token_type_ids: Given, packed: PackedBatch) -> Tensor:
+    """Embeddings [N, H] of token types [B, S] or [1, S]; without any, [H], that of type 0, for every token."""
+    if token_type_ids is None:
+        return embedding.weight[0]
+    return embedding(packed.pack(token_type_ids.expand(packed.batch, packed.length)))
+
 
 def activation(name: Any) -> Any:
     """The activation of this name, or the function itself."""
@@ -108,11 +117,11 @@ class PackedEncoder:
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        input_ids: Given = None,
+        attention_mask: Given = None,
+        token_type_ids: Given = None,
+        position_ids: Given = None,
+        inputs_embeds: Given = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -187,12 +196,12 @@ class SequenceClassifier:
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
+        input_ids: Given = None,
+        attention_mask: Given = None,
+        token_type_ids: Given = None,
+        position_ids: Given = None,
+        inputs_embeds: Given = None,
+        labels: Given = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DebertaV2Config, PreTrainedModel
 
-from lora_nlu.blocks import Encoded, EncoderLayer, PackedEncoder, SequenceClassifier, activation
+from lora_nlu.blocks import Encoded, EncoderLayer, Given, PackedEncoder, SequenceClassifier, activation, embed_types
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
 
@@ -81,12 +81,7 @@ class DebertaV2Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self,
-        input_ids: Any,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Any,
-        packed: PackedBatch,
+        self, input_ids: Any, token_type_ids: Given, position_ids: Given, inputs_embeds: Any, packed: PackedBatch
     ) -> Tensor:
         """Ids or embeddings as in `PackedEncoder.forward`, exactly one of them None, to rows [N, H].
 
@@ -104,10 +99,7 @@ class DebertaV2Embeddings(nn.Module):
             places = torch.arange(packed.length, device=rows.device) if position_ids is None else position_ids
             rows = rows + self.position_embeddings(packed.pack(places.expand(shape)))
         if self.token_type_embeddings is not None:
-            if token_type_ids is None:
-                rows = rows + self.token_type_embeddings.weight[0]  # [H]: type 0 for every token
-            else:
-                rows = rows + self.token_type_embeddings(packed.pack(token_type_ids.expand(shape)))
+            rows = rows + embed_types(self.token_type_embeddings, token_type_ids, packed)
         if self.embed_proj is not None:
             rows = self.embed_proj(rows)
         return self.dropout(only_real(self.LayerNorm(rows), packed))  # [N, H]
@@ -160,17 +152,11 @@ class DisentangledSelfAttention(nn.Module):
             self.value_proj(hidden_states),
         )
         relative_key, relative_query = self.project(table, distances)  # [A, V, 2 S - 1, D] each, or None
-        first_only = query.shape[0] != key.shape[0]
-        key_sizes = [n * length for n, length in packed.groups]
-        query_sizes = [n for n, _ in packed.groups] if first_only else key_sizes
+        head_size = query.shape[1] // self.heads
         contexts: list[Tensor] = []
         probs: list[Tensor] = []
-        # split, not slices: the backward of one split is one concatenation
-        parts = zip(query.split(query_sizes), key.split(key_sizes), value.split(key_sizes), strict=True)
-        for (n, length), (q, k, v) in zip(packed.groups, parts, strict=True):
-            q, k, v = (
-                rows.view(n, -1, self.heads, rows.shape[1] // self.heads).permute(2, 0, 1, 3) for rows in (q, k, v)
-            )
+        for n, length, parts in packed.grouped(query, key, value):
+            q, k, v = (rows.view(n, -1, self.heads, head_size).permute(2, 0, 1, 3) for rows in parts)
             q, k = q.contiguous(), k.contiguous()  # [A, n, M, D], [A, n, L, D]
             scores = q @ k.transpose(-1, -2)  # [A, n, M, L]
             middle = slice(packed.length - length, packed.length + length - 1)  # the 2 L - 1 distances of this length

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, RobertaConfig
 
-from lora_nlu.blocks import Encoded, EncoderLayer, PackedEncoder, SequenceClassifier
+from lora_nlu.blocks import Encoded, EncoderLayer, Given, PackedEncoder, SequenceClassifier, embed_types
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
 
@@ -28,16 +28,11 @@ def attend(
     Args:    query [Q, H]: a row a token, or a row a sequence (its first token's); key, value [N, H]; packed order.
     Returns: context [Q, H] and, if `with_probs`, the probabilities [B, A, S, S] (0 where a token is masked).
     """
-    per_sequence = query.shape[0] != key.shape[0]
     head_size = query.shape[1] // heads
-    key_sizes = [n * length for n, length in packed.groups]
-    query_sizes = [n for n, _ in packed.groups] if per_sequence else key_sizes
     contexts: list[Tensor] = []
     probs: list[Tensor] = []
-    # split, not slices: the backward of one split is one concatenation
-    parts = zip(query.split(query_sizes), key.split(key_sizes), value.split(key_sizes), strict=True)
-    for (n, _), (q, k, v) in zip(packed.groups, parts, strict=True):
-        q, k, v = (rows.view(n, -1, heads, head_size).transpose(1, 2) for rows in (q, k, v))  # [n, A, L, D]
+    for n, _, parts in packed.grouped(query, key, value):
+        q, k, v = (rows.view(n, -1, heads, head_size).transpose(1, 2) for rows in parts)  # [n, A, L, D]
         if with_probs:
             scores = q @ k.transpose(-1, -2) / math.sqrt(head_size)  # [n, A, L, L]
             if packed.key_mask is not None:
@@ -85,23 +80,15 @@ class RobertaEmbeddings(nn.Module):
         return positions.expand(batch, length)
 
     def forward(
-        self,
-        input_ids: Any,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Any,
-        packed: PackedBatch,
+        self, input_ids: Any, token_type_ids: Given, position_ids: Given, inputs_embeds: Any, packed: PackedBatch
     ) -> Tensor:
-        """Ids or embeddings as in `RobertaModel.forward`, exactly one of them None."""
+        """Ids or embeddings as in `PackedEncoder.forward`, exactly one of them None, to rows [N, H]."""
         shape, device = (packed.batch, packed.length), packed.first_rows.device
         if position_ids is None:
             position_ids = self.positions(input_ids, *shape, device)
         words = self.word_embeddings(packed.pack(input_ids)) if inputs_embeds is None else packed.pack(inputs_embeds)
         positions = self.position_embeddings(packed.pack(position_ids.expand(shape)))
-        if token_type_ids is None:
-            types = self.token_type_embeddings.weight[0]  # [H]: type 0 for every token
-        else:
-            types = self.token_type_embeddings(packed.pack(token_type_ids.expand(shape)))
+        types = embed_types(self.token_type_embeddings, token_type_ids, packed)
         return self.dropout(self.LayerNorm(words + types + positions))  # [N, H]
 
 

@@ -5,6 +5,7 @@ Packed rows are sorted by sequence length, so that sequences of equal length lie
 view [count, L, ...] of its rows: attention needs no mask and no padding.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -85,6 +86,18 @@ class PackedBatch:
     def lengths(self) -> list[int]:
         """Rows of each sequence, in packed order."""
         return [length for count, length in self.groups for _ in range(count)]
+
+    def grouped(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
+        """(count, L, (query, key, value) rows) of each group of equally long sequences.
+
+        key, value: [N, ...]; query [N, ...], or [B, ...] with one row a sequence.
+        """
+        key_sizes = [n * length for n, length in self.groups]
+        query_sizes = [n for n, _ in self.groups] if query.shape[0] != key.shape[0] else key_sizes
+        # split, not slices: the backward of one split is one concatenation
+        parts = zip(query.split(query_sizes), key.split(key_sizes), value.split(key_sizes), strict=True)
+        for (n, length), rows in zip(self.groups, parts, strict=True):
+            yield n, length, rows
 
     def pack(self, grid: Tensor) -> Tensor:
         """[B, S, ...] to [N, ...], real tokens only."""
