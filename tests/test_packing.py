@@ -108,3 +108,71 @@ def test_gradients_flow_to_real_tokens_only():
     weights = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
     (packed.unpack(packed.pack(grid)) * weights).sum().backward()
     assert grid.grad[..., 0].tolist() == [[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]
+
+
+# Where distances between tokens count.
+
+
+def keeping_distances(mask: list[list[int]]) -> PackedBatch:
+    return PackedBatch.from_mask(torch.tensor(mask), len(mask), len(mask[0]), CPU, keep_distances=True)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[1, 0, 1, 1], [1, 1, 1, 1]],  # a hole
+        [[1, 1, 1, 1], [1, 1, 0, 1]],  # a hole in another row
+        [[1, 0, 1, 0], [1, 1, 1, 0]],  # a hole before padding
+        [[0, 1, 1, 1], [1, 1, 1, 1]],  # padding on the left
+        [[0, 0, 0, 0], [1, 1, 1, 1]],  # a row with nothing in it
+    ],
+)
+def test_keeping_distances_a_hole_does_not_close_up_but_masks_a_key(mask):
+    packed = keeping_distances(mask)
+    assert packed.slots is None and packed.unsort is None
+    assert packed.groups == ((2, 4),)
+    assert packed.first_rows.tolist() == [0, 4]
+    assert packed.key_mask.shape == (2, 1, 1, 4)
+    assert torch.equal(packed.key_mask[:, 0, 0], torch.tensor(mask) == 1)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]],  # padding on the right
+        [[1, 1, 1], [1, 1, 1]],  # none
+        [[1, 1, 0], [1, 1, 0]],  # a column of padding
+        [[1], [1]],  # one token
+    ],
+)
+def test_keeping_distances_padding_on_the_right_packs_as_ever(mask):
+    packed, want = keeping_distances(mask), plan(mask)
+    assert packed.key_mask is None and packed.groups == want.groups
+    for name in ("slots", "first_rows", "unsort"):
+        a, b = getattr(packed, name), getattr(want, name)
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), name
+
+
+def test_a_mask_with_holes_closes_up_unless_distances_are_to_be_kept():
+    mask = [[1, 0, 1, 1], [1, 0, 0, 1]]
+    assert plan(mask).key_mask is None
+    assert keeping_distances(mask).key_mask is not None
+
+
+@pytest.mark.parametrize(
+    ("mask", "keep", "lengths"),
+    [
+        ([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]], False, [1, 1, 2, 3]),  # in packed order, shortest first
+        ([[1, 1, 1], [1, 1, 1]], False, [3, 3]),
+        ([[1, 1, 0], [1, 1, 0]], False, [2, 2]),
+        ([[1, 0, 1], [1, 1, 1]], False, [2, 3]),
+        ([[1, 0, 1], [1, 1, 1]], True, [3, 3]),  # every token is a row
+        ([[0, 1, 1], [1, 1, 1]], False, [3, 3]),
+    ],
+)
+def test_lengths_are_the_rows_of_each_sequence_in_packed_order(mask, keep, lengths):
+    packed = PackedBatch.from_mask(torch.tensor(mask), len(mask), 3, CPU, keep)
+    assert packed.lengths == lengths
+    assert len(packed.pack(torch.zeros(len(mask), 3))) == sum(lengths)
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    assert packed.first_rows.tolist() == starts

@@ -91,13 +91,14 @@ class DebertaV2Embeddings(nn.Module):
         rows = self.word_embeddings(packed.pack(input_ids)) if inputs_embeds is None else packed.pack(inputs_embeds)
         if self.position_embeddings is not None:
             limit = self.position_embeddings.num_embeddings
-            if position_ids is None and packed.length > limit:
+            places = torch.arange(packed.length, device=rows.device) if position_ids is None else position_ids
+            places = packed.pack(places.expand(shape))  # [N]
+            if packed.length > limit and int(places.max()) >= limit:
                 raise ValueError(
-                    f"A batch of {packed.length} tokens exceeds the model's {limit} positions; "
+                    f"A sequence of {int(places.max()) + 1} tokens exceeds the model's {limit} positions; "
                     f"truncate it with max_length={limit}."
                 )
-            places = torch.arange(packed.length, device=rows.device) if position_ids is None else position_ids
-            rows = rows + self.position_embeddings(packed.pack(places.expand(shape)))
+            rows = rows + self.position_embeddings(places)
         if self.token_type_embeddings is not None:
             rows = rows + embed_types(self.token_type_embeddings, token_type_ids, packed)
         if self.embed_proj is not None:
@@ -249,8 +250,7 @@ class ConvLayer(nn.Module):
         stream = embedded.new_zeros(embedded.shape[0] + self.margin * (packed.batch - 1), embedded.shape[1])
         stream = stream.index_copy(0, places, embedded)
         convolved = self.conv(stream.t()[None])[0].t().index_select(0, places)  # [N, H]
-        convolved = self.activation(self.dropout(only_real(convolved, packed)))
-        return only_real(self.LayerNorm(residual + convolved), packed)
+        return only_real(self.LayerNorm(residual + self.activation(self.dropout(convolved))), packed)
 
 
 class DebertaV2Encoder(nn.Module):
