@@ -135,7 +135,8 @@ def check_args(model_args: ModelArguments, data_args: DataArguments, args: RunAr
         (data_args, 1, math.inf, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
         (data_args, 4, math.inf, ("max_seq_length",)),
         (args, 1, math.inf, counts),
-        (args, 0, math.inf, ("learning_rate", "weight_decay", "num_train_epochs", "seed")),
+        (args, 0, math.inf, ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps")),
+        (args, 0, math.inf, ("seed", "dataloader_num_workers", "logging_steps", "eval_steps", "save_steps")),
     ):
         for name in names:
             if (value := getattr(group, name)) is not None and not least <= value < below:

@@ -106,6 +106,7 @@ def rte(glue: Path, *flags: object) -> list[object]:
         ),
         (["--task_name", "rte", "--do_train", "--learning_rate", "-1"], ["--learning_rate -1"]),
         (["--task_name", "rte", "--do_train", "--seed", "-1"], ["--seed -1"]),
+        (["--task_name", "rte", "--do_train", "--dataloader_num_workers", "-2"], ["--dataloader_num_workers -2"]),
         (["--task_name", "rte", "--do_train", *LORA, "--lora_alpha", "nan"], ["--lora_alpha nan"]),
         (["--task_name", "rte", "--do_train", *LORA, "--lora_alpha", "0"], ["--lora_alpha 0"]),
         (["--task_name", "rte", "--do_train", "--report_to", "paper"], ["--report_to paper", "none"]),
