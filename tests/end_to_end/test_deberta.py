@@ -130,16 +130,25 @@ def script(environment, base_flags, tmp_path) -> Callable[..., subprocess.Comple
 
 
 @needs_glue
-@pytest.mark.parametrize("name", ["deberta_v2_xxlarge_cola.sh", "deberta_v2_xxlarge_sst2.sh"])
+@pytest.mark.parametrize(
+    "name, task, kind",
+    [
+        ("deberta_v2_xxlarge_cola.sh", "cola", "deberta"),
+        ("deberta_v2_xxlarge_sst2.sh", "sst2", "deberta"),
+        ("mnli.rdrop.sh", "cola", "deberta"),
+        ("mnli.cutoff.sh", "sst2", "roberta"),
+    ],
+)
 def test_a_script_trains_on_real_sentences_resumes_and_its_adapter_evaluates_to_the_same(
-    name, script, tmp_path, tmp_path_factory
+    name, task, kind, script, tiny_model, tmp_path
 ):
-    task = name.removesuffix(".sh").rpartition("_")[2]
     lines = (GLUE / ("CoLA" if task == "cola" else "SST-2") / "train.tsv").read_text().splitlines()[1:3000]
     (tmp_path / "text.txt").write_text("\n".join(line.split("\t")[3 if task == "cola" else 0] for line in lines))
-    write_sentencepiece(tmp_path / "model", tmp_path / "text.txt")
-    model = write_deberta(tmp_path / "model")
-    few = ["--model_name_or_path", model, "--max_train_samples", 64, "--max_eval_samples", 40]
+    model = tiny_model
+    if kind == "deberta":
+        write_sentencepiece(tmp_path / "model", tmp_path / "text.txt")
+        model = write_deberta(tmp_path / "model")
+    few = ["--model_name_or_path", model, "--max_train_samples", 64, "--max_eval_samples", 40, "--task_name", task]
     few += ["--max_steps", 8, "--eval_steps", 4, "--save_steps", 4, "--logging_steps", 2]
 
     whole = script(name, GLUE, *few, output_dir=str(tmp_path / "whole"))
@@ -147,6 +156,7 @@ def test_a_script_trains_on_real_sentences_resumes_and_its_adapter_evaluates_to_
     assert "no GPU: --fp16 is dropped" in whole.stderr
     state = read(tmp_path / "whole" / "trainer_state.json")
     assert state["global_step"] == 8 and len([e for e in state["log_history"] if "eval_loss" in e]) == 2
+    assert any("consistency_loss" in entry for entry in state["log_history"]) == name.startswith("mnli.")
 
     stopped = cut_off(tmp_path / "whole", tmp_path / "stopped", after=4)
     resumed = script(name, GLUE, *few, output_dir=str(stopped))
@@ -154,7 +164,7 @@ def test_a_script_trains_on_real_sentences_resumes_and_its_adapter_evaluates_to_
     got, want = trained_flat(stopped), trained_flat(tmp_path / "whole")
     assert [key for key in want if not torch.equal(got[key], want[key])] == []
 
-    flags = [*few[:6], "--lora_path", stopped, "--do_train", "false"]
+    flags = [*few[:8], "--lora_path", stopped, "--do_train", "false"]
     again = script(name, GLUE, *flags, output_dir=str(tmp_path / "again"))
     assert again.returncode == 0, again.stderr[-3000:]
     assert scores(tmp_path / "again" / "eval_results.json") == scores(tmp_path / "whole" / "eval_results.json")
