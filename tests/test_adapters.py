@@ -4,10 +4,12 @@ import json
 import os
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
 from helpers import (
+    CLASSIFIERS,
     GOLDENS,
     assert_close,
     ragged_batch,
@@ -16,12 +18,21 @@ from helpers import (
     tiny_deberta_config,
 )
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_nlu.adapters import CONFIG, METADATA, WEIGHTS, load_adapter, read_adapter, save_adapter
+from lora_nlu.adapters import (
+    CONFIG,
+    METADATA,
+    WEIGHTS,
+    attach_adapter,
+    check_settings,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+)
 from lora_nlu.errors import UserError
-from lora_nlu.lora import mark_only_lora_as_trainable
+from lora_nlu.lora import LoRALinear, mark_only_lora_as_trainable
 from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
 
@@ -297,6 +308,133 @@ def test_where_no_relative_query_goes_through_lora_the_two_readings_are_one(sett
         assert torch.equal(logits(model), want)
 
 
+# ------------------------------------------------------------------------------------------ everything PEFT can say
+
+PEFT_SETTINGS = {
+    "one layer in each": {"target_modules": ["{value}"]},
+    "keys too": {"target_modules": ["{query}", "{key}", "{value}"]},
+    "dense": {"target_modules": ["dense"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "a pattern": {"target_modules": r".*layer\.0\.attention\.self\.({query}|{key})"},
+    "one layer of the model": {"target_modules": ["{query}"], "layers_to_transform": [1], "layers_pattern": "layer"},
+    "all but one": {"target_modules": ["{query}", "{value}"], "exclude_modules": r".*layer\.1.*{value}"},
+    "rslora": {"target_modules": ["{query}", "{value}"], "use_rslora": True, "r": 3},
+    "ranks and alphas by pattern": {
+        "target_modules": ["{query}", "{value}", "dense"],
+        "rank_pattern": {"layer.0.attention.self.{query}": 2, "{value}": 6},
+        "alpha_pattern": {r"layer\.1.*{value}": 5, "output.dense": 1},
+        "use_rslora": True,
+    },
+    "biases": {"target_modules": ["{query}", "{value}"], "bias": "all"},
+    "biases of its layers": {"target_modules": ["{query}", "{key}"], "bias": "lora_only"},
+    "embeddings saved whole": {"target_modules": ["{query}"], "modules_to_save": ["word_embeddings"]},
+    "gaussian start, dropout": {"target_modules": ["{query}"], "init_lora_weights": "gaussian", "lora_dropout": 0.1},
+}
+KINDS = {
+    "roberta": (tiny_config, {"query": "query", "key": "key", "value": "value"}, ["classifier"]),
+    "deberta": (tiny_deberta_config, {p: f"{p}_proj" for p in ("query", "key", "value")}, ["classifier", "pooler"]),
+}
+
+
+def named(value, names: dict[str, str]):
+    """`value` with {query}, {key}, {value} in its strings replaced by the model's names."""
+    if isinstance(value, str):
+        for name, theirs in names.items():
+            value = value.replace("{" + name + "}", theirs)
+        return value
+    if isinstance(value, dict):
+        return {named(key, names): named(v, names) for key, v in value.items()}
+    return [named(v, names) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("settings", PEFT_SETTINGS.values(), ids=PEFT_SETTINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_peft_trained_gives_the_same_logits_here_and_saved_again_in_peft(kind, settings, tmp_path):
+    new_config, names, heads = KINDS[kind]
+    ours_class, theirs_class = CLASSIFIERS[new_config().model_type]
+    settings = {"r": R, "lora_alpha": ALPHA} | named(settings, names)
+    settings["modules_to_save"] = heads + settings.get("modules_to_save", [])
+    base = randomise_(theirs_class(new_config()), seed=2)
+    torch.save(base.state_dict(), tmp_path / "base.bin")
+    theirs = get_peft_model(base, LoraConfig(task_type=TaskType.SEQ_CLS, **settings))
+    trainable = [(name, p) for name, p in theirs.named_parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, parameter in trainable:
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    theirs.eval().save_pretrained(tmp_path / "peft")
+
+    def fresh(model_class) -> nn.Module:
+        model = model_class(new_config())
+        model.load_state_dict(torch.load(tmp_path / "base.bin", weights_only=True))
+        return model
+
+    model = fresh(ours_class)
+    attach_adapter(model, read_adapter(str(tmp_path / "peft")), None, allow_new_head=False)
+    want = logits(theirs)
+    assert_close(logits(model), want)
+    assert (logits(fresh(ours_class)) - want).abs().max() > 0.1, "the adapter changes nothing"
+
+    save_adapter(model, tmp_path / "ours", METADATA_OF_RUN)
+    again = fresh(ours_class)
+    attach_adapter(again, read_adapter(str(tmp_path / "ours")), None, allow_new_head=False)
+    assert torch.equal(logits(again), logits(model))
+    assert_close(logits(PeftModel.from_pretrained(fresh(theirs_class), str(tmp_path / "ours"))), want)
+
+
+def test_a_peft_folder_with_the_old_bin_file_loads_like_the_safetensors_one(tmp_path):
+    theirs = peft_deberta()
+    theirs.save_pretrained(tmp_path)
+    safe = read_adapter(str(tmp_path))
+    torch.save(load_file(tmp_path / WEIGHTS), tmp_path / "adapter_model.bin")
+    (tmp_path / WEIGHTS).unlink()
+    old = read_adapter(str(tmp_path))
+    assert old.state.keys() == safe.state.keys()
+    assert all(torch.equal(old.state[name], safe.state[name]) for name in safe.state)
+
+
+def test_an_adapter_on_the_hub_is_read_by_its_id(tmp_path, monkeypatch):
+    """The Hub's own cache layout, as an earlier download leaves it."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--an-adapter"
+    save_adapter(lora_model(), repository / "snapshots" / commit, METADATA_OF_RUN)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    adapter = read_adapter("someone/an-adapter", cache_dir=str(tmp_path))
+    model = lora_model(seed=1)
+    assert load_adapter(model, adapter, allow_new_head=False) == []
+    assert torch.equal(logits(model)[0], logits(lora_model())[0]) is False  # other base weights, same adapter
+    assert all(torch.equal(adapter.state[name], tensor) for name, tensor in trained(lora_model()).items())
+    with pytest.raises(UserError, match="someone/else"):
+        read_adapter("someone/else", cache_dir=str(tmp_path))
+
+
+def test_an_adapter_that_lacks_layers_its_config_names_is_refused(tmp_path):
+    peft_deberta().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    gone = [name for name in tensors if "layer.1" in name and "value_proj" in name]
+    save_file({name: t for name, t in tensors.items() if name not in gone}, tmp_path / WEIGHTS, {"format": "pt"})
+    model = DebertaV2ForSequenceClassification(tiny_deberta_config())
+    with pytest.raises(UserError, match=r"lacks deberta.encoder.layer.1.attention.self.value_proj.lora_A"):
+        attach_adapter(model, read_adapter(str(tmp_path)), None, allow_new_head=False)
+
+
+def test_a_file_that_does_not_know_its_alpha_needs_to_be_told_and_one_that_does_must_not_be_told_another(tmp_path):
+    path = published(tmp_path / "mnli.bin", trained(lora_model()))
+    adapter = read_adapter(str(path))
+    model = RobertaForSequenceClassification(tiny_config())
+    with pytest.raises(UserError, match=r"doesn't say which lora_alpha[^\n]*\nGive --lora_alpha: 16 for the published"):
+        attach_adapter(model, adapter, None, allow_new_head=False)
+    attach_adapter(model, adapter, ALPHA, allow_new_head=False)
+    assert {layer.scaling for layer in model.modules() if isinstance(layer, LoRALinear)} == {ALPHA / R}
+    save_adapter(lora_model(), tmp_path / "folder", METADATA_OF_RUN)
+    check_settings(read_adapter(str(tmp_path / "folder")), R, ALPHA, None)
+    for settings, said in (((None, 12, None), "--lora_alpha 6"), ((2, None, None), "--lora_r 4")):
+        with pytest.raises(UserError, match=said):
+            check_settings(read_adapter(str(tmp_path / "folder")), *settings)
+
+
 # ----------------------------------------------------------------------------------------------------------- refused
 
 
@@ -367,7 +505,24 @@ def test_a_folder_whose_json_is_cut_is_refused_by_the_files_name(name, saved, tm
 
 
 @pytest.mark.parametrize(
-    "setting", [{"peft_type": "IA3"}, {"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"query": 2}}]
+    "setting",
+    [
+        {"peft_type": "IA3"},
+        {"use_dora": True},
+        {"fan_in_fan_out": True},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"layer_replication": [[0, 2]]},
+        {"trainable_token_indices": [1]},
+        {"some_new_method": {"on": True}},
+        {"r": None},
+        {"r": 0},
+        {"lora_alpha": None},
+        {"lora_alpha": "6"},
+        {"rank_pattern": ["query"]},
+        {"alpha_pattern": {"que(ry": 2}},
+    ],
+    ids=str,
 )
 def test_a_peft_adapter_of_a_kind_we_would_compute_wrongly_is_refused(setting, saved, tmp_path):
     _, folder = saved
@@ -375,6 +530,17 @@ def test_a_peft_adapter_of_a_kind_we_would_compute_wrongly_is_refused(setting, s
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | setting))
     assert next(iter(setting)) in refused(tmp_path)
+
+
+def test_a_folder_whose_ranks_are_not_those_of_its_tensors_is_refused(saved, tmp_path):
+    _, folder = saved
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / CONFIG).write_text(
+        json.dumps(json.loads((folder / CONFIG).read_text()) | {"rank_pattern": {"query": 2}})
+    )
+    message = refused(tmp_path)
+    assert "self.query.lora_A has rank 4" in message and "says 2" in message
 
 
 def test_another_rank_is_refused_with_key_shapes_and_the_flag_that_puts_it_right(tmp_path):

@@ -19,6 +19,7 @@ from lora_nlu.lora import (
     lora_linear,
     mark_only_lora_as_trainable,
     merge_lora_,
+    set_lora_,
     unmerge_lora_,
 )
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
@@ -296,6 +297,25 @@ def test_a_merged_layer_refuses_to_train_but_evaluates():
     layer.unmerge()
     layer.train()(x).sum().backward()
     assert layer.lora_A.grad is not None
+
+
+def test_set_lora_gives_exactly_the_named_layers_an_update_and_keeps_every_weight():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Sequential(nn.Linear(5, 4, bias=False), nn.Linear(4, 3)))
+    before = {name: parameter for name, parameter in model.named_parameters()}
+    x = torch.randn(7, 6)
+    want = model(x)
+    set_lora_(model, {"0": (2, 0.3), "2.0": (3, 1.5)})
+    assert [type(m) for m in (model[0], model[2][0], model[2][1])] == [LoRALinear, LoRALinear, nn.Linear]
+    assert (model[0].r, model[0].scaling, model[2][0].r, model[2][0].scaling) == (2, 0.3, 3, 1.5)
+    assert torch.equal(model(x), want), "B starts at zero"
+    nn.init.normal_(model[0].lora_B)
+    assert not torch.equal(model(x), want)
+    set_lora_(model, {"2.1": (1, 1.0)})
+    assert [type(m) for m in (model[0], model[2][0], model[2][1])] == [nn.Linear, nn.Linear, LoRALinear]
+    assert torch.equal(model(x), want)
+    assert all(model.get_parameter(name) is parameter for name, parameter in before.items())
+    with pytest.raises(KeyError, match="1"):
+        set_lora_(model, {"1": (2, 1.0)})
 
 
 def test_the_state_dict_of_a_merged_layer_has_no_lora_matrices():

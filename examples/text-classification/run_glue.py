@@ -46,7 +46,9 @@ class ModelArguments:
     lora_r: int | None = flag("Rank of the update; 0 is plain fine-tuning")
     lora_alpha: float | None = flag("The update is scaled by lora_alpha / lora_r")
     lora_path: str | None = flag("Adapter to start from or evaluate: a published .bin, an adapter or output folder")
-    lora_relative_query: bool = flag("DeBERTa: LoRA also on the relative positions' query, as in PEFT", False)
+    lora_relative_query: bool | None = flag(
+        "DeBERTa: LoRA also on the relative positions' query, as in PEFT; an adapter knows", nargs="?", const=True
+    )
     reg_loss_wgt: float = flag("R-Drop: weight of the distance between two passes with their own dropout", 0.0)
     masking_prob: float = flag("Cutoff: share of tokens hidden from the second of the two passes", 0.0)
     cls_dropout: float | None = flag("Dropout of the classification head; default: the model's hidden_dropout_prob")
@@ -109,12 +111,11 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
 
 def check_args(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> None:
     """What one flag says about another. Raises UsageError."""
-    if model_args.apply_lora and (model_args.lora_r is None or (model_args.lora_r and model_args.lora_alpha is None)):
+    r, alpha = model_args.lora_r, model_args.lora_alpha
+    if model_args.apply_lora and not model_args.lora_path and (r is None or (r and alpha is None)):
         raise UsageError(
             "--apply_lora needs --lora_r and --lora_alpha (the paper's RoBERTa: --lora_r 8 --lora_alpha 16)."
         )
-    if model_args.lora_path and not (model_args.apply_lora and model_args.lora_r):
-        raise UsageError("--lora_path needs --apply_lora with the adapter's --lora_r and --lora_alpha.")
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict.")
     files = data_args.train_file or data_args.validation_file or data_args.test_file
@@ -186,9 +187,10 @@ def prepare_model(
 ) -> tuple[Any, Any]:
     """The model with its LoRA settings, weights and adapter, and its tokenizer. Raises UserError."""
     name, hub = model_args.model_name_or_path, hub_settings(model_args)
-    config.apply_lora, config.lora_r = model_args.apply_lora, model_args.lora_r
-    config.lora_alpha, config.cls_dropout = model_args.lora_alpha, model_args.cls_dropout
-    config.finetuning_task, config.lora_relative_query = task, model_args.lora_relative_query
+    config.apply_lora = model_args.apply_lora and adapter is None  # an adapter brings its own layers
+    config.lora_r, config.lora_alpha = model_args.lora_r, model_args.lora_alpha
+    config.finetuning_task, config.cls_dropout = task, model_args.cls_dropout
+    config.lora_relative_query = bool(model_args.lora_relative_query)
     if model_args.lora_relative_query and config.model_type != "deberta-v2":
         raise UsageError(f"--lora_relative_query: a {config.model_type} model has no relative positions.")
     set_seed(args.seed)  # A and the head are drawn while loading
@@ -197,9 +199,11 @@ def prepare_model(
     tokenizer = loading.load_tokenizer(model_args.tokenizer_name or name, config.vocab_size, **hub)
     loading.set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
     if adapter:
-        if adapters.load_adapter(model, adapter, allow_new_head=args.do_train):
+        alpha, ranks = adapter.lora_alpha, sorted(set(adapter.ranks.values()))
+        if adapters.attach_adapter(model, adapter, model_args.lora_alpha, allow_new_head=args.do_train):
             say(args, f"{adapter.source}: its classifier is for other labels and is left behind; a new one starts.")
-        say(args, f"Loaded {adapter.source}: rank {model_args.lora_r}, alpha {model_args.lora_alpha:g}.")
+        said = f"{alpha:g}" if alpha is not None else f"{model_args.lora_alpha:g}, which the file can't confirm"
+        say(args, f"Loaded {adapter.source}: rank {', '.join(map(str, ranks))}, alpha {said}.")
     return model, tokenizer
 
 
@@ -210,7 +214,12 @@ def main(argv: list[str]) -> None:
     if data_args.task_name and not data_args.glue_dir or not Path(name).is_dir():
         data.use_cache_if_hub_unreachable()
 
-    adapter = adapters.read_adapter(model_args.lora_path) if model_args.lora_path else None
+    adapter = None
+    if model_args.lora_path:
+        hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+        adapter = adapters.read_adapter(model_args.lora_path, **hub)
+        given = (model_args.lora_r, model_args.lora_alpha, model_args.lora_relative_query)
+        adapters.check_settings(adapter, *given)
     config = loading.load_config(model_args.config_name or name, **hub_settings(model_args))
     trained = adapter.labels if adapter else loading.recorded_labels(config)  # what a model not trained here tells
     known = None if args.do_train else trained

@@ -9,38 +9,59 @@ PEFT would apply the update there too. Its folder says so in `peft_type`, which 
 """
 
 import json
+import math
 import os
 import pickle
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_nlu.errors import UserError
-from lora_nlu.lora import LoRALinear
+from lora_nlu.lora import LoRALinear, mark_only_lora_as_trainable, set_lora_
 
 CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "run_metadata.json"
+_FILES = [CONFIG, METADATA, "adapter_model.*"]
 _LORA, _LORA_FROZEN_RELATIVE_QUERY = "LORA", "LORA_FROZEN_RELATIVE_QUERY"  # peft_type; PEFT knows the first
 _PEFT_PREFIX = "base_model.model."
+# Settings of an adapter_config.json that are read, and those that change nothing in what a trained adapter computes.
+_HONOURED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
+_NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "inference_mode",
+    "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save", "peft_version",
+    "qalora_group_size", "revision", "target_modules", "task_type",
+}  # fmt: skip
+_STARTS = ("gaussian", "orthogonal", "eva")
+_OLD_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LORA_KEY = re.compile(r"\.lora_[AB]$")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A saved adapter in memory: tensors by the model's own parameter names; alpha None where the file doesn't know.
+    """A saved adapter in memory: tensors by the model's own parameter names, and how the update is scaled.
 
-    `frozen_relative_query` is how a DeBERTa was trained (modeling_deberta_v2.py); published files are the reference's.
+    lora_alpha:             None where the file doesn't know it (a published `.bin`).
+    alpha_pattern:          alpha of layers whose names match, as PEFT reads patterns; the others have lora_alpha.
+    use_rslora:             the scaling is alpha / sqrt(r), not alpha / r.
+    frozen_relative_query:  how a DeBERTa was trained (modeling_deberta_v2.py); published files are the reference's.
+    targets:                names, or a pattern, of the layers that must have an update; None: those of the file.
     """
 
     source: Path
     state: dict[str, Tensor]
     lora_alpha: float | None = None
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
     frozen_relative_query: bool = True
+    targets: Sequence[str] | str | None = ("query", "value", "query_proj", "value_proj")
     metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -48,6 +69,37 @@ class Adapter:
         """Label names in id order, () for regression, None where the file doesn't record them."""
         names = self.metadata.get("labels")
         return None if names is None else tuple(names)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each layer with an update, by the layer's name."""
+        suffix = ".lora_A"
+        return {name.removesuffix(suffix): t.shape[0] for name, t in self.state.items() if name.endswith(suffix)}
+
+    def layers(self, lora_alpha: float | None = None) -> dict[str, tuple[int, float]]:
+        """(rank, scaling) of each layer with an update; `lora_alpha` is for a file that doesn't know its own.
+
+        Raises UserError without either.
+        """
+        known = self.lora_alpha if self.lora_alpha is not None else lora_alpha
+        if known is None:
+            raise UserError(
+                f"{self.source} doesn't say which lora_alpha it was trained with; another one gives wrong answers.\n"
+                "Give --lora_alpha: 16 for the published RoBERTa files, 32 for the published DeBERTa ones."
+            )
+        layers = {}
+        for name, rank in self.ranks.items():
+            alpha = _by_pattern(self.alpha_pattern, name, known)
+            layers[name] = (rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
+        return layers
+
+
+def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that ends a module's name, as PEFT matches `rank_pattern` and `alpha_pattern`."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
 
 
 def trained_state(model: Any, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -60,30 +112,13 @@ def save_adapter(
     model: Any, folder: Path, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None
 ) -> None:
     """Write the trained parameters of a LoRA model as a PEFT folder; each file appears whole or not at all."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    first = next(iter(layers.values()))
     tensors = {}
-    heads = set()
     for name, tensor in trained_state(model, state_dict).items():
-        tensor = tensor.detach().cpu().contiguous()
-        if _LORA_KEY.search(name):
-            tensors[f"{_PEFT_PREFIX}{name}.weight"] = tensor
-        else:
-            tensors[f"{_PEFT_PREFIX}{name}"] = tensor
-            heads.add(name.split(".")[0])
-    config = {
-        "peft_type": _LORA_FROZEN_RELATIVE_QUERY if getattr(model, "frozen_relative_query", False) else _LORA,
-        "task_type": "SEQ_CLS",
-        "base_model_name_or_path": metadata.get("base_model"),
-        "r": first.r,
-        "lora_alpha": first.scaling * first.r,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in layers}),
-        "modules_to_save": sorted(heads),
-    }
+        suffix = ".weight" if _LORA_KEY.search(name) else ""
+        if name.endswith(".bias") and isinstance(model.get_submodule(name.removesuffix(".bias")), LoRALinear):
+            name = f"{name.removesuffix('bias')}base_layer.bias"
+        tensors[f"{_PEFT_PREFIX}{name}{suffix}"] = tensor.detach().cpu().contiguous()
+    config = _peft_config(model, metadata.get("base_model"))
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{WEIGHTS}.partial"
     try:
@@ -93,6 +128,50 @@ def save_adapter(
         write_json(folder / CONFIG, config)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _peft_config(model: Any, base_model: str | None) -> dict[str, Any]:
+    """The `adapter_config.json` under which PEFT builds the layers that `model` has and expects what trains in it."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    alphas = {name: _alpha(layer) for name, layer in layers.items()}
+    ranks = {name: layer.r for name, layer in layers.items()}
+    r, alpha = (max(set(values := list(d.values())), key=values.count) for d in (ranks, alphas))
+    # A short name stands for every module that ends in it: only if all of those have an update.
+    short = {name.rpartition(".")[2] for name in layers}
+    meant = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in short]
+    whole, biases = set(), False
+    heads = head_names(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not _LORA_KEY.search(name):
+            module, _, kind = name.rpartition(".")
+            if name in heads:
+                whole.add(name.split(".")[0])
+            elif kind == "bias":
+                biases = True
+            else:
+                whole.add(module)
+    return {
+        "peft_type": _LORA_FROZEN_RELATIVE_QUERY if getattr(model, "frozen_relative_query", False) else _LORA,
+        "task_type": "SEQ_CLS",
+        "base_model_name_or_path": base_model,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "all" if biases else "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted(short if len(meant) == len(layers) else layers),
+        "modules_to_save": sorted(whole),
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+    }
+
+
+def _alpha(layer: LoRALinear) -> float:
+    """The alpha that divided by the rank is the layer's scaling to the last bit."""
+    alpha = layer.scaling * layer.r
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0))
+    return next((value for value in near if value / layer.r == layer.scaling), alpha)
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -127,18 +206,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_adapter(path: str) -> Adapter:
-    """Read an adapter folder, a checkpoint or output folder of a run, or a published file.
+def read_adapter(path: str, **hub: Any) -> Adapter:
+    """Read an adapter folder of ours or of PEFT, a checkpoint or output folder of a run, a published file, or a Hub id.
 
-    Raises UserError if it is missing, cut, no state dict, or a pickle of anything but tensors (which is never run).
+    `hub`: cache_dir, token, revision. Raises UserError if it is missing, cut, no state dict, a pickle of anything but
+    tensors (which is never run), or of a kind that this model would compute differently.
     """
     source = Path(path)
-    if not source.exists():
-        raise UserError(f"--lora_path {path}: no such file or folder.")
     if source.is_dir():
         return _read_folder(source)
-    state = load_file_safely(source)
-    return Adapter(source, {name.removeprefix("module."): tensor for name, tensor in state.items()})
+    if source.exists():
+        state = load_file_safely(source)
+        return Adapter(source, {name.removeprefix("module."): tensor for name, tensor in state.items()})
+    if not _HUB_ID.fullmatch(path):
+        raise UserError(f"--lora_path {path}: no such file or folder.")
+    try:
+        folder = huggingface_hub.snapshot_download(path, allow_patterns=_FILES, **hub)
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
+        reason = str(e).splitlines()[0][:150] if str(e) else type(e).__name__
+        raise UserError(f"--lora_path {path}: no such file or folder, nor an adapter the Hub gives ({reason}).") from e
+    return _read_folder(Path(folder))
 
 
 def load_file_safely(path: Path) -> dict[str, Tensor]:
@@ -162,22 +249,63 @@ def load_file_safely(path: Path) -> dict[str, Tensor]:
 
 
 def _read_folder(folder: Path) -> Adapter:
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise UserError(f"--lora_path {folder}: holds no {CONFIG} with {WEIGHTS}.")
+    weights = next((folder / name for name in (WEIGHTS, _OLD_WEIGHTS) if (folder / name).is_file()), None)
+    if weights is None or not (folder / CONFIG).is_file():
+        raise UserError(f"--lora_path {folder}: holds no {CONFIG} with {WEIGHTS} (or {_OLD_WEIGHTS}).")
     config = read_json(folder / CONFIG)
-    kind = config.get("peft_type")
-    if kind not in (_LORA, _LORA_FROZEN_RELATIVE_QUERY):
-        raise UserError(f"{folder / CONFIG}: peft_type is {kind!r}; only LORA can be read.")
-    plain = {"use_dora": False, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
-    for key, value in plain.items():
-        if config.get(key, value) not in (value, None):
-            raise UserError(f"{folder / CONFIG}: {key}={config[key]!r} is not supported.")
+    _check_peft_config(folder / CONFIG, config)
     metadata = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
     state = {}
-    for name, tensor in load_file_safely(folder / WEIGHTS).items():
-        name = name.removeprefix(_PEFT_PREFIX)
-        state[re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)] = tensor
-    return Adapter(folder, state, config.get("lora_alpha"), kind == _LORA_FROZEN_RELATIVE_QUERY, metadata)
+    for key, tensor in load_file_safely(weights).items():
+        if ".original_module." in key:
+            continue  # PEFT's copy of a head that it replaced
+        name = re.sub(r"\.(base_layer|modules_to_save(\.default)?)\.", ".", key.removeprefix(_PEFT_PREFIX))
+        name = re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)
+        if ".lora_" in name and not _LORA_KEY.search(name):
+            raise UserError(f"{weights}: {key}: a kind of LoRA tensor that is not supported.")
+        state[name] = tensor
+    adapter = Adapter(
+        folder,
+        state,
+        config["lora_alpha"],
+        config.get("alpha_pattern") or {},
+        bool(config.get("use_rslora")),
+        config["peft_type"] == _LORA_FROZEN_RELATIVE_QUERY,
+        None if config.get("layers_to_transform") or config.get("exclude_modules") else config.get("target_modules"),
+        metadata,
+    )
+    for name, rank in adapter.ranks.items():
+        said = _by_pattern(config.get("rank_pattern") or {}, name, config["r"])
+        if rank != said:
+            raise UserError(
+                f"{folder}: {name}.lora_A has rank {rank}, {CONFIG} says {said}: they don't belong together."
+            )
+    return adapter
+
+
+def _check_peft_config(path: Path, config: dict[str, Any]) -> None:
+    """Refuse, by name, what PEFT can say and this model would compute differently. Raises UserError."""
+    kind = config.get("peft_type")
+    if kind not in (_LORA, _LORA_FROZEN_RELATIVE_QUERY):
+        raise UserError(f"{path}: peft_type is {kind!r}; only LORA can be read.")
+    for key, types in (("r", int), ("lora_alpha", (int, float))):
+        if not isinstance(config.get(key), types) or not config[key] > 0:  # PEFT would take its default of 8
+            raise UserError(f"{path}: {key} is {config.get(key)!r}; expected a positive number.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(isinstance(v, (int, float)) and v > 0 for v in patterns.values()):
+            raise UserError(f"{path}: {key} is no map from names to positive numbers.")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise UserError(f"{path}: {key}: {pattern!r} is no pattern ({e}).") from e
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in _STARTS:  # PiSSA, OLoRA and others change the base weights
+        raise UserError(f"{path}: init_lora_weights={start!r} is not supported: it changes the base model's weights.")
+    for key, value in config.items():
+        if value and key not in _HONOURED | _NEUTRAL:
+            raise UserError(f"{path}: {key}={value!r} is not supported.")
 
 
 def head_label_count(state: dict[str, Tensor], model: Any) -> int | None:
@@ -191,6 +319,59 @@ def head_names(model: Any) -> list[str]:
     return [name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")]
 
 
+def check_settings(
+    adapter: Adapter, lora_r: int | None, lora_alpha: float | None, lora_relative_query: bool | None
+) -> None:
+    """What is said (not None) of an adapter must be what its file knows. Raises UserError naming the flag to give."""
+    source, known = adapter.source, adapter.lora_alpha
+    for name, rank in adapter.ranks.items():
+        if lora_r is not None and rank != lora_r:
+            shape = list(adapter.state[f"{name}.lora_A"].shape)
+            raise UserError(
+                f"{source}: {name}.lora_A is {shape} in the file, [{lora_r}, {shape[-1]}] by --lora_r {lora_r}.\n"
+                f"Give --lora_r {rank}, or leave it out: the file knows its rank."
+            )
+    if known is not None and lora_alpha is not None and known != lora_alpha:
+        raise UserError(
+            f"{source}: was trained with lora_alpha {known:g}, but --lora_alpha is {lora_alpha:g}.\n"
+            f"Give --lora_alpha {known:g}, or leave it out: the file knows its alpha."
+        )
+    if lora_relative_query is not None and lora_relative_query == adapter.frozen_relative_query:
+        raise _other_reading(adapter)
+
+
+def _other_reading(adapter: Adapter) -> UserError:
+    trained, remedy = ("without", "Leave out") if adapter.frozen_relative_query else ("with", "Give")
+    return UserError(
+        f"{adapter.source}: was trained {trained} LoRA on the relative positions' query; read otherwise it gives "
+        f"other answers.\n{remedy} --lora_relative_query."
+    )
+
+
+def attach_adapter(model: Any, adapter: Adapter, lora_alpha: float | None, allow_new_head: bool) -> list[str]:
+    """Give a model the LoRA layers, the reading of DeBERTa's relative query and the tensors of an adapter.
+
+    `lora_alpha` is for a file that doesn't know its own. What the file holds trains, with LoRA and head. Otherwise as
+    `load_adapter`; on an error in the tensors the layers stay.
+    """
+    if not adapter.ranks:
+        raise UserError(f"{adapter.source}: no LoRA matrices (keys ending in lora_A, lora_B) in it.")
+    layers = adapter.layers(lora_alpha)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    wanted = [name for name in linear if name.startswith(f"{model.base_model_prefix}.") and _is_target(adapter, name)]
+    missing, unexpected = ([f"{n}.lora_A" for n in a if n not in b] for a, b in ((wanted, layers), (layers, linear)))
+    if missing or unexpected:
+        raise _other_model(adapter, model, missing, unexpected)
+    set_lora_(model, layers)
+    if getattr(model, "frozen_relative_query", None) is not None:
+        model.config.lora_relative_query = not adapter.frozen_relative_query
+    dropped = load_adapter(model, adapter, allow_new_head)
+    mark_only_lora_as_trainable(model)
+    for name in adapter.state:
+        model.get_parameter(name).requires_grad_(True)
+    return dropped
+
+
 def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str]:
     """Copy an adapter into a LoRA model; every tensor of the file must have its place and every place its tensor.
 
@@ -201,16 +382,9 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
     """
     source, state = adapter.source, dict(adapter.state)
     parameters = dict(model.named_parameters())
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     wanted = [name for name in parameters if _LORA_KEY.search(name)]
-    found = [name for name in state if _LORA_KEY.search(name)]
-    if not found:
-        raise UserError(f"{source}: no LoRA matrices (keys ending in lora_A, lora_B) among its {len(state)} tensors.")
-    if adapter.lora_alpha is not None and adapter.lora_alpha != layers[0].scaling * layers[0].r:
-        raise UserError(
-            f"{source}: was trained with lora_alpha {adapter.lora_alpha:g}, but --lora_alpha is "
-            f"{layers[0].scaling * layers[0].r:g}. Give --lora_alpha {adapter.lora_alpha:g}."
-        )
+    if not adapter.ranks:
+        raise UserError(f"{source}: no LoRA matrices (keys ending in lora_A, lora_B) in it.")
     head, dropped = head_names(model), []
     labels = head_label_count(state, model)
     if labels is not None and labels != model.config.num_labels:
@@ -224,29 +398,28 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
     headless = allow_new_head and not any(name in state for name in head)
     required = wanted + ([] if headless else [name for name in head if name not in dropped])
     missing = [name for name in required if name not in state]
-    unexpected = [name for name in state if name not in required]
+    # A PEFT folder may hold trained biases and whole modules beside LoRA and head; a published file never does.
+    places = {*parameters} - {*wanted} if source.is_dir() else set()
+    unexpected = [name for name in state if name not in required and name not in places]
     if missing or unexpected:
-        lists = (("lacks", missing), ("has but the model lacks", unexpected))
-        said = "; ".join(
-            f"{verb} {', '.join(names[:3])}{' ...' if names[3:] else ''}" for verb, names in lists if names
-        )
-        depth = {kind: _layer_count(names) for kind, names in (("file", found), ("model", wanted))}
-        raise UserError(
-            f"{source}: not an adapter of this model: the file {said}.\n"
-            f"Layers with LoRA: {depth['file']} in the file, {depth['model']} in the {model.config.model_type} model."
-        )
+        raise _other_model(adapter, model, missing, unexpected)
+    if adapter.lora_alpha is not None:
+        for name, (_, scaling) in adapter.layers().items():
+            layer: Any = model.get_submodule(name)
+            if not math.isclose(scaling, layer.scaling, rel_tol=1e-9):
+                raise UserError(
+                    f"{source}: was trained with another lora_alpha: {name} has scaling {scaling:g} in the file, "
+                    f"{layer.scaling:g} in the model.\nGive --lora_alpha {adapter.lora_alpha:g}."
+                )
     frozen = getattr(model, "frozen_relative_query", None)
     if frozen is not None and frozen != adapter.frozen_relative_query:
-        trained, remedy = ("without", "Leave out") if adapter.frozen_relative_query else ("with", "Give")
-        raise UserError(
-            f"{source}: was trained {trained} LoRA on the relative positions' query; read otherwise it gives other "
-            f"answers.\n{remedy} --lora_relative_query."
-        )
+        raise _other_reading(adapter)
     for name, tensor in state.items():
         if tensor.shape != parameters[name].shape:
             key = f"{name} is {list(tensor.shape)} in the file, {list(parameters[name].shape)} in the model"
             rank = tensor.shape[0] if name.endswith("lora_A") else None
-            hint = f"Give --lora_r {rank}." if rank and rank != layers[0].r else "It is another base model's adapter."
+            same = rank is None or rank == parameters[name].shape[0]
+            hint = "It is another base model's adapter." if same else f"Give --lora_r {rank}."
             raise UserError(f"{source}: {key}.\n{hint}")
     with torch.no_grad():
         for name, tensor in state.items():
@@ -254,5 +427,22 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
     return dropped
 
 
-def _layer_count(names: list[str]) -> int:
+def _is_target(adapter: Adapter, name: str) -> bool:
+    """Whether PEFT's `target_modules` mean this layer: a list names it or its end, a string is a pattern of it."""
+    if isinstance(adapter.targets, str):
+        return re.fullmatch(adapter.targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in adapter.targets or ())
+
+
+def _other_model(adapter: Adapter, model: Any, missing: list[str], unexpected: list[str]) -> UserError:
+    lists = (("lacks", missing), ("has but the model lacks", unexpected))
+    said = "; ".join(f"{verb} {', '.join(names[:3])}{' ...' if names[3:] else ''}" for verb, names in lists if names)
+    return UserError(
+        f"{adapter.source}: not an adapter of this model: the file {said}.\n"
+        f"Layers with LoRA: {_layer_count(adapter.ranks)} in the file, {model.config.num_hidden_layers} in the "
+        f"{model.config.model_type} model."
+    )
+
+
+def _layer_count(names: Iterable[str]) -> int:
     return len({match.group(1) for name in names if (match := re.search(r"\.layer\.(\d+)\.", name))})

@@ -128,6 +128,34 @@ def lora_rank(config: Any) -> int:
     return (getattr(config, "lora_r", 0) or 0) if getattr(config, "apply_lora", False) else 0
 
 
+def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
+    """Give exactly these linear layers of `model`, by name, an update of (rank, scaling); the others get or keep none.
+
+    Weights and biases stay the parameters they were; the matrices start anew. Raises KeyError for a name that is no
+    linear layer of the model.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if unknown := sorted(set(layers) - set(linear)):
+        raise KeyError(unknown[0])
+    for name, old in linear.items():
+        if name not in layers and not isinstance(old, LoRALinear):
+            continue
+        sizes, has_bias = (old.in_features, old.out_features), old.bias is not None
+        with torch.device("meta"):  # its parameters are those of the old one; only the matrices are new
+            rank, scaling = layers.get(name, (0, 0.0))
+            new = LoRALinear(*sizes, rank, rank * scaling, has_bias) if rank else nn.Linear(*sizes, has_bias)
+        new.weight, new.bias = old.weight, old.bias
+        if isinstance(new, LoRALinear):
+            new.scaling = scaling  # not by way of alpha, which would round it
+            new.lora_A, new.lora_B = (
+                nn.Parameter(torch.empty_like(matrix, device=old.weight.device, dtype=old.weight.dtype))
+                for matrix in (new.lora_A, new.lora_B)
+            )
+            new.reset_lora_parameters()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new.train(old.training))
+
+
 def mark_only_lora_as_trainable(model: Any) -> None:
     """Train the LoRA matrices and every parameter outside the encoder (`model.base_model`); freeze the rest.
 

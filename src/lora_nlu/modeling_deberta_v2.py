@@ -129,7 +129,7 @@ class DisentangledSelfAttention(nn.Module):
             self.pos_key_proj = nn.Linear(size, size)
         if self.position_to_content and not shared:
             self.pos_query_proj = nn.Linear(size, size)
-        self.shared, self.frozen_relative_query = shared, frozen_relative_query(config)
+        self.shared, self.config = shared, config
         self.pos_dropout = nn.Dropout(config.hidden_dropout_prob)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
@@ -185,7 +185,7 @@ class DisentangledSelfAttention(nn.Module):
             key = self.key_proj(table) if self.shared else self.pos_key_proj(table)
             key = self.by_head(key, distances.flip(0))
         if self.position_to_content:
-            if self.frozen_relative_query and isinstance(self.query_proj, LoRALinear):
+            if frozen_relative_query(self.config) and isinstance(self.query_proj, LoRALinear):
                 query = F.linear(table, self.query_proj.frozen_weight(), self.query_proj.bias)
             else:
                 query = self.query_proj(table) if self.shared else self.pos_query_proj(table)
@@ -198,7 +198,7 @@ class DisentangledSelfAttention(nn.Module):
         return chosen.view(*chosen.shape[:2], self.heads, -1).permute(2, 0, 1, 3)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.frozen_relative_query and getattr(self.query_proj, "merged", False):
+        if frozen_relative_query(self.config) and getattr(self.query_proj, "merged", False):
             raise RuntimeError(
                 "A merged DeBERTa whose relative query is frozen can't be saved: whoever loads the file would apply "
                 "the update to the relative query too. Call lora.unmerge_lora_(model) and save the adapter."

@@ -85,7 +85,6 @@ def rte(glue: Path, *flags: object) -> list[object]:
         (["--task_name", "rte", "--do_eval", "--apply_lora"], ["--lora_r", "--lora_alpha"]),
         (["--task_name", "rte", "--do_eval", "--apply_lora", "--lora_r", "8"], ["--lora_alpha"]),
         (["--task_name", "rte", "--do_eval", "--lora_r", "eight"], ["--lora_r", "eight"]),
-        (["--task_name", "rte", "--do_eval", "--lora_path", "x.bin"], ["--lora_path", "--apply_lora"]),
         (["--task_name", "rte"], ["nothing to do", "--do_train"]),
         (["--do_eval"], ["--task_name", "--train_file"]),
         (["--task_name", "rte", "--train_file", "x.csv", "--do_train"], ["--task_name", "--train_file"]),
