@@ -21,6 +21,7 @@ import lora_nlu
 from lora_nlu import adapters, data, loading, runs
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.flags import check_compiler, parse
+from lora_nlu.lora import LoRALinear
 from lora_nlu.metrics import compute_metrics
 from lora_nlu.runs import say
 from lora_nlu.tasks import TASKS
@@ -35,7 +36,7 @@ def flag(help: str, default: Any = None, **metadata: Any) -> Any:
 class ModelArguments:
     """The model and what is trained in it."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a RoBERTa checkpoint"})
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a RoBERTa or DeBERTa-V2 checkpoint"})
     config_name: str | None = flag("Folder or Hub id of the configuration, if another")
     tokenizer_name: str | None = flag("Folder or Hub id of the tokenizer, if another")
     cache_dir: str | None = flag("Where downloads and tokenised data are kept")
@@ -161,19 +162,41 @@ def check_best_metric(args: RunArguments, names: tuple[str, ...]) -> None:
         raise UsageError(f"--metric_for_best_model {wanted}: not evaluated here. Choose from: {', '.join(known)}.")
 
 
+# TrainingArguments that decide what a run ends with, whatever it prints, saves or runs on
+DECIDING = (
+    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs",
+    "max_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor",
+    "fp16", "bf16", "train_sampling_strategy",
+)  # fmt: skip
+
+
 def run_metadata(
-    model_args: ModelArguments, args: RunArguments, task: str, labels: tuple[str, ...], max_length: int
+    model_args: ModelArguments, args: RunArguments, model: Any, task: str, rows: int, max_length: int, base: str
 ) -> dict[str, Any]:
-    """What a later reader of the adapter must know."""
+    """What a later reader of the adapter, and a later start of the same run, must know; `base` is the fingerprint."""
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    config, layers = model.config, [m for m in model.modules() if isinstance(m, LoRALinear)]
     return {
         "task": task,
-        "labels": list(labels),
+        "labels": list(loading.recorded_labels(config) or ()),
         "base_model": model_args.model_name_or_path,
-        "lora_r": model_args.lora_r if model_args.apply_lora else 0,
-        "lora_alpha": model_args.lora_alpha,
-        "lora_relative_query": model_args.lora_relative_query,
-        "max_seq_length": max_length,
-        "seed": args.seed,
+        "base_revision": getattr(config, "_commit_hash", None),
+        "base_fingerprint": base,
+        "started_from": model_args.lora_path,
+        "lora": {
+            "ranks": sorted({layer.r for layer in layers}),
+            "scalings": sorted({layer.scaling for layer in layers}),
+            "lora_relative_query": bool(getattr(config, "lora_relative_query", False)),
+        },
+        "hyperparameters": {
+            **{name: getattr(args, name) for name in DECIDING},
+            "examples_a_step": batch,
+            "max_seq_length": max_length,
+            "train_samples": rows,
+            "cls_dropout": model_args.cls_dropout,
+            "reg_loss_wgt": model_args.reg_loss_wgt,
+            "masking_prob": model_args.masking_prob,
+        },
         "versions": {module.__name__: module.__version__ for module in (lora_nlu, torch, transformers)},
     }
 
@@ -184,8 +207,8 @@ def hub_settings(model_args: ModelArguments) -> dict[str, Any]:
 
 def prepare_model(
     model_args: ModelArguments, args: RunArguments, config: Any, adapter: adapters.Adapter | None, task: str
-) -> tuple[Any, Any]:
-    """The model with its LoRA settings, weights and adapter, and its tokenizer. Raises UserError."""
+) -> tuple[Any, Any, str]:
+    """The model with its LoRA settings, weights and adapter, its tokenizer and base fingerprint. Raises UserError."""
     name, hub = model_args.model_name_or_path, hub_settings(model_args)
     config.apply_lora = model_args.apply_lora and adapter is None  # an adapter brings its own layers
     config.lora_r, config.lora_alpha = model_args.lora_r, model_args.lora_alpha
@@ -196,6 +219,7 @@ def prepare_model(
     set_seed(args.seed)  # A and the head are drawn while loading
     model, notes = loading.load_model(name, config, needs_head=not args.do_train and adapter is None, **hub)
     say(args, *notes)
+    base = adapters.base_fingerprint(model)
     tokenizer = loading.load_tokenizer(model_args.tokenizer_name or name, config.vocab_size, **hub)
     loading.set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
     if adapter:
@@ -204,7 +228,7 @@ def prepare_model(
             say(args, f"{adapter.source}: its classifier is for other labels and is left behind; a new one starts.")
         said = f"{alpha:g}" if alpha is not None else f"{model_args.lora_alpha:g}, which the file can't confirm"
         say(args, f"Loaded {adapter.source}: rank {', '.join(map(str, ranks))}, alpha {said}.")
-    return model, tokenizer
+    return model, tokenizer, base
 
 
 def main(argv: list[str]) -> None:
@@ -220,6 +244,8 @@ def main(argv: list[str]) -> None:
         adapter = adapters.read_adapter(model_args.lora_path, **hub)
         given = (model_args.lora_r, model_args.lora_alpha, model_args.lora_relative_query)
         adapters.check_settings(adapter, *given)
+        if (trained_on := adapter.metadata.get("task", task)) != task:
+            say(args, f"{adapter.source}: was trained on {trained_on}; this is {task}.")
     config = loading.load_config(model_args.config_name or name, **hub_settings(model_args))
     trained = adapter.labels if adapter else loading.recorded_labels(config)  # what a model not trained here tells
     known = None if args.do_train else trained
@@ -236,7 +262,7 @@ def main(argv: list[str]) -> None:
     loading.check_labels(adapter.source if adapter else name, known, examples.labels)
     loading.set_labels(config, examples.labels)
 
-    model, tokenizer = prepare_model(model_args, args, config, adapter, task)
+    model, tokenizer, base = prepare_model(model_args, args, config, adapter, task)
     max_length, limit = data_args.max_seq_length, loading.longest_input(config)
     if max_length > limit:
         say(args, f"--max_seq_length {max_length} is more than the model's {limit} positions; using {limit}.")
@@ -255,7 +281,7 @@ def main(argv: list[str]) -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, padding=padding, max_length=max_length),
         compute_metrics=lambda p: compute_metrics(names, p.predictions, p.label_ids),
-        metadata=run_metadata(model_args, args, task, examples.labels, max_length),
+        metadata=run_metadata(model_args, args, model, task, len(tables.get("train", ())), max_length, base),
     )
     if args.do_train:
         runs.train(trainer, args.overwrite_output_dir)

@@ -75,24 +75,42 @@ def _find_checkpoint(output_dir: str, given: str | None) -> str | None:
     return checkpoints[-1] if checkpoints and str(given).lower() != "false" else None
 
 
+def _check_same_run(source: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on from, or take for done, what was trained otherwise. Raises UserError with the differences."""
+    keys = ("task", "labels", "base_fingerprint", "lora", "hyperparameters")
+    before, after = ({key: run.get(key) for key in keys} for run in (earlier, now))
+    differences = []
+    for key in keys:
+        one, other = before[key], after[key]
+        if isinstance(one, dict) and isinstance(other, dict):
+            changed = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+            differences += [f"{name} {one.get(name)}, now {other.get(name)}" for name in changed]
+        elif one != other:
+            differences.append(f"{key} {one}, now {other}")
+    if differences:
+        raise UserError(
+            f"{source} holds a run with other settings: {'; '.join(differences[:8])}.\n"
+            "Choose another --output_dir, or --overwrite_output_dir to train afresh."
+        )
+
+
 def train(trainer: AdapterTrainer, overwrite: bool) -> None:
     """Train, or take up where an interrupted run stopped, or skip what is already done; save what was trained."""
     args = trainer.args
-    folder, length = Path(args.output_dir), [args.num_train_epochs, args.max_steps]
+    folder = Path(args.output_dir)
     if overwrite and args.process_index == 0:
         _clear_earlier_run(folder)
     trainer.accelerator.wait_for_everyone()
     earlier = adapters.read_json(folder / RUN) if (folder / RUN).is_file() else trainer.metadata
-    if any(earlier.get(key) != trainer.metadata[key] for key in ("task", "labels")):
-        raise UserError(
-            f"--output_dir {folder} holds a run of {earlier.get('task')} with labels {earlier.get('labels')}.\n"
-            "Choose another folder, or --overwrite_output_dir to train afresh."
-        )
-    if earlier.get("trained") == length:
+    checkpoint = _find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if checkpoint or "trained" in earlier:
+        _check_same_run(str(folder), earlier, trainer.metadata)
+    if checkpoint and Path(checkpoint, adapters.METADATA).is_file():  # it may be another folder's
+        _check_same_run(checkpoint, adapters.read_json(Path(checkpoint, adapters.METADATA)), trainer.metadata)
+    if "trained" in earlier:
         say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
         trainer._load_from_checkpoint(str(folder))
         return
-    checkpoint = _find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint:
         say(args, f"Resuming from {checkpoint}.")
     record(trainer)
@@ -105,7 +123,7 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
     trainer.save_model()
     trainer.save_metrics("train", result.metrics | {"train_samples": len(trainer.train_dataset)})
     trainer.save_state()
-    record(trainer, trained=length)
+    record(trainer, trained=True)
 
 
 def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> dict[str, float]:
@@ -123,6 +141,10 @@ def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> di
         scores = [combined[f"eval_{metric}"], combined[f"eval_{metric}_mm"]]
         combined[f"eval_{metric}_overall"] = sum(s * n for s, n in zip(scores, sizes, strict=True)) / sum(sizes)
     trainer.save_metrics("eval", combined)
+    described = Path(trainer.args.output_dir, adapters.METADATA)
+    if trainer.args.do_train and described.is_file() and trainer.args.process_index == 0:
+        reported = {key: value for key, value in combined.items() if metric in key or key.startswith("eval_loss")}
+        adapters.write_json(described, trainer.metadata | {"metrics": reported})
     return combined
 
 

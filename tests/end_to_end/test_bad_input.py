@@ -404,8 +404,13 @@ def test_a_full_disk_ends_with_code_1_and_the_earlier_checkpoint_can_still_be_re
 
     assert (output / "adapter_model.safetensors").stat().st_size < 12_000
     assert (output / "checkpoint-4" / "optimizer.pt").stat().st_size > 12_000
-    before = contents(output)
     flags = [*rte(glue, "--do_train", *LORA, "--output_dir", output), "--max_steps", "8", "--save_steps", "4"]
+    for name in ("run.json", "checkpoint-4/run_metadata.json"):  # as if it had been cut off on the way to step 8
+        metadata = json.loads((output / name).read_text())
+        metadata["hyperparameters"]["max_steps"] = 8
+        metadata.pop("trained", None)
+        (output / name).write_text(json.dumps(metadata))
+    before = contents(output)
     outcome = start(*flags, preexec_fn=full_disk)
     assert outcome.code == 1 and "Traceback" not in outcome.err, outcome.err
     message = outcome.err[outcome.err.find("run_glue.py: error:") :].strip()

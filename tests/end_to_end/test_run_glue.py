@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from runs import LORA, SCRIPT, Outcome, contents, sentence
-from safetensors.torch import load_file
+from runs import LORA, SCRIPT, Outcome, contents, sentence, write_checkpoint
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 LEARN = ["--learning_rate", "1e-2", "--num_train_epochs", "15", "--max_seq_length", "64", "--logging_steps", "10"]
@@ -81,7 +81,7 @@ def test_train_eval_predict_writes_the_adapter_and_every_result_file(rte_run, ti
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, str(tiny_model))
     metadata = read(output / "run_metadata.json")
     assert metadata["task"] == "rte" and metadata["labels"] == ["entailment", "not_entailment"]
-    assert metadata["seed"] == 0 and metadata["base_model"] == str(tiny_model)
+    assert metadata["hyperparameters"]["seed"] == 0 and metadata["base_model"] == str(tiny_model)
     names = trained_flat(output)
     assert all("lora_" in name or name.startswith("classifier.") for name in names) and len(names) == 12
     assert not list(output.rglob("model.safetensors")) and not list(output.rglob("pytorch_model.bin"))
@@ -145,12 +145,80 @@ def test_re_running_a_finished_run_skips_training_says_so_and_gives_the_same_res
     output = tmp_path / "output"
     shutil.copytree(rte_run[0], output)
     before = contents(output)
-    flags = [*LEARN, "--do_train", "--do_eval", "--seed", "0"]
+    flags = [*LEARN, "--do_train", "--do_eval", "--seed", "0", "--warmup_steps", "0.06", "--logging_steps", "5"]
+    flags += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]  # also 8 examples a step
     outcome = succeeded(call(*rte(glue, output, *flags)))
     assert "already trained" in outcome.out and "--overwrite_output_dir" in outcome.out
     after, results = contents(output), {"eval_results.json", "all_results.json"}
     assert {n: h for n, h in after.items() if n not in results} == {n: h for n, h in before.items() if n not in results}
     assert scores(output / "eval_results.json") == scores(rte_run[0] / "eval_results.json")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--learning_rate", "1e-3"], "learning_rate 0.01, now 0.001"),
+        (["--seed", "3"], "seed 0, now 3"),
+        (["--num_train_epochs", "16"], "num_train_epochs 15.0, now 16.0"),
+        (["--per_device_train_batch_size", "4"], "examples_a_step 8, now 4"),
+        (["--lora_r", "2"], "ranks [4], now [2]"),
+        (["--lora_alpha", "16"], "scalings [2.0], now [4.0]"),
+        (["--max_train_samples", "40"], "train_samples 48, now 40"),
+        (["--reg_loss_wgt", "1"], "reg_loss_wgt 0.0, now 1.0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "cut off"])
+def test_a_run_with_other_settings_is_refused_with_the_differences(
+    changed, said, finished, rte_run, call, glue, tmp_path
+):
+    output = tmp_path / "output"
+    shutil.copytree(rte_run[0], output)
+    if not finished:
+        run = read(output / "run.json")
+        del run["trained"]
+        (output / "run.json").write_text(json.dumps(run))
+    before = contents(output)
+    flags = [*LEARN, "--do_train", "--seed", "0", "--warmup_steps", "0.06", "--per_device_train_batch_size", "8"]
+    outcome = call(*rte(glue, output, *flags, *changed))
+    assert outcome.code == 1 and said in outcome.err and outcome.err.count("\n") < 3, outcome
+    assert contents(output) == before
+
+
+def test_an_adapter_of_another_base_model_is_refused_by_its_fingerprint(rte_run, call, glue, vocabulary, tmp_path):
+    other = write_checkpoint(tmp_path / "other", vocabulary)
+    weights = load_file(other / "model.safetensors")
+    weights["roberta.encoder.layer.1.output.dense.weight"] += 0.01
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--do_eval", "--max_seq_length", "64", "--lora_path", rte_run[0], "--model_name_or_path", other]
+    outcome = call(*rte(glue, tmp_path / "o", *flags))
+    assert outcome.code == 1 and "another base model" in outcome.err and "fingerprint" in outcome.err, outcome
+
+
+def test_an_adapter_needs_no_lora_flags_of_its_own(rte_run, call, glue, tmp_path):
+    flags = ["--task_name", "rte", "--glue_dir", glue, "--do_eval", "--max_seq_length", "64"]
+    outcome = succeeded(call(*flags, "--lora_path", rte_run[0], "--output_dir", tmp_path / "o"))
+    assert "rank 4, alpha 8" in outcome.out
+    assert scores(tmp_path / "o" / "eval_results.json") == scores(rte_run[0] / "eval_results.json")
+
+
+def test_a_published_file_needs_its_alpha_said_and_the_log_says_that_it_is_unconfirmed(rte_run, call, glue, tmp_path):
+    torch.save(trained_flat(rte_run[0]), tmp_path / "rte.bin")
+    flags = ["--task_name", "rte", "--glue_dir", glue, "--do_eval", "--max_seq_length", "64"]
+    flags += ["--lora_path", tmp_path / "rte.bin", "--output_dir", tmp_path / "o"]
+    outcome = call(*flags)
+    assert outcome.code == 1 and "Give --lora_alpha" in outcome.err and outcome.err.count("\n") < 3
+    assert "alpha 8, which the file can't confirm" in succeeded(call(*flags, "--lora_alpha", "8")).out
+    assert scores(tmp_path / "o" / "eval_results.json") == scores(rte_run[0] / "eval_results.json")
+
+
+def test_the_adapter_records_base_task_labels_metric_and_hyperparameters(rte_run, tiny_model):
+    metadata = read(rte_run[0] / "run_metadata.json")
+    assert metadata["base_model"] == str(tiny_model) and len(metadata["base_fingerprint"]) == 16
+    assert (metadata["task"], metadata["labels"]) == ("rte", ["entailment", "not_entailment"])
+    accuracy = read(rte_run[0] / "eval_results.json")["eval_accuracy"]
+    assert metadata["metrics"]["eval_accuracy"] == accuracy
+    assert metadata["hyperparameters"]["learning_rate"] == 1e-2 and metadata["hyperparameters"]["examples_a_step"] == 8
 
 
 def test_overwrite_output_dir_trains_afresh_and_leaves_other_peoples_files(call, glue, tmp_path):
