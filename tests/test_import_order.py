@@ -17,12 +17,13 @@ ALLOWED = {
     "blocks": {"packing", "regularization"},
     "modeling_roberta": {"lora", "packing", "blocks"},
     "modeling_deberta_v2": {"lora", "packing", "blocks"},
-    "adapters": {"lora", "errors"},
+    "adapters": {"lora", "errors", "convert"},  # the last one as a program only: python -m lora_nlu.adapters
+    "convert": {"adapters", "loading", "lora", "tasks", "errors"},
     "data": {"tasks", "errors"},
     "flags": {"errors"},
     "loading": {"adapters", "modeling_roberta", "modeling_deberta_v2", "lora", "errors"},
     "trainer": {"adapters", "metrics", "lora", "errors"},
-    "runs": {"trainer", "adapters", "data", "metrics", "lora", "errors"},
+    "runs": {"convert", "trainer", "adapters", "data", "metrics", "lora", "errors"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
 
-import lora_nlu
 from lora_nlu import adapters, data, loading, runs
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.flags import check_compiler, parse
-from lora_nlu.lora import LoRALinear
 from lora_nlu.metrics import compute_metrics
 from lora_nlu.runs import say
 from lora_nlu.tasks import TASKS
@@ -162,45 +159,6 @@ def check_best_metric(args: RunArguments, names: tuple[str, ...]) -> None:
         raise UsageError(f"--metric_for_best_model {wanted}: not evaluated here. Choose from: {', '.join(known)}.")
 
 
-# TrainingArguments that decide what a run ends with, whatever it prints, saves or runs on
-DECIDING = (
-    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs",
-    "max_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor",
-    "fp16", "bf16", "train_sampling_strategy",
-)  # fmt: skip
-
-
-def run_metadata(
-    model_args: ModelArguments, args: RunArguments, model: Any, task: str, rows: int, max_length: int, base: str
-) -> dict[str, Any]:
-    """What a later reader of the adapter, and a later start of the same run, must know; `base` is the fingerprint."""
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    config, layers = model.config, [m for m in model.modules() if isinstance(m, LoRALinear)]
-    return {
-        "task": task,
-        "labels": list(loading.recorded_labels(config) or ()),
-        "base_model": model_args.model_name_or_path,
-        "base_revision": getattr(config, "_commit_hash", None),
-        "base_fingerprint": base,
-        "started_from": model_args.lora_path,
-        "lora": {
-            "ranks": sorted({layer.r for layer in layers}),
-            "scalings": sorted({layer.scaling for layer in layers}),
-            "lora_relative_query": bool(getattr(config, "lora_relative_query", False)),
-        },
-        "hyperparameters": {
-            **{name: getattr(args, name) for name in DECIDING},
-            "examples_a_step": batch,
-            "max_seq_length": max_length,
-            "train_samples": rows,
-            "cls_dropout": model_args.cls_dropout,
-            "reg_loss_wgt": model_args.reg_loss_wgt,
-            "masking_prob": model_args.masking_prob,
-        },
-        "versions": {module.__name__: module.__version__ for module in (lora_nlu, torch, transformers)},
-    }
-
-
 def hub_settings(model_args: ModelArguments) -> dict[str, Any]:
     return {"cache_dir": model_args.cache_dir, "token": model_args.token, "revision": model_args.model_revision}
 
@@ -224,8 +182,7 @@ def prepare_model(
     loading.set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
     if adapter:
         alpha, ranks = adapter.lora_alpha, sorted(set(adapter.ranks.values()))
-        if adapters.attach_adapter(model, adapter, model_args.lora_alpha, allow_new_head=args.do_train):
-            say(args, f"{adapter.source}: its classifier is for other labels and is left behind; a new one starts.")
+        say(args, *adapters.attach_adapter(model, adapter, model_args.lora_alpha, allow_new_head=args.do_train))
         said = f"{alpha:g}" if alpha is not None else f"{model_args.lora_alpha:g}, which the file can't confirm"
         say(args, f"Loaded {adapter.source}: rank {', '.join(map(str, ranks))}, alpha {said}.")
     return model, tokenizer, base
@@ -272,6 +229,9 @@ def main(argv: list[str]) -> None:
 
     names = TASKS[task].metrics if task in TASKS else ("pearson", "mse") if examples.is_regression else ("accuracy",)
     check_best_metric(args, names)
+    known_of_base = {"base_model": name, "base_fingerprint": base, "started_from": model_args.lora_path}
+    decided = {"max_seq_length": max_length, "train_samples": len(tables.get("train", ()))}
+    decided |= {key: getattr(model_args, key) for key in ("cls_dropout", "reg_loss_wgt", "masking_prob")}
     padding = "max_length" if data_args.pad_to_max_length else "longest"
     trainer = AdapterTrainer(
         model=model,
@@ -281,13 +241,15 @@ def main(argv: list[str]) -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, padding=padding, max_length=max_length),
         compute_metrics=lambda p: compute_metrics(names, p.predictions, p.label_ids),
-        metadata=run_metadata(model_args, args, model, task, len(tables.get("train", ())), max_length, base),
+        metadata=runs.run_metadata(args, model, task, examples.labels, known_of_base, decided),
     )
     if args.do_train:
         runs.train(trainer, args.overwrite_output_dir)
     else:
         runs.record_if_new(trainer)
     metrics = runs.evaluate(trainer, tables, names[0]) if args.do_eval else {}
+    if args.do_train:
+        runs.describe(trainer, metrics, names[0])
     written = runs.predict(trainer, tables) if args.do_predict else []
     say(args, runs.closing_table(trainer, metrics, names[0], tables), *(f"  predictions: {path}" for path in written))
 

@@ -41,6 +41,7 @@ _NEUTRAL = {
 }  # fmt: skip
 _STARTS = ("gaussian", "orthogonal", "eva")
 _OLD_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
+_WHOLE = "pytorch_model.bin"  # the reference implementation's checkpoints
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LORA_KEY = re.compile(r"\.lora_[AB]$")
 
@@ -54,6 +55,7 @@ class Adapter:
     use_rslora:             the scaling is alpha / sqrt(r), not alpha / r.
     frozen_relative_query:  how a DeBERTa was trained (modeling_deberta_v2.py); published files are the reference's.
     targets:                names, or a pattern, of the layers that must have an update; None: those of the file.
+    base_weights:           weights of those layers in a checkpoint of a whole model, which may hold the update already.
     """
 
     source: Path
@@ -64,6 +66,7 @@ class Adapter:
     frozen_relative_query: bool = True
     targets: Sequence[str] | str | None = ("query", "value", "query_proj", "value_proj")
     metadata: dict[str, Any] = field(default_factory=dict)
+    base_weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -268,8 +271,7 @@ def read_adapter(path: str, **hub: Any) -> Adapter:
     if source.is_dir():
         return _read_folder(source)
     if source.exists():
-        state = load_file_safely(source)
-        return Adapter(source, {name.removeprefix("module."): tensor for name, tensor in state.items()})
+        return _read_file(source)
     if not _HUB_ID.fullmatch(path):
         raise UserError(f"--lora_path {path}: no such file or folder.")
     try:
@@ -300,7 +302,22 @@ def load_file_safely(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _read_file(path: Path) -> Adapter:
+    """A published file, or the reference implementation's checkpoint of a whole model: LoRA and head of it."""
+    state = {name.removeprefix("module."): tensor for name, tensor in load_file_safely(path).items()}
+    layers = [name.removesuffix(".lora_A") for name in state if name.endswith(".lora_A")]
+    encoder = f"{layers[0].split('.')[0]}." if layers else ""
+    base = {name for name in state if layers and name.startswith(encoder) and not _LORA_KEY.search(name)}
+    whole = base >= {f"{layer}.weight" for layer in layers}
+    if not layers or not whole:
+        return Adapter(path, state)
+    kept = {name: tensor for name, tensor in state.items() if name not in base}
+    return Adapter(path, kept, base_weights={layer: state[f"{layer}.weight"] for layer in layers})
+
+
 def _read_folder(folder: Path) -> Adapter:
+    if not (folder / CONFIG).is_file() and (folder / _WHOLE).is_file():
+        return _read_file(folder / _WHOLE)
     weights = next((folder / name for name in (WEIGHTS, _OLD_WEIGHTS) if (folder / name).is_file()), None)
     if weights is None or not (folder / CONFIG).is_file():
         raise UserError(f"--lora_path {folder}: holds no {CONFIG} with {WEIGHTS} (or {_OLD_WEIGHTS}).")
@@ -403,8 +420,8 @@ def _other_reading(adapter: Adapter) -> UserError:
 def attach_adapter(model: Any, adapter: Adapter, lora_alpha: float | None, allow_new_head: bool) -> list[str]:
     """Give a model the LoRA layers, the reading of DeBERTa's relative query and the tensors of an adapter.
 
-    `lora_alpha` is for a file that doesn't know its own. What the file holds trains, with LoRA and head. Otherwise as
-    `load_adapter`; on an error in the tensors the layers stay.
+    `lora_alpha` is for a file that doesn't know its own. What the file holds trains, with LoRA and head. Returns lines
+    worth saying. Otherwise as `load_adapter`; on an error in the tensors the layers stay.
     """
     if not adapter.ranks:
         raise UserError(f"{adapter.source}: no LoRA matrices (keys ending in lora_A, lora_B) in it.")
@@ -424,11 +441,39 @@ def attach_adapter(model: Any, adapter: Adapter, lora_alpha: float | None, allow
             f"{adapter.source}: was trained on another base model: {adapter.metadata.get('base_model')}, fingerprint "
             f"{made_for}; this one has {base}.\nGive that model as --model_name_or_path."
         )
+    notes = []
+    if adapter.base_weights and base_holds_update(model, adapter, layers):
+        notes.append(
+            f"{adapter.source}: its base weights hold the update already (merged, then saved); it counts once."
+        )
+    if dropped:
+        notes.append(f"{adapter.source}: its classifier is for other labels and is left behind; a new one starts.")
     _copy(model, state)
     mark_only_lora_as_trainable(model)
     for name in adapter.state:
         model.get_parameter(name).requires_grad_(True)
-    return dropped
+    return notes
+
+
+def base_holds_update(model: Any, adapter: Adapter, layers: dict[str, tuple[int, float]]) -> bool:
+    """Whether a whole checkpoint's base weights hold the update already: the reference merged RoBERTa, then saved it.
+
+    Loading its LoRA over the weights of `model` counts it once either way. Raises UserError if they are neither.
+    """
+    apart = {False: 0.0, True: 0.0}  # the farthest from the model's weights without the update, and with it
+    for name, weight in adapter.base_weights.items():
+        base: Tensor = model.get_parameter(f"{name}.weight").detach().float().cpu()
+        matrices = adapter.state[f"{name}.lora_B"].float(), adapter.state[f"{name}.lora_A"].float()
+        update = layers[name][1] * torch.matmul(*matrices)
+        for merged, expected in ((False, base), (True, base + update)):
+            distance = (weight.float() - expected).abs().max() / base.abs().max().clamp(min=1e-12)
+            apart[merged] = max(apart[merged], distance.item())
+    if min(apart.values()) > 1e-3:
+        raise UserError(
+            f"{adapter.source}: a checkpoint of a whole model, and its base weights are not this model's, with or "
+            "without the update.\nGive the base model it was trained from, and the --lora_alpha it had."
+        )
+    return apart[True] < apart[False]
 
 
 def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str]:
@@ -515,3 +560,11 @@ def _other_model(adapter: Adapter, model: Any, missing: list[str], unexpected: l
 
 def _layer_count(names: Iterable[str]) -> int:
     return len({match.group(1) for name in names if (match := re.search(r"\.layer\.(\d+)\.", name))})
+
+
+if __name__ == "__main__":
+    import sys
+
+    from lora_nlu.convert import main  # it stands on this file
+
+    sys.exit(main())

@@ -44,7 +44,7 @@ def recorded_labels(config: Any) -> tuple[str, ...] | None:
     names = tuple(label for _, label in sorted(config.id2label.items()))
     if len(names) == 1:
         return ()
-    return None if names[0].lower().startswith("label_") else names
+    return None if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
 
 
 def check_labels(source: object, trained: tuple[str, ...] | None, asked: tuple[str, ...]) -> None:

@@ -8,16 +8,59 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
+import lora_nlu
 from lora_nlu import adapters
+from lora_nlu.convert import write_card
 from lora_nlu.data import token_count
 from lora_nlu.errors import UserError
-from lora_nlu.lora import count_parameters
+from lora_nlu.lora import LoRALinear, count_parameters
 from lora_nlu.metrics import predicted
 from lora_nlu.trainer import AdapterTrainer, whole_checkpoints
 
 RUN = "run.json"  # marks an output folder as a run of ours
-_RESULTS = ("trainer_state.json", "*_results.json", "predict_results_*.tsv", adapters.WEIGHTS, adapters.CONFIG)
+_RESULTS = (
+    "trainer_state.json",
+    "*_results.json",
+    "predict_results_*.tsv",
+    adapters.WEIGHTS,
+    adapters.CONFIG,
+    adapters.METADATA,
+)
+
+
+# TrainingArguments that decide what a run ends with, whatever it prints, saves or runs on
+_DECIDING = (
+    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs",
+    "max_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor",
+    "fp16", "bf16", "train_sampling_strategy",
+)  # fmt: skip
+
+
+def run_metadata(
+    args: Any, model: Any, task: str, labels: tuple[str, ...], known: dict[str, Any], decided: dict[str, Any]
+) -> dict[str, Any]:
+    """What a later reader of the adapter, and a later start of the same run, must know.
+
+    args: TrainingArguments; known: of the base model and the adapter started from; decided: what else decides what a
+    run ends with.
+    """
+    config, layers = model.config, [module for module in model.modules() if isinstance(module, LoRALinear)]
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {
+        "task": task,
+        "labels": list(labels),
+        **known,
+        "base_revision": getattr(config, "_commit_hash", None),
+        "lora": {
+            "ranks": sorted({layer.r for layer in layers}),
+            "scalings": sorted({layer.scaling for layer in layers}),
+            "lora_relative_query": bool(getattr(config, "lora_relative_query", False)),
+        },
+        "hyperparameters": {name: getattr(args, name) for name in _DECIDING} | {"examples_a_step": batch} | decided,
+        "versions": {module.__name__: module.__version__ for module in (lora_nlu, torch, transformers)},
+    }
 
 
 def say(args: Any, *lines: str) -> None:
@@ -141,11 +184,16 @@ def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> di
         scores = [combined[f"eval_{metric}"], combined[f"eval_{metric}_mm"]]
         combined[f"eval_{metric}_overall"] = sum(s * n for s, n in zip(scores, sizes, strict=True)) / sum(sizes)
     trainer.save_metrics("eval", combined)
-    described = Path(trainer.args.output_dir, adapters.METADATA)
-    if trainer.args.do_train and described.is_file() and trainer.args.process_index == 0:
-        reported = {key: value for key, value in combined.items() if metric in key or key.startswith("eval_loss")}
-        adapters.write_json(described, trainer.metadata | {"metrics": reported})
     return combined
+
+
+def describe(trainer: AdapterTrainer, metrics: dict[str, float], metric: str) -> None:
+    """Write a trained adapter's figure into its metadata, and its model card, so that the folder can be uploaded."""
+    folder = Path(trainer.args.output_dir)
+    if trainer.has_lora and trainer.args.process_index == 0:
+        reported = {key: value for key, value in metrics.items() if metric in key or key.startswith("eval_loss")}
+        adapters.write_json(folder / adapters.METADATA, trainer.metadata | {"metrics": reported})
+        write_card(folder)
 
 
 def predict(trainer: AdapterTrainer, tables: dict[str, Any]) -> list[Path]:
