@@ -63,7 +63,7 @@ class Adapter:
     lora_alpha: float | None = None
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
-    frozen_relative_query: bool = True
+    frozen_relative_query: bool = False
     targets: Sequence[str] | str | None = ("query", "value", "query_proj", "value_proj")
     metadata: dict[str, Any] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -308,11 +308,12 @@ def _read_file(path: Path) -> Adapter:
     layers = [name.removesuffix(".lora_A") for name in state if name.endswith(".lora_A")]
     encoder = f"{layers[0].split('.')[0]}." if layers else ""
     base = {name for name in state if layers and name.startswith(encoder) and not _LORA_KEY.search(name)}
-    whole = base >= {f"{layer}.weight" for layer in layers}
-    if not layers or not whole:
-        return Adapter(path, state)
+    frozen = encoder == "deberta."
+    if not layers or not base >= {f"{layer}.weight" for layer in layers}:
+        return Adapter(path, state, frozen_relative_query=frozen)
     kept = {name: tensor for name, tensor in state.items() if name not in base}
-    return Adapter(path, kept, base_weights={layer: state[f"{layer}.weight"] for layer in layers})
+    weights = {layer: state[f"{layer}.weight"] for layer in layers}
+    return Adapter(path, kept, frozen_relative_query=frozen, base_weights=weights)
 
 
 def _read_folder(folder: Path) -> Adapter:
@@ -405,7 +406,8 @@ def check_settings(
             f"{source}: was trained with lora_alpha {known:g}, but --lora_alpha is {lora_alpha:g}.\n"
             f"Give --lora_alpha {known:g}, or leave it out: the file knows its alpha."
         )
-    if lora_relative_query is not None and lora_relative_query == adapter.frozen_relative_query:
+    is_deberta = adapter.ranks and encoder_prefix(adapter) == "deberta"
+    if is_deberta and lora_relative_query is not None and lora_relative_query == adapter.frozen_relative_query:
         raise _other_reading(adapter)
 
 
