@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from peft import LoraConfig, get_peft_model
 from runs import LORA, Outcome, contents, sentence, write_tsv
 from test_run_glue import read, scores, succeeded, trained_flat
-from transformers import AutoTokenizer, DebertaV2Config, DebertaV2ForMaskedLM
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config, DebertaV2ForMaskedLM
 
 ROOT = Path(__file__).parents[2]
 GLUE = Path(os.environ.get("GLUE_DIR") or ROOT.parent / "shared" / "glue")
@@ -233,6 +234,55 @@ def test_two_views_train_and_resume_and_log_both_parts_of_the_loss(
     assert "Resuming" in succeeded(call(*flags, "--output_dir", resumed)).out
     got, want = trained_flat(resumed), trained_flat(tmp_path / "o")
     assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+def test_a_resume_in_mid_epoch_with_accumulation_and_other_data_workers_ends_bit_equal(run, tmp_path):
+    flags = ["--task_name", "rte", *LORA, *SHORT, "--max_steps", "5", "--save_steps", "1", "--do_train"]
+    flags += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4", "--logging_steps", "1"]
+    succeeded(run(*flags, "--output_dir", tmp_path / "whole"))
+    for step in (1, 3, 4):
+        resumed = cut_off(tmp_path / "whole", tmp_path / f"resumed-{step}", after=step)
+        outcome = succeeded(run(*flags, "--dataloader_num_workers", "2", "--output_dir", resumed))
+        assert f"Resuming from {resumed / f'checkpoint-{step}'}" in outcome.out
+        got, want = trained_flat(resumed), trained_flat(tmp_path / "whole")
+        assert [name for name in want if not torch.equal(got[name], want[name])] == [], step
+        logs = [
+            [e["loss"] for e in read(f / "trainer_state.json")["log_history"] if "loss" in e]
+            for f in (resumed, tmp_path / "whole")
+        ]
+        assert logs[0] == logs[1]
+
+
+def test_an_adapter_of_pefts_own_evaluates_to_pefts_own_answers(run, tiny_deberta, glue, tmp_path):
+    names = ["query_proj", "value_proj", "dense"]
+    settings = LoraConfig(
+        task_type="SEQ_CLS",
+        r=3,
+        lora_alpha=5,
+        target_modules=names,
+        use_rslora=True,
+        modules_to_save=["classifier", "pooler"],
+    )
+    torch.manual_seed(5)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_deberta, num_labels=2)
+    theirs = get_peft_model(base, settings).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "peft")
+    flags = ["--do_predict", "--max_seq_length", "200", "--lora_path", tmp_path / "peft", "--output_dir", tmp_path / "o"]
+    outcome = succeeded(run("--task_name", "rte", *flags))
+    assert "rank 3, alpha 5" in outcome.out
+    rows = [line.split("\t") for line in (glue / "RTE" / "test.tsv").read_text().splitlines()[1:]]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_deberta)
+    with torch.no_grad():
+        batch = tokenizer([r[1] for r in rows], [r[2] for r in rows], padding=True, return_tensors="pt")
+        answers = [["entailment", "not_entailment"][int(i)] for i in theirs(**batch).logits.argmax(1)]
+    written = [
+        line.split("\t")[1] for line in (tmp_path / "o" / "predict_results_rte.tsv").read_text().splitlines()[1:]
+    ]
+    assert written == answers and len(set(answers)) == 2
 
 
 @pytest.mark.parametrize(
