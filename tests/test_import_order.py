@@ -20,7 +20,7 @@ ALLOWED = {
     "adapters": {"lora", "errors", "convert"},  # the last one as a program only: python -m lora_nlu.adapters
     "convert": {"adapters", "loading", "lora", "tasks", "errors"},
     "data": {"tasks", "errors"},
-    "flags": {"errors"},
+    "flags": {"adapters", "errors"},
     "loading": {"adapters", "modeling_roberta", "modeling_deberta_v2", "lora", "errors"},
     "trainer": {"adapters", "metrics", "lora", "errors"},
     "runs": {"convert", "trainer", "adapters", "data", "metrics", "lora", "errors"},

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser
 
-from lora_nlu.errors import UsageError
+from lora_nlu.adapters import read_json
+from lora_nlu.errors import UsageError, UserError
 
 # old name: new flag that takes the same value
 RENAMED = {
@@ -76,11 +77,9 @@ def parse(argv: list[str], groups: Any) -> tuple[tuple[Any, ...], list[str]]:
 def _from_json(path: Path) -> list[str]:
     """The flags of a JSON object: a list is several values, null a flag left out."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UsageError(f"{path}: can't be read ({e}).") from e
-    if not isinstance(settings, dict):
-        raise UsageError(f"{path}: holds a JSON {type(settings).__name__}; expected an object of flags.")
+        settings = read_json(path)
+    except UserError as e:
+        raise UsageError(str(e)) from e
     argv = []
     for name, value in settings.items():
         if value is not None:
