@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_nlu import loading
@@ -113,19 +113,14 @@ def write_merged(adapter: Adapter, base: str, folder: Path) -> None:
         setattr(config, name, value)
     config.architectures = [type(model).__name__]
     tokenizer = loading.load_tokenizer(base, config.vocab_size)
-    _write_folder(folder, {"model.safetensors": save({n: t.contiguous() for n, t in state.items()}, {"format": "pt"})},
-                  lambda partial: (config.save_pretrained(partial), tokenizer.save_pretrained(partial)))  # fmt: skip
-
-
-def _write_folder(folder: Path, files: dict[str, bytes], more: Any) -> None:
-    """Fill a folder under a temporary name, then give it its own. It must not exist, or be empty."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        for name, content in files.items():
-            (partial / name).write_bytes(content)
-        more(partial)
+        config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        weights = partial / "model.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights, {"format": "pt"})
+        weights.chmod(0o644)  # save_file hides it from other users
         publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -140,7 +135,8 @@ def card(adapter: Adapter) -> str:
     head += [f"base_model: {base}"] if is_hub_id else []
     head += ["datasets:", "- nyu-mll/glue"] if task in TASKS else []
     head += ["tags:", "- lora", "- text-classification", "pipeline_tag: text-classification", "---", _MARK, ""]
-    lines = [f"# LoRA for {base or 'an unnamed base model'} on {task or 'an unnamed task'}", ""]
+    name = base if is_hub_id else Path(str(base)).name if base else "an unnamed base model"
+    lines = [f"# LoRA for {name} on {task or 'an unnamed task'}", ""]
     lines += [f"| {name} | {value} |" for name, value in [("", ""), ("---", "---"), *_facts(adapter)]]
     flags = f"--model_name_or_path {base} --lora_path THIS_FOLDER --do_eval --output_dir OUT"
     lines += ["", "Evaluate it with lora-nlu:", "", "```bash", "python examples/text-classification/run_glue.py \\"]
