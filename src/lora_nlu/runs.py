@@ -120,11 +120,9 @@ def _find_checkpoint(output_dir: str, given: str | None) -> str | None:
 
 def _check_same_run(source: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to go on from, or take for done, what was trained otherwise. Raises UserError with the differences."""
-    keys = ("task", "labels", "base_fingerprint", "lora", "hyperparameters")
-    before, after = ({key: run.get(key) for key in keys} for run in (earlier, now))
     differences = []
-    for key in keys:
-        one, other = before[key], after[key]
+    for key in ("task", "labels", "base_fingerprint", "lora", "hyperparameters"):
+        one, other = earlier.get(key, now[key]), now[key]  # an older version recorded less
         if isinstance(one, dict) and isinstance(other, dict):
             changed = [name for name in {**one, **other} if one.get(name) != other.get(name)]
             differences += [f"{name} {one.get(name)}, now {other.get(name)}" for name in changed]
