@@ -104,6 +104,7 @@ def test_only_checkpoints_with_a_readable_state_of_their_own_step_count_as_whole
         (tmp_path / name).mkdir(parents=True)
         if state is not None:
             (tmp_path / name / "trainer_state.json").write_text(state)
+        (tmp_path / name / "files.json").write_text(json.dumps({"trainer_state.json": len(state or "")}))
 
     for step in (100, 20, 3):
         checkpoint(f"checkpoint-{step}", json.dumps({"global_step": step}))
@@ -115,6 +116,10 @@ def test_only_checkpoints_with_a_readable_state_of_their_own_step_count_as_whole
     checkpoint("checkpoint-best", json.dumps({"global_step": 700}))
     checkpoint(".saving/checkpoint-800", json.dumps({"global_step": 800}))
     (tmp_path / "checkpoint-900").write_text("a file")
+    checkpoint("checkpoint-1000", json.dumps({"global_step": 1000}))
+    (tmp_path / "checkpoint-1000" / "files.json").write_text('{"trainer_state.json": 21, "optimizer.pt": 9}')
+    checkpoint("checkpoint-1100", json.dumps({"global_step": 1100}))
+    (tmp_path / "checkpoint-1100" / "files.json").unlink()
     assert names(whole_checkpoints(str(tmp_path))) == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
     assert whole_checkpoints(str(tmp_path / "nowhere")) == []
 

@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -42,6 +42,7 @@ _NEUTRAL = {
 _STARTS = ("gaussian", "orthogonal", "eva")
 _OLD_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
 _WHOLE = "pytorch_model.bin"  # the reference implementation's checkpoints
+_ENDING = r"(.*\.)?({})$"  # how PEFT matches the names in rank_pattern and alpha_pattern
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LORA_KEY = re.compile(r"\.lora_[AB]$")
 
@@ -101,7 +102,7 @@ class Adapter:
 def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that ends a module's name, as PEFT matches `rank_pattern` and `alpha_pattern`."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(_ENDING.format(pattern), name):
             return value
     return default
 
@@ -254,7 +255,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UserError if it is missing, cut or no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: can't be read ({e}).") from e
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a JSON {type(content).__name__}; expected an object.")
@@ -286,20 +287,42 @@ def load_file_safely(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file or of a `torch.save`d state dict, on the CPU; runs no code from the file."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _printable(path, load_file(path))
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise UserError(
             f"{path}: refused: it is no PyTorch file, or holds more than tensors and could run code.\n"
             "Save the state dict alone: torch.save(model.state_dict(), path), or use safetensors."
         ) from e
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
+    except UserError:
+        raise
+    except (Exception, MemoryError) as e:  # what torch meets in a damaged file has many names
         raise UserError(
             f"{path}: damaged or cut short ({str(e).splitlines()[0][:150] if str(e) else type(e).__name__})."
         ) from e
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) and isinstance(k, str) for k, t in state.items()):
         raise UserError(f"{path}: holds a {type(state).__name__} that is no state dict (names to tensors).")
+    return _printable(path, state)
+
+
+def _printable(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names reach the terminal in messages: none may hold control characters."""
+    for name in state:
+        if not name.isprintable():
+            raise UserError(f"{path}: {name!r} is no name of a tensor.")
     return state
+
+
+def check_archive(path: Path) -> None:
+    """Compare a zip archive, such as `torch.save` writes, with its checksums, which `torch.load` doesn't.
+
+    Raises UserError if a byte differs. Files of the older format, and archives written without checksums, pass.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.CRC for entry in archive.infolist()) and (broken := archive.testzip()) is not None:
+                raise UserError(f"{path}: damaged: {broken!r} in it is not what was saved, by its checksum.")
 
 
 def _read_file(path: Path) -> Adapter:
@@ -325,6 +348,9 @@ def _read_folder(folder: Path) -> Adapter:
     config = read_json(folder / CONFIG)
     _check_peft_config(folder / CONFIG, config)
     metadata = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
+    labels = metadata.get("labels")
+    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
+        raise UserError(f"{folder / METADATA}: labels is {str(labels)[:60]!r}; expected a list of names.")
     state = {}
     for key, tensor in load_file_safely(weights).items():
         if ".original_module." in key:
@@ -353,23 +379,34 @@ def _read_folder(folder: Path) -> Adapter:
     return adapter
 
 
+def _is_measure(value: Any, types: Any) -> bool:
+    """A positive number that stays one in any arithmetic with ranks."""
+    return isinstance(value, types) and not isinstance(value, bool) and 1e-12 <= value <= 1e12
+
+
 def _check_peft_config(path: Path, config: dict[str, Any]) -> None:
     """Refuse, by name, what PEFT can say and this model would compute differently. Raises UserError."""
     kind = config.get("peft_type")
     if kind not in (_LORA, _LORA_FROZEN_RELATIVE_QUERY):
         raise UserError(f"{path}: peft_type is {kind!r}; only LORA can be read.")
     for key, types in (("r", int), ("lora_alpha", (int, float))):
-        if not isinstance(config.get(key), types) or not config[key] > 0:  # PEFT would take its default of 8
-            raise UserError(f"{path}: {key} is {config.get(key)!r}; expected a positive number.")
+        if not _is_measure(config.get(key), types):  # without one PEFT would take its default of 8
+            raise UserError(f"{path}: {key} is {str(config.get(key))[:40]!r}; expected a positive number.")
+    targets, patterns = config.get("target_modules"), []
+    if isinstance(targets, str):
+        patterns.append(("target_modules", targets))
+    elif targets is not None and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
+        raise UserError(f"{path}: target_modules is neither a list of names nor a pattern.")
     for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict) or not all(isinstance(v, (int, float)) and v > 0 for v in patterns.values()):
+        given = config.get(key) or {}
+        if not isinstance(given, dict) or not all(_is_measure(value, (int, float)) for value in given.values()):
             raise UserError(f"{path}: {key} is no map from names to positive numbers.")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise UserError(f"{path}: {key}: {pattern!r} is no pattern ({e}).") from e
+        patterns += [(key, _ENDING.format(pattern)) for pattern in given]
+    for key, pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as e:
+            raise UserError(f"{path}: {key}: {pattern[:60]!r} is no pattern ({e}).") from e
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in _STARTS:  # PiSSA, OLoRA and others change the base weights
         raise UserError(f"{path}: init_lora_weights={start!r} is not supported: it changes the base model's weights.")

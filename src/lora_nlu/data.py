@@ -276,7 +276,7 @@ def _label_values(rows: Sequence[_Row]) -> list[str] | list[float]:
         written.append(value)
     if any(isinstance(value, float) for value in written) or all(isinstance(value, str) for value in written):
         try:
-            numbers = [float(value) for value in written]
+            numbers = [_number(value) for value in written]
         except ValueError:
             return [str(value) for value in written]
         if not all(_is_integer(value) for value in written):
@@ -285,6 +285,13 @@ def _label_values(rows: Sequence[_Row]) -> list[str] | list[float]:
                     raise UserError(f"{row.where}: the label is {row.fields[LABEL]!r}, which is not finite.")
             return numbers
     return [str(value) for value in written]
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(str(value))
+    except OverflowError:
+        return math.inf
 
 
 def _is_integer(value: Any) -> bool:
@@ -362,9 +369,12 @@ def _own_label(value: object, ids: dict[str, int], where: str) -> int | float:
             raise UserError(f"{where}: label {str(value)!r} was not among the training labels: {', '.join(ids)}.")
         return ids[str(value)]
     try:
-        return float(str(value))
+        number = _number(value)
     except ValueError as e:
         raise UserError(f"{where}: label {value!r} is no number, and this is a regression.") from e
+    if not math.isfinite(number):
+        raise UserError(f"{where}: the label is {str(value)[:40]!r}, which is not finite.")
+    return number
 
 
 # ------------------------------------------------------------------------------------------------------ tokenising

@@ -1,7 +1,7 @@
 """One run in its output folder: begun, resumed or already done; scored; its results as files and as a table."""
 
+import re
 import resource
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -17,9 +17,10 @@ from lora_nlu.data import token_count
 from lora_nlu.errors import UserError
 from lora_nlu.lora import LoRALinear, count_parameters
 from lora_nlu.metrics import predicted
-from lora_nlu.trainer import AdapterTrainer, whole_checkpoints
+from lora_nlu.trainer import AdapterTrainer, clear_leftovers, remove_checkpoint, whole_checkpoints
 
 RUN = "run.json"  # marks an output folder as a run of ours
+_LEFT_BEHIND = re.compile(r"\..*\.partial|\.saving|\.removing")  # of ours, by a process that was killed
 _RESULTS = (
     "trainer_state.json",
     "*_results.json",
@@ -77,7 +78,7 @@ def prepare_output_dir(output_dir: str, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        content = [path.name for path in folder.iterdir()]
+        content = [path.name for path in folder.iterdir() if not _LEFT_BEHIND.fullmatch(path.name)]
     except OSError as e:
         raise UserError(f"--output_dir {folder}: can't be written ({e.strerror}).") from e
     if content and RUN not in content and not overwrite:
@@ -102,8 +103,8 @@ def record_if_new(trainer: AdapterTrainer) -> None:
 def _clear_earlier_run(folder: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
     for path in folder.glob("checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
-    for name in (RUN, *_RESULTS):
+        remove_checkpoint(path)
+    for name in _RESULTS:
         for path in folder.glob(name):
             path.unlink()
 
@@ -140,6 +141,7 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
     args = trainer.args
     folder = Path(args.output_dir)
     if overwrite and args.process_index == 0:
+        record(trainer)  # first: from here on the folder holds no finished run
         _clear_earlier_run(folder)
     trainer.accelerator.wait_for_everyone()
     earlier = adapters.read_json(folder / RUN) if (folder / RUN).is_file() else trainer.metadata
@@ -155,6 +157,8 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
     if checkpoint:
         say(args, f"Resuming from {checkpoint}.")
     record(trainer)
+    if args.process_index == 0:
+        clear_leftovers(args.output_dir)
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt as e:

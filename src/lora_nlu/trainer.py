@@ -13,29 +13,46 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import Trainer, TrainerState
 
 from lora_nlu import adapters
 from lora_nlu.errors import UserError
 from lora_nlu.lora import count_parameters
 
 STATE = "trainer_state.json"
-_SAVING = ".saving"  # a checkpoint under construction; never looked at by resume
+_FILES = "files.json"  # in a checkpoint: its files and their lengths
+_SAVING, _REMOVING = ".saving", ".removing"  # a checkpoint coming or going; never looked at by resume
 
 
 def whole_checkpoints(output_dir: str) -> list[Path]:
-    """Checkpoints of a run by step, oldest first; one without a readable trainer state is not whole."""
+    """Checkpoints of a run by step, oldest first: those whose files are all there, as long as they were written."""
     found = []
     for path in Path(output_dir).glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
         try:
-            whole = step.isdigit() and json.loads((path / STATE).read_text())["global_step"] == int(step)
-        except (OSError, ValueError, KeyError, TypeError):
+            files = json.loads((path / _FILES).read_text())
+            state = TrainerState.load_from_json(str(path / STATE))
+            lengths = {name: (path / name).stat().st_size for name in files}
+            whole = step.isdigit() and state.global_step == int(step) and lengths == files
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             whole = False
         if whole:
             found.append((int(step), path))
     return [path for _, path in sorted(found)]
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint so that no moment of it looks like one: under another name first."""
+    doomed = path.with_name(_REMOVING)
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_leftovers(output_dir: str) -> None:
+    """Remove what a killed process had under construction, or under removal."""
+    for name in (_SAVING, _REMOVING):
+        shutil.rmtree(Path(output_dir, name), ignore_errors=True)
 
 
 @contextmanager
@@ -43,6 +60,8 @@ def _damage_said(checkpoint: str | None) -> Iterator[None]:
     """Turn what torch raises for a file it can't read into a UserError."""
     try:
         yield
+    except UserError:
+        raise
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as e:
         reason = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
         raise UserError(
@@ -104,6 +123,8 @@ class AdapterTrainer(Trainer):
             elif self.args.should_save:
                 adapters.save_adapter(self.model, folder, self.metadata, state_dict)
         except (OSError, SafetensorError) as e:
+            if self._under_construction:
+                raise  # _save_checkpoint says what is whole
             raise UserError(f"Can't write the trained model to {folder}: {e}.") from e
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -126,7 +147,11 @@ class AdapterTrainer(Trainer):
                 if self.state.best_global_step:
                     self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
                     self.state.save_to_json(str(saving / name / STATE))
-                shutil.rmtree(output_dir / name, ignore_errors=True)  # a damaged one of the same step
+                written = [path for path in (saving / name).rglob("*") if path.is_file()]
+                files = {str(path.relative_to(saving / name)): path.stat().st_size for path in written}
+                adapters.write_json(saving / name / _FILES, files)
+                if (output_dir / name).exists():  # a damaged one of the same step
+                    remove_checkpoint(output_dir / name)
                 adapters.publish(saving / name, output_dir / name)
         except (OSError, SafetensorError, RuntimeError) as e:
             # torch.save reports a full disk as a RuntimeError
@@ -138,9 +163,19 @@ class AdapterTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(saving, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(output_dir), limit, best, use_mtime=True)
+        if self.args.should_save and self.args.save_total_limit:
+            self._rotate(output_dir, self.args.save_total_limit)
+
+    def _rotate(self, output_dir: Path, limit: int) -> None:
+        """Keep the last `limit` checkpoints, the best one among them; as transformers, one more if limit is 1."""
+        kept = whole_checkpoints(str(output_dir))
+        best = next((path for path in kept if path.name == Path(self.state.best_model_checkpoint or "").name), None)
+        if best is not None and best != kept[-1]:
+            kept.remove(best)
+            kept.insert(-1, best)
+            limit = max(limit, 2)
+        for path in kept[:-limit]:
+            remove_checkpoint(path)
 
     # ------------------------------------------------------------------------------------------------- reading
 
@@ -152,6 +187,8 @@ class AdapterTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _damage_said(checkpoint):
+            for path in Path(checkpoint or "").glob("*.pt*") if checkpoint else ():
+                adapters.check_archive(path)
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -15,6 +15,7 @@ from runs import LORA, contents, write_checkpoint
 from safetensors.torch import load_file
 from transformers import BertConfig, RobertaConfig
 
+from lora_nlu.adapters import write_json
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
 
 SHORT = ["--max_steps", "4", "--save_steps", "4", "--max_seq_length", "64"]
@@ -409,7 +410,7 @@ def test_a_full_disk_ends_with_code_1_and_the_earlier_checkpoint_can_still_be_re
         metadata = json.loads((output / name).read_text())
         metadata["hyperparameters"]["max_steps"] = 8
         metadata.pop("trained", None)
-        (output / name).write_text(json.dumps(metadata))
+        write_json(output / name, metadata)  # as long as it was
     before = contents(output)
     outcome = start(*flags, preexec_fn=full_disk)
     assert outcome.code == 1 and "Traceback" not in outcome.err, outcome.err

@@ -271,7 +271,15 @@ def test_an_adapter_of_pefts_own_evaluates_to_pefts_own_answers(run, tiny_debert
             if parameter.requires_grad:
                 parameter.copy_(0.2 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path / "peft")
-    flags = ["--do_predict", "--max_seq_length", "200", "--lora_path", tmp_path / "peft", "--output_dir", tmp_path / "o"]
+    flags = [
+        "--do_predict",
+        "--max_seq_length",
+        "200",
+        "--lora_path",
+        tmp_path / "peft",
+        "--output_dir",
+        tmp_path / "o",
+    ]
     outcome = succeeded(run("--task_name", "rte", *flags))
     assert "rank 3, alpha 5" in outcome.out
     rows = [line.split("\t") for line in (glue / "RTE" / "test.tsv").read_text().splitlines()[1:]]

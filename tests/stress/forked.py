@@ -1,0 +1,160 @@
+"""A fork server for run_glue.py: torch and transformers are imported once, every attempt is a process of its own.
+
+Importing this module sets the environment of all that follows (one thread, no Hub, a cache of its own) and then imports
+what a run needs. The parent must compute nothing with torch: a fork copies only the thread that forks, and the locks of
+the others' pools as they are. Work with tensors goes through `call`, in a child.
+"""
+
+import atexit
+import json
+import os
+import random
+import runpy
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_PARENT = os.getpid()
+_HOME = tempfile.mkdtemp(prefix="lora-nlu-stress-home-")
+
+
+@atexit.register
+def _remove_home() -> None:
+    if os.getpid() == _PARENT:
+        shutil.rmtree(_HOME, ignore_errors=True)
+
+
+for _name in [name for name in os.environ if name.startswith(("HF_", "TRANSFORMERS_", "RANK", "LOCAL_RANK", "WORLD_"))]:
+    del os.environ[_name]
+os.environ |= {"HF_HOME": _HOME, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "end_to_end")]
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+import datasets  # noqa: E402
+import scipy.stats  # noqa: E402, F401
+import sklearn.metrics  # noqa: E402, F401
+import transformers  # noqa: E402
+from runs import LORA, SCRIPT, sentence, write_checkpoint, write_tsv  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import AutoConfig, AutoTokenizer, RobertaConfig, Trainer  # noqa: E402, F401
+
+import lora_nlu.data  # noqa: E402
+import lora_nlu.loading  # noqa: E402
+import lora_nlu.runs  # noqa: E402, F401
+import lora_nlu.trainer  # noqa: E402, F401
+
+datasets.disable_progress_bars()
+transformers.logging.set_verbosity_error()
+_SCRIPT = Path(shutil.copy(SCRIPT, _HOME))  # like the modules above, it stays as it is while this process lives
+
+
+def threads() -> int:
+    """Threads of this process; only with one is a fork safe."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def start(argv: list[object], log: Path) -> int:
+    """run_glue.py with these flags in a session of its own; output in `log`.out and `log`.err. Returns the pid."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.setsid()
+        for number, suffix in ((1, ".out"), (2, ".err")):
+            os.dup2(os.open(f"{log}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.argv = [str(_SCRIPT), *map(str, argv)]
+        try:
+            runpy.run_path(str(_SCRIPT), run_name="__main__")
+            code = 0
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def finish(pid: int) -> int:
+    """Wait for a process; its exit code, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def call(function: Callable, *arguments: Any) -> Any:
+    """What `function` returns (as JSON gives it back), computed in a forked child, so that this process stays fit to
+    fork."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        code = 70
+        try:
+            os.close(read)
+            with os.fdopen(write, "w") as pipe:
+                json.dump(function(*arguments), pipe)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        told = pipe.read()
+    if code := finish(pid):
+        raise RuntimeError(f"{function.__name__} ended with {code} in its child")
+    return json.loads(told)
+
+
+def prepare(work: Path) -> tuple[Path, Path]:
+    """A tiny RTE in the standard layout (48 and 24 pairs) and a tiny RoBERTa checkpoint under `work`: their folders."""
+    glue, rng = work / "glue", random.Random(0)
+    for name, rows in (("train", 48), ("dev", 24)):
+        table: list[list[object]] = [["index", "sentence1", "sentence2", "label"]]
+        for i in range(rows):
+            yes = rng.random() < 0.5
+            second = sentence(rng, "surely" if yes else "never")
+            table.append([i, sentence(rng), second, "entailment" if yes else "not_entailment"])
+        write_tsv(glue / "RTE" / f"{name}.tsv", table)
+    call(_write_model, str(work))
+    return glue, work / "model"
+
+
+def _write_model(work: str) -> None:
+    vocabulary = Path(work, "vocabulary")
+    vocabulary.mkdir(parents=True, exist_ok=True)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special, alphabet = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train([str(Path(work, "glue", "RTE", "train.tsv"))], trainer)
+    bpe.model.save(str(vocabulary))
+    RobertaConfig().save_pretrained(vocabulary)
+    write_checkpoint(Path(work, "model"), vocabulary)
+
+
+def flags(glue: Path, model: Path, output: Path, cache: Path, steps: int, save_steps: int) -> list[object]:
+    """A run on RTE that saves and evaluates every `save_steps` steps and ends with its best model."""
+    told: list[object] = ["--model_name_or_path", model, "--task_name", "rte", "--glue_dir", glue]
+    told += ["--output_dir", output, "--cache_dir", cache, *LORA, "--max_seq_length", 32, "--disable_tqdm", "true"]
+    told += ["--do_train", "--do_eval", "--max_steps", steps, "--learning_rate", "1e-2"]
+    told += ["--save_strategy", "steps", "--save_steps", save_steps, "--eval_strategy", "steps"]
+    told += ["--eval_steps", save_steps, "--load_best_model_at_end", "--per_device_eval_batch_size", 24]
+    return told
