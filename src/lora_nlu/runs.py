@@ -165,6 +165,7 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
         last = whole_checkpoints(args.output_dir)
         kept = f"{last[-1]} is whole: the same command resumes from it" if last else "No checkpoint was due yet"
         raise UserError(f"interrupted at step {trainer.state.global_step}. {kept}.") from e
+    trainer.rotate(folder)  # a run killed between its last save and the rotation had none since
     trainer.save_model()
     trainer.save_metrics("train", result.metrics | {"train_samples": len(trainer.train_dataset)})
     trainer.save_state()

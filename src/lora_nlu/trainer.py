@@ -163,12 +163,13 @@ class AdapterTrainer(Trainer):
             if self.args.should_save:
                 shutil.rmtree(saving, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save and self.args.save_total_limit:
-            self._rotate(output_dir, self.args.save_total_limit)
+        self.rotate(output_dir)
 
-    def _rotate(self, output_dir: Path, limit: int) -> None:
-        """Keep the last `limit` checkpoints, the best one among them; as transformers, one more if limit is 1."""
-        kept = whole_checkpoints(str(output_dir))
+    def rotate(self, output_dir: Path) -> None:
+        """Keep the last --save_total_limit checkpoints, the best among them; as transformers, one more if that is 1."""
+        limit, kept = self.args.save_total_limit, whole_checkpoints(str(output_dir))
+        if not limit or not kept or not self.args.should_save:
+            return
         best = next((path for path in kept if path.name == Path(self.state.best_model_checkpoint or "").name), None)
         if best is not None and best != kept[-1]:
             kept.remove(best)
