@@ -192,7 +192,8 @@ def main(argv: list[str]) -> None:
     model_args, data_args, args = parse_args(argv)
     runs.prepare_output_dir(args.output_dir, args.overwrite_output_dir)
     name, task = model_args.model_name_or_path, data_args.task_name or "custom"
-    if data_args.task_name and not data_args.glue_dir or not Path(name).is_dir():
+    on_disk = [name, *([model_args.lora_path] if model_args.lora_path else [])]
+    if data_args.task_name and not data_args.glue_dir or not all(Path(path).exists() for path in on_disk):
         data.use_cache_if_hub_unreachable()
 
     adapter = None

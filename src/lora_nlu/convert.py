@@ -137,8 +137,11 @@ def card(adapter: Adapter) -> str:
     head += ["tags:", "- lora", "- text-classification", "pipeline_tag: text-classification", "---", _MARK, ""]
     name = base if is_hub_id else Path(str(base)).name if base else "an unnamed base model"
     lines = [f"# LoRA for {name} on {task or 'an unnamed task'}", ""]
-    lines += [f"| {name} | {value} |" for name, value in [("", ""), ("---", "---"), *_facts(adapter)]]
-    flags = f"--model_name_or_path {base} --lora_path THIS_FOLDER --do_eval --output_dir OUT"
+    facts = [
+        (key, name if key == "base model" else value) for key, value in _facts(adapter)
+    ]  # not a path of this machine
+    lines += [f"| {key} | {value} |" for key, value in [("", ""), ("---", "---"), *facts]]
+    flags = f"--model_name_or_path {name} --lora_path THIS_FOLDER --do_eval --output_dir OUT"
     lines += ["", "Evaluate it with lora-nlu:", "", "```bash", "python examples/text-classification/run_glue.py \\"]
     lines += [
         f"  --task_name {task} {flags}" if task in TASKS else f"  --validation_file FILE {flags}",
