@@ -185,6 +185,42 @@ def test_what_cannot_be_converted_is_refused_in_a_line_or_three_and_nothing_is_w
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda state: {n: t for n, t in state.items() if "lora_" not in n}, "no LoRA matrices"),
+        (
+            lambda state: {n: t for n, t in state.items() if not n.endswith("1.attention.self.value.lora_B")},
+            "lacks rob",
+        ),
+        (lambda state: {n: t[0] if n.endswith("lora_A") else t for n, t in state.items()}, "expected [r, in]"),
+        (lambda state: {n: t.sum() if n.endswith("lora_A") else t for n, t in state.items()}, "expected [r, in]"),
+        (lambda state: {n: t.t() if n.endswith("lora_B") else t for n, t in state.items()}, "expected [r, in]"),
+    ],
+    ids=["head alone", "half a pair", "one dimension", "no dimension", "transposed"],
+)
+def test_a_file_that_is_no_whole_adapter_is_refused_where_it_is_read(spoil, words, tmp_path, capsys):
+    model = randomise_(CLASSIFIERS["roberta"][0](tiny_config(apply_lora=True, lora_r=R, lora_alpha=ALPHA)))
+    mark_only_lora_as_trainable(model)
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    torch.save(spoil(state), tmp_path / "spoilt.bin")
+    for argv in (["inspect"], ["convert", "--to", "bin", "--lora_alpha", "6", tmp_path / "new.bin"]):
+        code, _, err = said(capsys, argv[0], tmp_path / "spoilt.bin", *argv[1:])
+        assert code == 1 and words in err and err.strip().count("\n") < 3, err
+    assert not (tmp_path / "new.bin").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [{"metrics": [1]}, {"metrics": {"a": "b"}}, {"task": ["rte"]}, {"base_model": 3}], ids=str
+)
+def test_metadata_of_another_kind_than_runs_write_is_refused(content, tmp_path, capsys):
+    model = randomise_(CLASSIFIERS["roberta"][0](tiny_config(apply_lora=True, lora_r=R, lora_alpha=ALPHA)))
+    mark_only_lora_as_trainable(model)
+    save_adapter(model, tmp_path, content)
+    code, _, err = said(capsys, "inspect", tmp_path)
+    assert code == 1 and next(iter(content)) in err and err.strip().count("\n") < 3, err
+
+
 def test_the_program_is_started_as_the_readme_says(case):
     command = [sys.executable, "-m", "lora_nlu.adapters", "inspect", str(case[2])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

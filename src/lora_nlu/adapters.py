@@ -272,7 +272,7 @@ def read_adapter(path: str, **hub: Any) -> Adapter:
     if source.is_dir():
         return _read_folder(source)
     if source.exists():
-        return _read_file(source)
+        return _complete(_read_file(source))
     if not _HUB_ID.fullmatch(path):
         raise UserError(f"--lora_path {path}: no such file or folder.")
     try:
@@ -281,6 +281,22 @@ def read_adapter(path: str, **hub: Any) -> Adapter:
         reason = str(e).splitlines()[0][:150] if str(e) else type(e).__name__
         raise UserError(f"--lora_path {path}: no such file or folder, nor an adapter the Hub gives ({reason}).") from e
     return _read_folder(Path(folder))
+
+
+def _complete(adapter: Adapter) -> Adapter:
+    """The adapter, if it is one: matrices in pairs, A [R, in] and B [out, R]. Raises UserError."""
+    layers = {name.rpartition(".")[0]: None for name in adapter.state if _LORA_KEY.search(name)}
+    if not layers:
+        raise UserError(f"{adapter.source}: no LoRA matrices (keys ending in lora_A, lora_B) in it.")
+    for layer in layers:
+        pair = [f"{layer}.lora_A", f"{layer}.lora_B"]
+        for name in pair:
+            if name not in adapter.state:
+                raise UserError(f"{adapter.source}: not a whole adapter: the file lacks {name}.")
+        A, B = (list(adapter.state[name].shape) for name in pair)
+        if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
+            raise UserError(f"{adapter.source}: {pair[0]} is {A} and {pair[1]} is {B}; expected [r, in] and [out, r].")
+    return adapter
 
 
 def load_file_safely(path: Path) -> dict[str, Tensor]:
@@ -348,16 +364,14 @@ def _read_file(path: Path) -> Adapter:
 
 def _read_folder(folder: Path) -> Adapter:
     if not (folder / CONFIG).is_file() and (folder / _WHOLE).is_file():
-        return _read_file(folder / _WHOLE)
+        return _complete(_read_file(folder / _WHOLE))
     weights = next((folder / name for name in (WEIGHTS, _OLD_WEIGHTS) if (folder / name).is_file()), None)
     if weights is None or not (folder / CONFIG).is_file():
         raise UserError(f"--lora_path {folder}: holds no {CONFIG} with {WEIGHTS} (or {_OLD_WEIGHTS}).")
     config = read_json(folder / CONFIG)
     _check_peft_config(folder / CONFIG, config)
     metadata = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
-    labels = metadata.get("labels")
-    if labels is not None and not (isinstance(labels, list) and all(isinstance(label, str) for label in labels)):
-        raise UserError(f"{folder / METADATA}: labels is {str(labels)[:60]!r}; expected a list of names.")
+    _check_metadata(folder / METADATA, metadata)
     state = {}
     for key, tensor in load_file_safely(weights).items():
         if ".original_module." in key:
@@ -377,13 +391,25 @@ def _read_folder(folder: Path) -> Adapter:
         None if config.get("layers_to_transform") or config.get("exclude_modules") else config.get("target_modules"),
         metadata,
     )
-    for name, rank in adapter.ranks.items():
+    for name, rank in _complete(adapter).ranks.items():
         said = _by_pattern(config.get("rank_pattern") or {}, name, config["r"])
         if rank != said:
             raise UserError(
                 f"{folder}: {name}.lora_A has rank {rank}, {CONFIG} says {said}: they don't belong together."
             )
     return adapter
+
+
+def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
+    """What is read of a run's metadata must be of the kind that runs write. Raises UserError."""
+    labels, metrics = metadata.get("labels", []), metadata.get("metrics", {})
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{path}: labels is {str(labels)[:60]!r}; expected a list of names.")
+    if not isinstance(metrics, dict) or not all(isinstance(value, (int, float)) for value in metrics.values()):
+        raise UserError(f"{path}: metrics is {str(metrics)[:60]!r}; expected names with numbers.")
+    for key in ("task", "base_model", "base_fingerprint"):
+        if not isinstance(metadata.get(key, ""), str):
+            raise UserError(f"{path}: {key} is {str(metadata[key])[:60]!r}; expected a string.")
 
 
 def _is_measure(value: Any, types: Any) -> bool:
@@ -450,7 +476,7 @@ def check_settings(
             f"{source}: was trained with lora_alpha {known:g}, but --lora_alpha is {lora_alpha:g}.\n"
             f"Give --lora_alpha {known:g}, or leave it out: the file knows its alpha."
         )
-    is_deberta = adapter.ranks and encoder_prefix(adapter) == "deberta"
+    is_deberta = encoder_prefix(adapter) == "deberta"
     if is_deberta and lora_relative_query is not None and lora_relative_query == adapter.frozen_relative_query:
         raise _other_reading(adapter)
 
@@ -469,8 +495,6 @@ def attach_adapter(model: Any, adapter: Adapter, lora_alpha: float | None, allow
     `lora_alpha` is for a file that doesn't know its own. What the file holds trains, with LoRA and head. Returns lines
     worth saying. Otherwise as `load_adapter`; on an error in the tensors the layers stay.
     """
-    if not adapter.ranks:
-        raise UserError(f"{adapter.source}: no LoRA matrices (keys ending in lora_A, lora_B) in it.")
     layers = adapter.layers(lora_alpha)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     wanted = [name for name in linear if name.startswith(f"{model.base_model_prefix}.") and _is_target(adapter, name)]
@@ -546,8 +570,6 @@ def _matched(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[dict[s
     source, state = adapter.source, dict(adapter.state)
     parameters = dict(model.named_parameters())
     wanted = [name for name in parameters if _LORA_KEY.search(name)]
-    if not adapter.ranks:
-        raise UserError(f"{source}: no LoRA matrices (keys ending in lora_A, lora_B) in it.")
     head, dropped = head_names(model), []
     labels = head_label_count(state, model)
     if labels is not None and labels != model.config.num_labels:

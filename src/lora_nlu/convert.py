@@ -137,10 +137,8 @@ def card(adapter: Adapter) -> str:
     head += ["tags:", "- lora", "- text-classification", "pipeline_tag: text-classification", "---", _MARK, ""]
     name = base if is_hub_id else Path(str(base)).name if base else "an unnamed base model"
     lines = [f"# LoRA for {name} on {task or 'an unnamed task'}", ""]
-    facts = [
-        (key, name if key == "base model" else value) for key, value in _facts(adapter)
-    ]  # not a path of this machine
-    lines += [f"| {key} | {value} |" for key, value in [("", ""), ("---", "---"), *facts]]
+    facts = dict(_facts(adapter)) | {"base model": name}  # not a path of this machine
+    lines += [f"| {key} | {value} |" for key, value in [("", ""), ("---", "---"), *facts.items()]]
     flags = f"--model_name_or_path {name} --lora_path THIS_FOLDER --do_eval --output_dir OUT"
     lines += ["", "Evaluate it with lora-nlu:", "", "```bash", "python examples/text-classification/run_glue.py \\"]
     lines += [
@@ -251,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "inspect":
             print(inspect(adapter))
         else:
-            print(convert(adapter, args.destination, args.to, args.lora_alpha, args.base))
+            print(convert(adapter, args.destination.absolute(), args.to, args.lora_alpha, args.base))
     except (UserError, OSError) as e:
         print(f"lora_nlu.adapters: error: {e}", file=sys.stderr)
         return 1

@@ -89,7 +89,7 @@ def prepare_output_dir(output_dir: str, overwrite: bool) -> None:
 
 
 def record(trainer: AdapterTrainer, **more: Any) -> None:
-    """Write what the folder holds into it: the run's metadata and, once trained, for how long."""
+    """Write what the folder holds into it: the run's metadata and, once trained, that it is."""
     if trainer.args.process_index == 0:
         adapters.write_json(Path(trainer.args.output_dir, RUN), trainer.metadata | more)
 
@@ -103,7 +103,8 @@ def record_if_new(trainer: AdapterTrainer) -> None:
 def _clear_earlier_run(folder: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
     for path in folder.glob("checkpoint-*"):
-        remove_checkpoint(path)
+        if path.is_dir():
+            remove_checkpoint(path)
     for name in _RESULTS:
         for path in folder.glob(name):
             path.unlink()
@@ -195,7 +196,9 @@ def describe(trainer: AdapterTrainer, metrics: dict[str, float], metric: str) ->
     folder = Path(trainer.args.output_dir)
     if trainer.has_lora and trainer.args.process_index == 0:
         reported = {key: value for key, value in metrics.items() if metric in key or key.startswith("eval_loss")}
-        adapters.write_json(folder / adapters.METADATA, trainer.metadata | {"metrics": reported})
+        if reported:  # a start that only finds training done has none, and the earlier ones stay
+            known = adapters.read_json(folder / adapters.METADATA)
+            adapters.write_json(folder / adapters.METADATA, known | {"metrics": reported})
         write_card(folder)
 
 

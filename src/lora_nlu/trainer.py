@@ -3,13 +3,11 @@
 import json
 import pickle
 import shutil
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import SequentialSampler
@@ -85,7 +83,7 @@ class AdapterTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.has_lora = count_parameters(kwargs["model"]).lora > 0
         self._under_construction = False
-        self._loss_parts: dict[str, list[Tensor]] = defaultdict(list)
+        self._loss_parts: dict[str, tuple[Tensor, int]] = {}  # since the last log: sum and number of steps
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -94,13 +92,14 @@ class AdapterTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         for name in ("task_loss", "consistency_loss"):
             if isinstance(outputs, dict) and name in outputs:
-                self._loss_parts[name].append(outputs[name].detach())
+                total, steps = self._loss_parts.get(name, (0.0, 0))
+                self._loss_parts[name] = (total + outputs[name].detach(), steps + 1)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            for name, values in self._loss_parts.items():
-                logs[name] = self.accelerator.gather(torch.stack(values).mean()[None]).mean().item()
+            for name, (total, steps) in self._loss_parts.items():
+                logs[name] = self.accelerator.gather(total[None] / steps).mean().item()
             self._loss_parts.clear()
         super().log(logs, start_time)
 
@@ -167,8 +166,8 @@ class AdapterTrainer(Trainer):
 
     def rotate(self, output_dir: Path) -> None:
         """Keep the last --save_total_limit checkpoints, the best among them; as transformers, one more if that is 1."""
-        limit, kept = self.args.save_total_limit, whole_checkpoints(str(output_dir))
-        if not limit or not kept or not self.args.should_save:
+        limit = self.args.save_total_limit
+        if not limit or not self.args.should_save or not (kept := whole_checkpoints(str(output_dir))):
             return
         best = next((path for path in kept if path.name == Path(self.state.best_model_checkpoint or "").name), None)
         if best is not None and best != kept[-1]:

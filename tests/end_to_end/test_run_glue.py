@@ -221,17 +221,29 @@ def test_the_adapter_records_base_task_labels_metric_and_hyperparameters(rte_run
     assert metadata["hyperparameters"]["learning_rate"] == 1e-2 and metadata["hyperparameters"]["examples_a_step"] == 8
 
 
+def test_starting_a_finished_run_again_without_evaluation_keeps_the_figure_it_had(rte_run, call, glue, tmp_path):
+    output = tmp_path / "output"
+    shutil.copytree(rte_run[0], output)
+    before = contents(output)
+    flags = [*LEARN, "--do_train", "--seed", "0", "--warmup_steps", "0.06", "--per_device_train_batch_size", "8"]
+    succeeded(call(*rte(glue, output, *flags)))
+    assert contents(output) == before and read(output / "run_metadata.json")["metrics"]
+
+
 def test_overwrite_output_dir_trains_afresh_and_leaves_other_peoples_files(call, glue, tmp_path):
     output = tmp_path / "output"
     succeeded(call(*rte(glue, output, *SHORT, "--do_train", "--do_predict", "--save_steps", "2")))
     (output / "notes.txt").write_text("mine")
+    (output / "checkpoint-notes.txt").write_text("mine")
     first = trained_flat(output)
     flags = [*SHORT, "--do_train", "--save_strategy", "no", "--seed", "1", "--overwrite_output_dir"]
     outcome = succeeded(call(*rte(glue, output, *flags)))
     assert "already trained" not in outcome.out and "Resuming" not in outcome.out
     assert not all(torch.equal(tensor, first[name]) for name, tensor in trained_flat(output).items())
-    assert (output / "notes.txt").read_text() == "mine"
-    assert not list(output.glob("checkpoint-*")) and not list(output.glob("predict_results_*"))
+    assert (output / "notes.txt").read_text() == (output / "checkpoint-notes.txt").read_text() == "mine"
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-notes.txt"] and not list(
+        output.glob("predict_results_*")
+    )
 
 
 def test_a_run_of_another_task_in_the_output_folder_is_refused_not_taken_up(rte_run, call, glue, tmp_path):
