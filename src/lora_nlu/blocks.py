@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, SequenceClassifierOutput
 
+from lora_nlu.kernels import Dropout, Linear, dropout_add_norm
 from lora_nlu.packing import PackedBatch
 from lora_nlu.regularization import classification_loss, cutoff, two_view_losses
 
@@ -36,12 +37,12 @@ class DenseAddNorm(nn.Module):
 
     def __init__(self, config: Any, in_features: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.dense = Linear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        return dropout_add_norm(self.dense(x), residual, self.LayerNorm, self.dropout)
 
 
 class Attention(nn.Module):
@@ -62,7 +63,7 @@ class Intermediate(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
         self.activation = activation(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lora_nlu.kernels import Linear, fold, linear, product
+
 
 class _FoldedLinear(torch.autograd.Function):
     """y = x (W + s B A)^T + b: one matmul over the tokens instead of three.
@@ -23,7 +25,8 @@ class _FoldedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
         ctx.save_for_backward(x, weight, A, B)
         ctx.scaling = s
-        return F.linear(x, torch.addmm(weight, B, A, alpha=s), bias)
+        y = product(x.reshape(-1, x.shape[-1]), fold(weight, A, B, s), bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -31,15 +34,15 @@ class _FoldedLinear(torch.autograd.Function):
         x, weight, A, B = ctx.saved_tensors
         s, (need_x, need_weight, need_bias, need_A, need_B, _) = ctx.scaling, ctx.needs_input_grad
         rows, grad = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])  # [N, I], [N, O]
-        grad_x = (grad @ torch.addmm(weight, B, A, alpha=s)).view_as(x) if need_x else None
-        grad_weight = grad.t() @ rows if need_weight else None
+        grad_x = product(grad, fold(weight, A, B, s).t()).view_as(x) if need_x else None
+        grad_weight = product(grad.t(), rows.t()) if need_weight else None
         grad_bias = grad.sum(0) if need_bias else None
-        grad_A = s * ((grad @ B).t() @ rows) if need_A else None  # [R, N] [N, I]
-        grad_B = s * (grad.t() @ (rows @ A.t())) if need_B else None  # [O, N] [N, R]
+        grad_A = s * product(product(grad, B.t()).t(), rows.t()) if need_A else None  # [R, N] [N, I]
+        grad_B = s * product(grad.t(), product(rows, A).t()) if need_B else None  # [O, N] [N, R]
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """`nn.Linear` with a trainable low-rank update: y = x W^T + b + (lora_alpha / r) x A^T B^T.
 
     `weight` [O, I] and `bias` [O] are frozen; `lora_A` [R, I] starts Kaiming-uniform (a = sqrt 5) and `lora_B` [O, R]
@@ -74,7 +77,7 @@ class LoRALinear(nn.Linear):
         if self.merged:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("A merged LoRALinear can't train: its lora_A and lora_B are unused. Call unmerge().")
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         if x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
             return _FoldedLinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
         update = F.linear(F.linear(x, self.lora_A), self.lora_B)
@@ -120,7 +123,7 @@ class LoRALinear(nn.Linear):
 def lora_linear(config: Any, in_features: int, out_features: int) -> nn.Linear:
     """The projection a model puts where LoRA may go: `LoRALinear` by the config's `lora_r`, or `nn.Linear` without."""
     r = lora_rank(config)
-    return LoRALinear(in_features, out_features, r, config.lora_alpha) if r else nn.Linear(in_features, out_features)
+    return LoRALinear(in_features, out_features, r, config.lora_alpha) if r else Linear(in_features, out_features)
 
 
 def lora_rank(config: Any) -> int:
@@ -143,7 +146,7 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
         sizes, has_bias = (old.in_features, old.out_features), old.bias is not None
         with torch.device("meta"):  # its parameters are those of the old one; only the matrices are new
             rank, scaling = layers.get(name, (0, 0.0))
-            new = LoRALinear(*sizes, rank, rank * scaling, has_bias) if rank else nn.Linear(*sizes, has_bias)
+            new = LoRALinear(*sizes, rank, rank * scaling, has_bias) if rank else Linear(*sizes, has_bias)
         new.weight, new.bias = old.weight, old.bias
         if isinstance(new, LoRALinear):
             new.scaling = scaling  # not by way of alpha, which would round it

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import DebertaV2Config, PreTrainedModel
 
 from lora_nlu.blocks import Encoded, EncoderLayer, Given, PackedEncoder, SequenceClassifier, activation, embed_types
+from lora_nlu.kernels import Dropout, Linear, attention, linear
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
 
@@ -76,9 +76,9 @@ class DebertaV2Embeddings(nn.Module):
             nn.Embedding(config.max_position_embeddings, size) if config.position_biased_input else None
         )
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size) if has_types else None
-        self.embed_proj = nn.Linear(size, hidden, bias=False) if size != hidden else None
+        self.embed_proj = Linear(size, hidden, bias=False) if size != hidden else None
         self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(
         self, input_ids: Any, token_type_ids: Given, position_ids: Given, inputs_embeds: Any, packed: PackedBatch
@@ -121,17 +121,17 @@ class DisentangledSelfAttention(nn.Module):
         relative, shared = config.relative_attention, share_att_key(config)
         self.scale = math.sqrt(size // self.heads * (1 + len(kinds)))
         self.query_proj = lora_linear(config, size, size)
-        self.key_proj = nn.Linear(size, size)
+        self.key_proj = Linear(size, size)
         self.value_proj = lora_linear(config, size, size)
         self.content_to_position = relative and "c2p" in kinds
         self.position_to_content = relative and "p2c" in kinds
         if self.content_to_position and not shared:
-            self.pos_key_proj = nn.Linear(size, size)
+            self.pos_key_proj = Linear(size, size)
         if self.position_to_content and not shared:
-            self.pos_query_proj = nn.Linear(size, size)
+            self.pos_query_proj = Linear(size, size)
         self.shared, self.config = shared, config
-        self.pos_dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.pos_dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def forward(
         self,
@@ -147,12 +147,15 @@ class DisentangledSelfAttention(nn.Module):
         table [V, U, H] and distances [2 S - 1] int64: the relative table's rows in use, and which one each distance
         from -(S - 1) to S - 1 has.
         """
-        query, key, value = (
-            self.query_proj(queries) / self.scale,
-            self.key_proj(hidden_states),
-            self.value_proj(hidden_states),
-        )
-        relative_key, relative_query = self.project(table, distances)  # [A, V, 2 S - 1, D] each, or None
+        query, key, value = self.query_proj(queries), self.key_proj(hidden_states), self.value_proj(hidden_states)
+        relative_key, relative_query = self.project(table, distances)  # [V, 2 S - 1, H] each, or None
+        p = self.dropout.p if self.training else 0.0
+        if not with_probs and type(self.dropout) is Dropout:
+            fused = attention(query, key, value, packed, self.heads, 1 / self.scale, p, relative_key, relative_query)
+            if fused is not None:
+                return fused, None
+        query, relative_key = query / self.scale, self.by_head(relative_key)
+        relative_query = self.by_head(None if relative_query is None else relative_query / self.scale)
         head_size = query.shape[1] // self.heads
         contexts: list[Tensor] = []
         probs: list[Tensor] = []
@@ -176,26 +179,25 @@ class DisentangledSelfAttention(nn.Module):
         return torch.cat(contexts), packed.unpack_pairs(probs) if with_probs else None
 
     def project(self, table: Tensor | None, distances: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """k^r by descending and q^r by ascending distance, [A, V, 2 S - 1, D] each; None where the config has none."""
+        """k^r by descending and q^r by ascending distance, [V, 2 S - 1, H] each; None where the config has none."""
         if table is None or distances is None:
             return None, None
         table = self.pos_dropout(table)  # [V, U, H]
         key = query = None
         if self.content_to_position:
             key = self.key_proj(table) if self.shared else self.pos_key_proj(table)
-            key = self.by_head(key, distances.flip(0))
+            key = key.index_select(1, distances.flip(0))
         if self.position_to_content:
             if frozen_relative_query(self.config) and isinstance(self.query_proj, LoRALinear):
-                query = F.linear(table, self.query_proj.frozen_weight(), self.query_proj.bias)
+                query = linear(table, self.query_proj.frozen_weight(), self.query_proj.bias)
             else:
                 query = self.query_proj(table) if self.shared else self.pos_query_proj(table)
-            query = self.by_head(query / self.scale, distances)
+            query = query.index_select(1, distances)
         return key, query
 
-    def by_head(self, projected: Tensor, rows: Tensor) -> Tensor:
-        """The rows [V, U, H] of these distances by head: [A, V, 2 S - 1, D]."""
-        chosen = projected.index_select(1, rows)
-        return chosen.view(*chosen.shape[:2], self.heads, -1).permute(2, 0, 1, 3)
+    def by_head(self, rows: Tensor | None) -> Tensor | None:
+        """[V, 2 S - 1, H] to [A, V, 2 S - 1, D]."""
+        return None if rows is None else rows.view(*rows.shape[:2], self.heads, -1).permute(2, 0, 1, 3)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if frozen_relative_query(self.config) and getattr(self.query_proj, "merged", False):
@@ -237,7 +239,7 @@ class ConvLayer(nn.Module):
         self.conv = nn.Conv1d(size, size, 2 * self.margin + 1, padding=self.margin, groups=groups)
         self.activation = activation(getattr(config, "conv_act", "tanh"))
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, embedded: Tensor, residual: Tensor, packed: PackedBatch) -> Tensor:
         """embedded, residual [N, H] to [N, H]."""

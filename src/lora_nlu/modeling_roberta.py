@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, RobertaConfig
 
 from lora_nlu.blocks import Encoded, EncoderLayer, Given, PackedEncoder, SequenceClassifier, embed_types
+from lora_nlu.kernels import Dropout, Linear, attention
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
 
@@ -29,6 +30,10 @@ def attend(
     Returns: context [Q, H] and, if `with_probs`, the probabilities [B, A, S, S] (0 where a token is masked).
     """
     head_size = query.shape[1] // heads
+    if not with_probs:
+        fused = attention(query, key, value, packed, heads, 1 / math.sqrt(head_size), dropout_p)
+        if fused is not None:
+            return fused, None
     contexts: list[Tensor] = []
     probs: list[Tensor] = []
     for n, _, parts in packed.grouped(query, key, value):
@@ -59,7 +64,7 @@ class RobertaEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size, padding_idx=self.padding_idx)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def positions(self, input_ids: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
         """Positions [B, S] (or [1, S]) counted from padding_idx + 1; padding tokens stay at padding_idx.
@@ -103,7 +108,7 @@ class RobertaSelfAttention(nn.Module):
         self.heads = config.num_attention_heads
         self.dropout_p = config.attention_probs_dropout_prob
         self.query = lora_linear(config, size, size)
-        self.key = nn.Linear(size, size)
+        self.key = Linear(size, size)
         self.value = lora_linear(config, size, size)
 
     def forward(

@@ -7,6 +7,7 @@ view [count, L, ...] of its rows: attention needs no mask and no padding.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 import torch
@@ -86,6 +87,21 @@ class PackedBatch:
     def lengths(self) -> list[int]:
         """Rows of each sequence, in packed order."""
         return [length for count, length in self.groups for _ in range(count)]
+
+    @cached_property
+    def row_starts(self) -> Tensor:
+        """[B + 1] int64 on the CPU: first row of each sequence in packed order, then N."""
+        return torch.tensor([0, *self.lengths]).cumsum(0)
+
+    def starts(self, first_tokens: bool, views: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[B + 1] first query row of each sequence and N; the same of its keys; [B] the view it is of.
+
+        All int64 on the CPU, sequences in packed order. With `first_tokens` there is one query row a sequence.
+        """
+        queries = torch.arange(self.batch + 1) if first_tokens else self.row_starts
+        # sorting by length is stable and views have equal lengths: of each group, the first part is the first view
+        of = [i * views // count for count, _ in self.groups for i in range(count)]
+        return queries, self.row_starts, torch.tensor(of)
 
     def grouped(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
         """(count, L, (query, key, value) rows) of each group of equally long sequences.

@@ -1,0 +1,85 @@
+"""What the benchmarks share: batches of real lengths, the processes that are compared, tables and files."""
+
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+FIXED = "equal-"  # workloads of this name have sequences of so many tokens each
+
+
+def draw_lengths(workload: str, batch: int, seed: int) -> list[int]:
+    """Token counts of a random batch of a task's training pairs, or of `equal-64`, sequences of 64 tokens."""
+    if workload.startswith(FIXED):
+        return [int(workload.removeprefix(FIXED))] * batch
+    histogram = json.loads((HERE / "lengths.json").read_text())[workload]
+    return random.Random(f"{workload} {seed}").choices([int(n) for n in histogram], list(histogram.values()), k=batch)
+
+
+class Worker:
+    """A process of worker.py."""
+
+    def __init__(self, side: str, model: str, *layers: str, threads: int | None = None) -> None:
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+        if threads:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "worker.py"), side, model, *layers],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        self.threads = self._read()["ready"]
+
+    def _read(self) -> dict:
+        assert self.process.stdout is not None
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        raise SystemExit(self.process.communicate()[1])
+
+    def ask(self, **request: Any) -> dict:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+@contextmanager
+def workers(model: str, *sides: str) -> Iterator[list[Worker]]:
+    started = [Worker(side, model) for side in sides]
+    try:
+        yield started
+    finally:
+        for worker in started:
+            worker.close()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What a figure must be read with."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]
+        cpu = lines[0].split(":")[1].strip() if lines else cpu
+    import torch
+
+    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+    return {"cpu": cpu, "isa": torch.backends.cpu.get_cpu_capability(), "threads": threads, "dtype": "fp32"} | packages

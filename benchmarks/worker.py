@@ -1,0 +1,222 @@
+"""One side of a comparison, in a process of its own: answers each JSON line on stdin with one on stdout.
+
+    python benchmarks/worker.py SIDE MODEL        # SIDE: ours, peer or limit; MODEL: a name in MODELS
+
+A request says what to do (`train`, `evaluate` or `memory`), the token counts of a batch's sequences (`lengths`), the
+length they are padded to (`padded`; 0 = the longest) and a seed; the answer holds the seconds it took, or bytes.
+"""
+
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Warnings and progress go to stderr; nothing but answers may reach stdout.
+ANSWERS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from transformers import DebertaV2Config, RobertaConfig  # noqa: E402
+
+ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+DEBERTA = {
+    "vocab_size": 50265,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": "p2c|c2p",
+    "position_biased_input": False,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
+XXLARGE = {
+    "hidden_size": 1536,
+    "num_attention_heads": 24,
+    "intermediate_size": 6144,
+    "conv_kernel_size": 3,
+    "conv_act": "gelu",
+}
+MODELS: dict[str, tuple[type, dict]] = {
+    "roberta-base": (RobertaConfig, ROBERTA),
+    "deberta-base": (DebertaV2Config, DEBERTA),
+    "deberta-xxlarge-3-layers": (DebertaV2Config, DEBERTA | XXLARGE | {"num_hidden_layers": 3}),
+}
+LORA_R, LORA_ALPHA, LABELS = 8, 16, 2
+
+
+def configure(name: str, layers: int | None) -> Any:
+    kind, settings = MODELS[name]
+    config = kind(**settings, num_labels=LABELS)
+    if layers:
+        config.num_hidden_layers = layers
+    return config
+
+
+def build_peer(config: Any) -> torch.nn.Module:
+    """transformers' own class with PEFT around it, as their documentation has it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import DebertaV2ForSequenceClassification, RobertaForSequenceClassification
+
+    is_roberta = isinstance(config, RobertaConfig)
+    model = (RobertaForSequenceClassification if is_roberta else DebertaV2ForSequenceClassification)(config)
+    targets = ["query", "value"] if is_roberta else ["query_proj", "value_proj"]
+    head = None if is_roberta else ["classifier", "pooler"]  # what ours trains too
+    lora = LoraConfig(task_type="SEQ_CLS", r=LORA_R, lora_alpha=LORA_ALPHA, target_modules=targets, modules_to_save=head)
+    return get_peft_model(model, lora)
+
+
+def build_ours(config: Any) -> torch.nn.Module:
+    from lora_nlu.lora import mark_only_lora_as_trainable
+    from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
+    from lora_nlu.modeling_roberta import RobertaForSequenceClassification
+
+    config.apply_lora, config.lora_r, config.lora_alpha = True, LORA_R, LORA_ALPHA
+    is_roberta = isinstance(config, RobertaConfig)
+    model = (RobertaForSequenceClassification if is_roberta else DebertaV2ForSequenceClassification)(config)
+    mark_only_lora_as_trainable(model)
+    return model
+
+
+def make_batch(lengths: list[int], padded: int, seed: int, pad: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    width = padded or max(lengths)
+    ids = torch.randint(4, 50000, (len(lengths), width), generator=generator)
+    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+    labels = torch.randint(LABELS, (len(lengths),), generator=generator)
+    return {"input_ids": ids.masked_fill(~mask, pad), "attention_mask": mask.long(), "labels": labels}
+
+
+class Side:
+    """A model and its optimizer; the step is what transformers' Trainer does with both."""
+
+    def __init__(self, model: torch.nn.Module, pad: int) -> None:
+        self.model, self.pad = model, pad
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
+
+    def train(self, batch: dict[str, Tensor]) -> float:
+        self.model.train()
+        start = time.perf_counter()
+        self.model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    def evaluate(self, batch: dict[str, Tensor]) -> float:
+        self.model.eval()
+        start = time.perf_counter()
+        with torch.no_grad():
+            self.model(**batch).logits.sum().item()
+        return time.perf_counter() - start
+
+    def answer(self, request: dict) -> dict:
+        batch = make_batch(request["lengths"], request["padded"], request["seed"], self.pad)
+        if request["do"] != "memory":
+            return {"seconds": getattr(self, request["do"])(batch)}
+        gc.collect()
+        before = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
+        for seed in range(request["steps"]):
+            self.train(make_batch(request["lengths"], request["padded"], seed, self.pad))
+        return {"weights_bytes": before, "peak_bytes": status("VmHWM")}
+
+
+def status(field: str) -> int:
+    """Bytes of a field of this process's /proc status."""
+    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(field + ":"))
+    return 1024 * int(line.split()[1])
+
+
+# ------------------------------------------------------------------------------------------------------- the limit
+
+
+def products(config: Any, tokens: int, sequences: int, train: bool) -> dict[tuple[int, int, int, str], int]:
+    """(rows, out, in, "forward" or "backward"): how often a step has to multiply so in the encoder's dense layers.
+
+    What can be left out without changing a number is left out: the last layer's work on all but first tokens, gradients
+    into what is frozen. LoRA's own products, attention and the heads, about 2 %, are not counted.
+    """
+    H, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers  # noqa: E741
+    count: dict[tuple[int, int, int, str], int] = {}
+
+    def add(rows: int, out: int, into: int, times: int, backward_times: int) -> None:
+        for kind, n in (("forward", times), ("backward", backward_times if train else 0)):
+            if n:
+                count[rows, out, into, kind] = count.get((rows, out, into, kind), 0) + n
+
+    add(tokens, H, H, 4 * (L - 1), 4 * (L - 1) - 3)  # q, k, v, output; no gradient into the embeddings
+    add(tokens, I, H, L - 1, L - 1)
+    add(tokens, H, I, L - 1, L - 1)
+    add(tokens, H, H, 2, 2 if L > 1 else 0)  # the last layer's keys and values, of all tokens
+    add(sequences, H, H, 2, 2 if L > 1 else 1)
+    add(sequences, I, H, 1, 1)
+    add(sequences, H, I, 1, 1)
+    if kernel := getattr(config, "conv_kernel_size", 0):
+        add(tokens, H, kernel * H, 1, 0)  # reads the embeddings, into which no gradient flows
+    return count
+
+
+class Limit:
+    """Seconds that a step's dense products take alone, by torch's own matmul and by the fastest this build has."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.weights: dict[tuple[int, int], Tensor] = {}
+
+    def answer(self, request: dict) -> dict:
+        lengths = request["lengths"]
+        need = products(self.config, sum(lengths), len(lengths), request["do"] == "train")
+        flops = sum(2 * rows * out * into * n for (rows, out, into, _), n in need.items())
+        torch_s = fastest_s = 0.0
+        for (rows, out, into, kind), n in need.items():
+            weight = self.weights.setdefault((out, into), torch.randn(out, into))
+            x = torch.randn(rows, into if kind == "forward" else out)
+            plain = seconds(lambda: F.linear(x, weight if kind == "forward" else weight.t()))  # noqa: B023
+            one_dnn = seconds(lambda: onednn(x, weight if kind == "forward" else weight.t()))  # noqa: B023
+            torch_s += n * plain
+            fastest_s += n * min(plain, one_dnn)
+        return {"flops": flops, "torch_s": torch_s, "fastest_s": fastest_s}
+
+
+def onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def seconds(product: Any, repeats: int = 4) -> float:
+    product()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main() -> None:
+    side, name, *layers = sys.argv[1:]
+    torch.manual_seed(0)
+    config = configure(name, int(layers[0]) if layers else None)
+    pad = config.pad_token_id
+    worker: Any
+    if side == "limit":
+        worker = Limit(config)
+    else:
+        worker = Side(build_peer(config) if side == "peer" else build_ours(config), pad)
+    print(json.dumps({"ready": torch.get_num_threads()}), file=ANSWERS, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(worker.answer(json.loads(line))), file=ANSWERS, flush=True)
+
+
+if __name__ == "__main__":
+    main()

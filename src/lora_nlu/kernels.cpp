@@ -1,0 +1,515 @@
+// What a training step does between the matrix products, in one pass over memory each: fp32, CPU, any SIMD width.
+// kernels.py compiles this file, calls these functions with plain pointers and holds the expressions they stand for.
+//
+// Dropout stores no mask. Element (row, column) is kept by 16 bits of a counter-based hash (SplitMix64, Steele et al.
+// 2014) of a seed, the row and the column, so that the backward pass draws the same again, on any number of threads.
+//
+// Dim letters: N rows, H columns; for attention A heads, D head size, M queries and L keys of one sequence, S longest.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+using i64 = int64_t;
+using u64 = uint64_t;
+
+#ifdef __AVX512F__
+constexpr i64 W = 16, ROWS = 6, COLS = 4;  // a tile of ROWS x COLS vectors of W floats stays in registers
+#else
+constexpr i64 W = 8, ROWS = 4, COLS = 2;
+#endif
+using vec = float __attribute__((vector_size(W * 4), aligned(4), may_alias));
+using ivec = int32_t __attribute__((vector_size(W * 4), aligned(4), may_alias));
+
+inline vec& at(float* p) { return *reinterpret_cast<vec*>(p); }
+inline const vec& at(const float* p) { return *reinterpret_cast<const vec*>(p); }
+inline i64 padded(i64 n) { return (n + W - 1) / W * W; }
+
+// ------------------------------------------------------------------------------------------------------ dropout
+
+// 16 random bits for each of n columns (out has room for the next multiple of 4).
+inline void random_bits(u64 seed, i64 row, i64 columns, i64 n, uint16_t* out) {
+  const u64 first = seed + static_cast<u64>(row) * static_cast<u64>((columns + 3) / 4) * 0x9E3779B97F4A7C15ull;
+  const i64 words = (n + 3) / 4;
+  u64* to = reinterpret_cast<u64*>(out);
+  for (i64 i = 0; i < words; i++) {
+    u64 z = first + static_cast<u64>(i + 1) * 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    to[i] = z ^ (z >> 31);
+  }
+}
+
+struct Dropout {
+  u64 seed;
+  i64 columns;
+  int32_t threshold;  // of 65536: an element is dropped if its bits are below
+  float scale;
+
+  Dropout(u64 seed, i64 columns, i64 threshold)
+      : seed(seed), columns(columns), threshold(threshold), scale(65536.0f / (65536.0f - threshold)) {}
+
+  // to[i] = from[i] / (1 - p) where kept, else 0, for the first n columns of a row
+  void apply(i64 row, i64 n, const float* from, float* to, uint16_t* bits) const {
+    random_bits(seed, row, columns, n, bits);
+    const int32_t t = threshold;
+    const float s = scale;
+#pragma omp simd
+    for (i64 i = 0; i < n; i++) to[i] = static_cast<int32_t>(bits[i]) >= t ? from[i] * s : 0.0f;
+  }
+};
+
+// Memory of one thread, aligned and never shrunk while it lives.
+struct Buffer {
+  char* data = nullptr;
+  explicit Buffer(size_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))) {}
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+};
+
+struct Slices {  // hands out consecutive parts of a buffer, or only counts them
+  char* next;
+  size_t used = 0;
+  float* floats(i64 n) {
+    const size_t bytes = (n * 4 + 63) / 64 * 64;
+    float* p = reinterpret_cast<float*>(next + used);
+    used += bytes;
+    return p;
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ small products
+
+template <int R, int C>
+inline void tile(i64 k, const float* a, i64 a_row, i64 a_k, const float* b, i64 ldb, float* c, i64 ldc, bool add) {
+  vec sum[R][C];
+  for (int r = 0; r < R; r++)
+    for (int s = 0; s < C; s++) sum[r][s] = add ? at(c + r * ldc + s * W) : vec{};
+  for (i64 i = 0; i < k; i++) {
+    vec x[C];
+    for (int s = 0; s < C; s++) x[s] = at(b + i * ldb + s * W);
+    for (int r = 0; r < R; r++) {
+      const float y = a[r * a_row + i * a_k];
+      for (int s = 0; s < C; s++) sum[r][s] += y * x[s];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int s = 0; s < C; s++) at(c + r * ldc + s * W) = sum[r][s];
+}
+
+template <int C>
+inline void columns(i64 m, i64 k, const float* a, i64 a_row, i64 a_k, const float* b, i64 ldb, float* c, i64 ldc,
+                    bool add) {
+  i64 i = 0;
+  for (; i + ROWS <= m; i += ROWS) tile<ROWS, C>(k, a + i * a_row, a_row, a_k, b, ldb, c + i * ldc, ldc, add);
+  if (ROWS > 4 && i + 4 <= m) tile<4, C>(k, a + i * a_row, a_row, a_k, b, ldb, c + i * ldc, ldc, add), i += 4;
+  if (i + 2 <= m) tile<2, C>(k, a + i * a_row, a_row, a_k, b, ldb, c + i * ldc, ldc, add), i += 2;
+  if (i < m) tile<1, C>(k, a + i * a_row, a_row, a_k, b, ldb, c + i * ldc, ldc, add);
+}
+
+// c [m, n] (+)= a [m, k] b [k, n]; a by strides (also transposed), b and c by rows; n a multiple of W.
+void multiply(i64 m, i64 n, i64 k, const float* a, i64 a_row, i64 a_k, const float* b, i64 ldb, float* c, i64 ldc,
+              bool add) {
+  i64 j = 0;
+  for (; j + COLS * W <= n; j += COLS * W) columns<COLS>(m, k, a, a_row, a_k, b + j, ldb, c + j, ldc, add);
+  if (COLS > 2 && j + 2 * W <= n) columns<2>(m, k, a, a_row, a_k, b + j, ldb, c + j, ldc, add), j += 2 * W;
+  if (j < n) columns<1>(m, k, a, a_row, a_k, b + j, ldb, c + j, ldc, add);
+}
+
+// Rows of D floats, `stride` apart, to rows [n, Dp], padded with 0, times `scale`.
+void take_rows(const float* from, i64 stride, i64 n, i64 D, i64 Dp, float scale, float* to) {
+  for (i64 i = 0; i < n; i++) {
+    for (i64 d = 0; d < D; d++) to[i * Dp + d] = from[i * stride + d] * scale;
+    for (i64 d = D; d < Dp; d++) to[i * Dp + d] = 0;
+  }
+}
+
+// [n, Dp] to [D, np], columns from n to np 0.
+void transpose(const float* from, i64 n, i64 D, i64 Dp, i64 np, float* to) {
+  constexpr i64 T = 16;
+  for (i64 i0 = 0; i0 < np; i0 += T)
+    for (i64 d0 = 0; d0 < D; d0 += T)
+      for (i64 d = d0; d < std::min(d0 + T, D); d++)
+        for (i64 i = i0; i < std::min(i0 + T, np); i++) to[d * np + i] = i < n ? from[i * Dp + d] : 0.0f;
+}
+
+inline vec exp_of(vec x) {  // Cephes' expf: relative error below 2e-7 for x <= 0; 0 below -87
+  const vec low = vec{} - 87.3f;
+  const ivec under = x < low;
+  x = under ? low : x;
+  const vec magic = vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const vec n = (x * 1.44269504f + magic) - magic;
+  vec r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vec p = vec{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
+  const vec result = p * reinterpret_cast<const vec&>(power);
+  return under ? vec{} : result;
+}
+
+inline float sum_of(vec x) {
+  float s = 0;
+  for (i64 i = 0; i < W; i++) s += x[i];
+  return s;
+}
+
+// --------------------------------------------------------------------------------------------------- attention
+
+// Relative positions (DeBERTa): score(i, j) gets q_i . key[S - 1 - i + j] + k_j . query[S - 1 + i - j].
+struct Attention {
+  const float *q, *k, *v;                     // [rows, stride]
+  i64 q_stride, k_stride, v_stride;
+  const float *relative_key, *relative_query;  // [A, V, R, Dp], R = 2 S - 1 rows by descending, ascending distance
+  const float *relative_key_t, *relative_query_t;  // the same as [A, V, Dp, Rp]
+  i64 views;
+  const i64 *q_starts, *k_starts, *view_of;  // [B + 1], [B + 1], [B]
+  i64 sequences, heads, head_size, longest;
+  float scale;
+  u64 seed;
+  i64 threshold;
+};
+
+constexpr i64 BAND = 48;  // rows whose products with the table are formed together
+
+struct Sequence {  // one head of one sequence
+  const Attention& a;
+  i64 M, L, D, Dp, Lp, R, Rp, q_row, k_row, head, table;
+
+  Sequence(const Attention& a, i64 b, i64 head)
+      : a(a), M(a.q_starts[b + 1] - a.q_starts[b]), L(a.k_starts[b + 1] - a.k_starts[b]), D(a.head_size),
+        Dp(padded(D)), Lp(padded(L)), R(2 * a.longest - 1), Rp(padded(R + W)), q_row(a.q_starts[b]),
+        k_row(a.k_starts[b]), head(head), table(head * a.views + a.view_of[b]) {}
+
+  // The first table row, of an ascending run, that rows from..to of one side meet; how many rows the run has.
+  static i64 run(i64 rows, i64 others) { return rows + others - 1; }
+
+  // s [M, Lp] += both relative products; q [M, Dp] scaled, k [L, Dp] and its scale applied to the product.
+  void add_relative(const float* q, const float* k, float* s, float* band) const {
+    if (a.relative_key) {
+      const float* t = a.relative_key_t + table * Dp * Rp;
+      for (i64 i0 = 0; i0 < M; i0 += BAND) {
+        const i64 rows = std::min(BAND, M - i0), n = run(rows, L), np = padded(n);
+        const i64 first = a.longest - 1 - (i0 + rows - 1);  // the column of row i0 + rows - 1 and key 0
+        // the last vector may read beyond the table's columns, into the padding of its row or the next one
+        multiply(rows, np, Dp, q + i0 * Dp, Dp, 1, t + first, Rp, band, np, false);
+        for (i64 i = 0; i < rows; i++) {
+          const float* from = band + i * np + (rows - 1 - i);
+          float* to = s + (i0 + i) * Lp;
+          for (i64 j = 0; j < L; j++) to[j] += from[j];
+        }
+      }
+    }
+    if (a.relative_query) {
+      const float* t = a.relative_query_t + table * Dp * Rp;
+      for (i64 j0 = 0; j0 < L; j0 += BAND) {
+        const i64 rows = std::min(BAND, L - j0), n = run(rows, M), np = padded(n);
+        const i64 first = a.longest - 1 - (j0 + rows - 1);
+        multiply(rows, np, Dp, k + j0 * Dp, Dp, 1, t + first, Rp, band, np, false);
+        for (i64 i = 0; i < M; i++) {
+          const float* from = band + (rows - 1) + i;  // key j0 + j, query i: row j, column rows - 1 - j + i
+          float* to = s + i * Lp + j0;
+          for (i64 j = 0; j < rows; j++) to[j] += a.scale * from[j * np - j];
+        }
+      }
+    }
+  }
+
+  // dq [M, Dp] and dk [L, Dp] += what flows through the relative products; ds [M, Lp]. dq still lacks the scale.
+  void add_relative_gradients(const float* ds, float* dq, float* dk, float* band) const {
+    if (a.relative_key) {
+      const float* t = a.relative_key + table * R * Dp;
+      for (i64 i0 = 0; i0 < M; i0 += BAND) {
+        const i64 rows = std::min(BAND, M - i0), n = run(rows, L);
+        const i64 first = a.longest - 1 - (i0 + rows - 1);
+        std::fill(band, band + rows * n, 0.0f);
+        for (i64 i = 0; i < rows; i++)
+          std::copy(ds + (i0 + i) * Lp, ds + (i0 + i) * Lp + L, band + i * n + (rows - 1 - i));
+        multiply(rows, Dp, n, band, n, 1, t + first * Dp, Dp, dq + i0 * Dp, Dp, true);
+      }
+    }
+    if (a.relative_query) {
+      const float* t = a.relative_query + table * R * Dp;
+      for (i64 j0 = 0; j0 < L; j0 += BAND) {
+        const i64 rows = std::min(BAND, L - j0), n = run(rows, M);
+        const i64 first = a.longest - 1 - (j0 + rows - 1);
+        std::fill(band, band + rows * n, 0.0f);
+        for (i64 i = 0; i < M; i++) {
+          float* to = band + (rows - 1) + i;
+          const float* from = ds + i * Lp + j0;
+          for (i64 j = 0; j < rows; j++) to[j * n - j] = a.scale * from[j];
+        }
+        multiply(rows, Dp, n, band, n, 1, t + first * Dp, Dp, dk + j0 * Dp, Dp, true);
+      }
+    }
+  }
+
+  // s [M, Lp] = scaled scores
+  void scores(const float* q, const float* k, const float* kt, float* s, float* band) const {
+    multiply(M, Lp, Dp, q, Dp, 1, kt, Lp, s, Lp, false);
+    add_relative(q, k, s, band);
+    for (i64 i = 0; i < M; i++)
+      for (i64 j = L; j < Lp; j++) s[i * Lp + j] = -INFINITY;
+  }
+
+  i64 band_size() const { return a.relative_key || a.relative_query ? BAND * padded(BAND + std::max(L, M)) : 0; }
+  i64 dropout_row(i64 i) const { return (q_row + i) * a.heads + head; }
+
+  size_t forward(char* memory, float* out, float* lse) const {
+    Slices slices{memory};
+    float *q = slices.floats(M * Dp), *k = slices.floats(L * Dp), *v = slices.floats(L * Dp);
+    float *kt = slices.floats(Dp * Lp), *s = slices.floats(M * Lp), *o = slices.floats(M * Dp);
+    float* band = slices.floats(band_size());
+    uint16_t* bits = reinterpret_cast<uint16_t*>(slices.floats(Lp));
+    if (!memory) return slices.used;
+    const i64 H = a.heads * D;
+    take_rows(a.q + q_row * a.q_stride + head * D, a.q_stride, M, D, Dp, a.scale, q);
+    take_rows(a.k + k_row * a.k_stride + head * D, a.k_stride, L, D, Dp, 1, k);
+    take_rows(a.v + k_row * a.v_stride + head * D, a.v_stride, L, D, Dp, 1, v);
+    transpose(k, L, Dp, Dp, Lp, kt);
+    scores(q, k, kt, s, band);
+    const Dropout dropout(a.seed, a.longest, a.threshold);
+    for (i64 i = 0; i < M; i++) {
+      float* row = s + i * Lp;
+      vec most = at(row);
+      for (i64 j = W; j < Lp; j += W) most = at(row + j) > most ? at(row + j) : most;
+      float max = most[0];
+      for (i64 j = 1; j < W; j++) max = std::max(max, most[j]);
+      vec total{};
+      for (i64 j = 0; j < Lp; j += W) total += (at(row + j) = exp_of(at(row + j) - max));
+      const float sum = sum_of(total), inverse = 1 / sum;
+      lse[(q_row + i) * a.heads + head] = max + std::log(sum);
+      for (i64 j = 0; j < Lp; j += W) at(row + j) *= inverse;
+      if (a.threshold) dropout.apply(dropout_row(i), L, row, row, bits);
+    }
+    multiply(M, Dp, L, s, Lp, 1, v, Dp, o, Dp, false);
+    for (i64 i = 0; i < M; i++) std::copy(o + i * Dp, o + i * Dp + D, out + (q_row + i) * H + head * D);
+    return slices.used;
+  }
+
+  size_t backward(char* memory, const float* out, const float* lse, const float* grad, float* grad_q, float* grad_k,
+                  float* grad_v) const {
+    Slices slices{memory};
+    float *q = slices.floats(M * Dp), *k = slices.floats(L * Dp), *v = slices.floats(L * Dp);
+    float *kt = slices.floats(Dp * Lp), *vt = slices.floats(Dp * Lp), *g = slices.floats(M * Dp);
+    float *s = slices.floats(M * Lp), *ds = slices.floats(M * Lp);
+    float *dq = slices.floats(M * Dp), *dk = slices.floats(L * Dp), *dv = slices.floats(L * Dp);
+    float* band = slices.floats(band_size());
+    float* kept = slices.floats(Lp);
+    uint16_t* bits = reinterpret_cast<uint16_t*>(slices.floats(Lp));
+    if (!memory) return slices.used;
+    const i64 H = a.heads * D;
+    take_rows(a.q + q_row * a.q_stride + head * D, a.q_stride, M, D, Dp, a.scale, q);
+    take_rows(a.k + k_row * a.k_stride + head * D, a.k_stride, L, D, Dp, 1, k);
+    take_rows(a.v + k_row * a.v_stride + head * D, a.v_stride, L, D, Dp, 1, v);
+    take_rows(grad + q_row * H + head * D, H, M, D, Dp, 1, g);
+    transpose(k, L, Dp, Dp, Lp, kt);
+    transpose(v, L, Dp, Dp, Lp, vt);
+    scores(q, k, kt, s, band);
+    multiply(M, Lp, Dp, g, Dp, 1, vt, Lp, ds, Lp, false);  // of the dropped probabilities
+    const Dropout dropout(a.seed, a.longest, a.threshold);
+    for (i64 i = 0; i < M; i++) {
+      float *p = s + i * Lp, *dp = ds + i * Lp;
+      const float* o = out + (q_row + i) * H + head * D;
+      float delta = 0;  // sum of p dp, which is grad . out also under dropout
+      for (i64 d = 0; d < D; d++) delta += o[d] * g[i * Dp + d];
+      const float shift = lse[(q_row + i) * a.heads + head];
+      for (i64 j = 0; j < Lp; j += W) at(p + j) = exp_of(at(p + j) - shift);
+      if (!a.threshold) {
+        for (i64 j = 0; j < Lp; j += W) at(dp + j) = at(p + j) * (at(dp + j) - delta);
+        continue;
+      }
+      random_bits(dropout.seed, dropout_row(i), dropout.columns, L, bits);
+      const int32_t t = dropout.threshold;
+      const float factor = dropout.scale;
+      for (i64 j = 0; j < L; j++) kept[j] = static_cast<int32_t>(bits[j]) >= t ? factor : 0.0f;
+      for (i64 j = 0; j < L; j++) dp[j] = p[j] * (dp[j] * kept[j] - delta), p[j] *= kept[j];
+      for (i64 j = L; j < Lp; j++) dp[j] = 0;
+    }
+    multiply(L, Dp, M, s, 1, Lp, g, Dp, dv, Dp, false);
+    multiply(M, Dp, L, ds, Lp, 1, k, Dp, dq, Dp, false);
+    multiply(L, Dp, M, ds, 1, Lp, q, Dp, dk, Dp, false);
+    add_relative_gradients(ds, dq, dk, band);
+    for (i64 i = 0; i < M; i++)
+      for (i64 d = 0; d < D; d++) grad_q[(q_row + i) * H + head * D + d] = a.scale * dq[i * Dp + d];
+    for (i64 i = 0; i < L; i++) {
+      std::copy(dk + i * Dp, dk + i * Dp + D, grad_k + (k_row + i) * H + head * D);
+      std::copy(dv + i * Dp, dv + i * Dp + D, grad_v + (k_row + i) * H + head * D);
+    }
+    return slices.used;
+  }
+};
+
+// The longest sequence of a batch and the size of the memory it needs.
+template <class Need>
+size_t most(const Attention& a, Need need) {
+  size_t bytes = 0;
+  for (i64 b = 0; b < a.sequences; b++) bytes = std::max(bytes, need(Sequence(a, b, 0)));
+  return bytes;
+}
+
+struct Tables {  // the relative tables of all heads and views: rows padded to Dp, and transposed
+  Buffer memory;
+  float *rows[2], *columns[2];
+
+  Tables(Attention& a, const float* key, const float* query, int threads)
+      : memory(key || query ? size(a) * 4 * 4 + 64 * W : 64) {
+    const float* from[2] = {key, query};
+    const i64 D = a.head_size, Dp = padded(D), R = 2 * a.longest - 1, Rp = padded(R + W), n = a.heads * a.views;
+    float* next = reinterpret_cast<float*>(memory.data);
+    for (int t = 0; t < 2; t++) {
+      rows[t] = columns[t] = nullptr;
+      if (!from[t]) continue;
+      rows[t] = next;
+      columns[t] = next + n * R * Dp;
+      next += n * (R * Dp + Dp * Rp) + W;  // a last vector may be read past the end
+      std::fill(next - W, next, 0.0f);
+      float *r = rows[t], *c = columns[t];
+      const float* f = from[t];
+#pragma omp parallel for num_threads(threads)
+      for (i64 i = 0; i < n; i++) {  // f is [V, R, A, D]
+        const i64 head = i / a.views, view = i % a.views;
+        take_rows(f + view * R * a.heads * D + head * D, a.heads * D, R, D, Dp, 1, r + i * R * Dp);
+        transpose(r + i * R * Dp, R, Dp, Dp, Rp, c + i * Dp * Rp);
+      }
+    }
+    a.relative_key = rows[0], a.relative_query = rows[1];
+    a.relative_key_t = columns[0], a.relative_query_t = columns[1];
+  }
+
+  static size_t size(const Attention& a) {
+    const i64 Dp = padded(a.head_size), R = 2 * a.longest - 1;
+    return a.heads * a.views * Dp * (R + padded(R + W)) + W;
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// y [N, H] = dropout(x)
+void dropout(const float* x, float* y, i64 N, i64 H, u64 seed, i64 threshold, i64 threads) {
+  const Dropout dropout(seed, H, threshold);
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer bits((H + 4) * 2);
+#pragma omp for
+    for (i64 i = 0; i < N; i++)
+      dropout.apply(i, H, x + i * H, y + i * H, reinterpret_cast<uint16_t*>(bits.data));
+  }
+}
+
+// folded [O, I] = weight + s B A; A [R, I], B [O, R]
+void fold(const float* weight, const float* A, const float* B, float* folded, i64 O, i64 I, i64 R, float s, i64 threads) {
+#pragma omp parallel for num_threads(threads)
+  for (i64 o = 0; o < O; o++) {
+    float* to = folded + o * I;
+    std::copy(weight + o * I, weight + (o + 1) * I, to);
+    for (i64 r = 0; r < R; r++) {
+      const float b = s * B[o * R + r], *a = A + r * I;
+#pragma omp simd
+      for (i64 i = 0; i < I; i++) to[i] += b * a[i];
+    }
+  }
+}
+
+// x [N, H] becomes z = dropout(x) + residual; y = LayerNorm(z); mean, rstd [N] for the way back.
+void dropout_add_norm(float* x, const float* residual, const float* weight, const float* bias, float* y, float* mean,
+                      float* rstd, i64 N, i64 H, float eps, u64 seed, i64 threshold, i64 threads) {
+  const Dropout dropout(seed, H, threshold);
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer bits((H + 4) * 2);
+#pragma omp for
+    for (i64 i = 0; i < N; i++) {
+      float *z = x + i * H, *to = y + i * H;
+      const float* r = residual + i * H;
+      if (threshold) dropout.apply(i, H, z, z, reinterpret_cast<uint16_t*>(bits.data));
+      float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+      for (i64 j = 0; j < H; j++) sum += (z[j] += r[j]);
+      const float m = sum / H;
+#pragma omp simd reduction(+ : squares)
+      for (i64 j = 0; j < H; j++) squares += (z[j] - m) * (z[j] - m);
+      const float inverse = 1 / std::sqrt(squares / H + eps);
+      mean[i] = m, rstd[i] = inverse;
+#pragma omp simd
+      for (i64 j = 0; j < H; j++) to[j] = (z[j] - m) * inverse * weight[j] + bias[j];
+    }
+  }
+}
+
+// From the gradient of y: that of the residual, and that of x (the same one where there is no dropout: null).
+void dropout_add_norm_backward(const float* grad, const float* z, const float* weight, const float* mean,
+                               const float* rstd, float* grad_residual, float* grad_x, i64 N, i64 H, u64 seed,
+                               i64 threshold, i64 threads) {
+  const Dropout dropout(seed, H, threshold);
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer bits((H + 4) * 2);
+#pragma omp for
+    for (i64 i = 0; i < N; i++) {
+      const float *g = grad + i * H, *from = z + i * H, m = mean[i], inverse = rstd[i];
+      float* to = grad_residual + i * H;
+      float sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+      for (i64 j = 0; j < H; j++) {
+        const float h = g[j] * weight[j];
+        sum += h;
+        dot += h * (from[j] - m);
+      }
+      const float a = sum / H, b = dot * inverse * inverse / H;
+#pragma omp simd
+      for (i64 j = 0; j < H; j++) to[j] = inverse * (g[j] * weight[j] - a - (from[j] - m) * b);
+      if (grad_x) dropout.apply(i, H, to, grad_x + i * H, reinterpret_cast<uint16_t*>(bits.data));
+    }
+  }
+}
+
+// out [Q, A D] and lse [Q, A]; q [Q, ...], k and v [N, ...] by their strides; relative tables [V, 2 S - 1, A, D] or null.
+void attention(const float* q, i64 q_stride, const float* k, i64 k_stride, const float* v, i64 v_stride,
+               const float* relative_key, const float* relative_query, i64 views, const i64* q_starts,
+               const i64* k_starts, const i64* view_of, i64 sequences, i64 heads, i64 head_size, i64 longest,
+               float scale, u64 seed, i64 threshold, i64 threads, float* out, float* lse) {
+  Attention a{q, k, v, q_stride, k_stride, v_stride, nullptr, nullptr, nullptr, nullptr, views, q_starts, k_starts,
+              view_of, sequences, heads, head_size, longest, scale, seed, threshold};
+  Tables tables(a, relative_key, relative_query, threads);
+  const size_t bytes = most(a, [&](const Sequence& s) { return s.forward(nullptr, out, lse); });
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer memory(bytes);
+#pragma omp for schedule(dynamic)
+    for (i64 i = sequences * heads - 1; i >= 0; i--) Sequence(a, i / heads, i % heads).forward(memory.data, out, lse);
+  }
+}
+
+void attention_backward(const float* q, i64 q_stride, const float* k, i64 k_stride, const float* v, i64 v_stride,
+                        const float* relative_key, const float* relative_query, i64 views, const i64* q_starts,
+                        const i64* k_starts, const i64* view_of, i64 sequences, i64 heads, i64 head_size, i64 longest,
+                        float scale, u64 seed, i64 threshold, i64 threads, const float* out, const float* lse,
+                        const float* grad, float* grad_q, float* grad_k, float* grad_v) {
+  Attention a{q, k, v, q_stride, k_stride, v_stride, nullptr, nullptr, nullptr, nullptr, views, q_starts, k_starts,
+              view_of, sequences, heads, head_size, longest, scale, seed, threshold};
+  Tables tables(a, relative_key, relative_query, threads);
+  const auto run = [&](const Sequence& s, char* memory) {
+    return s.backward(memory, out, lse, grad, grad_q, grad_k, grad_v);
+  };
+  const size_t bytes = most(a, [&](const Sequence& s) { return run(s, nullptr); });
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer memory(bytes);
+#pragma omp for schedule(dynamic)
+    for (i64 i = sequences * heads - 1; i >= 0; i--) run(Sequence(a, i / heads, i % heads), memory.data);
+  }
+}
+
+}  // extern "C"

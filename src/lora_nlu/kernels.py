@@ -1,0 +1,293 @@
+"""The operations a training step is made of, as fast as a CPU has them, each beside the expression that defines it.
+
+Dense products in fp32 on a CPU go to oneDNN, which knows more processors than the BLAS torch calls (on AMD's AVX-512
+cores it is twice as fast). Dropout, residual and LayerNorm, and attention over sequences of different lengths, are the
+functions of kernels.cpp, compiled once with the machine's own compiler (seconds), kept in the user's cache. Without a
+compiler, on a GPU, in another dtype, under autocast or torch.compile, plain torch expressions do the same.
+
+Dim letters: N rows, I in, O out features; H hidden, A heads, D head size, Q query rows, S longest sequence, V views.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+
+
+def is_fp32_on_cpu(x: Tensor) -> bool:
+    """Whether torch's own operations on `x` can be replaced by those of this file."""
+    if x.dtype != torch.float32 or x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):
+        return False
+    return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+# ------------------------------------------------------------------------------------------------- dense products
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: x [N, I], weight [O, I] (or a transposed view), bias [O] to [N, O]. Not differentiable."""
+    # Below AVX-512 oneDNN is slow on a transposed view
+    if is_fp32_on_cpu(x) and has_onednn() and (weight.is_contiguous() or has_avx512()):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+@lru_cache(maxsize=1)
+def has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@lru_cache(maxsize=1)
+def has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b. Keeps x only where W trains."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
+        return product(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        grad = grad_y.reshape(-1, grad_y.shape[-1])  # [N, O]
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        grad_x = product(grad, weight.t()).view(*grad_y.shape[:-1], -1) if need_x else None
+        grad_weight = product(grad.t(), rows.t()) if need_weight else None
+        return grad_x, grad_weight, grad.sum(0) if need_bias else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b: x [..., I], weight [O, I], bias [O] to [..., O]."""
+    if is_fp32_on_cpu(x) and weight.dtype == torch.float32:
+        return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear`, its products by `product`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+# --------------------------------------------------------------------------------------------------- kernels.cpp
+
+
+def kernels_for(x: Tensor) -> Any:
+    """The compiled kernels if they can work on tensors like `x`, else None."""
+    return library() if is_fp32_on_cpu(x) else None
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """The compiled functions of kernels.cpp, or None where they can't be had, said once."""
+    if platform.system() != "Linux":
+        return None
+    try:
+        return ctypes.CDLL(str(compiled()))
+    except (OSError, subprocess.SubprocessError) as e:
+        reason = (getattr(e, "stderr", "") or str(e)).strip().splitlines()[0]
+        logger.warning("Training on the CPU without compiled kernels, slower (%s). g++ makes them.", reason[:150])
+        return None
+
+
+def compiled() -> Path:
+    """The shared object in the user's cache, named by all that it depends on; compiled if it is not there."""
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))]
+    depends_on = [SOURCE.read_text(), *FLAGS, platform.machine(), *cpu[:1]]
+    name = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
+    path = Path.home() / ".cache" / "lora_nlu" / f"kernels-{name}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder, path.name)
+            command = ["g++", *FLAGS, str(SOURCE), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+            os.replace(made, path)  # another process may do the same; each renames a whole file
+    return path
+
+
+def draw_seed() -> int:
+    """A seed for one dropout, from torch's generator: `torch.manual_seed` and a resumed run repeat it."""
+    return int(torch.randint(2**63 - 1, ()).item())
+
+
+def threshold(p: float) -> int:
+    """Of 65536 equally likely draws, how many drop an element: p to 1e-5."""
+    return round(p * 65536)
+
+
+def _address(x: Tensor | None) -> Any:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def _int(n: int) -> Any:
+    return ctypes.c_int64(n)
+
+
+def _threads() -> Any:
+    return _int(torch.get_num_threads())
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
+        ctx.p, ctx.seed = p, seed
+        return _Dropout.run(x, p, seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Dropout.run(grad, ctx.p, ctx.seed), None, None
+
+    @staticmethod
+    def run(x: Tensor, p: float, seed: int) -> Tensor:
+        x = x.contiguous()
+        y, width = torch.empty_like(x), x.shape[-1]
+        sizes = (_int(x.numel() // width), _int(width), ctypes.c_uint64(seed), _int(threshold(p)), _threads())
+        library().dropout(_address(x), _address(y), *sizes)
+        return y
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Each element 0 with probability p, else divided by 1 - p; `x` itself in evaluation or with p = 0."""
+    if not training or p == 0:
+        return x
+    if 0 < threshold(p) < 65536 and x.numel() and kernels_for(x):
+        return _Dropout.apply(x, p, draw_seed())
+    return F.dropout(x, p)
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout` that keeps no mask."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.training)
+
+
+def fold(weight: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """W + s B A: weight [O, I], A [R, I], B [O, R]. Not differentiable."""
+    tensors = (weight, A, B)
+    if not kernels_for(weight) or not all(x.is_contiguous() and is_fp32_on_cpu(x) for x in tensors):
+        return torch.addmm(weight, B, A, alpha=s)
+    folded = torch.empty_like(weight)
+    sizes = map(_int, (*weight.shape, A.shape[0]))
+    library().fold(*map(_address, (*tensors, folded)), *sizes, ctypes.c_float(s), _threads())
+    return folded
+
+
+class _DropoutAddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, seed: int
+    ) -> Tensor:
+        z = x.contiguous().clone() if ctx.needs_input_grad[0] and x.is_leaf else x.contiguous()
+        residual, y = residual.contiguous(), torch.empty_like(z)
+        mean, rstd = z.new_empty(2, z.shape[0]).unbind()
+        library().dropout_add_norm(
+            *map(_address, (z, residual, weight, bias, y, mean, rstd)),
+            *map(_int, z.shape), ctypes.c_float(eps), ctypes.c_uint64(seed), _int(threshold(p)), _threads(),
+        )  # fmt: skip
+        ctx.save_for_backward(z, weight, mean, rstd)
+        ctx.p, ctx.seed = p, seed
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight, mean, rstd = ctx.saved_tensors
+        grad, grad_residual = grad.contiguous(), torch.empty_like(z)
+        grad_x = torch.empty_like(z) if ctx.p else None
+        library().dropout_add_norm_backward(
+            *map(_address, (grad, z, weight, mean, rstd, grad_residual, grad_x)),
+            *map(_int, z.shape), ctypes.c_uint64(ctx.seed), _int(threshold(ctx.p)), _threads(),
+        )  # fmt: skip
+        return grad_residual if grad_x is None else grad_x, grad_residual, None, None, None, None, None
+
+
+def dropout_add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, drop: nn.Dropout) -> Tensor:
+    """norm(drop(x) + residual) of [N, H]; overwrites x, which must be a result that nothing else keeps."""
+    p = drop.p if drop.training else 0.0
+    trains = norm.weight.requires_grad or norm.bias.requires_grad
+    if type(drop) is Dropout and not trains and threshold(p) < 65536 and x.numel() and kernels_for(x):
+        return _DropoutAddNorm.apply(x, residual, norm.weight, norm.bias, norm.eps, p, draw_seed() if p else 0)
+    return norm(drop(x) + residual)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor | None, Tensor | None],
+        places: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
+    ) -> Tensor:  # fmt: skip
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        relative = tuple(None if x is None else x.detach().contiguous() for x in relative)
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[0], heads)
+        ctx.settings = (relative, places, longest, heads, scale, p, seed)
+        library().attention(*_Attention.arguments(query, key, value, *ctx.settings), _address(out), _address(lse))
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (query, key, value)]
+        library().attention_backward(
+            *_Attention.arguments(query, key, value, *ctx.settings),
+            *map(_address, (out, lse, grad.contiguous(), *grads)),
+        )
+        return *grads, None, None, None, None, None, None, None
+
+    @staticmethod
+    def arguments(
+        query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor | None, Tensor | None],
+        places: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
+    ) -> list:  # fmt: skip
+        width = query.shape[1]
+        views = next((x.shape[0] for x in relative if x is not None), 1)
+        strided = [part for x in (query, key, value) for part in (_address(x), _int(width))]
+        sizes = map(_int, (places[2].numel(), heads, width // heads, longest))
+        draws = (ctypes.c_float(scale), ctypes.c_uint64(seed), _int(threshold(p)), _threads())
+        return [*strided, *map(_address, relative), _int(views), *map(_address, places), *sizes, *draws]
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, packed: Any, heads: int, scale: float, p: float,
+    relative_key: Tensor | None = None, relative_query: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """dropout(softmax(scores)) v within each sequence; None where the kernels can't, and the caller has to.
+
+    Args:    query [Q, H], key and value [N, H], packed; `scale` times q . k; dropout p. relative_key, relative_query
+             [V, 2 S - 1, H] without gradient: the tables by descending and ascending distance (modeling_deberta_v2).
+    Returns: [Q, H].
+    """
+    relative = (relative_key, relative_query)
+    trains = any(x is not None and x.requires_grad and torch.is_grad_enabled() for x in relative)
+    if trains or packed.key_mask is not None or threshold(p) >= 65536 or not kernels_for(query):
+        return None
+    seed = draw_seed() if p else 0
+    views = next((x.shape[0] for x in relative if x is not None), 1)
+    places = packed.starts(query.shape[0] != key.shape[0], views)
+    return _Attention.apply(query, key, value, relative, places, packed.length, heads, scale, p, seed)
