@@ -26,7 +26,7 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"  # told apart by colour-bli
 
 
 def measure(points: list[tuple[int, Worker, list[int]]]) -> list[dict]:
-    """Seconds of a step at each point: place on the axis, the process that takes the steps, the lengths of its batch."""
+    """Seconds of a step at each point: place on the axis, process that takes the steps, lengths of its batch."""
     times: list[list[float]] = [[] for _ in points]
     for step in range(WARM + STEPS):
         for (_, worker, lengths), taken in zip(points, times, strict=True):
@@ -75,7 +75,7 @@ def plot(results: dict[str, Any]) -> None:
     from matplotlib.ticker import FuncFormatter
 
     pyplot.rcParams.update({"font.size": 13, "axes.titlesize": 14, "legend.fontsize": 12, "lines.linewidth": 2})
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 9), layout="constrained")
+    figure, axes = pyplot.subplots(2, 2, figsize=(9.5, 8), layout="constrained")
     machine = results["machine"]
     figure.suptitle(
         f"RoBERTa-base, one training step, fp32, {machine['cpu']}, {machine['threads']} threads", fontsize=14

@@ -71,8 +71,8 @@ def build_peer(config: Any) -> torch.nn.Module:
     model = (RobertaForSequenceClassification if is_roberta else DebertaV2ForSequenceClassification)(config)
     targets = ["query", "value"] if is_roberta else ["query_proj", "value_proj"]
     head = None if is_roberta else ["classifier", "pooler"]  # what ours trains too
-    lora = LoraConfig(task_type="SEQ_CLS", r=LORA_R, lora_alpha=LORA_ALPHA, target_modules=targets, modules_to_save=head)
-    return get_peft_model(model, lora)
+    settings = {"r": LORA_R, "lora_alpha": LORA_ALPHA, "target_modules": targets, "modules_to_save": head}
+    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **settings))
 
 
 def build_ours(config: Any) -> torch.nn.Module:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RobertaConfig
 
+from lora_nlu.kernels import Linear
 from lora_nlu.lora import (
     LoRALinear,
     count_parameters,
@@ -167,7 +168,7 @@ def test_a_new_layer_computes_what_the_linear_layer_did(bias):
     torch.manual_seed(0)
     layer = LoRALinear(I, O, r=R, lora_alpha=ALPHA, bias=bias)
     x = tokens(3, I)
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-6)
 
 
 def test_a_new_layer_has_kaiming_uniform_A_and_zero_B():
@@ -198,7 +199,7 @@ class ProductShapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.mm.default:
+        if func in (torch.ops.aten.mm.default, torch.ops.mkldnn._linear_pointwise.default):
             self.shapes.append(tuple(result.shape))
         return result
 
@@ -232,7 +233,7 @@ def test_a_rank_below_1_is_refused(r):
     ],
 )
 def test_a_config_without_lora_gives_a_plain_linear_layer(settings):
-    assert type(lora_linear(RobertaConfig(**settings), I, O)) is nn.Linear
+    assert type(lora_linear(RobertaConfig(**settings), I, O)) is Linear
 
 
 def test_a_config_with_lora_gives_a_lora_layer_of_its_rank_and_scaling():
@@ -307,12 +308,12 @@ def test_set_lora_gives_exactly_the_named_layers_an_update_and_keeps_every_weigh
     set_lora_(model, {"0": (2, 0.3), "2.0": (3, 1.5)})
     assert [type(m) for m in (model[0], model[2][0], model[2][1])] == [LoRALinear, LoRALinear, nn.Linear]
     assert (model[0].r, model[0].scaling, model[2][0].r, model[2][0].scaling) == (2, 0.3, 3, 1.5)
-    assert torch.equal(model(x), want), "B starts at zero"
+    assert_close(model(x), want, 1e-6, what="B starts at zero")
     nn.init.normal_(model[0].lora_B)
-    assert not torch.equal(model(x), want)
+    assert (model(x) - want).abs().max() > 0.01
     set_lora_(model, {"2.1": (1, 1.0)})
-    assert [type(m) for m in (model[0], model[2][0], model[2][1])] == [nn.Linear, nn.Linear, LoRALinear]
-    assert torch.equal(model(x), want)
+    assert [type(m) for m in (model[0], model[2][0], model[2][1])] == [Linear, Linear, LoRALinear]
+    assert_close(model(x), want, 1e-6)
     assert all(model.get_parameter(name) is parameter for name, parameter in before.items())
     with pytest.raises(KeyError, match="1"):
         set_lora_(model, {"1": (2, 1.0)})

@@ -980,6 +980,7 @@ def test_the_heads_dropout_is_transformers_own_draw(place, kind):
     assert (logits[0] - ours.eval()(**inputs).logits).abs().max() > 0.01
 
 
+@pytest.mark.usefixtures("torch_draws")
 @pytest.mark.parametrize("settings", [FULL, V3], ids=["all parts", "v3"])
 def test_one_sentence_under_dropout_everywhere_is_transformers_own_draw(settings):
     # Of one sentence without padding, and with every row of the table in use (4 buckets reach 8 rows in 6 tokens),
@@ -1004,6 +1005,7 @@ def test_one_sentence_under_dropout_everywhere_is_transformers_own_draw(settings
     assert (got.logits - ours.eval()(input_ids=ids).logits).abs().max() > 0.01
 
 
+@pytest.mark.usefixtures("torch_draws")
 @pytest.mark.parametrize("kind", ["right padding", "left padding"])
 def test_the_relative_tables_dropout_is_one_draw_a_layer_for_a_whole_batch_as_in_transformers(kind):
     config = tiny_deberta_config(position_buckets=4, max_relative_positions=5)  # every row in use, as above
@@ -1221,7 +1223,8 @@ def test_a_saved_model_is_loaded_as_it_was(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = DebertaV2ForSequenceClassification.from_pretrained(tmp_path).eval()
     inputs = inputs_of("right padding")
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    with torch.no_grad():  # with gradients, what trains decides how it is computed, to rounding
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
 
 
 def test_v2_xxlarge_with_r_16_has_4718592_lora_parameters():

@@ -296,7 +296,7 @@ struct Sequence {  // one head of one sequence
     return slices.used;
   }
 
-  size_t backward(char* memory, const float* out, const float* lse, const float* grad, float* grad_q, float* grad_k,
+  size_t backward(char* memory, const float* lse, const float* grad, float* grad_q, float* grad_k,
                   float* grad_v) const {
     Slices slices{memory};
     float *q = slices.floats(M * Dp), *k = slices.floats(L * Dp), *v = slices.floats(L * Dp);
@@ -304,7 +304,7 @@ struct Sequence {  // one head of one sequence
     float *s = slices.floats(M * Lp), *ds = slices.floats(M * Lp);
     float *dq = slices.floats(M * Dp), *dk = slices.floats(L * Dp), *dv = slices.floats(L * Dp);
     float* band = slices.floats(band_size());
-    float* kept = slices.floats(Lp);
+    float* kept = slices.floats(Lp);  // what dropout multiplies a row of probabilities by
     uint16_t* bits = reinterpret_cast<uint16_t*>(slices.floats(Lp));
     if (!memory) return slices.used;
     const i64 H = a.heads * D;
@@ -316,24 +316,26 @@ struct Sequence {  // one head of one sequence
     transpose(v, L, Dp, Dp, Lp, vt);
     scores(q, k, kt, s, band);
     multiply(M, Lp, Dp, g, Dp, 1, vt, Lp, ds, Lp, false);  // of the dropped probabilities
+    std::fill(kept + L, kept + Lp, 0.0f);
     const Dropout dropout(a.seed, a.longest, a.threshold);
     for (i64 i = 0; i < M; i++) {
       float *p = s + i * Lp, *dp = ds + i * Lp;
-      const float* o = out + (q_row + i) * H + head * D;
-      float delta = 0;  // sum of p dp, which is grad . out also under dropout
-      for (i64 d = 0; d < D; d++) delta += o[d] * g[i * Dp + d];
-      const float shift = lse[(q_row + i) * a.heads + head];
-      for (i64 j = 0; j < Lp; j += W) at(p + j) = exp_of(at(p + j) - shift);
-      if (!a.threshold) {
-        for (i64 j = 0; j < Lp; j += W) at(dp + j) = at(p + j) * (at(dp + j) - delta);
-        continue;
+      if (a.threshold) {
+        std::fill(kept, kept + L, 1.0f);
+        dropout.apply(dropout_row(i), L, kept, kept, bits);
       }
-      random_bits(dropout.seed, dropout_row(i), dropout.columns, L, bits);
-      const int32_t t = dropout.threshold;
-      const float factor = dropout.scale;
-      for (i64 j = 0; j < L; j++) kept[j] = static_cast<int32_t>(bits[j]) >= t ? factor : 0.0f;
-      for (i64 j = 0; j < L; j++) dp[j] = p[j] * (dp[j] * kept[j] - delta), p[j] *= kept[j];
-      for (i64 j = L; j < Lp; j++) dp[j] = 0;
+      const float shift = lse[(q_row + i) * a.heads + head];
+      vec total{};
+      for (i64 j = 0; j < Lp; j += W) {
+        at(p + j) = exp_of(at(p + j) - shift);
+        if (a.threshold) at(dp + j) *= at(kept + j);
+        total += at(p + j) * at(dp + j);
+      }
+      const float delta = sum_of(total);
+      for (i64 j = 0; j < Lp; j += W) {
+        at(dp + j) = at(p + j) * (at(dp + j) - delta);
+        if (a.threshold) at(p + j) *= at(kept + j);
+      }
     }
     multiply(L, Dp, M, s, 1, Lp, g, Dp, dv, Dp, false);
     multiply(M, Dp, L, ds, Lp, 1, k, Dp, dq, Dp, false);
@@ -408,16 +410,28 @@ void dropout(const float* x, float* y, i64 N, i64 H, u64 seed, i64 threshold, i6
   }
 }
 
-// folded [O, I] = weight + s B A; A [R, I], B [O, R]
-void fold(const float* weight, const float* A, const float* B, float* folded, i64 O, i64 I, i64 R, float s, i64 threads) {
-#pragma omp parallel for num_threads(threads)
-  for (i64 o = 0; o < O; o++) {
-    float* to = folded + o * I;
-    std::copy(weight + o * I, weight + (o + 1) * I, to);
-    for (i64 r = 0; r < R; r++) {
-      const float b = s * B[o * R + r], *a = A + r * I;
-#pragma omp simd
-      for (i64 i = 0; i < I; i++) to[i] += b * a[i];
+// y [N, O] += s u up with u [N, R] = x down; x [N, I]; down [I, R] and up [R, O] by strides (row, column); O a multiple
+// of W.
+void add_low_rank(const float* x, const float* down, i64 down_row, i64 down_column, const float* up, i64 up_row,
+                  i64 up_column, float* y, float* u, i64 N, i64 I, i64 O, i64 R, float s, i64 threads) {
+  const i64 Rp = padded(R);
+  constexpr i64 BLOCK = 4 * ROWS;
+  Buffer memory((I * Rp + R * O) * 4);
+  float *d = reinterpret_cast<float*>(memory.data), *v = d + I * Rp;
+  for (i64 i = 0; i < I; i++)
+    for (i64 r = 0; r < Rp; r++) d[i * Rp + r] = r < R ? down[i * down_row + r * down_column] : 0;
+  for (i64 r = 0; r < R; r++)
+    for (i64 o = 0; o < O; o++) v[r * O + o] = s * up[r * up_row + o * up_column];
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer block(BLOCK * Rp * 4);
+    float* t = reinterpret_cast<float*>(block.data);
+#pragma omp for
+    for (i64 i = 0; i < N; i += BLOCK) {
+      const i64 rows = std::min(BLOCK, N - i);
+      multiply(rows, Rp, I, x + i * I, I, 1, d, Rp, t, Rp, false);
+      multiply(rows, O, R, t, Rp, 1, v, O, y + i * O, O, true);
+      for (i64 r = 0; r < rows; r++) std::copy(t + r * Rp, t + r * Rp + R, u + (i + r) * R);
     }
   }
 }
@@ -495,13 +509,13 @@ void attention(const float* q, i64 q_stride, const float* k, i64 k_stride, const
 void attention_backward(const float* q, i64 q_stride, const float* k, i64 k_stride, const float* v, i64 v_stride,
                         const float* relative_key, const float* relative_query, i64 views, const i64* q_starts,
                         const i64* k_starts, const i64* view_of, i64 sequences, i64 heads, i64 head_size, i64 longest,
-                        float scale, u64 seed, i64 threshold, i64 threads, const float* out, const float* lse,
+                        float scale, u64 seed, i64 threshold, i64 threads, const float* lse,
                         const float* grad, float* grad_q, float* grad_k, float* grad_v) {
   Attention a{q, k, v, q_stride, k_stride, v_stride, nullptr, nullptr, nullptr, nullptr, views, q_starts, k_starts,
               view_of, sequences, heads, head_size, longest, scale, seed, threshold};
   Tables tables(a, relative_key, relative_query, threads);
   const auto run = [&](const Sequence& s, char* memory) {
-    return s.backward(memory, out, lse, grad, grad_q, grad_k, grad_v);
+    return s.backward(memory, lse, grad, grad_q, grad_k, grad_v);
   };
   const size_t bytes = most(a, [&](const Sequence& s) { return run(s, nullptr); });
 #pragma omp parallel num_threads(threads)
@@ -511,5 +525,7 @@ void attention_backward(const float* q, i64 q_stride, const float* k, i64 k_stri
     for (i64 i = sequences * heads - 1; i >= 0; i--) run(Sequence(a, i / heads, i % heads), memory.data);
   }
 }
+
+i64 vector_width() { return W; }
 
 }  // extern "C"

@@ -39,12 +39,16 @@ def is_fp32_on_cpu(x: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------- dense products
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: x [N, I], weight [O, I] (or a transposed view), bias [O] to [N, O]. Not differentiable."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
+    """x W^T + b: x [N, I], weight [O, I] (or a transposed view), bias [O] to [N, O]. Not differentiable.
+
+    `then` is "none", or "gelu" for its GELU (Hendrycks and Gimpel 2016, with erf) in the same pass.
+    """
     # Below AVX-512 oneDNN is slow on a transposed view
     if is_fp32_on_cpu(x) and has_onednn() and (weight.is_contiguous() or has_avx512()):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "none")
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if then == "gelu" else y
 
 
 @lru_cache(maxsize=1)
@@ -186,15 +190,22 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p, self.training)
 
 
-def fold(weight: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """W + s B A: weight [O, I], A [R, I], B [O, R]. Not differentiable."""
-    tensors = (weight, A, B)
-    if not kernels_for(weight) or not all(x.is_contiguous() and is_fp32_on_cpu(x) for x in tensors):
-        return torch.addmm(weight, B, A, alpha=s)
-    folded = torch.empty_like(weight)
-    sizes = map(_int, (*weight.shape, A.shape[0]))
-    library().fold(*map(_address, (*tensors, folded)), *sizes, ctypes.c_float(s), _threads())
-    return folded
+def product_with_update(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, s: float
+) -> tuple[Tensor, Tensor | None]:
+    """x W^T + b + s x down up, and x down where it came about. Not differentiable.
+
+    x [N, I], weight [O, I], bias [O], down [I, R], up [R, O] to [N, O] and [N, R]. The compiled kernel adds the update
+    to the product in one pass; without it the update is folded into the weight, one matmul instead of three.
+    """
+    tensors = (x, weight, down, up)
+    if not all(map(is_fp32_on_cpu, tensors)) or not library() or weight.shape[0] % library().vector_width():
+        return product(x, torch.addmm(weight, up.t(), down.t(), alpha=s), bias), None
+    x, y, u = x.contiguous(), product(x, weight, bias), x.new_empty(x.shape[0], down.shape[1])
+    strided = [part for w in (down, up) for part in (_address(w), *map(_int, w.stride()))]
+    sizes = map(_int, (*x.shape, y.shape[1], down.shape[1]))
+    library().add_low_rank(_address(x), *strided, _address(y), _address(u), *sizes, ctypes.c_float(s), _threads())
+    return y, u
 
 
 class _DropoutAddNorm(torch.autograd.Function):
@@ -202,8 +213,7 @@ class _DropoutAddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, seed: int
     ) -> Tensor:
-        z = x.contiguous().clone() if ctx.needs_input_grad[0] and x.is_leaf else x.contiguous()
-        residual, y = residual.contiguous(), torch.empty_like(z)
+        z, residual, y = x.contiguous(), residual.contiguous(), torch.empty_like(residual)
         mean, rstd = z.new_empty(2, z.shape[0]).unbind()
         library().dropout_add_norm(
             *map(_address, (z, residual, weight, bias, y, mean, rstd)),
@@ -223,46 +233,49 @@ class _DropoutAddNorm(torch.autograd.Function):
             *map(_address, (grad, z, weight, mean, rstd, grad_residual, grad_x)),
             *map(_int, z.shape), ctypes.c_uint64(ctx.seed), _int(threshold(ctx.p)), _threads(),
         )  # fmt: skip
-        return grad_residual if grad_x is None else grad_x, grad_residual, None, None, None, None, None
+        _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+        grad_weight = (grad * (z - mean[:, None]) * rstd[:, None]).sum(0) if need_weight else None
+        grad_bias = grad.sum(0) if need_bias else None
+        return grad_residual if grad_x is None else grad_x, grad_residual, grad_weight, grad_bias, None, None, None
 
 
 def dropout_add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, drop: nn.Dropout) -> Tensor:
     """norm(drop(x) + residual) of [N, H]; overwrites x, which must be a result that nothing else keeps."""
-    p = drop.p if drop.training else 0.0
-    trains = norm.weight.requires_grad or norm.bias.requires_grad
-    if type(drop) is Dropout and not trains and threshold(p) < 65536 and x.numel() and kernels_for(x):
-        return _DropoutAddNorm.apply(x, residual, norm.weight, norm.bias, norm.eps, p, draw_seed() if p else 0)
+    if type(drop) is Dropout and threshold(drop.p) < 65536 and x.numel() and kernels_for(x):
+        p = drop.p if drop.training else 0.0
+        seed = draw_seed() if p else 0
+        return _DropoutAddNorm.apply(x, residual, norm.weight, norm.bias, norm.eps, p, seed)
     return norm(drop(x) + residual)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor | None, Tensor | None],
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor | None, ...],
         places: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
     ) -> Tensor:  # fmt: skip
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        relative = tuple(None if x is None else x.detach().contiguous() for x in relative)
+        tables = tuple(None if x is None else x.detach().contiguous() for x in relative)
         out, lse = torch.empty_like(query), query.new_empty(query.shape[0], heads)
-        ctx.settings = (relative, places, longest, heads, scale, p, seed)
+        ctx.settings = (tables, places, longest, heads, scale, p, seed)
         library().attention(*_Attention.arguments(query, key, value, *ctx.settings), _address(out), _address(lse))
-        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.save_for_backward(query, key, value, lse)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, lse = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in (query, key, value)]
         library().attention_backward(
             *_Attention.arguments(query, key, value, *ctx.settings),
-            *map(_address, (out, lse, grad.contiguous(), *grads)),
+            *map(_address, (lse, grad.contiguous(), *grads)),
         )
         return *grads, None, None, None, None, None, None, None
 
     @staticmethod
     def arguments(
-        query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor | None, Tensor | None],
+        query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor | None, ...],
         places: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
     ) -> list:  # fmt: skip
         width = query.shape[1]

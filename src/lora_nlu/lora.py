@@ -11,34 +11,40 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lora_nlu.kernels import Linear, fold, linear, product
+from lora_nlu.kernels import Linear, linear, product, product_with_update
 
 
-class _FoldedLinear(torch.autograd.Function):
-    """y = x (W + s B A)^T + b: one matmul over the tokens instead of three.
+class _LoRALinear(torch.autograd.Function):
+    """y = x W^T + b + s (x A^T) B^T, the update inside the product (`product_with_update`).
 
-    Folding costs R * I * O once, whatever the number of tokens. The backward keeps x and references to parameters only,
-    folds again, and reaches A and B through the rank: no [O, I] gradient is formed unless W itself trains.
+    The backward keeps x, x A^T and references to parameters only, and reaches A and B through the rank: no [O, I]
+    gradient is formed unless W itself trains.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
-        ctx.save_for_backward(x, weight, A, B)
+        rows = x.reshape(-1, x.shape[-1])  # [N, I]
+        y, down = product_with_update(rows, weight, bias, A.t(), B.t(), s)  # [N, O], [N, R]
+        ctx.save_for_backward(rows, weight, A, B, down)
         ctx.scaling = s
-        y = product(x.reshape(-1, x.shape[-1]), fold(weight, A, B, s), bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B = ctx.saved_tensors
+        rows, weight, A, B, down = ctx.saved_tensors
         s, (need_x, need_weight, need_bias, need_A, need_B, _) = ctx.scaling, ctx.needs_input_grad
-        rows, grad = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])  # [N, I], [N, O]
-        grad_x = product(grad, fold(weight, A, B, s).t()).view_as(x) if need_x else None
+        grad = grad_y.reshape(-1, grad_y.shape[-1])  # [N, O]
+        grad_x = up = None
+        if need_x:
+            grad_x, up = product_with_update(grad, weight.t(), None, B, A, s)  # [N, I], [N, R]
+            grad_x = grad_x.view(*grad_y.shape[:-1], -1)
+        up = product(grad, B.t()) if up is None else up
+        down = product(rows, A) if down is None else down
         grad_weight = product(grad.t(), rows.t()) if need_weight else None
         grad_bias = grad.sum(0) if need_bias else None
-        grad_A = s * product(product(grad, B.t()).t(), rows.t()) if need_A else None  # [R, N] [N, I]
-        grad_B = s * product(grad.t(), product(rows, A).t()) if need_B else None  # [O, N] [N, R]
+        grad_A = s * product(up.t(), rows.t()) if need_A else None  # [R, N] [N, I]
+        grad_B = s * product(grad.t(), down.t()) if need_B else None  # [O, N] [N, R]
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
 
 
@@ -48,7 +54,7 @@ class LoRALinear(Linear):
     `weight` [O, I] and `bias` [O] are frozen; `lora_A` [R, I] starts Kaiming-uniform (a = sqrt 5) and `lora_B` [O, R]
     at zero, so a new layer computes what the linear layer it replaces did. There is no dropout on the update.
 
-    In fp32 the update is folded into the weight for each call. In half precision and under autocast the low-rank path
+    In fp32 the update is part of the product. In half precision and under autocast the low-rank path
     runs beside the frozen one, because a small B A would be rounded away in the sum. A merged layer's state dict holds
     `weight` with the update in it and no `lora_*`, so a file never counts the update twice.
     """
@@ -79,7 +85,7 @@ class LoRALinear(Linear):
                 raise RuntimeError("A merged LoRALinear can't train: its lora_A and lora_B are unused. Call unmerge().")
             return linear(x, self.weight, self.bias)
         if x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
-            return _FoldedLinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
+            return _LoRALinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
         update = F.linear(F.linear(x, self.lora_A), self.lora_B)
         return F.linear(x, self.weight, self.bias) + self.scaling * update
 

@@ -149,8 +149,8 @@ class DisentangledSelfAttention(nn.Module):
         """
         query, key, value = self.query_proj(queries), self.key_proj(hidden_states), self.value_proj(hidden_states)
         relative_key, relative_query = self.project(table, distances)  # [V, 2 S - 1, H] each, or None
-        p = self.dropout.p if self.training else 0.0
         if not with_probs and type(self.dropout) is Dropout:
+            p = self.dropout.p if self.training else 0.0
             fused = attention(query, key, value, packed, self.heads, 1 / self.scale, p, relative_key, relative_query)
             if fused is not None:
                 return fused, None
