@@ -1,12 +1,15 @@
 """One side of a comparison, in a process of its own: answers each JSON line on stdin with one on stdout.
 
-    python benchmarks/worker.py SIDE MODEL        # SIDE: ours, peer or limit; MODEL: a name in MODELS
+    python benchmarks/worker.py SIDE MODEL [LAYERS]     # SIDE: ours, peer, limit or ours-without-LEVER
+
+MODEL is a name in MODELS, LEVER a key of LEVERS.
 
 A request says what to do (`train`, `evaluate` or `memory`), the token counts of a batch's sequences (`lengths`), the
 length they are padded to (`padded`; 0 = the longest) and a seed; the answer holds the seconds it took, or bytes.
 """
 
 import gc
+import importlib
 import json
 import os
 import statistics
@@ -85,6 +88,34 @@ def build_ours(config: Any) -> torch.nn.Module:
     model = (RobertaForSequenceClassification if is_roberta else DebertaV2ForSequenceClassification)(config)
     mark_only_lora_as_trainable(model)
     return model
+
+
+# Which attribute of ours to put back to what stood there before; each is the plain torch expression.
+def plain_norm(x: Tensor, residual: Tensor, norm: torch.nn.LayerNorm, drop: torch.nn.Dropout) -> Tensor:
+    return norm(drop(x) + residual)
+
+
+def folded(x: Tensor, weight: Tensor, bias: Any, down: Tensor, up: Tensor, s: float) -> tuple[Tensor, None]:
+    from lora_nlu.kernels import product
+
+    return product(x, torch.addmm(weight, up.t(), down.t(), alpha=s), bias), None
+
+
+LEVERS: dict[str, list[tuple[str, Any]]] = {
+    "onednn": [("kernels.has_onednn", lambda: False)],
+    "kernels": [("kernels.library", lambda: None)],
+    "attention": [("modeling_roberta.attention", lambda *a: None), ("modeling_deberta_v2.attention", lambda *a: None)],
+    "norm": [("blocks.dropout_add_norm", plain_norm)],
+    "low-rank": [("lora.product_with_update", folded)],
+    "dropout": [("kernels.dropout", F.dropout)],
+    "gelu": [("blocks.is_fp32_on_cpu", lambda x: False)],
+}
+
+
+def pull(lever: str) -> None:
+    for path, value in LEVERS[lever]:
+        module, name = path.split(".")
+        setattr(importlib.import_module(f"lora_nlu.{module}"), name, value)
 
 
 def make_batch(lengths: list[int], padded: int, seed: int, pad: int) -> dict[str, Tensor]:
@@ -209,6 +240,8 @@ def main() -> None:
     config = configure(name, int(layers[0]) if layers else None)
     pad = config.pad_token_id
     worker: Any
+    if lever := side.removeprefix("ours-without-") if side.startswith("ours-without-") else "":
+        pull(lever)
     if side == "limit":
         worker = Limit(config)
     else:
