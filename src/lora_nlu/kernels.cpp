@@ -16,6 +16,7 @@ namespace {
 
 using i64 = int64_t;
 using u64 = uint64_t;
+using word = u64 __attribute__((may_alias));  // four lanes of 16 bits
 
 #ifdef __AVX512F__
 constexpr i64 W = 16, ROWS = 6, COLS = 4;  // a tile of ROWS x COLS vectors of W floats stays in registers
@@ -35,7 +36,7 @@ inline i64 padded(i64 n) { return (n + W - 1) / W * W; }
 inline void random_bits(u64 seed, i64 row, i64 columns, i64 n, uint16_t* out) {
   const u64 first = seed + static_cast<u64>(row) * static_cast<u64>((columns + 3) / 4) * 0x9E3779B97F4A7C15ull;
   const i64 words = (n + 3) / 4;
-  u64* to = reinterpret_cast<u64*>(out);
+  word* to = reinterpret_cast<word*>(out);
   for (i64 i = 0; i < words; i++) {
     u64 z = first + static_cast<u64>(i + 1) * 0x9E3779B97F4A7C15ull;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -364,7 +365,7 @@ struct Tables {  // the relative tables of all heads and views: rows padded to D
   float *rows[2], *columns[2];
 
   Tables(Attention& a, const float* key, const float* query, int threads)
-      : memory(key || query ? size(a) * 4 * 4 + 64 * W : 64) {
+      : memory(key || query ? size(a) * 2 * sizeof(float) : 64) {
     const float* from[2] = {key, query};
     const i64 D = a.head_size, Dp = padded(D), R = 2 * a.longest - 1, Rp = padded(R + W), n = a.heads * a.views;
     float* next = reinterpret_cast<float*>(memory.data);

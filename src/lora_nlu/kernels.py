@@ -76,7 +76,7 @@ class _Linear(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         grad = grad_y.reshape(-1, grad_y.shape[-1])  # [N, O]
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        grad_x = product(grad, weight.t()).view(*grad_y.shape[:-1], -1) if need_x else None
+        grad_x = product(grad, weight.t()).view(*grad_y.shape[:-1], weight.shape[1]) if need_x else None
         grad_weight = product(grad.t(), rows.t()) if need_weight else None
         return grad_x, grad_weight, grad.sum(0) if need_bias else None
 
@@ -110,8 +110,8 @@ def library() -> Any:
         return None
     try:
         return ctypes.CDLL(str(compiled()))
-    except (OSError, subprocess.SubprocessError) as e:
-        reason = (getattr(e, "stderr", "") or str(e)).strip().splitlines()[0]
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
+        reason = (str(getattr(e, "stderr", "") or "").strip() or str(e)).splitlines()[0]
         logger.warning("Training on the CPU without compiled kernels, slower (%s). g++ makes them.", reason[:150])
         return None
 
@@ -178,7 +178,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Each element 0 with probability p, else divided by 1 - p; `x` itself in evaluation or with p = 0."""
     if not training or p == 0:
         return x
-    if 0 < threshold(p) < 65536 and x.numel() and kernels_for(x):
+    if 0 < threshold(p) < 65536 and x.dim() and x.numel() and kernels_for(x):
         return _Dropout.apply(x, p, draw_seed())
     return F.dropout(x, p)
 
@@ -241,7 +241,7 @@ class _DropoutAddNorm(torch.autograd.Function):
 
 def dropout_add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, drop: nn.Dropout) -> Tensor:
     """norm(drop(x) + residual) of [N, H]; overwrites x, which must be a result that nothing else keeps."""
-    if type(drop) is Dropout and threshold(drop.p) < 65536 and x.numel() and kernels_for(x):
+    if type(drop) is Dropout and norm.bias is not None and threshold(drop.p) < 65536 and x.numel() and kernels_for(x):
         p = drop.p if drop.training else 0.0
         seed = draw_seed() if p else 0
         return _DropoutAddNorm.apply(x, residual, norm.weight, norm.bias, norm.eps, p, seed)
@@ -266,10 +266,11 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, lse = ctx.saved_tensors
+        grad = grad.contiguous()
         grads = [torch.empty_like(x) for x in (query, key, value)]
         library().attention_backward(
             *_Attention.arguments(query, key, value, *ctx.settings),
-            *map(_address, (lse, grad.contiguous(), *grads)),
+            *map(_address, (lse, grad, *grads)),
         )
         return *grads, None, None, None, None, None, None, None
 

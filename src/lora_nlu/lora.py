@@ -38,7 +38,7 @@ class _LoRALinear(torch.autograd.Function):
         grad_x = up = None
         if need_x:
             grad_x, up = product_with_update(grad, weight.t(), None, B, A, s)  # [N, I], [N, R]
-            grad_x = grad_x.view(*grad_y.shape[:-1], -1)
+            grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1])
         up = product(grad, B.t()) if up is None else up
         down = product(rows, A) if down is None else down
         grad_weight = product(grad.t(), rows.t()) if need_weight else None
