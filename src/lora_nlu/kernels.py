@@ -45,7 +45,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "
     `then` is "none", or "gelu" for its GELU (Hendrycks and Gimpel 2016, with erf) in the same pass.
     """
     # Below AVX-512 oneDNN is slow on a transposed view
-    if is_fp32_on_cpu(x) and has_onednn() and (weight.is_contiguous() or has_avx512()):
+    if is_fp32_on_cpu(x) and has_onednn() and x.numel() and (weight.is_contiguous() or has_avx512()):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "none")
     y = F.linear(x, weight, bias)
     return F.gelu(y) if then == "gelu" else y
