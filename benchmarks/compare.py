@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from common import RESULTS, draw_lengths, machine, spread, workers
 
-WARM = 2  # pairs not counted: memory is still being taken from the system
+WARM = 1  # pairs not counted: memory is still being taken from the system
 
 
 @dataclass
@@ -71,7 +71,7 @@ of the fastest matmul's | those rates, GFLOP/s |
 def main(do: str, works: list[Work], doc: str | None) -> None:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name holds this text; nothing is then written to file")
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=5)
     args = parser.parse_args()
     print(HEADER)
     results = []

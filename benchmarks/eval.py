@@ -1,6 +1,6 @@
 """Seconds of an evaluation step, side by side with transformers + PEFT and the machine's own matmul.
 
-    python benchmarks/eval.py [--only SST-2] [--pairs 7]
+    python benchmarks/eval.py [--only SST-2] [--pairs 5]
 
 As train_step.py, but for the forward pass without dropout or gradient, on batches of 8 and 32.
 """

@@ -1,6 +1,6 @@
 """What each lever is worth: a training or evaluation step with and without it, in turn, on the same batches.
 
-    python benchmarks/levers.py [--pairs 9]
+    python benchmarks/levers.py [--pairs 5]
 
 Prints by how many percent a step takes longer without the lever, the median over pairs. `onednn` and `kernels` are the
 dense products and all of kernels.cpp; the others are parts of the latter.
@@ -18,7 +18,7 @@ WORKS = [
     ("evaluate SST-2 B32", "evaluate", "roberta-base", "sst2", 32),
     ("train DeBERTa RTE B16", "train", "deberta-base", "rte", 16),
 ]
-WARM = 2
+WARM = 1
 
 
 def slower_without(lever: str, do: str, model: str, task: str, batch: int, pairs: int) -> dict[str, float]:
@@ -34,7 +34,7 @@ def slower_without(lever: str, do: str, model: str, task: str, batch: int, pairs
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--pairs", type=int, default=5)
     pairs = parser.parse_args().pairs
     print("| without | " + " | ".join(name for name, *_ in WORKS) + " |")
     print("|---|" + "---|" * len(WORKS))

@@ -8,7 +8,7 @@ source "$root/scripts/install.sh"
 install dev
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$root/benchmarks/results"
-for name in train_step eval memory startup scaling; do
+for name in train_step eval memory startup scaling levers; do
   printf '\n## %s.py\n\n' "$name"
   "$venv/bin/python" "$root/benchmarks/$name.py"
 done | tee "$root/benchmarks/results/last_run.md"

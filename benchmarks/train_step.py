@@ -1,6 +1,6 @@
 """Seconds of a training step, side by side with transformers + PEFT and the machine's own matmul.
 
-    python benchmarks/train_step.py [--only RTE] [--pairs 7]
+    python benchmarks/train_step.py [--only RTE] [--pairs 5]
 
 Each row of the table is one interleaved run of processes that hold the same architecture with random weights: in turn,
 a step of ours and one of the peer on the same batch (real lengths, a new batch each pair), then that batch's dense
