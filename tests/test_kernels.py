@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, ragged_batch, randomise_, tiny_config, tiny_deberta_config
+from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_config, tiny_deberta_config
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -998,3 +998,30 @@ def test_where_there_are_no_kernels_everything_is_torchs_own_to_the_bit(monkeypa
         assert torch.equal(got, norm(seeded(F.dropout, x, 0.5) + residual))
         packed = packed_batch([4, 2])
         assert kernels.attention(x, x, x, packed, 3, 0.5, 0.1) is None
+
+
+# ---------------------------------------------------------------------------------------------- a GPU's attention
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "deberta-v2"])
+@pytest.mark.parametrize("first_tokens", [True, False])
+def test_one_masked_attention_on_the_padded_grid_gives_the_same_step(model_type, first_tokens, monkeypatch):
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    config = (tiny_config if model_type == "roberta" else tiny_deberta_config)(
+        apply_lora=True, lora_r=4, lora_alpha=8, reg_loss_wgt=1.0
+    )
+    model = randomise_(CLASSIFIERS[model_type][0](config)).train()
+    ids = torch.randint(3, 50, (4, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(9) < torch.tensor([4, 9, 1, 6])[:, None]
+    inputs = {"input_ids": ids.masked_fill(~mask, config.pad_token_id), "attention_mask": mask.long()}
+    results = []
+    for padded in (False, True):
+        model.zero_grad()
+        monkeypatch.setattr(PackedBatch, "attends_padded", lambda self, device, on=padded: on and len(self.groups) > 1)
+        output = model(**inputs, labels=torch.arange(4) % 3, output_hidden_states=not first_tokens)
+        output.loss.backward()
+        results.append([output.logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        results[-1] = [x.clone() for x in results[-1]]
+    assert len(results[0]) == len(results[1]) > 20
+    for by_group, on_grid in zip(*results, strict=True):
+        assert_close(on_grid, by_group, 2e-5, scale=max(by_group.abs().max().item(), 1e-2))

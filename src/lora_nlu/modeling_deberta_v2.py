@@ -156,6 +156,23 @@ class DisentangledSelfAttention(nn.Module):
                 return fused, None
         query, relative_key = query / self.scale, self.by_head(relative_key)
         relative_query = self.by_head(None if relative_query is None else relative_query / self.scale)
+        if not with_probs and packed.attends_padded(query.device):
+            rows = (packed.to_padded(x) for x in (query, key, value))
+            context, _ = self.attend(*rows, packed.padded(), with_probs, relative_key, relative_query)
+            return packed.from_padded(context), None
+        return self.attend(query, key, value, packed, with_probs, relative_key, relative_query)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packed: PackedBatch,
+        with_probs: bool,
+        relative_key: Tensor | None,
+        relative_query: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention group by group: query [Q, H], already scaled; key, value [N, H]; tables [A, V, 2 S - 1, D]."""
         head_size = query.shape[1] // self.heads
         contexts: list[Tensor] = []
         probs: list[Tensor] = []

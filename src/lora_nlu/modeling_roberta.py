@@ -34,6 +34,10 @@ def attend(
         fused = attention(query, key, value, packed, heads, 1 / math.sqrt(head_size), dropout_p)
         if fused is not None:
             return fused, None
+        if packed.attends_padded(query.device):
+            rows = (packed.to_padded(x) for x in (query, key, value))
+            context, _ = attend(*rows, packed.padded(), heads, dropout_p, with_probs)
+            return packed.from_padded(context), None
     contexts: list[Tensor] = []
     probs: list[Tensor] = []
     for n, _, parts in packed.grouped(query, key, value):

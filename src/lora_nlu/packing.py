@@ -126,6 +126,30 @@ class PackedBatch:
         grid = rows if self.slots is None else rows.new_zeros(shape).index_copy(0, self.slots, rows)
         return grid.view(self.batch, self.length, *rows.shape[1:])
 
+    def attends_padded(self, device: torch.device) -> bool:
+        """Whether attention on this device should be one masked call on the padded grid, not one a group.
+
+        The one place that decides. A GPU starts many small products slower than it computes their padding.
+        """
+        return self.slots is not None and len(self.groups) > 1 and device.type != "cpu"
+
+    def padded(self) -> "PackedBatch":
+        """The same batch with all of its B * S tokens as rows, in one group, under a key mask."""
+        real = self.unpack(torch.ones(len(self.slots), dtype=torch.bool, device=self.slots.device))  # type: ignore
+        rows = torch.arange(self.batch, device=real.device) * self.length
+        groups = ((self.batch, self.length),)
+        return PackedBatch(self.batch, self.length, None, rows, None, groups, real[:, None, None, :])
+
+    def to_padded(self, rows: Tensor) -> Tensor:
+        """[N, H] to [B * S, H], rows of the padded grid; [B, H], one row a sequence, to the batch's order."""
+        return self.unpack(rows).flatten(0, 1) if len(rows) == len(self.slots) else self.in_batch_order(rows)  # type: ignore
+
+    def from_padded(self, rows: Tensor) -> Tensor:
+        """The way back from `to_padded`."""
+        if len(rows) == self.batch * self.length:
+            return rows.index_select(0, self.slots)  # type: ignore
+        return torch.zeros_like(rows).index_copy(0, self.unsort, rows)  # type: ignore
+
     def unpack_pairs(self, groups: list[Tensor]) -> Tensor:
         """[count, A, L, L] of each group, token against token, to [B, A, S, S] at the tokens' places; padding is 0."""
         if self.slots is None:
