@@ -157,8 +157,8 @@ class DisentangledSelfAttention(nn.Module):
         query, relative_key = query / self.scale, self.by_head(relative_key)
         relative_query = self.by_head(None if relative_query is None else relative_query / self.scale)
         if not with_probs and packed.attends_padded(query.device):
-            rows = (packed.to_padded(x) for x in (query, key, value))
-            context, _ = self.attend(*rows, packed.padded(), with_probs, relative_key, relative_query)
+            query, key, value = (packed.to_padded(x) for x in (query, key, value))
+            context, _ = self.attend(query, key, value, packed.padded(), with_probs, relative_key, relative_query)
             return packed.from_padded(context), None
         return self.attend(query, key, value, packed, with_probs, relative_key, relative_query)
 

@@ -35,8 +35,8 @@ def attend(
         if fused is not None:
             return fused, None
         if packed.attends_padded(query.device):
-            rows = (packed.to_padded(x) for x in (query, key, value))
-            context, _ = attend(*rows, packed.padded(), heads, dropout_p, with_probs)
+            query, key, value = (packed.to_padded(x) for x in (query, key, value))
+            context, _ = attend(query, key, value, packed.padded(), heads, dropout_p, with_probs)
             return packed.from_padded(context), None
     contexts: list[Tensor] = []
     probs: list[Tensor] = []
