@@ -11,7 +11,7 @@ import json
 
 from common import RESULTS, draw_lengths, spread, workers
 
-LEVERS = ["onednn", "kernels", "attention", "norm", "low-rank", "dropout", "gelu"]
+LEVERS = ["onednn", "kernels", "attention", "low-rank", "dropout"]
 WORKS = [  # name, what, task, batch
     ("train RTE B16", "train", "rte", 16),
     ("train SST-2 B16", "train", "sst2", 16),

@@ -90,10 +90,6 @@ def build_ours(config: Any) -> torch.nn.Module:
 
 
 # Which attribute of ours to put back to what stood there before; each is the plain torch expression.
-def plain_norm(x: Tensor, residual: Tensor, norm: torch.nn.LayerNorm, drop: torch.nn.Dropout) -> Tensor:
-    return norm(drop(x) + residual)
-
-
 def folded(x: Tensor, weight: Tensor, bias: Any, down: Tensor, up: Tensor, s: float) -> tuple[Tensor, None]:
     from lora_nlu.kernels import product
 
@@ -104,10 +100,8 @@ LEVERS: dict[str, list[tuple[str, Any]]] = {
     "onednn": [("kernels.has_onednn", lambda: False)],
     "kernels": [("kernels.library", lambda: None)],
     "attention": [("modeling_roberta.attention", lambda *a: None), ("modeling_deberta_v2.attention", lambda *a: None)],
-    "norm": [("blocks.dropout_add_norm", plain_norm)],
     "low-rank": [("lora.product_with_update", folded)],
     "dropout": [("kernels.dropout", F.dropout)],
-    "gelu": [("blocks.is_fp32_on_cpu", lambda x: False)],
 }
 
 

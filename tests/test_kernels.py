@@ -353,8 +353,6 @@ def test_dropout_of_everything_gives_zeros_and_no_gradient(p):
     assert y.shape == x.shape and torch.count_nonzero(y) == 0
     y.sum().backward()
     assert torch.count_nonzero(x.grad) == 0
-    norm = nn.LayerNorm(40)
-    assert_close(kernels.dropout_add_norm(x * 1, x, norm, kernels.Dropout(p)), F.layer_norm(x, (40,)))
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,), ()])
@@ -363,109 +361,6 @@ def test_dropout_of_no_or_a_single_number_has_its_shape(shape):
     y = kernels.dropout(x, 0.5, True)
     y.sum().backward()
     assert y.shape == x.grad.shape == shape and torch.equal(y, x.grad)
-
-
-# Dropout, residual and LayerNorm.
-
-
-def add_norm(p: float, eps: float = 1e-5) -> Any:
-    """dropout_add_norm as a function of x, residual, weight and bias."""
-
-    def f(x, residual, weight, bias):
-        norm = nn.LayerNorm(x.shape[1], eps=eps)
-        norm.weight, norm.bias = weight, bias
-        return seeded(kernels.dropout_add_norm, x * 1, residual, norm, kernels.Dropout(p))  # x itself is overwritten
-
-    return f
-
-
-def exact_add_norm(p: float, rows: int, size: int, eps: float = 1e-5) -> Any:
-    factor = factors(rows, size, p).double()
-    return lambda x, residual, weight, bias: F.layer_norm(x * factor + residual, (size,), weight, bias, eps)
-
-
-def norm_inputs(rows: int, size: int) -> list[Tensor]:
-    return [noise(rows, size), noise(rows, size, seed=1), 1 + noise(size, seed=2), noise(size, seed=3)]
-
-
-@needs_library
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1e-6])
-@pytest.mark.parametrize(
-    ("rows", "size"), [(1, 32), (1, 7), (5, 16), (40, 33), (33, 48), (3, 4), (17, 100), (64, 768), (2, 1027)]
-)
-def test_dropout_add_norm_and_its_gradients_are_those_of_torch_in_float64(called, rows, size, p):
-    drawn = p if p > 1e-5 else 0  # less than the resolution of p
-    assert_same_outcome(add_norm(p), exact_add_norm(drawn, rows, size), *norm_inputs(rows, size))
-    assert {"dropout_add_norm", "dropout_add_norm_backward"} <= called
-
-
-@needs_library
-@pytest.mark.parametrize("eps", [1e-12, 1e-7, 0.1])
-def test_dropout_add_norm_has_the_norms_eps(eps):
-    inputs = norm_inputs(6, 24)
-    inputs[:2] = [x * 0.01 for x in inputs[:2]]
-    assert_same_outcome(add_norm(0.2, eps), exact_add_norm(0.2, 6, 24, eps), *inputs)
-
-
-@needs_library
-@pytest.mark.parametrize("train_norm", [True, False])
-@pytest.mark.parametrize("train_x", [True, False])
-@pytest.mark.parametrize("train_residual", [True, False])
-def test_dropout_add_norm_gives_gradients_to_what_trains_alone(train_x, train_residual, train_norm):
-    leaves = [nn.Parameter(x) for x in norm_inputs(6, 24)]
-    trains = [train_x, train_residual, train_norm, train_norm]
-    want = outcome(add_norm(0.2), *leaves)
-    for leaf, train in zip(leaves, trains, strict=True):
-        leaf.requires_grad_(train)
-    y = add_norm(0.2)(*leaves)
-    assert torch.equal(y, want[0]) and y.requires_grad == any(trains)
-    if any(trains):
-        y.backward(noise(*y.shape, seed=99))
-    for leaf, train, grad in zip(leaves, trains, want[1:], strict=True):
-        assert (leaf.grad is not None) == train
-        assert not train or torch.equal(leaf.grad, grad)
-
-
-@needs_library
-def test_dropout_add_norm_in_evaluation_drops_nothing_and_draws_nothing():
-    x, residual, weight, bias = norm_inputs(6, 24)
-    norm = nn.LayerNorm(24)
-    state = torch.get_rng_state()
-    y = kernels.dropout_add_norm(x.clone(), residual, norm, kernels.Dropout(0.5).eval())
-    assert torch.equal(torch.get_rng_state(), state)
-    assert_close(y.detach().double(), F.layer_norm((x + residual).double(), (24,)))
-
-
-@needs_library
-@pytest.mark.parametrize("size", [768, 1024, 100])
-def test_a_norm_far_from_zero_is_as_accurate_as_torchs_own(size):
-    x = 100 + 0.01 * noise(64, size)
-    inputs = [x, torch.zeros_like(x), 1 + noise(size, seed=2), noise(size, seed=3)]
-    exact = outcome(exact_add_norm(0.0, 64, size, 1e-7), *(x.double() for x in inputs))
-    ours = outcome(add_norm(0.0, 1e-7), *inputs)
-    theirs = outcome(lambda x, r, w, b: F.layer_norm(x + r, (size,), w, b, 1e-7), *inputs)
-    for name, got, torchs, want in zip(("y", "x", "residual", "weight", "bias"), ours, theirs, exact, strict=True):
-        error, allowed = ((z.double() - want).abs().max().item() for z in (got, torchs))
-        # Neighbours of 100 are 8e-6 apart and the mean is one of them: 4e-4 of the standard deviation.
-        assert error <= max(2 * allowed, 1e-3 * want.abs().max().item()), f"{name}: {error:.3g}, torch's {allowed:.3g}"
-
-
-@needs_library
-def test_a_row_of_equal_numbers_is_normalised_to_the_bias():
-    norm = nn.LayerNorm(24)
-    nn.init.normal_(norm.bias)
-    x = torch.full((3, 24), 0.5, requires_grad=True)
-    y = kernels.dropout_add_norm(x * 1, torch.full((3, 24), 0.25), norm, kernels.Dropout(0.0))
-    assert_close(y, norm.bias.expand(3, 24), 1e-6)
-    y.sum().backward()
-    assert torch.isfinite(x.grad).all()
-
-
-def test_another_dropout_module_is_called_as_it_is():
-    x, residual, _, _ = norm_inputs(6, 24)
-    norm = nn.LayerNorm(24)
-    got = seeded(kernels.dropout_add_norm, x.clone(), residual, norm, nn.Dropout(0.5))
-    assert torch.equal(got, norm(seeded(F.dropout, x, 0.5) + residual))
 
 
 # Attention.
@@ -670,8 +565,6 @@ def operations() -> dict[str, tuple[Any, list[Tensor]]]:
         "update": (lora_layer, lora_inputs((60, 48), 48, 8)),
         "folded update": (lora_layer, lora_inputs((60, 50), 50, 8)),
         "dropout": (lambda x: seeded(kernels.dropout, x, 0.3, True), [noise(60, 48)]),
-        "norm": (add_norm(0.0), norm_inputs(60, 48)),
-        "dropout and norm": (add_norm(0.3), norm_inputs(60, 48)),
         "attention": (fused_attention(packed, 3, 0.25, 0.3), attention_inputs(packed, 48, False)),
         "relative attention": (fused_attention(packed, 3, 0.25, 0.3, *tables), attention_inputs(packed, 48, False)),
     }
@@ -754,7 +647,7 @@ def test_checkpointed_gradients_under_dropout_are_the_same_to_the_bit(reentrant)
     def block(x, weight, A, B):
         x = drop(x)
         attended = kernels.attention(lora_layer(x, weight, None, A, B), x, x, packed, 3, 0.25, 0.3, *tables)
-        return kernels.dropout_add_norm(kernels.linear(attended, weight, None), x, norm, drop)
+        return norm(drop(kernels.linear(attended, weight, None)) + x)
 
     def checkpointed(*leaves):
         return checkpoint(block, *leaves, use_reentrant=reentrant)
@@ -808,7 +701,7 @@ def test_a_training_step_is_the_same_with_and_without_kernels_and_onednn(monkeyp
     loss = step(model)
     table_trains = kind != "roberta" and (trains == "all" or "lora_relative_query" in settings)
     fused = {"attention", "attention_backward"} if not table_trains or "relative_attention" in settings else set()
-    assert called >= {"dropout_add_norm", "dropout_add_norm_backward", "add_low_rank"} | fused
+    assert called >= {"add_low_rank"} | fused
     names = set(called)
     for patched in ("library", "has_onednn"):
         monkeypatch.setattr(kernels, patched, lambda: None)
@@ -983,9 +876,7 @@ def test_there_are_no_kernels_under_autocast_or_while_compiling(monkeypatch):
 @pytest.mark.parametrize("mode", ["float64", "bfloat16", "autocast", "compiling", "no library"])
 def test_where_there_are_no_kernels_everything_is_torchs_own_to_the_bit(monkeypatch, mode):
     dtype = getattr(torch, mode, torch.float32) if mode in ("float64", "bfloat16") else torch.float32
-    x, residual, weight, bias = (t.to(dtype) for t in norm_inputs(6, 24))
-    matrix, norm = noise(24, 24, seed=4).to(dtype), nn.LayerNorm(24).to(dtype)
-    norm.weight, norm.bias = nn.Parameter(weight), nn.Parameter(bias)
+    x, matrix, bias = noise(6, 24).to(dtype), noise(24, 24, seed=4).to(dtype), noise(24, seed=5).to(dtype)
     if mode == "compiling":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     if mode == "no library":
@@ -994,8 +885,6 @@ def test_where_there_are_no_kernels_everything_is_torchs_own_to_the_bit(monkeypa
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
         assert torch.equal(kernels.linear(x, matrix, bias), F.linear(x, matrix, bias))
         assert torch.equal(seeded(kernels.dropout, x, 0.5, True), seeded(F.dropout, x, 0.5))
-        got = seeded(kernels.dropout_add_norm, x.clone(), residual, norm, kernels.Dropout(0.5))
-        assert torch.equal(got, norm(seeded(F.dropout, x, 0.5) + residual))
         packed = packed_batch([4, 2])
         assert kernels.attention(x, x, x, packed, 3, 0.5, 0.1) is None
 

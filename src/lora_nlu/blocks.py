@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, SequenceClassifierOutput
 
-from lora_nlu.kernels import Dropout, Linear, dropout_add_norm, is_fp32_on_cpu, product
+from lora_nlu.kernels import Dropout, Linear
 from lora_nlu.packing import PackedBatch
 from lora_nlu.regularization import classification_loss, cutoff, two_view_losses
 
@@ -42,7 +42,7 @@ class DenseAddNorm(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return dropout_add_norm(self.dense(x), residual, self.LayerNorm, self.dropout)
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
 
 
 class Attention(nn.Module):
@@ -65,11 +65,8 @@ class Intermediate(nn.Module):
         super().__init__()
         self.dense = Linear(config.hidden_size, config.intermediate_size)
         self.activation = activation(config.hidden_act)
-        self.is_gelu = config.hidden_act == "gelu"
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_gelu and type(self.dense) is Linear and not torch.is_grad_enabled() and is_fp32_on_cpu(x):
-            return product(x, self.dense.weight, self.dense.bias, then="gelu")
         return self.activation(self.dense(x))
 
 

@@ -1,4 +1,4 @@
-// What a training step does between the matrix products, in one pass over memory each: fp32, CPU, any SIMD width.
+// Dropout, the low-rank update and attention of a training step: fp32, CPU, any SIMD width.
 // kernels.py compiles this file, calls these functions with plain pointers and holds the expressions they stand for.
 //
 // Dropout stores no mask. Element (row, column) is kept by 16 bits of a counter-based hash (SplitMix64, Steele et al.
@@ -433,59 +433,6 @@ void add_low_rank(const float* x, const float* down, i64 down_row, i64 down_colu
       multiply(rows, Rp, I, x + i * I, I, 1, d, Rp, t, Rp, false);
       multiply(rows, O, R, t, Rp, 1, v, O, y + i * O, O, true);
       for (i64 r = 0; r < rows; r++) std::copy(t + r * Rp, t + r * Rp + R, u + (i + r) * R);
-    }
-  }
-}
-
-// x [N, H] becomes z = dropout(x) + residual; y = LayerNorm(z); mean, rstd [N] for the way back.
-void dropout_add_norm(float* x, const float* residual, const float* weight, const float* bias, float* y, float* mean,
-                      float* rstd, i64 N, i64 H, float eps, u64 seed, i64 threshold, i64 threads) {
-  const Dropout dropout(seed, H, threshold);
-#pragma omp parallel num_threads(threads)
-  {
-    Buffer bits((H + 4) * 2);
-#pragma omp for
-    for (i64 i = 0; i < N; i++) {
-      float *z = x + i * H, *to = y + i * H;
-      const float* r = residual + i * H;
-      if (threshold) dropout.apply(i, H, z, z, reinterpret_cast<uint16_t*>(bits.data));
-      float sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-      for (i64 j = 0; j < H; j++) sum += (z[j] += r[j]);
-      const float m = sum / H;
-#pragma omp simd reduction(+ : squares)
-      for (i64 j = 0; j < H; j++) squares += (z[j] - m) * (z[j] - m);
-      const float inverse = 1 / std::sqrt(squares / H + eps);
-      mean[i] = m, rstd[i] = inverse;
-#pragma omp simd
-      for (i64 j = 0; j < H; j++) to[j] = (z[j] - m) * inverse * weight[j] + bias[j];
-    }
-  }
-}
-
-// From the gradient of y: that of the residual, and that of x (the same one where there is no dropout: null).
-void dropout_add_norm_backward(const float* grad, const float* z, const float* weight, const float* mean,
-                               const float* rstd, float* grad_residual, float* grad_x, i64 N, i64 H, u64 seed,
-                               i64 threshold, i64 threads) {
-  const Dropout dropout(seed, H, threshold);
-#pragma omp parallel num_threads(threads)
-  {
-    Buffer bits((H + 4) * 2);
-#pragma omp for
-    for (i64 i = 0; i < N; i++) {
-      const float *g = grad + i * H, *from = z + i * H, m = mean[i], inverse = rstd[i];
-      float* to = grad_residual + i * H;
-      float sum = 0, dot = 0;
-#pragma omp simd reduction(+ : sum, dot)
-      for (i64 j = 0; j < H; j++) {
-        const float h = g[j] * weight[j];
-        sum += h;
-        dot += h * (from[j] - m);
-      }
-      const float a = sum / H, b = dot * inverse * inverse / H;
-#pragma omp simd
-      for (i64 j = 0; j < H; j++) to[j] = inverse * (g[j] * weight[j] - a - (from[j] - m) * b);
-      if (grad_x) dropout.apply(i, H, to, grad_x + i * H, reinterpret_cast<uint16_t*>(bits.data));
     }
   }
 }

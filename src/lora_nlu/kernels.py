@@ -1,7 +1,7 @@
 """The operations a training step is made of, as fast as a CPU has them, each beside the expression that defines it.
 
 Dense products in fp32 on a CPU go to oneDNN, which knows more processors than the BLAS torch calls (on AMD's AVX-512
-cores it is twice as fast). Dropout, residual and LayerNorm, and attention over sequences of different lengths, are the
+cores it is twice as fast). Dropout, the low-rank update, and attention over sequences of different lengths are the
 functions of kernels.cpp, compiled once with the machine's own compiler (seconds), kept in the user's cache. Without a
 compiler, on a GPU, in another dtype, under autocast or torch.compile, plain torch expressions do the same.
 
@@ -39,16 +39,12 @@ def is_fp32_on_cpu(x: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------- dense products
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
-    """x W^T + b: x [N, I], weight [O, I] (or a transposed view), bias [O] to [N, O]. Not differentiable.
-
-    `then` is "none", or "gelu" for its GELU (Hendrycks and Gimpel 2016, with erf) in the same pass.
-    """
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: x [N, I], weight [O, I] (or a transposed view), bias [O] to [N, O]. Not differentiable."""
     # Below AVX-512 oneDNN is slow on a transposed view
     if is_fp32_on_cpu(x) and has_onednn() and x.numel() and (weight.is_contiguous() or has_avx512()):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "none")
-    y = F.linear(x, weight, bias)
-    return F.gelu(y) if then == "gelu" else y
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 @lru_cache(maxsize=1)
@@ -206,46 +202,6 @@ def product_with_update(
     sizes = map(_int, (*x.shape, y.shape[1], down.shape[1]))
     library().add_low_rank(_address(x), *strided, _address(y), _address(u), *sizes, ctypes.c_float(s), _threads())
     return y, u
-
-
-class _DropoutAddNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, seed: int
-    ) -> Tensor:
-        z, residual, y = x.contiguous(), residual.contiguous(), torch.empty_like(residual)
-        mean, rstd = z.new_empty(2, z.shape[0]).unbind()
-        library().dropout_add_norm(
-            *map(_address, (z, residual, weight, bias, y, mean, rstd)),
-            *map(_int, z.shape), ctypes.c_float(eps), ctypes.c_uint64(seed), _int(threshold(p)), _threads(),
-        )  # fmt: skip
-        ctx.save_for_backward(z, weight, mean, rstd)
-        ctx.p, ctx.seed = p, seed
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, weight, mean, rstd = ctx.saved_tensors
-        grad, grad_residual = grad.contiguous(), torch.empty_like(z)
-        grad_x = torch.empty_like(z) if ctx.p else None
-        library().dropout_add_norm_backward(
-            *map(_address, (grad, z, weight, mean, rstd, grad_residual, grad_x)),
-            *map(_int, z.shape), ctypes.c_uint64(ctx.seed), _int(threshold(ctx.p)), _threads(),
-        )  # fmt: skip
-        _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
-        grad_weight = (grad * (z - mean[:, None]) * rstd[:, None]).sum(0) if need_weight else None
-        grad_bias = grad.sum(0) if need_bias else None
-        return grad_residual if grad_x is None else grad_x, grad_residual, grad_weight, grad_bias, None, None, None
-
-
-def dropout_add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, drop: nn.Dropout) -> Tensor:
-    """norm(drop(x) + residual) of [N, H]; overwrites x, which must be a result that nothing else keeps."""
-    if type(drop) is Dropout and norm.bias is not None and threshold(drop.p) < 65536 and x.numel() and kernels_for(x):
-        p = drop.p if drop.training else 0.0
-        seed = draw_seed() if p else 0
-        return _DropoutAddNorm.apply(x, residual, norm.weight, norm.bias, norm.eps, p, seed)
-    return norm(drop(x) + residual)
 
 
 class _Attention(torch.autograd.Function):
