@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All comparisons with transformers + PEFT and with the machine's limits, on random weights; no Hub, no GPU. Leave the
-# machine alone meanwhile (half an hour on two cores).
+# machine alone meanwhile (50 minutes on two cores).
 #   bash benchmarks/run.sh     prints Markdown tables, also to benchmarks/results/last_run.md; figures in JSON beside it
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
