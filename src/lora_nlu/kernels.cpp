@@ -64,7 +64,7 @@ struct Dropout {
   }
 };
 
-// Memory of one thread, aligned and never shrunk while it lives.
+// Memory that is its holder's alone, aligned for vectors.
 struct Buffer {
   char* data = nullptr;
   explicit Buffer(size_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))) {}
@@ -191,7 +191,7 @@ struct Sequence {  // one head of one sequence
         Dp(padded(D)), Lp(padded(L)), R(2 * a.longest - 1), Rp(padded(R + W)), q_row(a.q_starts[b]),
         k_row(a.k_starts[b]), head(head), table(head * a.views + a.view_of[b]) {}
 
-  // The first table row, of an ascending run, that rows from..to of one side meet; how many rows the run has.
+  // How many rows of the table, one after another, so many rows of one side meet: one a distance that occurs.
   static i64 run(i64 rows, i64 others) { return rows + others - 1; }
 
   // s [M, Lp] += both relative products; q [M, Dp] scaled, k [L, Dp] and its scale applied to the product.

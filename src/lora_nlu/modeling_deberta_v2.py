@@ -158,7 +158,7 @@ class DisentangledSelfAttention(nn.Module):
         relative_query = self.by_head(None if relative_query is None else relative_query / self.scale)
         if not with_probs and packed.attends_padded(query.device):
             query, key, value = (packed.to_padded(x) for x in (query, key, value))
-            context, _ = self.attend(query, key, value, packed.padded(), with_probs, relative_key, relative_query)
+            context, _ = self.attend(query, key, value, packed.padded, with_probs, relative_key, relative_query)
             return packed.from_padded(context), None
         return self.attend(query, key, value, packed, with_probs, relative_key, relative_query)
 

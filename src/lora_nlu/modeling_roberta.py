@@ -36,7 +36,7 @@ def attend(
             return fused, None
         if packed.attends_padded(query.device):
             query, key, value = (packed.to_padded(x) for x in (query, key, value))
-            context, _ = attend(query, key, value, packed.padded(), heads, dropout_p, with_probs)
+            context, _ = attend(query, key, value, packed.padded, heads, dropout_p, with_probs)
             return packed.from_padded(context), None
     contexts: list[Tensor] = []
     probs: list[Tensor] = []

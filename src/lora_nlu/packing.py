@@ -133,6 +133,7 @@ class PackedBatch:
         """
         return self.slots is not None and len(self.groups) > 1 and device.type != "cpu"
 
+    @cached_property
     def padded(self) -> "PackedBatch":
         """The same batch with all of its B * S tokens as rows, in one group, under a key mask."""
         real = self.unpack(torch.ones(len(self.slots), dtype=torch.bool, device=self.slots.device))  # type: ignore
