@@ -19,6 +19,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from common import XXLARGE
 from safetensors.torch import save_file
 from transformers import DebertaV2Config
 
@@ -26,23 +27,6 @@ from lora_nlu.modeling_deberta_v2 import DebertaV2Model
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_GLUE = ROOT / "examples" / "text-classification" / "run_glue.py"
-XXLARGE = {
-    "vocab_size": 128100,
-    "hidden_size": 1536,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 24,
-    "intermediate_size": 6144,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 0,
-    "relative_attention": True,
-    "position_buckets": 256,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "pos_att_type": "p2c|c2p",
-    "position_biased_input": False,
-    "conv_kernel_size": 3,
-    "conv_act": "gelu",
-}
 STEPS, WARM = 6, 2  # steps a run takes, and how many of them are not timed
 
 

@@ -22,36 +22,18 @@ ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
 import torch  # noqa: E402
+from common import XXLARGE  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 from transformers import DebertaV2Config, RobertaConfig  # noqa: E402
 
 ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-DEBERTA = {
-    "vocab_size": 50265,
-    "type_vocab_size": 0,
-    "relative_attention": True,
-    "position_buckets": 256,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "pos_att_type": "p2c|c2p",
-    "position_biased_input": False,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-}
-XXLARGE = {
-    "hidden_size": 1536,
-    "num_attention_heads": 24,
-    "intermediate_size": 6144,
-    "conv_kernel_size": 3,
-    "conv_act": "gelu",
-}
+VOCABULARY = {"vocab_size": ROBERTA["vocab_size"]}  # rows that no batch names would only fill memory
+DEBERTA_BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "conv_kernel_size": 0}
 MODELS: dict[str, tuple[type, dict]] = {
     "roberta-base": (RobertaConfig, ROBERTA),
-    "deberta-base": (DebertaV2Config, DEBERTA),
-    "deberta-xxlarge-3-layers": (DebertaV2Config, DEBERTA | XXLARGE | {"num_hidden_layers": 3}),
+    "deberta-base": (DebertaV2Config, XXLARGE | VOCABULARY | DEBERTA_BASE | {"num_hidden_layers": 12}),
+    "deberta-xxlarge-3-layers": (DebertaV2Config, XXLARGE | VOCABULARY | {"num_hidden_layers": 3}),
 }
 LORA_R, LORA_ALPHA, LABELS = 8, 16, 2
 
