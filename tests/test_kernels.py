@@ -805,7 +805,7 @@ def test_the_kernels_are_compiled_once_for_the_same_source_and_flags(empty_home,
 
     monkeypatch.setattr(subprocess, "run", fake)
     path = kernels.compiled()
-    assert path.read_text() == "a library" and files(empty_home) == [path.name]
+    assert path.read_bytes() == b"a library" + (9).to_bytes(8, "little") and files(empty_home) == [path.name]
     assert kernels.compiled() == path and len(compilations) == 1
     monkeypatch.setattr(kernels, "FLAGS", [*kernels.FLAGS, "-g"])
     assert kernels.compiled() != path and len(compilations) == 2
@@ -914,3 +914,16 @@ def test_one_masked_attention_on_the_padded_grid_gives_the_same_step(model_type,
     assert len(results[0]) == len(results[1]) > 20
     for by_group, on_grid in zip(*results, strict=True):
         assert_close(on_grid, by_group, 2e-5, scale=max(by_group.abs().max().item(), 1e-2))
+
+
+@needs_library
+@pytest.mark.parametrize("left", [0, 4, 5000, 40000, -1])
+def test_a_file_cut_short_in_the_cache_is_compiled_anew(tmp_path, monkeypatch, left):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = kernels.compiled()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:left])
+    code = "from lora_nlu import kernels; assert kernels.library() is not None"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "slower" not in done.stderr, (done.returncode, done.stderr)
+    assert path.stat().st_size == len(whole)

@@ -113,19 +113,28 @@ def library() -> Any:
 
 
 def compiled() -> Path:
-    """The shared object in the user's cache, named by all that it depends on; compiled if it is not there."""
+    """The shared object in the user's cache, named by all that it depends on; compiled if it is not there whole."""
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))]
     depends_on = [SOURCE.read_text(), *FLAGS, platform.machine(), *cpu[:1]]
     name = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
     path = Path.home() / ".cache" / "lora_nlu" / f"kernels-{name}.so"
-    if not path.exists():
+    if not _is_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder, path.name)
             command = ["g++", *FLAGS, str(SOURCE), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+            with made.open("ab") as file:  # its length at its end: a library cut short would kill the process
+                file.write(file.tell().to_bytes(8, "little"))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(made, path)  # another process may do the same; each renames a whole file
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    content = path.read_bytes() if path.exists() else b""
+    return len(content) > 8 and content[-8:] == (len(content) - 8).to_bytes(8, "little")
 
 
 def draw_seed() -> int:
