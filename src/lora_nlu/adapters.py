@@ -9,9 +9,7 @@ PEFT would apply the update there too. Its folder says so in `peft_type`, which 
 """
 
 import hashlib
-import json
 import math
-import os
 import pickle
 import re
 import zipfile
@@ -26,6 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lora_nlu.errors import UserError
+from lora_nlu.files import publish, read_json, write_json
 from lora_nlu.lora import LoRALinear, mark_only_lora_as_trainable, set_lora_
 
 CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "run_metadata.json"
@@ -228,38 +227,6 @@ def base_fingerprint(model: Any) -> str:
             names.append(f"{name} {list(parameter.shape)}")
     numbers = torch.cat(samples).view(torch.int16).cpu().numpy().tobytes()
     return hashlib.sha256("\n".join(names).encode() + numbers).hexdigest()[:16]
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Give a completely written file or folder its name: on the disk first, then renamed."""
-    for path in [partial, *partial.rglob("*")] if partial.is_dir() else [partial]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    os.replace(partial, final)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON under a temporary name, then rename."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        publish(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError if it is missing, cut or no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: can't be read ({e}).") from e
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a JSON {type(content).__name__}; expected an object.")
-    return content
 
 
 def read_adapter(path: str, **hub: Any) -> Adapter:

@@ -23,11 +23,11 @@ from lora_nlu.adapters import (
     Adapter,
     attach_adapter,
     encoder_prefix,
-    publish,
     read_adapter,
     write_adapter,
 )
 from lora_nlu.errors import UserError
+from lora_nlu.files import publish, write_text
 from lora_nlu.lora import LoRALinear
 from lora_nlu.tasks import TASKS
 
@@ -159,9 +159,7 @@ def write_card(folder: Path) -> None:
     """Write the README.md of an adapter folder, unless there is one that somebody else wrote."""
     path = folder / CARD
     if not path.is_file() or _MARK in path.read_text(encoding="utf-8", errors="replace"):
-        partial = folder / f".{CARD}.partial"
-        partial.write_text(card(read_adapter(str(folder))), encoding="utf-8")
-        publish(partial, path)
+        write_text(path, card(read_adapter(str(folder))))
 
 
 def _facts(adapter: Adapter) -> list[tuple[str, str]]:

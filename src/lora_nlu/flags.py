@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser
 
-from lora_nlu.adapters import read_json
 from lora_nlu.errors import UsageError, UserError
+from lora_nlu.files import read_json
 
 # old name: new flag that takes the same value
 RENAMED = {

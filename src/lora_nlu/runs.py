@@ -15,6 +15,7 @@ from lora_nlu import adapters
 from lora_nlu.convert import write_card
 from lora_nlu.data import token_count
 from lora_nlu.errors import UserError
+from lora_nlu.files import read_json, write_json, write_text
 from lora_nlu.lora import LoRALinear, count_parameters
 from lora_nlu.metrics import predicted
 from lora_nlu.trainer import AdapterTrainer, clear_leftovers, remove_checkpoint, whole_checkpoints
@@ -91,7 +92,7 @@ def prepare_output_dir(output_dir: str, overwrite: bool) -> None:
 def record(trainer: AdapterTrainer, **more: Any) -> None:
     """Write what the folder holds into it: the run's metadata and, once trained, that it is."""
     if trainer.args.process_index == 0:
-        adapters.write_json(Path(trainer.args.output_dir, RUN), trainer.metadata | more)
+        write_json(Path(trainer.args.output_dir, RUN), trainer.metadata | more)
 
 
 def record_if_new(trainer: AdapterTrainer) -> None:
@@ -145,12 +146,12 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
         record(trainer)  # first: from here on the folder holds no finished run
         _clear_earlier_run(folder)
     trainer.accelerator.wait_for_everyone()
-    earlier = adapters.read_json(folder / RUN) if (folder / RUN).is_file() else trainer.metadata
+    earlier = read_json(folder / RUN) if (folder / RUN).is_file() else trainer.metadata
     checkpoint = _find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint or "trained" in earlier:
         _check_same_run(str(folder), earlier, trainer.metadata)
     if checkpoint and Path(checkpoint, adapters.METADATA).is_file():  # it may be another folder's
-        _check_same_run(checkpoint, adapters.read_json(Path(checkpoint, adapters.METADATA)), trainer.metadata)
+        _check_same_run(checkpoint, read_json(Path(checkpoint, adapters.METADATA)), trainer.metadata)
     if "trained" in earlier:
         say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
         trainer._load_from_checkpoint(str(folder))
@@ -197,8 +198,8 @@ def describe(trainer: AdapterTrainer, metrics: dict[str, float], metric: str) ->
     if trainer.has_lora and trainer.args.process_index == 0:
         reported = {key: value for key, value in metrics.items() if metric in key or key.startswith("eval_loss")}
         if reported:  # a start that only finds training done has none, and the earlier ones stay
-            known = adapters.read_json(folder / adapters.METADATA)
-            adapters.write_json(folder / adapters.METADATA, known | {"metrics": reported})
+            known = read_json(folder / adapters.METADATA)
+            write_json(folder / adapters.METADATA, known | {"metrics": reported})
         write_card(folder)
 
 
@@ -212,9 +213,7 @@ def predict(trainer: AdapterTrainer, tables: dict[str, Any]) -> list[Path]:
         path = Path(trainer.args.output_dir, f"predict_results_{task}{suffix}.tsv")
         if trainer.args.process_index == 0:
             lines = [f"{i}\t{labels[int(a)] if labels else format(a, '.3f')}" for i, a in enumerate(answers)]
-            partial = path.with_suffix(".partial")
-            partial.write_text("\n".join(["index\tprediction", *lines]) + "\n", encoding="utf-8")
-            adapters.publish(partial, path)
+            write_text(path, "\n".join(["index\tprediction", *lines]) + "\n")
         written.append(path)
     return written
 

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerState
 
 from lora_nlu import adapters
 from lora_nlu.errors import UserError
+from lora_nlu.files import publish, write_json
 from lora_nlu.lora import count_parameters
 
 STATE = "trainer_state.json"
@@ -148,10 +149,10 @@ class AdapterTrainer(Trainer):
                     self.state.save_to_json(str(saving / name / STATE))
                 written = [path for path in (saving / name).rglob("*") if path.is_file()]
                 files = {str(path.relative_to(saving / name)): path.stat().st_size for path in written}
-                adapters.write_json(saving / name / _FILES, files)
+                write_json(saving / name / _FILES, files)
                 if (output_dir / name).exists():  # a damaged one of the same step
                     remove_checkpoint(output_dir / name)
-                adapters.publish(saving / name, output_dir / name)
+                publish(saving / name, output_dir / name)
         except (OSError, SafetensorError, RuntimeError) as e:
             # torch.save reports a full disk as a RuntimeError
             last = whole_checkpoints(str(output_dir))

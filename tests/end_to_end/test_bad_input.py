@@ -15,7 +15,7 @@ from runs import LORA, contents, write_checkpoint
 from safetensors.torch import load_file
 from transformers import BertConfig, RobertaConfig
 
-from lora_nlu.adapters import write_json
+from lora_nlu.files import write_json
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
 
 SHORT = ["--max_steps", "4", "--save_steps", "4", "--max_seq_length", "64"]

@@ -1,0 +1,45 @@
+"""Files that appear whole or not at all, and JSON objects read with an error for people."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lora_nlu.errors import UserError
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a completely written file or folder its name: on the disk first, then renamed."""
+    for path in [partial, *partial.rglob("*")] if partial.is_dir() else [partial]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    os.replace(partial, final)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 under a temporary name, then rename."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as JSON under a temporary name, then rename."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError if it is missing, cut or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: can't be read ({e}).") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a JSON {type(content).__name__}; expected an object.")
+    return content
