@@ -14,18 +14,27 @@ ALLOWED = {
     "metrics": {"errors"},
     "kernels": set(),
     "lora": {"errors", "kernels"},
+    "methods": {"kernels", "lora"},
     "packing": {"errors"},
     "regularization": set(),
-    "blocks": {"kernels", "packing", "regularization"},
+    "blocks": {"kernels", "lora", "methods", "packing", "regularization"},
     "modeling_roberta": {"kernels", "lora", "packing", "blocks"},
     "modeling_deberta_v2": {"kernels", "lora", "packing", "blocks"},
-    "adapters": {"lora", "errors", "files", "convert"},  # the last one as a program only: python -m lora_nlu.adapters
+    "adapters": {
+        "lora",
+        "methods",
+        "errors",
+        "files",
+        "convert",
+    },  # the last one as a program only: python -m lora_nlu.adapters
     "convert": {"adapters", "loading", "lora", "tasks", "errors", "files"},
     "data": {"tasks", "errors"},
-    "flags": {"errors", "files"},
-    "loading": {"adapters", "modeling_roberta", "modeling_deberta_v2", "lora", "errors"},
-    "trainer": {"adapters", "metrics", "lora", "errors", "files"},
-    "runs": {"convert", "trainer", "adapters", "data", "metrics", "lora", "errors", "files"},
+    "flags": {"errors", "files", "lora"},
+    "loading": {"adapters", "modeling_roberta", "modeling_deberta_v2", "methods", "errors"},
+    "trainer": {"adapters", "methods", "errors", "files"},
+    "runs": {"convert", "trainer", "adapters", "data", "metrics", "lora", "methods", "errors", "files"},
+    "submission": {"tasks", "errors", "files"},
+    "similarity": {"adapters", "errors", "files"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -233,11 +233,11 @@ def test_a_rank_below_1_is_refused(r):
     ],
 )
 def test_a_config_without_lora_gives_a_plain_linear_layer(settings):
-    assert type(lora_linear(RobertaConfig(**settings), I, O)) is Linear
+    assert type(lora_linear(RobertaConfig(**settings), "query", 0, I, O)) is Linear
 
 
 def test_a_config_with_lora_gives_a_lora_layer_of_its_rank_and_scaling():
-    layer = lora_linear(RobertaConfig(apply_lora=True, lora_r=8, lora_alpha=16), I, O)
+    layer = lora_linear(RobertaConfig(apply_lora=True, lora_r=8, lora_alpha=16), "query", 0, I, O)
     assert type(layer) is LoRALinear
     assert (layer.r, layer.scaling, layer.in_features, layer.out_features) == (8, 2.0, I, O)
 
@@ -426,7 +426,7 @@ def test_rank_8_has_the_published_number_of_parameters(hidden, layers, lora, hea
         plain = transformers.RobertaForSequenceClassification(config)
     mark_only_lora_as_trainable(model)
     counts = count_parameters(model)
-    assert counts.lora == lora
+    assert counts.encoder == lora
     assert counts.trainable == lora + head
     assert counts.total == sum(p.numel() for p in plain.parameters()) + lora
 

@@ -1252,7 +1252,7 @@ def test_v2_xxlarge_with_r_16_has_4718592_lora_parameters():
     mark_only_lora_as_trainable(model)
     counts = count_parameters(model)
     head = 1536 * 1536 + 1536 + 2 * 1536 + 2
-    assert counts.lora == 4_718_592
+    assert counts.encoder == 4_718_592
     assert counts.trainable == 4_718_592 + head
     per_layer = 4 * (1536 * 1536 + 1536) + 2 * 1536 * 6144 + 6144 + 1536 + 4 * 1536
     shared = 128100 * 1536 + 2 * 1536 + 512 * 1536 + 2 * 1536 + 3 * 1536 * 1536 + 1536 + 2 * 1536

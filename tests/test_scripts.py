@@ -12,16 +12,34 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import RobertaConfig
 
+from lora_nlu.methods import mark_trainable
+from lora_nlu.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = "examples/text-classification/run_glue.py"
-SCRIPTS = sorted(path for pattern in ("*_*_*.sh", "mnli.*.sh") for path in (ROOT / "scripts").glob(pattern))
-with open(Path(__file__).with_name("hyperparameters.tsv"), newline="", encoding="utf-8") as table:
-    RECIPES = {recipe["script"]: recipe for recipe in csv.DictReader(table, delimiter="\t")}
-NOT_HYPERPARAMETERS = {"output_dir": None, "do_train": "", "do_eval": "", "apply_lora": ""}
+KINDS = {"roberta_*.sh": 16, "deberta_*.sh": 8, "mnli.*.sh": 2, "adapter_*.sh": 2, "full_*.sh": 8, "bitfit_*.sh": 8}
+OTHERS = {"demo.sh", "install.sh", "launch.sh", "test.sh"}
+SCRIPTS = sorted(path for pattern in KINDS for path in (ROOT / "scripts").glob(pattern))
 RENAMED = {"evaluation_strategy": "eval_strategy", "use_deterministic_algorithms": "full_determinism"}
+METHODS = {"apply_lora": "LoRA", "apply_adapter": "adapters", "apply_bitfit": "BitFit"}  # and as a headline has it
+
+
+def read_recipes(file: str) -> dict[str, dict[str, str]]:
+    """Script: its flags and their values, "yes" for a flag without one; also num_gpus and, if named, source."""
+    with open(Path(__file__).with_name(file), newline="", encoding="utf-8") as table:
+        rows = list(csv.DictReader(table, delimiter="\t"))
+    recipes = {row.pop("script"): {RENAMED.get(name, name): row[name] for name in row if row[name]} for row in rows}
+    return {name: recipe | ({"apply_lora": "yes"} if "lora_r" in recipe else {}) for name, recipe in recipes.items()}
+
+
+BASELINES = read_recipes("baselines.tsv")
+RECIPES = read_recipes("hyperparameters.tsv") | BASELINES
+NOT_HYPERPARAMETERS = {"output_dir": None, "do_train": "", "do_eval": ""}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 SETTINGS = ("num_gpus", "devices", "output_dir", "GLUE_DIR", "MNLI_LORA", "PYTHON", "DRY_RUN", "CUDA_VISIBLE_DEVICES")
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -98,15 +116,25 @@ def refusal(done: subprocess.CompletedProcess) -> str:
     return done.stderr
 
 
-def test_there_are_26_scripts_one_for_each_published_recipe_with_lora():
-    assert len(SCRIPTS) == 26
+def test_there_are_44_scripts_26_recipes_with_lora_2_with_adapters_and_16_baselines():
+    assert {kind: len([*(ROOT / "scripts").glob(kind)]) for kind in KINDS} == KINDS
+    assert len(SCRIPTS) == sum(KINDS.values()) == 44
+    assert {path.name for path in SCRIPTS} | OTHERS == {path.name for path in (ROOT / "scripts").glob("*.sh")}
     assert [path.name for path in SCRIPTS] == sorted(RECIPES)
+    assert [sum(method in recipe for recipe in RECIPES.values()) for method in METHODS] == [26, 2, 8]
+
+
+def test_the_baselines_are_full_fine_tuning_and_bitfit_of_each_glue_task():
+    tasks = sorted(recipe["task_name"] for recipe in RECIPES.values() if recipe["model_name_or_path"] == "roberta-base")
+    assert tasks == sorted(3 * [name for name in TASKS if name not in ("wnli", "ax")])
+    for name, recipe in BASELINES.items():
+        method = "bitfit" if "apply_bitfit" in recipe else "full"
+        assert name == f"{method}_roberta_base_{recipe['task_name']}.sh"
 
 
 @each_script
 def test_a_script_passes_exactly_the_published_hyperparameters(script, run):
-    recipe = {name: value for name, value in RECIPES[script.name].items() if value and name != "script"}
-    recipe = {RENAMED.get(name, name): "" if value == "yes" else value for name, value in recipe.items()}
+    recipe = {name: "" if value == "yes" else value for name, value in RECIPES[script.name].items() if name != "source"}
     num_gpus = recipe.pop("num_gpus")
     starts_from_mnli = recipe.pop("lora_path", None) is not None  # the published names of that file disagree
 
@@ -129,9 +157,26 @@ def test_the_comments_of_a_script_say_what_it_does(script):
     num_gpus, batch = int(recipe["num_gpus"]), int(recipe["per_device_train_batch_size"])
     assert f"({task.rows['train']:,} training {'pairs' if len(task.text) == 2 else 'sentences'})" in text
     assert re.search(rf"size {batch} +# x num_gpus={num_gpus}: {num_gpus * batch} (pairs|sentences) a step", text)
-    assert f"made for {num_gpus} GPUs" in text and f"bash scripts/{script.name}" in text
+    assert f"made for {num_gpus} GPU{'s' * (num_gpus > 1)}\n" in text and f"bash scripts/{script.name}" in text
     assert not re.search(r"(ro|de)berta_\w+", text.replace(script.stem, "").replace(mnli_of(script), ""))
-    assert ("R-Drop" in text or "utoff" in text) == bool(recipe["reg_loss_wgt"])
+    assert ("R-Drop" in text or "utoff" in text) == ("reg_loss_wgt" in recipe)
+    headline = text.splitlines()[1]
+    assert [flag for flag, name in METHODS.items() if f" {name} " in headline] == [m for m in METHODS if m in recipe]
+    assert all(source in text for source in recipe.get("source", "").split(", "))
+
+
+@pytest.mark.parametrize("script", [name for name in RECIPES if {"apply_adapter", "apply_bitfit"} & {*RECIPES[name]}])
+def test_the_parameters_a_comment_counts_are_those_that_train_in_the_encoder(script):
+    recipe = RECIPES[script]
+    size = LARGE if recipe["model_name_or_path"] == "roberta-large" else {}  # RobertaConfig's own is base
+    method = {name: True for name in METHODS if name in recipe}
+    if "apply_adapter" in recipe:
+        method |= {"adapter_type": recipe["adapter_type"], "adapter_size": int(recipe["adapter_size"])}
+    with torch.device("meta"):
+        model = RobertaForSequenceClassification(RobertaConfig(**size, **method))
+    mark_trainable(model)
+    trained = sum(p.numel() for p in model.base_model.parameters() if p.requires_grad)
+    assert f" {trained:,} " in (ROOT / "scripts" / script).read_text()
 
 
 def mnli_of(script: Path) -> str:
@@ -150,31 +195,24 @@ def run_glue():
 
 @each_script
 def test_the_real_parser_reads_every_flag_of_a_script(script, run, run_glue):
-    recipe = RECIPES[script.name]
+    recipe = RECIPES[script.name].copy()
     parsed: dict = {}
     for group in run_glue.parse_args(program_flags(command(run(script, devices="1")))):
         parsed |= {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
-    assert parsed["apply_lora"] is True and parsed["do_train"] is True and parsed["do_eval"] is True
-    for name in ("model_name_or_path", "task_name"):
-        assert parsed[name] == recipe[name]
-    for name in ("max_seq_length", "per_device_train_batch_size", "learning_rate", "num_train_epochs", "weight_decay"):
-        assert parsed[name] == float(recipe[name]), name
-    for name in ("lora_r", "lora_alpha", "seed", "logging_steps"):
-        assert parsed[name] == int(recipe[name]), name
-    for name in ("cls_dropout", "reg_loss_wgt", "masking_prob", "eval_steps", "save_steps"):
-        assert not recipe[name] or parsed[name] == float(recipe[name]), name
-    assert (parsed["fp16"], parsed["full_determinism"]) == (bool(recipe["fp16"]), bool(recipe["fp16"]))
-    assert parsed["gradient_accumulation_steps"] == int(recipe["num_gpus"])
-    assert (parsed["eval_strategy"], parsed["save_strategy"]) == (
-        recipe["evaluation_strategy"],
-        recipe["save_strategy"],
-    )
-    assert parsed["warmup_steps"] == float(recipe["warmup_steps"] or recipe["warmup_ratio"])
+    assert parsed["do_train"] is True and parsed["do_eval"] is True
+    assert parsed["gradient_accumulation_steps"] == int(recipe.pop("num_gpus"))
+    for name in (*METHODS, "fp16", "full_determinism"):
+        assert parsed[name] is (recipe.pop(name, None) == "yes"), name
+    if "warmup_ratio" in recipe:
+        recipe["warmup_steps"] = recipe.pop("warmup_ratio")  # where transformers 5 has it, as a share
+    for name, value in recipe.items():
+        if name not in ("source", "lora_path"):
+            assert parsed[name] == (float(value) if re.fullmatch(r"[\d.e-]+", value) else value), name
 
 
 def test_every_script_has_an_output_folder_of_its_own_inside_the_repository(run):
     folders = {script.stem: flags_of(run(script))["output_dir"] for script in SCRIPTS}
-    assert folders == {name: str(ROOT / "output" / name) for name in folders} and len(folders) == 26
+    assert folders == {name: str(ROOT / "output" / name) for name in folders} and len(folders) == len(SCRIPTS)
     assert flags_of(run("roberta_base_rte.sh", output_dir="my run/1"))["output_dir"] == "my run/1"
 
 
@@ -302,7 +340,7 @@ def test_the_printed_command_has_one_flag_a_line(run):
     assert all(line.split()[0].startswith("--") and line.count("--") == 1 for line in lines[2:])
 
 
-STARTS_FROM_MNLI = [script for script in SCRIPTS if RECIPES[script.name]["lora_path"]]
+STARTS_FROM_MNLI = [script for script in SCRIPTS if "lora_path" in RECIPES[script.name]]
 
 
 @pytest.mark.parametrize("script", STARTS_FROM_MNLI, ids=lambda path: path.stem)

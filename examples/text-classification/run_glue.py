@@ -18,7 +18,9 @@ from transformers.integrations import get_available_reporting_integrations, is_t
 
 from lora_nlu import adapters, data, loading, runs
 from lora_nlu.errors import UsageError, UserError
-from lora_nlu.flags import check_compiler, parse
+from lora_nlu.flags import check_compiler, parse, parse_layers, parse_targets
+from lora_nlu.lora import LoRALinear
+from lora_nlu.methods import ADAPTER_TYPES
 from lora_nlu.metrics import compute_metrics
 from lora_nlu.runs import say
 from lora_nlu.tasks import TASKS
@@ -47,6 +49,18 @@ class ModelArguments:
     lora_relative_query: bool | None = flag(
         "DeBERTa: LoRA also on the relative positions' query, as in PEFT; an adapter knows", nargs="?", const=True
     )
+    lora_target_modules: str | None = flag(
+        "Layers with LoRA, of query,key,value,dense (attention) and intermediate,output (feed-forward); "
+        "default: query,value"
+    )
+    lora_layers: str | None = flag("Encoder layers with LoRA, from 0, such as 0-3,11; default: all")
+    lora_dropout: float | None = flag("Dropout of what the update reads; the reference has none")
+    apply_bitfit: bool = flag("Train the encoder's biases, and the head (BitFit)", False)
+    apply_adapter: bool = flag("Train bottleneck adapters, and the head", False)
+    adapter_type: str | None = flag("Where adapters go and what they read", choices=[*ADAPTER_TYPES])
+    adapter_size: int | None = flag("Width of the adapters' bottleneck")
+    adapter_path: str | None = flag("The same as --lora_path for what the other methods trained")
+    head_only: bool = flag("Train the head alone, on the frozen encoder", False)
     reg_loss_wgt: float = flag("R-Drop: weight of the distance between two passes with their own dropout", 0.0)
     masking_prob: float = flag("Cutoff: share of tokens hidden from the second of the two passes", 0.0)
     cls_dropout: float | None = flag("Dropout of the classification head; default: the model's hidden_dropout_prob")
@@ -109,11 +123,7 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
 
 def check_args(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> None:
     """What one flag says about another. Raises UsageError."""
-    r, alpha = model_args.lora_r, model_args.lora_alpha
-    if model_args.apply_lora and not model_args.lora_path and (r is None or (r and alpha is None)):
-        raise UsageError(
-            "--apply_lora needs --lora_r and --lora_alpha (the paper's RoBERTa: --lora_r 8 --lora_alpha 16)."
-        )
+    check_method(model_args)
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict.")
     files = data_args.train_file or data_args.validation_file or data_args.test_file
@@ -130,7 +140,8 @@ def check_args(model_args: ModelArguments, data_args: DataArguments, args: RunAr
     for group, least, below, names in (
         (model_args, 0, math.inf, ("lora_r",)),  # rank 0 is plain fine-tuning
         (model_args, 0, math.inf, ("reg_loss_wgt",)),
-        (model_args, 0, 1, ("cls_dropout", "masking_prob")),
+        (model_args, 0, 1, ("cls_dropout", "masking_prob", "lora_dropout")),
+        (model_args, 1, math.inf, ("adapter_size",)),
         (data_args, 1, math.inf, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
         (data_args, 4, math.inf, ("max_seq_length",)),
         (args, 1, math.inf, counts),
@@ -151,6 +162,31 @@ def check_args(model_args: ModelArguments, data_args: DataArguments, args: RunAr
         raise UsageError(f"--lora_alpha {model_args.lora_alpha}: must be above 0.")
 
 
+def check_method(model_args: ModelArguments) -> None:
+    """One method at a time, with the flags it needs and no other's. Raises UsageError."""
+    m = model_args
+    if m.apply_lora and not m.lora_path and (m.lora_r is None or (m.lora_r and m.lora_alpha is None)):
+        raise UsageError(
+            "--apply_lora needs --lora_r and --lora_alpha (the paper's RoBERTa: --lora_r 8 --lora_alpha 16)."
+        )
+    if m.apply_adapter and not m.adapter_path and not (m.adapter_type and m.adapter_size):
+        raise UsageError("--apply_adapter needs --adapter_type (houlsby or pfeiffer) and --adapter_size.")
+    groups = {
+        "lora": ("apply_lora", "lora_path"),
+        "adapter": ("apply_adapter", "adapter_path"),
+        "head": ("head_only",),
+    }
+    said = [next(f for f in flags if getattr(m, f)) for flags in groups.values() if any(getattr(m, f) for f in flags)]
+    if len(said) > 1 or (m.apply_bitfit and "head_only" in said):
+        raise UsageError(f"--{said[0]} and --{said[1] if len(said) > 1 else 'apply_bitfit'}: choose one of them.")
+    for flag_, name in (
+        *((name, "apply_lora") for name in ("lora_target_modules", "lora_layers", "lora_dropout")),
+        *((name, "apply_adapter") for name in ("adapter_type", "adapter_size")),
+    ):
+        if getattr(m, flag_) is not None and not any(f in said for f in (name, "lora_path", "adapter_path")):
+            raise UsageError(f"--{flag_} says how, and nothing says that: give --{name} too.")
+
+
 def check_best_metric(args: RunArguments, names: tuple[str, ...]) -> None:
     """The best checkpoint must be chosen by a metric that there is. Raises UsageError."""
     known = ["loss", *names, *(["combined_score"] if len(names) > 1 and "mse" not in names else [])]
@@ -168,8 +204,13 @@ def prepare_model(
 ) -> tuple[Any, Any, str]:
     """The model with its LoRA settings, weights and adapter, its tokenizer and base fingerprint. Raises UserError."""
     name, hub = model_args.model_name_or_path, hub_settings(model_args)
-    config.apply_lora = model_args.apply_lora and adapter is None  # an adapter brings its own layers
-    config.lora_r, config.lora_alpha = model_args.lora_r, model_args.lora_alpha
+    layers = parse_layers(model_args.lora_layers, config.num_hidden_layers)
+    method = {name: getattr(model_args, name) for name in ("apply_bitfit", "head_only", "lora_dropout")}
+    if adapter is None:  # an adapter brings its own layers
+        own = ("apply_lora", "lora_r", "lora_alpha", "apply_adapter", "adapter_type", "adapter_size")
+        method |= {name: getattr(model_args, name) for name in own}
+        method |= {"lora_target_modules": parse_targets(model_args.lora_target_modules), "lora_layers": layers}
+    config.update({name: value for name, value in method.items() if value})
     config.finetuning_task, config.cls_dropout = task, model_args.cls_dropout
     config.lora_relative_query = bool(model_args.lora_relative_query)
     if model_args.lora_relative_query and config.model_type != "deberta-v2":
@@ -181,30 +222,56 @@ def prepare_model(
     tokenizer = loading.load_tokenizer(model_args.tokenizer_name or name, config.vocab_size, **hub)
     loading.set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
     if adapter:
-        alpha, ranks = adapter.lora_alpha, sorted(set(adapter.ranks.values()))
         say(args, *adapters.attach_adapter(model, adapter, model_args.lora_alpha, allow_new_head=args.do_train))
-        said = f"{alpha:g}" if alpha is not None else f"{model_args.lora_alpha:g}, which the file can't confirm"
-        say(args, f"Loaded {adapter.source}: rank {', '.join(map(str, ranks))}, alpha {said}.")
+        say(args, f"Loaded {adapter.source}: {contents(adapter, model_args)}.")
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                module.lora_dropout = model_args.lora_dropout or 0.0
     return model, tokenizer, base
+
+
+def contents(adapter: adapters.Adapter, model_args: ModelArguments) -> str:
+    """What an adapter is, in a few words."""
+    if adapter.method != "lora":
+        return adapter.method + (f", size {adapter.adapter_size}" if adapter.adapter_size else "")
+    ranks, alpha = sorted(set(adapter.ranks.values())), adapter.lora_alpha
+    said = f"{alpha:g}" if alpha is not None else f"{model_args.lora_alpha:g}, which the file can't confirm"
+    return f"rank {', '.join(map(str, ranks))}, alpha {said}"
+
+
+def load_adapter(model_args: ModelArguments, config: Any) -> adapters.Adapter | None:
+    """The adapter of --lora_path or --adapter_path, if its file holds what the flags say. Raises UserError."""
+    path = model_args.lora_path or model_args.adapter_path
+    if not path:
+        return None
+    adapter = adapters.read_adapter(path, cache_dir=model_args.cache_dir, token=model_args.token)
+    m, has = model_args, adapter.method
+    if (has == "lora") != bool(m.lora_path):
+        flag_ = "lora_path" if has == "lora" else "adapter_path"
+        raise UserError(f"{adapter.source}: holds {has}. Give it as --{flag_}.")
+    wanted = m.adapter_type or has, m.adapter_size or adapter.adapter_size
+    if m.apply_bitfit and not m.apply_adapter and not m.lora_path:
+        wanted = "bitfit", None
+    if wanted != (has, adapter.adapter_size) or (m.apply_adapter and not adapter.adapter_size):
+        raise UserError(f"{adapter.source}: holds {contents(adapter, m)}, and the flags say otherwise.")
+    targets, layers = parse_targets(m.lora_target_modules), parse_layers(m.lora_layers, config.num_hidden_layers)
+    adapters.check_settings(adapter, m.lora_r, m.lora_alpha, m.lora_relative_query, targets, layers)
+    return adapter
 
 
 def main(argv: list[str]) -> None:
     model_args, data_args, args = parse_args(argv)
     runs.prepare_output_dir(args.output_dir, args.overwrite_output_dir)
     name, task = model_args.model_name_or_path, data_args.task_name or "custom"
-    on_disk = [name, *([model_args.lora_path] if model_args.lora_path else [])]
+    adapter_path = model_args.lora_path or model_args.adapter_path
+    on_disk = [name, *([adapter_path] if adapter_path else [])]
     if data_args.task_name and not data_args.glue_dir or not all(Path(path).exists() for path in on_disk):
         data.use_cache_if_hub_unreachable()
 
-    adapter = None
-    if model_args.lora_path:
-        hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
-        adapter = adapters.read_adapter(model_args.lora_path, **hub)
-        given = (model_args.lora_r, model_args.lora_alpha, model_args.lora_relative_query)
-        adapters.check_settings(adapter, *given)
-        if (trained_on := adapter.metadata.get("task", task)) != task:
-            say(args, f"{adapter.source}: was trained on {trained_on}; this is {task}.")
     config = loading.load_config(model_args.config_name or name, **hub_settings(model_args))
+    adapter = load_adapter(model_args, config)
+    if adapter and (trained_on := adapter.metadata.get("task", task)) != task:
+        say(args, f"{adapter.source}: was trained on {trained_on}; this is {task}.")
     trained = adapter.labels if adapter else loading.recorded_labels(config)  # what a model not trained here tells
     known = None if args.do_train else trained
 
@@ -230,7 +297,7 @@ def main(argv: list[str]) -> None:
 
     names = TASKS[task].metrics if task in TASKS else ("pearson", "mse") if examples.is_regression else ("accuracy",)
     check_best_metric(args, names)
-    known_of_base = {"base_model": name, "base_fingerprint": base, "started_from": model_args.lora_path}
+    known_of_base = {"base_model": name, "base_fingerprint": base, "started_from": adapter_path}
     decided = {"max_seq_length": max_length, "train_samples": len(tables.get("train", ()))}
     decided |= {key: getattr(model_args, key) for key in ("cls_dropout", "reg_loss_wgt", "masking_prob")}
     padding = "max_length" if data_args.pad_to_max_length else "longest"

@@ -1,11 +1,12 @@
-"""What was trained, on disk: PEFT folders and the published one-file layout.
+"""What was trained, on disk: PEFT folders, the same for methods other than LoRA, and the published one-file layout.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`, which `peft.PeftModel.from_pretrained` loads as
 they are, and `run_metadata.json` (task, label names, base model, seed) beside them. A published file is a flat state
 dict saved by `torch.save`: `<module>.lora_A`, `<module>.lora_B` and the head, with no word of rank or alpha.
 
 A DeBERTa trained as the reference does, with the relative positions' query frozen, is no LoRA model in PEFT's sense:
-PEFT would apply the update there too. Its folder says so in `peft_type`, which PEFT then refuses to load.
+PEFT would apply the update there too. Its folder says so in `peft_type`, which PEFT then refuses to load. So do the
+folders of BitFit, of bottleneck adapters and of a head alone (methods.py), which PEFT doesn't have.
 """
 
 import hashlib
@@ -25,11 +26,13 @@ from torch import Tensor, nn
 
 from lora_nlu.errors import UserError
 from lora_nlu.files import publish, read_json, write_json
-from lora_nlu.lora import LoRALinear, mark_only_lora_as_trainable, set_lora_
+from lora_nlu.lora import LoRALinear, lora_places, set_lora_
+from lora_nlu.methods import describe_method, mark_trainable, set_bottlenecks_
 
 CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "run_metadata.json"
 _FILES = [CONFIG, METADATA, "adapter_model.*"]
 _LORA, _LORA_FROZEN_RELATIVE_QUERY = "LORA", "LORA_FROZEN_RELATIVE_QUERY"  # peft_type; PEFT knows the first
+_METHODS = {"BITFIT": "bitfit", "HOULSBY": "houlsby", "PFEIFFER": "pfeiffer", "HEAD": "head"}  # and none of these
 _PEFT_PREFIX = "base_model.model."
 # Settings of an adapter_config.json that are read, and those that change nothing in what a trained adapter computes.
 _HONOURED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
@@ -44,6 +47,10 @@ _WHOLE = "pytorch_model.bin"  # the reference implementation's checkpoints
 _ENDING = r"(.*\.)?({})$"  # how PEFT matches the names in rank_pattern and alpha_pattern
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LORA_KEY = re.compile(r"\.lora_[AB]$")
+_BOTTLENECK_KEY = re.compile(r"\.adapter_[AB]\.(weight|bias)$")
+_ADDED = re.compile(f"{_LORA_KEY.pattern}|{_BOTTLENECK_KEY.pattern}")
+# What each method trains in the encoder
+_TRAINED = {"lora": _LORA_KEY, "houlsby": _BOTTLENECK_KEY, "pfeiffer": _BOTTLENECK_KEY, "bitfit": re.compile("bias$")}
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,10 @@ class Adapter:
     alpha_pattern:          alpha of layers whose names match, as PEFT reads patterns; the others have lora_alpha.
     use_rslora:             the scaling is alpha / sqrt(r), not alpha / r.
     frozen_relative_query:  how a DeBERTa was trained (modeling_deberta_v2.py); published files are the reference's.
+    lora_dropout:           the dropout it was trained with; it changes nothing in what the adapter computes.
     targets:                names, or a pattern, of the layers that must have an update; None: those of the file.
     base_weights:           weights of those layers in a checkpoint of a whole model, which may hold the update already.
+    method:                 lora, or bitfit, houlsby, pfeiffer, head (methods.py): nothing of the above is theirs.
     """
 
     source: Path
@@ -64,9 +73,11 @@ class Adapter:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
     frozen_relative_query: bool = False
+    lora_dropout: float = 0.0
     targets: Sequence[str] | str | None = ("query", "value", "query_proj", "value_proj")
     metadata: dict[str, Any] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
+    method: str = "lora"
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -79,6 +90,11 @@ class Adapter:
         """The rank of each layer with an update, by the layer's name."""
         suffix = ".lora_A"
         return {name.removesuffix(suffix): t.shape[0] for name, t in self.state.items() if name.endswith(suffix)}
+
+    @property
+    def adapter_size(self) -> int | None:
+        """Width of the bottleneck, where there is one."""
+        return next((t.shape[0] for name, t in self.state.items() if name.endswith(".adapter_A.weight")), None)
 
     def layers(self, lora_alpha: float | None = None) -> dict[str, tuple[int, float]]:
         """(rank, scaling) of each layer with an update; `lora_alpha` is for a file that doesn't know its own.
@@ -113,8 +129,11 @@ def trained_state(model: Any, state_dict: dict[str, Tensor] | None = None) -> di
 
 
 def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None) -> Adapter:
-    """What trains in a LoRA model, as the adapter that it is."""
+    """What trains in a model whose encoder is frozen, but for its method's part, as the adapter that it is."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if not layers:
+        method = describe_method(model)["name"]
+        return Adapter(Path(), trained_state(model, state_dict), metadata=metadata, method=method)
     alphas = {name: _alpha(layer) for name, layer in layers.items()}
     alpha = _most_common(alphas.values())
     # A short name stands for every module that ends in it: only if all of those have an update.
@@ -126,6 +145,7 @@ def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tenso
         alpha,
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
         frozen_relative_query=bool(getattr(model, "frozen_relative_query", False)),
+        lora_dropout=max(layer.lora_dropout for layer in layers.values()),
         targets=short if len(meant) == len(layers) else sorted(layers),
         metadata=metadata,
     )
@@ -134,12 +154,12 @@ def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tenso
 def save_adapter(
     model: Any, folder: Path, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None
 ) -> None:
-    """Write the trained parameters of a LoRA model as a PEFT folder; each file appears whole or not at all."""
+    """Write the trained parameters of a model as an adapter folder; each file appears whole or not at all."""
     write_adapter(adapter_of(model, metadata, state_dict), folder)
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter that knows its alpha as a PEFT folder; each file appears whole or not at all."""
+    """Write an adapter, a LoRA one that knows its alpha, as a folder; each file appears whole or not at all."""
     tensors = {}
     for name, tensor in adapter.state.items():
         layer = name.removesuffix(".bias")
@@ -162,6 +182,10 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
     """The `adapter_config.json` under which PEFT builds the layers of an adapter and expects what it holds."""
+    common = {"task_type": "SEQ_CLS", "base_model_name_or_path": adapter.metadata.get("base_model")}
+    if adapter.method != "lora":
+        kind = next(kind for kind, method in _METHODS.items() if method == adapter.method)
+        return {"peft_type": kind, **common} | ({"adapter_size": adapter.adapter_size} if adapter.adapter_size else {})
     ranks, prefix = adapter.ranks, f"{encoder_prefix(adapter)}."
     r = _most_common(ranks.values())
     targets, whole, biases = adapter.targets, set(), False
@@ -180,11 +204,10 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
                 whole.add(module)
     return {
         "peft_type": _LORA_FROZEN_RELATIVE_QUERY if adapter.frozen_relative_query else _LORA,
-        "task_type": "SEQ_CLS",
-        "base_model_name_or_path": adapter.metadata.get("base_model"),
+        **common,
         "r": r,
         "lora_alpha": adapter.lora_alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.lora_dropout,
         "bias": "all" if biases else "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -197,8 +220,8 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def encoder_prefix(adapter: Adapter) -> str:
-    """`roberta` or `deberta`: the first part of the names of its layers."""
-    return next(iter(adapter.ranks)).split(".")[0]
+    """`roberta` or `deberta`: the first part of the names of its layers; "" for a head alone."""
+    return next((prefix for name in adapter.state if (prefix := name.split(".")[0]) in ("roberta", "deberta")), "")
 
 
 def _most_common(values: Iterable[Any]) -> Any:
@@ -221,7 +244,7 @@ def base_fingerprint(model: Any) -> str:
     """
     samples, names = [], []
     for name, parameter in sorted(model.base_model.named_parameters()):
-        if not _LORA_KEY.search(name):
+        if not _ADDED.search(name):
             numbers = parameter.detach().reshape(-1)
             samples.append(numbers[:: max(1, numbers.numel() // 64)][:64].to(torch.bfloat16))
             names.append(f"{name} {list(parameter.shape)}")
@@ -252,6 +275,11 @@ def read_adapter(path: str, **hub: Any) -> Adapter:
 
 def _complete(adapter: Adapter) -> Adapter:
     """The adapter, if it is one: matrices in pairs, A [R, in] and B [out, R]. Raises UserError."""
+    if adapter.method != "lora":
+        wanted = _TRAINED.get(adapter.method)
+        if wanted and not any(wanted.search(name) for name in adapter.state):
+            raise UserError(f"{adapter.source}: says it holds {adapter.method}, and there is nothing of that in it.")
+        return adapter
     layers = {name.rpartition(".")[0]: None for name in adapter.state if _LORA_KEY.search(name)}
     if not layers:
         raise UserError(f"{adapter.source}: no LoRA matrices (keys ending in lora_A, lora_B) in it.")
@@ -348,6 +376,8 @@ def _read_folder(folder: Path) -> Adapter:
         if ".lora_" in name and not _LORA_KEY.search(name):
             raise UserError(f"{weights}: {key}: a kind of LoRA tensor that is not supported.")
         state[name] = tensor
+    if config["peft_type"] in _METHODS:
+        return _complete(Adapter(folder, state, metadata=metadata, method=_METHODS[config["peft_type"]]))
     adapter = Adapter(
         folder,
         state,
@@ -355,6 +385,7 @@ def _read_folder(folder: Path) -> Adapter:
         config.get("alpha_pattern") or {},
         bool(config.get("use_rslora")),
         config["peft_type"] == _LORA_FROZEN_RELATIVE_QUERY,
+        config.get("lora_dropout") or 0.0,
         None if config.get("layers_to_transform") or config.get("exclude_modules") else config.get("target_modules"),
         metadata,
     )
@@ -387,8 +418,13 @@ def _is_measure(value: Any, types: Any) -> bool:
 def _check_peft_config(path: Path, config: dict[str, Any]) -> None:
     """Refuse, by name, what PEFT can say and this model would compute differently. Raises UserError."""
     kind = config.get("peft_type")
+    if kind in _METHODS:
+        return
     if kind not in (_LORA, _LORA_FROZEN_RELATIVE_QUERY):
-        raise UserError(f"{path}: peft_type is {kind!r}; only LORA can be read.")
+        raise UserError(f"{path}: peft_type is {kind!r}; of PEFT's kinds only LORA can be read.")
+    p = config.get("lora_dropout") or 0.0
+    if not isinstance(p, (int, float)) or not 0 <= p <= 1:
+        raise UserError(f"{path}: lora_dropout is {str(p)[:40]!r}; expected a number from 0 to 1.")
     for key, types in (("r", int), ("lora_alpha", (int, float))):
         if not _is_measure(config.get(key), types):  # without one PEFT would take its default of 8
             raise UserError(f"{path}: {key} is {str(config.get(key))[:40]!r}; expected a positive number.")
@@ -427,9 +463,17 @@ def head_names(model: Any) -> list[str]:
 
 
 def check_settings(
-    adapter: Adapter, lora_r: int | None, lora_alpha: float | None, lora_relative_query: bool | None
+    adapter: Adapter,
+    lora_r: int | None,
+    lora_alpha: float | None,
+    lora_relative_query: bool | None,
+    targets: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> None:
-    """What is said (not None) of an adapter must be what its file knows. Raises UserError naming the flag to give."""
+    """What is said (not None) of a LoRA adapter must be what its file knows. Raises UserError naming the flag to give.
+
+    targets and layers: as `lora.lora_places` gives them.
+    """
     source, known = adapter.source, adapter.lora_alpha
     for name, rank in adapter.ranks.items():
         if lora_r is not None and rank != lora_r:
@@ -446,6 +490,18 @@ def check_settings(
     is_deberta = encoder_prefix(adapter) == "deberta"
     if is_deberta and lora_relative_query is not None and lora_relative_query == adapter.frozen_relative_query:
         raise _other_reading(adapter)
+    has_targets, has_layers = lora_places(adapter.ranks)
+    asked: tuple[tuple[str, Any, Any], ...] = (
+        ("lora_target_modules", targets, has_targets),
+        ("lora_layers", layers, has_layers),
+    )
+    for flag, said, has in asked:
+        if said is not None and set(said) != set(has):
+            file, flags = (",".join(map(str, places)) for places in (has, said))
+            raise UserError(
+                f"{source}: has its updates in {file}, by --{flag} they would be in {flags}.\n"
+                f"Leave --{flag} out: the file knows its layers."
+            )
 
 
 def _other_reading(adapter: Adapter) -> UserError:
@@ -457,20 +513,18 @@ def _other_reading(adapter: Adapter) -> UserError:
 
 
 def attach_adapter(model: Any, adapter: Adapter, lora_alpha: float | None, allow_new_head: bool) -> list[str]:
-    """Give a model the LoRA layers, the reading of DeBERTa's relative query and the tensors of an adapter.
+    """Give a model the layers of an adapter, whatever its method, and its tensors; for LoRA in DeBERTa its reading too.
 
-    `lora_alpha` is for a file that doesn't know its own. What the file holds trains, with LoRA and head. Returns lines
-    worth saying. Otherwise as `load_adapter`; on an error in the tensors the layers stay.
+    `lora_alpha` is for a LoRA file that doesn't know its own. What the file holds trains, with the method's part and
+    the head. Returns lines worth saying. Otherwise as `load_adapter`; on an error in the tensors the layers stay.
     """
-    layers = adapter.layers(lora_alpha)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    wanted = [name for name in linear if name.startswith(f"{model.base_model_prefix}.") and _is_target(adapter, name)]
-    missing, unexpected = ([f"{n}.lora_A" for n in a if n not in b] for a, b in ((wanted, layers), (layers, linear)))
-    if missing or unexpected:
-        raise _other_model(adapter, model, missing, unexpected)
-    set_lora_(model, layers)
-    if getattr(model, "frozen_relative_query", None) is not None:
-        model.config.lora_relative_query = not adapter.frozen_relative_query
+    layers: dict[str, tuple[int, float]] = {}
+    if adapter.method == "lora":
+        layers = _attach_lora(model, adapter, lora_alpha)
+    elif adapter.adapter_size is not None:
+        set_bottlenecks_(model, adapter.method, adapter.adapter_size)
+    else:
+        setattr(model.config, {"bitfit": "apply_bitfit", "head": "head_only"}[adapter.method], True)
     state, dropped = _matched(model, adapter, allow_new_head)
     made_for, base = adapter.metadata.get("base_fingerprint"), base_fingerprint(model)
     if made_for is not None and made_for != base:
@@ -486,10 +540,24 @@ def attach_adapter(model: Any, adapter: Adapter, lora_alpha: float | None, allow
     if dropped:
         notes.append(f"{adapter.source}: its classifier is for other labels and is left behind; a new one starts.")
     _copy(model, state)
-    mark_only_lora_as_trainable(model)
+    mark_trainable(model)
     for name in adapter.state:
         model.get_parameter(name).requires_grad_(True)
     return notes
+
+
+def _attach_lora(model: Any, adapter: Adapter, lora_alpha: float | None) -> dict[str, tuple[int, float]]:
+    """Make the LoRA layers of an adapter; returns (rank, scaling) of each. Raises UserError."""
+    layers = adapter.layers(lora_alpha)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    wanted = [name for name in linear if name.startswith(f"{model.base_model_prefix}.") and _is_target(adapter, name)]
+    missing, unexpected = ([f"{n}.lora_A" for n in a if n not in b] for a, b in ((wanted, layers), (layers, linear)))
+    if missing or unexpected:
+        raise _other_model(adapter, model, missing, unexpected)
+    set_lora_(model, layers)
+    if getattr(model, "frozen_relative_query", None) is not None:
+        model.config.lora_relative_query = not adapter.frozen_relative_query
+    return layers
 
 
 def base_holds_update(model: Any, adapter: Adapter, layers: dict[str, tuple[int, float]]) -> bool:
@@ -514,7 +582,7 @@ def base_holds_update(model: Any, adapter: Adapter, layers: dict[str, tuple[int,
 
 
 def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str]:
-    """Copy an adapter into a LoRA model; every tensor of the file must have its place and every place its tensor.
+    """Copy an adapter into a model that has its layers; every tensor must have its place and every place its tensor.
 
     The one exception, with `allow_new_head` (training starts from another task's adapter): a `classifier` for another
     number of labels is left behind, and the model's fresh one stays, as the reference implementation does. That is
@@ -533,11 +601,12 @@ def _copy(model: Any, state: dict[str, Tensor]) -> None:
 
 
 def _matched(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors to copy into a LoRA model and the names left behind, all checked. Raises UserError."""
+    """The tensors to copy into a model and the names left behind, all checked. Raises UserError."""
     source, state = adapter.source, dict(adapter.state)
     parameters = dict(model.named_parameters())
-    wanted = [name for name in parameters if _LORA_KEY.search(name)]
     head, dropped = head_names(model), []
+    trained = _TRAINED.get(adapter.method)
+    wanted = [name for name in parameters if trained and trained.search(name) and name not in head]
     labels = head_label_count(state, model)
     if labels is not None and labels != model.config.num_labels:
         if not allow_new_head:
@@ -550,12 +619,12 @@ def _matched(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[dict[s
     headless = allow_new_head and not any(name in state for name in head)
     required = wanted + ([] if headless else [name for name in head if name not in dropped])
     missing = [name for name in required if name not in state]
-    # A PEFT folder may hold trained biases and whole modules beside LoRA and head; a published file never does.
+    # A folder may hold trained biases and whole modules beside LoRA and head; a published file never does.
     places = {*parameters} - {*wanted} if source.is_dir() else set()
     unexpected = [name for name in state if name not in required and name not in places]
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)
-    if adapter.lora_alpha is not None:
+    if adapter.method == "lora" and adapter.lora_alpha is not None:
         for name, (_, scaling) in adapter.layers().items():
             layer: Any = model.get_submodule(name)
             if not math.isclose(scaling, layer.scaling, rel_tol=1e-9):
@@ -564,7 +633,7 @@ def _matched(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[dict[s
                     f"{layer.scaling:g} in the model.\nGive --lora_alpha {adapter.lora_alpha:g}."
                 )
     frozen = getattr(model, "frozen_relative_query", None)
-    if frozen is not None and frozen != adapter.frozen_relative_query:
+    if adapter.method == "lora" and frozen is not None and frozen != adapter.frozen_relative_query:
         raise _other_reading(adapter)
     for name, tensor in state.items():
         if tensor.shape != parameters[name].shape:
@@ -588,8 +657,8 @@ def _other_model(adapter: Adapter, model: Any, missing: list[str], unexpected: l
     said = "; ".join(f"{verb} {', '.join(names[:3])}{' ...' if names[3:] else ''}" for verb, names in lists if names)
     return UserError(
         f"{adapter.source}: not an adapter of this model: the file {said}.\n"
-        f"Layers with LoRA: {_layer_count(adapter.ranks)} in the file, {model.config.num_hidden_layers} in the "
-        f"{model.config.model_type} model."
+        f"Layers with {adapter.method}: {_layer_count(adapter.state)} in the file, {model.config.num_hidden_layers} in "
+        f"the {model.config.model_type} model."
     )
 
 

@@ -13,7 +13,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, SequenceClassifierOutput
 
-from lora_nlu.kernels import Dropout, Linear
+from lora_nlu.kernels import Dropout
+from lora_nlu.lora import lora_linear
+from lora_nlu.methods import bottleneck
 from lora_nlu.packing import PackedBatch
 from lora_nlu.regularization import classification_loss, cutoff, two_view_losses
 
@@ -33,25 +35,32 @@ def activation(name: Any) -> Any:
 
 
 class DenseAddNorm(nn.Module):
-    """LayerNorm(dropout(dense(x)) + residual): the end of both halves of a layer."""
+    """LayerNorm(dropout(dense(x)) + residual): the end of both halves of a layer, with an adapter where one is set."""
 
-    def __init__(self, config: Any, in_features: int) -> None:
+    def __init__(self, config: Any, layer: int, in_features: int, after_attention: bool) -> None:
         super().__init__()
-        self.dense = Linear(in_features, config.hidden_size)
+        self.dense = lora_linear(
+            config, "dense" if after_attention else "output", layer, in_features, config.hidden_size
+        )
+        self.adapter = bottleneck(config, after_attention)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+        rows = self.dropout(self.dense(x))
+        if self.adapter is not None:
+            seen = self.LayerNorm(rows + residual) if self.adapter.reads_norm else rows
+            rows = self.adapter(seen, rows)
+        return self.LayerNorm(rows + residual)
 
 
 class Attention(nn.Module):
     """A model's self-attention with its output projection, residual and norm."""
 
-    def __init__(self, config: Any, self_attention: nn.Module) -> None:
+    def __init__(self, config: Any, layer: int, self_attention: nn.Module) -> None:
         super().__init__()
         self.self = self_attention
-        self.output = DenseAddNorm(config, config.hidden_size)
+        self.output = DenseAddNorm(config, layer, config.hidden_size, after_attention=True)
 
     def forward(self, queries: Tensor, *inputs: Any) -> tuple[Tensor, Tensor | None]:
         context, probs = self.self(queries, *inputs)
@@ -61,9 +70,9 @@ class Attention(nn.Module):
 class Intermediate(nn.Module):
     """The feed-forward's first half: activation(dense(x))."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
-        self.dense = Linear(config.hidden_size, config.intermediate_size)
+        self.dense = lora_linear(config, "intermediate", layer, config.hidden_size, config.intermediate_size)
         self.activation = activation(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,11 +82,11 @@ class Intermediate(nn.Module):
 class EncoderLayer(GradientCheckpointingLayer):
     """One encoder layer around a model's self-attention: [N, H] to [Q, H]."""
 
-    def __init__(self, config: Any, self_attention: nn.Module) -> None:
+    def __init__(self, config: Any, layer: int, self_attention: nn.Module) -> None:
         super().__init__()
-        self.attention = Attention(config, self_attention)
-        self.intermediate = Intermediate(config)
-        self.output = DenseAddNorm(config, config.intermediate_size)
+        self.attention = Attention(config, layer, self_attention)
+        self.intermediate = Intermediate(config, layer)
+        self.output = DenseAddNorm(config, layer, config.intermediate_size, after_attention=False)
 
     def forward(
         self, hidden_states: Tensor, packed: PackedBatch, first_only: bool, with_probs: bool, *positions: Any

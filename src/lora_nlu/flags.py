@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import read_json
+from lora_nlu.lora import TARGETS
 
 # old name: new flag that takes the same value
 RENAMED = {
@@ -86,6 +87,31 @@ def _from_json(path: Path) -> list[str]:
             values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
             argv += [f"--{name}", *map(str, values)]
     return argv
+
+
+def parse_targets(text: str | None) -> list[str] | None:
+    """`query,value` to names of `lora.TARGETS`, in their order; `query_proj` is `query`. Raises UsageError."""
+    if text is None:
+        return None
+    names = [name.strip().removesuffix("_proj") for name in text.split(",")]
+    if unknown := [name for name in names if name not in TARGETS]:
+        raise UsageError(f"--lora_target_modules {text}: {unknown[0]!r} is none of {', '.join(TARGETS)}.")
+    return [name for name in TARGETS if name in names]
+
+
+def parse_layers(text: str | None, count: int) -> list[int] | None:
+    """`0-3,11` to the numbers of those of `count` encoder layers, from 0. Raises UsageError."""
+    if text is None:
+        return None
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (word.strip() for word in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(f"--lora_layers {text}: give numbers and ranges from 0, such as 0-3,{count - 1}.")
+        numbers |= set(range(int(first), int(last if dash else first) + 1))
+    if not numbers or max(numbers) >= count:
+        raise UsageError(f"--lora_layers {text}: the model has {count} layers, 0 to {count - 1}.")
+    return sorted(numbers)
 
 
 def check_compiler(backend: str | None, on_cpu: bool) -> None:

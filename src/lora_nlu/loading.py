@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from lora_nlu.adapters import head_names
 from lora_nlu.errors import UserError
-from lora_nlu.lora import lora_rank, mark_only_lora_as_trainable
+from lora_nlu.methods import mark_trainable
 from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
 
@@ -71,7 +71,7 @@ def longest_input(config: Any) -> float:
 def load_model(name: str, config: Any, needs_head: bool, **hub: Any) -> tuple[Any, list[str]]:
     """The model of `config` with the weights of `name` in fp32, what trains in it marked; and lines worth saying.
 
-    LoRA matrices and a head that the checkpoint lacks are drawn from torch's global generator. Raises UserError if
+    What a method adds and a head that the checkpoint lacks are drawn from torch's global generator. Raises UserError if
     encoder weights are missing or misshapen, if LoRA matrices would be left out, or with `needs_head` the head is.
     """
     verbosity, notes = transformers.logging.get_verbosity(), []
@@ -103,8 +103,7 @@ def load_model(name: str, config: Any, needs_head: bool, **hub: Any) -> tuple[An
         )
     if report["mismatched_keys"]:
         notes.append(f"{name}: its head is for other labels and is left behind; the head starts anew.")
-    if lora_rank(config):
-        mark_only_lora_as_trainable(model)
+    mark_trainable(model)
     return model, notes
 
 

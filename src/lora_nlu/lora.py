@@ -4,6 +4,7 @@ Dim letters: N rows (tokens), I in_features, O out_features, R rank.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lora_nlu.kernels import Linear, linear, product, product_with_update
+from lora_nlu.kernels import Linear, dropout, linear, product, product_with_update
+
+# The dense layers of an encoder layer as --lora_target_modules names them: the paper's W_q, W_k, W_v, W_o, and the two
+# of the feed-forward.
+TARGETS = ("query", "key", "value", "dense", "intermediate", "output")
+DEFAULT_TARGETS = ("query", "value")
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -52,19 +58,29 @@ class LoRALinear(Linear):
     """`nn.Linear` with a trainable low-rank update: y = x W^T + b + (lora_alpha / r) x A^T B^T.
 
     `weight` [O, I] and `bias` [O] are frozen; `lora_A` [R, I] starts Kaiming-uniform (a = sqrt 5) and `lora_B` [O, R]
-    at zero, so a new layer computes what the linear layer it replaces did. There is no dropout on the update.
+    at zero, so a new layer computes what the linear layer it replaces did. In training `lora_dropout` drops elements of
+    the x that the update reads; the reference has none.
 
     In fp32 the update is part of the product. In half precision and under autocast the low-rank path
     runs beside the frozen one, because a small B A would be rounded away in the sum. A merged layer's state dict holds
     `weight` with the update in it and no `lora_*`, so a file never counts the update twice.
     """
 
-    def __init__(self, in_features: int, out_features: int, r: int, lora_alpha: float, bias: bool = True) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float,
+        bias: bool = True,
+        lora_dropout: float = 0.0,
+    ) -> None:
         super().__init__(in_features, out_features, bias=bias)
         if r < 1:
             raise ValueError(f"LoRALinear needs a rank of at least 1, got r={r}; rank 0 is nn.Linear.")
         self.r = r
         self.scaling = lora_alpha / r
+        self.lora_dropout = lora_dropout
         self.merged = False
         self.lora_A = nn.Parameter(torch.empty(r, in_features))
         self.lora_B = nn.Parameter(torch.empty(out_features, r))
@@ -84,10 +100,11 @@ class LoRALinear(Linear):
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("A merged LoRALinear can't train: its lora_A and lora_B are unused. Call unmerge().")
             return linear(x, self.weight, self.bias)
-        if x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+        seen = dropout(x, self.lora_dropout, self.training)
+        if seen is x and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
             return _LoRALinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
-        update = F.linear(F.linear(x, self.lora_A), self.lora_B)
-        return F.linear(x, self.weight, self.bias) + self.scaling * update
+        update = F.linear(F.linear(seen, self.lora_A), self.lora_B)
+        return linear(x, self.weight, self.bias) + self.scaling * update
 
     @torch.no_grad()
     def _add_update(self, sign: int) -> None:
@@ -126,10 +143,40 @@ class LoRALinear(Linear):
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, merged={self.merged}"
 
 
-def lora_linear(config: Any, in_features: int, out_features: int) -> nn.Linear:
-    """The projection a model puts where LoRA may go: `LoRALinear` by the config's `lora_r`, or `nn.Linear` without."""
+def lora_linear(config: Any, target: str, layer: int, in_features: int, out_features: int) -> nn.Linear:
+    """One of the `TARGETS` of an encoder layer: with LoRA where the config asks for it there, else a plain layer.
+
+    `lora_r` and `lora_alpha` set rank and scaling, `lora_target_modules` (default: query and value) and `lora_layers`
+    (numbers from 0; default: all) the places, `lora_dropout` (default: 0) the dropout.
+    """
     r = lora_rank(config)
-    return LoRALinear(in_features, out_features, r, config.lora_alpha) if r else Linear(in_features, out_features)
+    layers = getattr(config, "lora_layers", None)
+    targets = getattr(config, "lora_target_modules", None) or DEFAULT_TARGETS
+    if not r or target not in targets or (layers is not None and layer not in layers):
+        return Linear(in_features, out_features)
+    p = getattr(config, "lora_dropout", None) or 0.0
+    return LoRALinear(in_features, out_features, r, config.lora_alpha, lora_dropout=p)
+
+
+def target_of(name: str) -> str:
+    """Which of the `TARGETS` a layer is, by its name in a model; its own name for one outside the encoder's layers."""
+    module = name.partition(".layer.")[2].partition(".")[2].removesuffix("_proj")
+    return {
+        "attention.self.query": "query",
+        "attention.self.key": "key",
+        "attention.self.value": "value",
+        "attention.output.dense": "dense",
+        "intermediate.dense": "intermediate",
+        "output.dense": "output",
+    }.get(module, name)
+
+
+def lora_places(names: Iterable[str]) -> tuple[list[str], list[int]]:
+    """The targets, in the order of `TARGETS`, and the numbers of the encoder layers among layers' names."""
+    names = list(names)
+    found = {target_of(name) for name in names}
+    numbers = {name.partition(".layer.")[2].partition(".")[0] for name in names} - {""}
+    return sorted(found, key=lambda t: (TARGETS.index(t) if t in TARGETS else 9, t)), sorted(map(int, numbers))
 
 
 def lora_rank(config: Any) -> int:
@@ -193,18 +240,17 @@ def unmerge_lora_(model: nn.Module) -> None:
 
 
 class ParameterCounts(NamedTuple):
-    """Numbers of scalars: in LoRA matrices, in everything that trains (the head too), in the whole model."""
+    """Numbers of scalars: that train in the encoder (the papers' column), that train (the head too), in the model."""
 
-    lora: int
+    encoder: int
     trainable: int
     total: int
 
 
-def count_parameters(model: nn.Module) -> ParameterCounts:
-    """Count the parameters of `model`; RoBERTa-base with r=8 on query and value has 294,912 in LoRA matrices."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+def count_parameters(model: Any) -> ParameterCounts:
+    """Count the parameters of `model`; RoBERTa-base with r=8 on query and value trains 294,912 in its encoder."""
     return ParameterCounts(
-        lora=sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers),
+        encoder=sum(p.numel() for p in model.base_model.parameters() if p.requires_grad),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters()),
     )

@@ -10,7 +10,8 @@ once; a product with all 2 L - 1 distances of a length becomes [L, L] by reading
 
 With `share_att_key` the table goes through `query_proj` and `key_proj` themselves. There the reference implementation
 of LoRA, and so every published adapter, uses the frozen weight of `query_proj` alone; PEFT, and any merge of the update
-into the weight, also applies the update. The config's `lora_relative_query` chooses PEFT's reading.
+into the weight, also applies the update. The config's `lora_relative_query` chooses PEFT's reading. An update of
+`key_proj`, which the reference doesn't have, is read the same way.
 
 Dim letters: B sequences, S longest of them, N real tokens, Q query rows (N, or B for first tokens alone), H hidden,
 A heads, D head size, C labels; L the length shared by one group of sequences, n their number, M their query places
@@ -114,15 +115,15 @@ def only_real(rows: Tensor, packed: PackedBatch) -> Tensor:
 class DisentangledSelfAttention(nn.Module):
     """Attention by content and by distance; LoRA, where the config asks for it, in `query_proj` and `value_proj`."""
 
-    def __init__(self, config: DebertaV2Config) -> None:
+    def __init__(self, config: DebertaV2Config, layer: int) -> None:
         super().__init__()
         size, self.heads = config.hidden_size, config.num_attention_heads
         kinds = config.pos_att_type or []
         relative, shared = config.relative_attention, share_att_key(config)
         self.scale = math.sqrt(size // self.heads * (1 + len(kinds)))
-        self.query_proj = lora_linear(config, size, size)
-        self.key_proj = Linear(size, size)
-        self.value_proj = lora_linear(config, size, size)
+        self.query_proj = lora_linear(config, "query", layer, size, size)
+        self.key_proj = lora_linear(config, "key", layer, size, size)
+        self.value_proj = lora_linear(config, "value", layer, size, size)
         self.content_to_position = relative and "c2p" in kinds
         self.position_to_content = relative and "p2c" in kinds
         if self.content_to_position and not shared:
@@ -202,22 +203,30 @@ class DisentangledSelfAttention(nn.Module):
         table = self.pos_dropout(table)  # [V, U, H]
         key = query = None
         if self.content_to_position:
-            key = self.key_proj(table) if self.shared else self.pos_key_proj(table)
+            key = self.relative(self.key_proj, table) if self.shared else self.pos_key_proj(table)
             key = key.index_select(1, distances.flip(0))
         if self.position_to_content:
-            if frozen_relative_query(self.config) and isinstance(self.query_proj, LoRALinear):
-                query = linear(table, self.query_proj.frozen_weight(), self.query_proj.bias)
-            else:
-                query = self.query_proj(table) if self.shared else self.pos_query_proj(table)
+            query = self.relative(self.query_proj, table) if self.shared else self.pos_query_proj(table)
             query = query.index_select(1, distances)
         return key, query
+
+    def relative(self, projection: nn.Linear, table: Tensor) -> Tensor:
+        """The table [V, U, H] through a projection shared with tokens; the config decides about its update."""
+        if isinstance(projection, LoRALinear) and not lora_relative_query(self.config):
+            return linear(table, projection.frozen_weight(), projection.bias)
+        return projection(table)
+
+    def shared_updates(self) -> list[LoRALinear]:
+        """The projections with an update that the relative table goes through, where the two readings differ."""
+        used = [(self.position_to_content, self.query_proj), (self.content_to_position, self.key_proj)]
+        return [layer for uses, layer in used if uses and self.shared and isinstance(layer, LoRALinear)]
 
     def by_head(self, rows: Tensor | None) -> Tensor | None:
         """[V, 2 S - 1, H] to [A, V, 2 S - 1, D]."""
         return None if rows is None else rows.view(*rows.shape[:2], self.heads, -1).permute(2, 0, 1, 3)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if frozen_relative_query(self.config) and getattr(self.query_proj, "merged", False):
+        if not lora_relative_query(self.config) and any(layer.merged for layer in self.shared_updates()):
             raise RuntimeError(
                 "A merged DeBERTa whose relative query is frozen can't be saved: whoever loads the file would apply "
                 "the update to the relative query too. Call lora.unmerge_lora_(model) and save the adapter."
@@ -277,7 +286,9 @@ class DebertaV2Encoder(nn.Module):
 
     def __init__(self, config: DebertaV2Config) -> None:
         super().__init__()
-        layers = [EncoderLayer(config, DisentangledSelfAttention(config)) for _ in range(config.num_hidden_layers)]
+        layers = [
+            EncoderLayer(config, i, DisentangledSelfAttention(config, i)) for i in range(config.num_hidden_layers)
+        ]
         self.layer = nn.ModuleList(layers)
         self.buckets = getattr(config, "position_buckets", -1)
         self.reach = (
@@ -330,14 +341,9 @@ def relative_norm(config: Any) -> list[str]:
     return [kind.strip() for kind in str(getattr(config, "norm_rel_ebd", "none")).lower().split("|")]
 
 
-def relative_query_is_shared(config: Any) -> bool:
-    """Whether the relative positions' query goes through `query_proj`, where LoRA may be."""
-    return bool(config.relative_attention and "p2c" in (config.pos_att_type or []) and share_att_key(config))
-
-
-def frozen_relative_query(config: Any) -> bool:
-    """Whether it then bypasses LoRA: unless `lora_relative_query` asks otherwise."""
-    return relative_query_is_shared(config) and not getattr(config, "lora_relative_query", False)
+def lora_relative_query(config: Any) -> bool:
+    """Whether the relative positions' query (and key) go through the update of a projection they share with tokens."""
+    return bool(getattr(config, "lora_relative_query", False))
 
 
 def check_config(config: Any) -> None:
@@ -376,9 +382,9 @@ class DebertaV2PreTrainedModel(PreTrainedModel):
     base_model_prefix = "deberta"
     supports_gradient_checkpointing = True
     _no_split_modules = ["EncoderLayer"]
-    # A base checkpoint has heads of its pretraining that a classifier lacks; LoRA matrices start anew.
+    # A base checkpoint has heads of its pretraining that a classifier lacks; what a method adds starts anew.
     _keys_to_ignore_on_load_unexpected = [r"^(cls|lm_predictions|mask_predictions)\.", r"position_(ids|embeddings)"]
-    _keys_to_ignore_on_load_missing = [r"\.lora_[AB]$"]
+    _keys_to_ignore_on_load_missing = [r"\.lora_[AB]$", r"\.adapter_[AB]\."]
 
     def __init__(self, config: DebertaV2Config) -> None:
         check_config(config)
@@ -387,7 +393,9 @@ class DebertaV2PreTrainedModel(PreTrainedModel):
     @property
     def frozen_relative_query(self) -> bool | None:
         """Whether the relative query bypasses LoRA (the reference's reading); None where both readings are the same."""
-        return frozen_relative_query(self.config) if relative_query_is_shared(self.config) else None
+        attentions = (module for module in self.modules() if isinstance(module, DisentangledSelfAttention))
+        differ = any(attention.shared_updates() for attention in attentions)
+        return not lora_relative_query(self.config) if differ else None
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # normal(0, initializer_range), biases 0; loaded tensors are left alone

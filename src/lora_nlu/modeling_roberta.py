@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, RobertaConfig
 
 from lora_nlu.blocks import Encoded, EncoderLayer, Given, PackedEncoder, SequenceClassifier, embed_types
-from lora_nlu.kernels import Dropout, Linear, attention
+from lora_nlu.kernels import Dropout, attention
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
 
@@ -102,18 +102,18 @@ class RobertaEmbeddings(nn.Module):
 
 
 class RobertaSelfAttention(nn.Module):
-    """Multi-head attention; LoRA, where the config asks for it, in `query` and `value`."""
+    """Multi-head attention; LoRA, where the config asks for it, in `query` and `value`, or `lora_target_modules`."""
 
-    def __init__(self, config: RobertaConfig) -> None:
+    def __init__(self, config: RobertaConfig, layer: int) -> None:
         super().__init__()
         size = config.hidden_size
         if size % config.num_attention_heads:
             raise ValueError(f"hidden_size {size} is no multiple of num_attention_heads {config.num_attention_heads}.")
         self.heads = config.num_attention_heads
         self.dropout_p = config.attention_probs_dropout_prob
-        self.query = lora_linear(config, size, size)
-        self.key = Linear(size, size)
-        self.value = lora_linear(config, size, size)
+        self.query = lora_linear(config, "query", layer, size, size)
+        self.key = lora_linear(config, "key", layer, size, size)
+        self.value = lora_linear(config, "value", layer, size, size)
 
     def forward(
         self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool
@@ -128,7 +128,7 @@ class RobertaEncoder(nn.Module):
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
-        layers = [EncoderLayer(config, RobertaSelfAttention(config)) for _ in range(config.num_hidden_layers)]
+        layers = [EncoderLayer(config, i, RobertaSelfAttention(config, i)) for i in range(config.num_hidden_layers)]
         self.layer = nn.ModuleList(layers)
 
     def forward(
@@ -163,9 +163,9 @@ class RobertaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "roberta"
     supports_gradient_checkpointing = True
     _no_split_modules = ["EncoderLayer"]
-    # A base checkpoint has the language-model head and pooler that a classifier lacks; LoRA matrices start anew.
+    # A base checkpoint has the language-model head and pooler that a classifier lacks; what a method adds starts anew.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"pooler\.", r"position_ids$"]
-    _keys_to_ignore_on_load_missing = [r"\.lora_[AB]$"]
+    _keys_to_ignore_on_load_missing = [r"\.lora_[AB]$", r"\.adapter_[AB]\."]
 
     def __init__(self, config: RobertaConfig) -> None:
         if config.is_decoder or config.add_cross_attention:

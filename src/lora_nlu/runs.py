@@ -17,8 +17,15 @@ from lora_nlu.data import token_count
 from lora_nlu.errors import UserError
 from lora_nlu.files import read_json, write_json, write_text
 from lora_nlu.lora import LoRALinear, count_parameters
+from lora_nlu.methods import describe_method
 from lora_nlu.metrics import predicted
-from lora_nlu.trainer import AdapterTrainer, clear_leftovers, remove_checkpoint, whole_checkpoints
+from lora_nlu.trainer import (
+    AdapterTrainer,
+    clear_leftovers,
+    remove_checkpoint,
+    seconds_trained,
+    whole_checkpoints,
+)
 
 RUN = "run.json"  # marks an output folder as a run of ours
 _LEFT_BEHIND = re.compile(r"\..*\.partial|\.saving|\.removing")  # of ours, by a process that was killed
@@ -31,6 +38,8 @@ _RESULTS = (
     adapters.METADATA,
 )
 
+# What a method trains in the encoder, as the closing table calls it
+_PARTS = {"lora": "LoRA", "bitfit": "biases", "houlsby": "adapters", "pfeiffer": "adapters"}
 
 # TrainingArguments that decide what a run ends with, whatever it prints, saves or runs on
 _DECIDING = (
@@ -60,6 +69,8 @@ def run_metadata(
             "scalings": sorted({layer.scaling for layer in layers}),
             "lora_relative_query": bool(getattr(config, "lora_relative_query", False)),
         },
+        "method": describe_method(model),
+        "parameters": count_parameters(model)._asdict(),
         "hyperparameters": {name: getattr(args, name) for name in _DECIDING} | {"examples_a_step": batch} | decided,
         "versions": {module.__name__: module.__version__ for module in (lora_nlu, torch, transformers)},
     }
@@ -124,7 +135,7 @@ def _find_checkpoint(output_dir: str, given: str | None) -> str | None:
 def _check_same_run(source: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to go on from, or take for done, what was trained otherwise. Raises UserError with the differences."""
     differences = []
-    for key in ("task", "labels", "base_fingerprint", "lora", "hyperparameters"):
+    for key in ("task", "labels", "base_fingerprint", "lora", "method", "hyperparameters"):
         one, other = earlier.get(key, now[key]), now[key]  # an older version recorded less
         if isinstance(one, dict) and isinstance(other, dict):
             changed = [name for name in {**one, **other} if one.get(name) != other.get(name)]
@@ -169,7 +180,9 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
         raise UserError(f"interrupted at step {trainer.state.global_step}. {kept}.") from e
     trainer.rotate(folder)  # a run killed between its last save and the rotation had none since
     trainer.save_model()
-    trainer.save_metrics("train", result.metrics | {"train_samples": len(trainer.train_dataset)})
+    seconds, samples = seconds_trained(trainer.state.log_history), len(trainer.train_dataset)
+    measured = {"train_seconds": seconds, "train_samples": samples, **peak_memory_gib()}
+    trainer.save_metrics("train", result.metrics | measured)
     trainer.save_state()
     record(trainer, trained=True)
 
@@ -195,7 +208,7 @@ def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> di
 def describe(trainer: AdapterTrainer, metrics: dict[str, float], metric: str) -> None:
     """Write a trained adapter's figure into its metadata, and its model card, so that the folder can be uploaded."""
     folder = Path(trainer.args.output_dir)
-    if trainer.has_lora and trainer.args.process_index == 0:
+    if trainer.saves_part and trainer.args.process_index == 0:
         reported = {key: value for key, value in metrics.items() if metric in key or key.startswith("eval_loss")}
         if reported:  # a start that only finds training done has none, and the earlier ones stay
             known = read_json(folder / adapters.METADATA)
@@ -218,6 +231,15 @@ def predict(trainer: AdapterTrainer, tables: dict[str, Any]) -> list[Path]:
     return written
 
 
+def peak_memory_gib() -> dict[str, float]:
+    """The most memory this process has held, in GiB; on CUDA also the most of the GPU's."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    peak = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    if torch.cuda.is_available():
+        peak["peak_gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return peak
+
+
 def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: dict[str, Any]) -> str:
     """What a person wants to know at the end, two columns."""
     counts, args, history = count_parameters(trainer.model), trainer.args, trainer.state.log_history
@@ -227,8 +249,9 @@ def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: d
     if args.do_train and len(epochs) > 1:
         best = max(epochs, key=lambda entry: entry[f"eval_{metric}"] * (-1 if metric == "mse" else 1))
         rows.append(("best while training", f"{best[f'eval_{metric}']:.4f} at epoch {best['epoch']:.2f}"))
-    lora = f", {counts.lora:,} of them LoRA" if counts.lora else ""
-    rows.append(("trainable parameters", f"{counts.trainable:,} of {counts.total:,}{lora}"))
+    part = _PARTS.get(trainer.metadata["method"]["name"])
+    part = f", {counts.encoder:,} of them {part}" if part else ""
+    rows.append(("trainable parameters", f"{counts.trainable:,} of {counts.total:,}{part}"))
     runtime = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
     if runtime:
         tokens = trainer.state.num_input_tokens_seen - getattr(trainer, "_initial_num_input_tokens_seen", 0)
@@ -237,10 +260,8 @@ def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: d
     if seconds:
         tokens = sum(token_count(table) for name, table in tables.items() if name.startswith("validation"))
         rows.append(("evaluation", f"{seconds:.1f} s, {tokens / seconds:,.0f} real tokens/s"))
-    if torch.cuda.is_available():
-        rows.append(("peak GPU memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"))
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-    rows.append(("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"))
+    for name, peak in reversed(peak_memory_gib().items()):
+        rows.append((name.removesuffix("_gib").replace("_", " ").replace("gpu", "GPU"), f"{peak:.2f} GiB"))
     rows.append(("files", str(Path(args.output_dir).resolve())))
     width = max(len(name) for name, _ in rows)
     return "\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in rows), ""])

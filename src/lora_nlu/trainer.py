@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import Trainer, TrainerState
 from lora_nlu import adapters
 from lora_nlu.errors import UserError
 from lora_nlu.files import publish, write_json
-from lora_nlu.lora import count_parameters
+from lora_nlu.methods import trains_a_part
 
 STATE = "trainer_state.json"
 _FILES = "files.json"  # in a checkpoint: its files and their lengths
@@ -38,6 +39,11 @@ def whole_checkpoints(output_dir: str) -> list[Path]:
         if whole:
             found.append((int(step), path))
     return [path for _, path in sorted(found)]
+
+
+def seconds_trained(log_history: list[dict[str, Any]]) -> float:
+    """How long a run has trained, by its last log, in all processes that took part one after another."""
+    return next((entry["elapsed_s"] for entry in reversed(log_history) if "elapsed_s" in entry), 0.0)
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -70,7 +76,7 @@ def _damage_said(checkpoint: str | None) -> Iterator[None]:
 
 
 class AdapterTrainer(Trainer):
-    """`Trainer` for a LoRA model: saves and loads the trained parameters alone. Without LoRA it saves the whole model.
+    """`Trainer` that saves and loads the trained parameters alone; where the whole encoder trains, the whole model.
 
     `metadata` (task, label names, base model, ...) is written with every adapter.
     """
@@ -82,7 +88,9 @@ class AdapterTrainer(Trainer):
     def __init__(self, *args: Any, metadata: dict[str, Any], **kwargs: Any) -> None:
         self.metadata = metadata
         super().__init__(*args, **kwargs)
-        self.has_lora = count_parameters(kwargs["model"]).lora > 0
+        self.saves_part = trains_a_part(kwargs["model"])
+        self._training_since: float | None = None
+        self._spent: float | None = None  # seconds of training before this process, once known
         self._under_construction = False
         self._loss_parts: dict[str, tuple[Tensor, int]] = {}  # since the last log: sum and number of steps
 
@@ -98,11 +106,23 @@ class AdapterTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._training_since is not None:
+            if self._spent is None:
+                self._spent = seconds_trained(self.state.log_history)
+            logs["elapsed_s"] = round(self._spent + time.monotonic() - self._training_since, 2)
         if "loss" in logs:
             for name, (total, steps) in self._loss_parts.items():
                 logs[name] = self.accelerator.gather(total[None] / steps).mean().item()
             self._loss_parts.clear()
         super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; every log says after how many seconds of training it was made, interruptions left out."""
+        self._training_since, self._spent = time.monotonic(), None
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._training_since = None
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         try:
@@ -118,7 +138,7 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         try:
-            if not self.has_lora:
+            if not self.saves_part:
                 super()._save(output_dir, state_dict)
             elif self.args.should_save:
                 adapters.save_adapter(self.model, folder, self.metadata, state_dict)
@@ -198,7 +218,7 @@ class AdapterTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if self.has_lora and best:
+        if self.saves_part and best:
             self._load_from_checkpoint(best)
         else:
             super()._load_best_model()
