@@ -150,7 +150,7 @@ def test_inspect_tells_layers_rank_alpha_labels_base_metric_size_and_what_is_not
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     assert code == 0 and table["layers with LoRA"] == "4" and table["rank"] == "4" and table["alpha"] == "6"
-    assert table["parameters"] == f"{count:,}, {lora:,} of them LoRA" and table["not finite"] == "none"
+    assert table["parameters"] == f"{count:,}, {lora:,} of them in the encoder" and table["not finite"] == "none"
     assert table["labels"] == "yes, no, perhaps" and table["base model"] == str(base) and table["accuracy"] == "0.8750"
     assert int(table["bytes"].replace(",", "")) == sum(path.stat().st_size for path in adapter.iterdir())
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

@@ -34,6 +34,8 @@ ALLOWED = {
     "trainer": {"adapters", "methods", "errors", "files"},
     "runs": {"convert", "trainer", "adapters", "data", "metrics", "lora", "methods", "errors", "files"},
     "submission": {"tasks", "errors", "files"},
+    "pictures": {"tasks", "files"},
+    "report": {"submission", "pictures", "tasks", "errors", "files"},
     "similarity": {"adapters", "errors", "files"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))

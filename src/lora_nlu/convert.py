@@ -33,6 +33,13 @@ from lora_nlu.tasks import TASKS
 
 CARD = "README.md"
 _MARK = "<!-- written by lora-nlu -->"
+_TITLES = {
+    "lora": "LoRA",
+    "bitfit": "BitFit",
+    "houlsby": "Houlsby adapters",
+    "pfeiffer": "Pfeiffer adapters",
+    "head": "A classification head",
+}
 
 
 def published_order(adapter: Adapter) -> list[str]:
@@ -48,6 +55,8 @@ def published_order(adapter: Adapter) -> list[str]:
 
 def write_published(adapter: Adapter, path: Path) -> None:
     """Write one flat fp32 state dict in the published layout. Raises UserError for what that layout can't say."""
+    if adapter.method != "lora":
+        raise UserError(f"{adapter.source}: holds {adapter.method}; the published layout is LoRA's: use peft.")
     if len({scaling * rank for rank, scaling in adapter.layers().values()}) > 1 or adapter.use_rslora:
         raise UserError(f"{adapter.source}: a .bin knows no alpha, and this adapter has several (or rslora): use peft.")
     shared = encoder_prefix(adapter) == "deberta"
@@ -95,6 +104,8 @@ def merged_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def write_merged(adapter: Adapter, base: str, folder: Path) -> None:
     """Write a plain Hub model: config, weights with the update in them, tokenizer. transformers loads it without us."""
+    if adapter.adapter_size is not None:
+        raise UserError(f"{adapter.source}: bottleneck adapters are layers of their own; no plain model has them.")
     config = loading.load_config(base)
     last = [n for n in published_order(adapter) if n.startswith("classifier.") and n.endswith("weight")]
     if not last:
@@ -107,7 +118,7 @@ def write_merged(adapter: Adapter, base: str, folder: Path) -> None:
     attach_adapter(model, adapter, None, allow_new_head=False)
     state, settings = merged_state(model)
     config = model.config
-    for name in ("apply_lora", "lora_r", "lora_alpha", "lora_relative_query"):
+    for name in ("lora_relative_query", "apply_bitfit", "head_only"):
         config.__dict__.pop(name, None)
     for name, value in settings.items():
         setattr(config, name, value)
@@ -131,15 +142,25 @@ def card(adapter: Adapter) -> str:
     known = adapter.metadata
     task, base, metrics = known.get("task"), known.get("base_model"), known.get("metrics") or {}
     is_hub_id = bool(base) and not Path(str(base)).exists() and not str(base).startswith(("/", "."))
-    head = ["---", "library_name: peft" if not adapter.frozen_relative_query else "library_name: lora-nlu"]
+    in_peft = adapter.method == "lora" and not adapter.frozen_relative_query
+    head = ["---", f"library_name: {'peft' if in_peft else 'lora-nlu'}"]
     head += [f"base_model: {base}"] if is_hub_id else []
     head += ["datasets:", "- nyu-mll/glue"] if task in TASKS else []
-    head += ["tags:", "- lora", "- text-classification", "pipeline_tag: text-classification", "---", _MARK, ""]
+    head += [
+        "tags:",
+        f"- {adapter.method}",
+        "- text-classification",
+        "pipeline_tag: text-classification",
+        "---",
+        _MARK,
+        "",
+    ]
     name = base if is_hub_id else Path(str(base)).name if base else "an unnamed base model"
-    lines = [f"# LoRA for {name} on {task or 'an unnamed task'}", ""]
+    lines = [f"# {_TITLES[adapter.method]} for {name} on {task or 'an unnamed task'}", ""]
     facts = dict(_facts(adapter)) | {"base model": name}  # not a path of this machine
     lines += [f"| {key} | {value} |" for key, value in [("", ""), ("---", "---"), *facts.items()]]
-    flags = f"--model_name_or_path {name} --lora_path THIS_FOLDER --do_eval --output_dir OUT"
+    door = "lora_path" if adapter.method == "lora" else "adapter_path"
+    flags = f"--model_name_or_path {name} --{door} THIS_FOLDER --do_eval --output_dir OUT"
     lines += ["", "Evaluate it with lora-nlu:", "", "```bash", "python examples/text-classification/run_glue.py \\"]
     lines += [
         f"  --task_name {task} {flags}" if task in TASKS else f"  --validation_file FILE {flags}",
@@ -149,6 +170,8 @@ def card(adapter: Adapter) -> str:
     if adapter.frozen_relative_query and encoder_prefix(adapter) == "deberta":
         lines += ["Trained with the relative positions' query frozen, as the reference implementation does. PEFT would",
                   "apply the update there and refuses to load this folder.", ""]  # fmt: skip
+    if adapter.method != "lora":
+        lines += [f"PEFT has no {adapter.method} and refuses to load this folder.", ""]
     if metrics:
         lines += ["Measured on the validation set when it was trained:", ""]
         lines += [f"- {name.removeprefix('eval_')}: {value:.4f}" for name, value in metrics.items()]
@@ -164,8 +187,8 @@ def write_card(folder: Path) -> None:
 
 def _facts(adapter: Adapter) -> list[tuple[str, str]]:
     """What is known of an adapter, as name and value."""
-    known, ranks = adapter.metadata, adapter.ranks
-    lora = sum(tensor.numel() for name, tensor in adapter.state.items() if ".lora_" in name)
+    known, ranks, prefix = adapter.metadata, adapter.ranks, encoder_prefix(adapter)
+    within = sum(t.numel() for name, t in adapter.state.items() if prefix and name.startswith(f"{prefix}."))
     total = sum(tensor.numel() for tensor in adapter.state.values())
     broken = [name for name, tensor in adapter.state.items() if not tensor.isfinite().all()]
     labels = adapter.labels
@@ -175,18 +198,22 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
         ("base fingerprint", str(known.get("base_fingerprint", "unknown"))),
         ("task", str(known.get("task", "unknown"))),
         ("labels", "unknown" if labels is None else ", ".join(labels) or "a number (regression)"),
-        ("layers with LoRA", str(len(ranks))),
-        ("modules", ", ".join(sorted({name.rpartition(".")[2] for name in ranks}))),
-        ("rank", ", ".join(map(str, sorted(set(ranks.values()))))),
-        (
-            "alpha",
-            alpha + (" (rslora)" if adapter.use_rslora else "") + (", others by pattern" * bool(adapter.alpha_pattern)),
-        ),
+        ("method", adapter.method),
     ]
-    if encoder_prefix(adapter) == "deberta":
+    if adapter.adapter_size is not None:
+        rows.append(("adapter size", str(adapter.adapter_size)))
+    if ranks:
+        alpha += (" (rslora)" if adapter.use_rslora else "") + (", others by pattern" * bool(adapter.alpha_pattern))
+        rows += [
+            ("layers with LoRA", str(len(ranks))),
+            ("modules", ", ".join(sorted({name.rpartition(".")[2] for name in ranks}))),
+            ("rank", ", ".join(map(str, sorted(set(ranks.values()))))),
+            ("alpha", alpha),
+        ]
+    if ranks and prefix == "deberta":
         rows.append(("relative query", "frozen" if adapter.frozen_relative_query else "with LoRA, as in PEFT"))
     rows += [
-        ("parameters", f"{total:,}, {lora:,} of them LoRA"),
+        ("parameters", f"{total:,}, {within:,} of them in the encoder"),
         ("not finite", f"{len(broken)} tensors, {broken[0]} first" if broken else "none"),
     ]
     return rows
@@ -213,7 +240,8 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
         raise UserError(f"{destination}: is there already. Give another destination; nothing is written over.")
     if None not in (adapter.lora_alpha, lora_alpha) and adapter.lora_alpha != lora_alpha:
         raise UserError(f"{adapter.source}: was trained with lora_alpha {adapter.lora_alpha:g}, not {lora_alpha:g}.")
-    adapter.layers(lora_alpha)  # says so where neither knows the alpha
+    if adapter.method == "lora":
+        adapter.layers(lora_alpha)  # says so where neither knows the alpha
     if adapter.lora_alpha is None:
         adapter = replace(adapter, lora_alpha=lora_alpha)
     if to == "bin":
@@ -222,7 +250,7 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
     if to == "peft":
         write_adapter(adapter, destination)
         write_card(destination)
-        return f"{destination}: PEFT folder with a model card."
+        return f"{destination}: {'PEFT' if adapter.method == 'lora' else adapter.method} folder with a model card."
     base = base or adapter.metadata.get("base_model")
     if not base:
         raise UserError(f"{adapter.source} doesn't say its base model: give --base MODEL.")

@@ -465,3 +465,17 @@ def load_examples(
     if glue_dir is not None:
         return load_glue_folder(glue_dir, task, splits)
     return load_glue_hub(task, splits, cache_dir, token)
+
+
+def with_diagnostics(
+    examples: Examples, glue_dir: str | None, cache_dir: str | None = None, token: str | None = None
+) -> tuple[Examples, str]:
+    """MNLI's examples with GLUE's diagnostic set (AX), which an MNLI model answers, as split `test_ax`.
+
+    Without the set the examples are as they were, and the second value says why; otherwise that is "".
+    """
+    try:
+        diagnostics = load_examples("ax", glue_dir, {}, ["test"], cache_dir=cache_dir, token=token)
+    except UserError as e:
+        return examples, str(e).splitlines()[0]
+    return replace(examples, splits=examples.splits | {"test_ax": diagnostics.splits["test"]}), ""

@@ -34,6 +34,24 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def folders_with(name: str, start: Path) -> list[Path]:
+    """Every folder under `start`, itself among them, that holds a file of this name; checkpoints and hidden ones not.
+
+    Raises UserError if `start` is no folder, OSError for one that can't be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    if not start.is_dir():
+        raise UserError(f"{start}: no such folder. Give an output folder of run_glue.py, or one that holds some.")
+    found = []
+    for folder, below, files in os.walk(start, onerror=fail):
+        below[:] = [name for name in below if not name.startswith((".", "checkpoint-"))]
+        found += [Path(folder)] if name in files else []
+    return sorted(found)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UserError if it is missing, cut or no object."""
     try:

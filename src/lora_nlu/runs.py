@@ -217,13 +217,13 @@ def describe(trainer: AdapterTrainer, metrics: dict[str, float], metric: str) ->
 
 
 def predict(trainer: AdapterTrainer, tables: dict[str, Any]) -> list[Path]:
-    """Write predict_results_<task>.tsv (index, label name or number) for every test set."""
+    """Write predict_results_<task>.tsv (index, label name or number) for every test set; MNLI has three of them."""
     written, task, labels = [], trainer.metadata["task"], trainer.metadata["labels"]
     for name in (name for name in tables if name.startswith("test")):
         logits: Any = trainer.predict(tables[name]).predictions
         answers = predicted(logits)
-        suffix = "-mm" if name.endswith("mismatched") else ""
-        path = Path(trainer.args.output_dir, f"predict_results_{task}{suffix}.tsv")
+        which = {"test_mismatched": f"{task}-mm", "test_ax": "ax"}.get(name, task)
+        path = Path(trainer.args.output_dir, f"predict_results_{which}.tsv")
         if trainer.args.process_index == 0:
             lines = [f"{i}\t{labels[int(a)] if labels else format(a, '.3f')}" for i, a in enumerate(answers)]
             write_text(path, "\n".join(["index\tprediction", *lines]) + "\n")

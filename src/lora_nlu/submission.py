@@ -5,7 +5,6 @@ python -m lora_nlu.report submission RUN... --out glue.zip [--partial]
 
 import argparse
 import math
-import os
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_nlu.errors import UserError
-from lora_nlu.files import publish, read_json
+from lora_nlu.files import folders_with, publish, read_json
 from lora_nlu.tasks import TASKS, Task
 
 HEADER = "index\tprediction"
@@ -49,7 +48,7 @@ FILES = (
     _File("WNLI.tsv", "wnli"),
     _File("AX.tsv", "ax"),
 )
-_TITLES = {file.task: file.name.removesuffix(".tsv").partition("-m")[0] for file in FILES}
+_TITLES = {file.task: TASKS[file.task].title for file in FILES}
 
 
 @dataclass(frozen=True)
@@ -73,23 +72,14 @@ class Run:
         return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _fail(error: OSError) -> None:
-    raise error
-
-
 def find_runs(given: Sequence[Path]) -> list[Run]:
     """Every run in or under the given folders, each once. Raises UserError for a folder that holds none."""
     found: dict[Path, Run] = {}
     for start in given:
-        if not start.is_dir():
-            raise UserError(f"{start}: no such folder. Give an output folder of run_glue.py, or one that holds some.")
-        folders: list[Path] = []
-        for folder, below, files in os.walk(start, onerror=_fail):
-            below[:] = [name for name in below if not name.startswith((".", "checkpoint-"))]
-            folders += [Path(folder)] if "run.json" in files else []
+        folders = folders_with("run.json", start)
         if not folders:
             raise UserError(f"{start}: holds no run (no run.json). Give an output folder of run_glue.py.")
-        for path in sorted(folders):
+        for path in folders:
             known = read_json(path / "run.json")
             seed = (known.get("hyperparameters") or {}).get("seed")
             run = Run(path, str(known.get("task")), seed, str(known.get("base_model", "unknown")))
