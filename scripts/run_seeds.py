@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import fcntl
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ from lora_nlu.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 MARK = "run_seeds: "  # begins the line of a log that says with which flags a start was made
-OWN = ("--output_dir", "--gradient_accumulation_steps", "--glue_dir", "--lora_path")  # where, not what
+OWN = ("--output_dir", "--glue_dir")  # where, not what
 
 
 @dataclass
@@ -33,13 +34,15 @@ class Run:
     flags: list[str]
     folder: Path
     name: str
-    needs: "Run | None" = None  # the MNLI run whose adapter this one starts from
+    mnli: Path | None = None  # the MNLI run whose adapter this one starts from
+    needs: "Run | None" = None  # the same, if it is one of those asked for
     state: str = "waiting"  # or running, done, failed
     process: Any = None
     log: IO | None = None
     slot: str | None = None
     seconds: float = 0.0
     asked: list[str] = field(default_factory=list)
+    told: list[int] = field(default_factory=list)  # signals sent to it
 
     @property
     def log_path(self) -> Path:
@@ -47,27 +50,31 @@ class Run:
 
     def environment(self, **settings: str) -> dict[str, str]:
         env = {**os.environ, **settings, "output_dir": str(self.folder)}
-        return env | ({"MNLI_LORA": str(self.needs.folder)} if self.needs else {})
+        return env | ({"MNLI_LORA": str(self.mnli)} if self.mnli else {})
 
     def command(self) -> list[str]:
         return ["bash", str(self.script), *self.flags]
 
-    def ask(self) -> None:
-        """Let the script say what it would run. Raises UserError with its own words if it refuses."""
-        env = self.environment(DRY_RUN="1", devices=os.environ.get("devices", "1"))
-        if self.needs:
-            env["MNLI_LORA"] = "none"  # it may not have run yet
-        done = subprocess.run(self.command(), env=env, capture_output=True, text=True)
+    def ask(self) -> str:
+        """Let the script say what it would run on one device; returns that. Raises UserError if it refuses."""
+        start = ["--lora_path", str(self.mnli)] if self.mnli else []  # said so, it may be missing as yet
+        env = self.environment(DRY_RUN="1", devices="1")
+        done = subprocess.run([*self.command(), *start], env=env, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(done.stderr.strip())
+            raise UserError(done.stderr.strip() or f"{self.script}: ends with status {done.returncode}.")
         words = shlex.split(done.stdout.replace("\\\n", " "))
-        words = words[next(i for i, word in enumerate(words) if word.endswith("run_glue.py")) + 1 :]
+        program = next((i for i, word in enumerate(words) if word.endswith("run_glue.py")), len(words))
         groups: list[list[str]] = []
-        for word in words:
+        for word in words[program + 1 :]:
             if word.startswith("--") or not groups:
                 groups.append([])
             groups[-1].append(word)
-        self.asked = [shlex.join(group) for group in groups if group[0] not in OWN]
+        if not groups:
+            raise UserError(f"{self.script}: shows no command with run_glue.py, so it is no launch script.")
+        # which adapter it starts from is a place too, but not whether it does
+        said = [group[:1] if group[0] == "--lora_path" else group for group in groups if group[0] not in OWN]
+        self.asked = [shlex.join(group) for group in said]
+        return done.stdout
 
     def is_done(self) -> bool:
         """Whether a finished run is in the folder. Raises UserError if it was made with other flags."""
@@ -86,9 +93,12 @@ class Run:
         return True
 
     def start(self, slot: str | None, settings: dict[str, str]) -> None:
+        """Start the script, its output in the log. Raises BlockingIOError while another process writes there."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.log = self.log_path.open("a", encoding="utf-8")
-        self.log.write(MARK + json.dumps(self.asked) + "\n")
+        fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run inherits it, and outlives us if we are killed
+        # what was interrupted may have left half a line
+        self.log.write("\n" * bool(self.log.tell()) + MARK + json.dumps(self.asked) + "\n")
         self.log.flush()
         self.slot, self.state, self.seconds = slot, "running", time.monotonic()
         # A session of its own: Ctrl-C reaches this program alone, which passes it on once.
@@ -106,11 +116,19 @@ class Run:
         self.state = "done" if self.process.returncode == 0 else "failed"
         return True
 
+    def tell(self, number: int) -> None:
+        """Send a signal to all of its processes, once."""
+        if number not in self.told:
+            self.told.append(number)
+            os.killpg(self.process.pid, number)
+
     def progress(self) -> str:
         found = re.findall(r"'epoch': '?([\d.]+)", "".join(tail(self.log_path, 20_000)))
         return f"{self.name} at epoch {found[-1]}" if found else f"{self.name} starting"
 
     def outcome(self) -> str:
+        if self.state == "failed" and self.told:
+            return f"{self.name} stopped"
         if self.state == "failed":
             last = [line for line in tail(self.log_path, 4000) if line.strip()][-4:]
             return "\n".join(
@@ -148,67 +166,68 @@ def parse(argv: list[str]) -> tuple[list[Run], argparse.Namespace]:
     parser.add_argument("--grid", nargs="+", action="append", default=[], metavar=("FLAG", "VALUE"),
                         help="run with each value of a flag; several grids are combined")  # fmt: skip
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, one without")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "output" / "seeds")
+    parser.add_argument("--output_dir", type=Path, default=os.environ.get("output_dir") or ROOT / "output" / "seeds")
     args = parser.parse_intermixed_args(argv[:cut])
     scripts = [Path(word) for word in args.what if not word.isdecimal()]
     counts = [int(word) for word in args.what if word.isdecimal()]
     if missing := [path for path in scripts if not path.is_file()]:
         parser.error(f"{missing[0]}: no such script.")
+    if others := [path for path in scripts if "launch.sh" not in path.read_text()]:  # who knows what it would do
+        parser.error(f"{others[0]}: is no launch script, it doesn't source launch.sh.")
     if not scripts or len(counts) > 1 or (counts and args.seeds) or 0 in counts or (args.jobs or 1) < 1:
         parser.error("give scripts, then one count of seeds or --seeds; --jobs is 1 or more.")
-    try:
-        seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else range(counts[0] if counts else 5)
-    except ValueError:
+    seeds = list(map(str, range(counts[0] if counts else 5))) if args.seeds is None else args.seeds.split(",")
+    if not all(seed.isdecimal() for seed in seeds):
         parser.error(f"--seeds {args.seeds}: numbers with commas, such as 0,1,2.")
     if any(len(grid) < 2 for grid in args.grid):
         parser.error("--grid needs a flag and its values.")
-    if any(word.split("=")[0] in ("--seed", "--output_dir") for word in extra):
+    if {"--seed", "--output_dir"} & {word.split("=")[0] for word in (*extra, *(f"--{grid[0]}" for grid in args.grid))}:
         parser.error("--seed and --output_dir are set by run_seeds.sh itself: see --seeds and --output_dir.")
-    return list(make_runs(scripts, list(seeds), args.grid, extra, args.output_dir.absolute())), args
+    runs = list(make_runs(scripts, [int(seed) for seed in seeds], args.grid, extra, args.output_dir.absolute()))
+    if twice := [run.name for run, other in itertools.combinations(runs, 2) if run.folder == other.folder]:
+        parser.error(f"{twice[0]}: asked for twice; scripts, seeds and the values of a grid must differ.")
+    return runs, args
 
 
 def make_runs(
     scripts: list[Path], seeds: list[int], grids: list[list[str]], extra: list[str], output: Path
 ) -> Iterator[Run]:
-    flags = [grid[0].removeprefix("--") for grid in grids]
     made: dict[Path, Run] = {}
-    for seed in dict.fromkeys(seeds):
-        # an MNLI script first: others may start from its adapter
-        for script in sorted(dict.fromkeys(scripts), key=lambda path: not path.stem.endswith("_mnli")):
-            for values in itertools.product(*(grid[1:] for grid in grids)):
-                pairs = list(zip(flags, values, strict=True))
-                name = Path(script.stem, *["-".join(f"{flag}_{value}" for flag, value in pairs)] * bool(pairs))
-                name /= f"seed_{seed}"
-                run = Run(
-                    script,
-                    [*extra, *(w for flag, value in pairs for w in (f"--{flag}", value))],
-                    output / name,
-                    str(name),
-                )
-                run.flags += ["--seed", str(seed)]
-                found = re.search(r"^needs_mnli (\S+)", script.read_text(), flags=re.MULTILINE)
-                if found and "MNLI_LORA" not in os.environ:
-                    mnli = output / found[1] / f"seed_{seed}"
-                    run.needs = made.get(mnli)
-                made[run.folder] = run
-                yield run
+    # an MNLI script first: others may start from its adapter
+    scripts = sorted(scripts, key=lambda path: not path.stem.endswith("_mnli"))
+    for seed, script, values in itertools.product(seeds, scripts, itertools.product(*(grid[1:] for grid in grids))):
+        pairs = [(grid[0], value) for grid, value in zip(grids, values, strict=True)]
+        combination = "-".join(f"{flag}_{value}" for flag, value in pairs).replace("/", "_")
+        place = Path(combination, f"seed_{seed}")
+        flags = [*extra, *(word for flag, value in pairs for word in (f"--{flag}", value)), "--seed", str(seed)]
+        run = Run(script, flags, output / script.stem / place, str(script.stem / place))
+        made[run.folder] = run
+        found = re.search(r"^needs_mnli (\S+)", script.read_text(), flags=re.MULTILINE)
+        if found and not os.environ.get("MNLI_LORA") and "--lora_path" not in flags:
+            mnli = output / found[1] / place
+            run.needs = made.get(mnli)
+            run.mnli = mnli if run.needs or (mnli / "adapter_model.safetensors").is_file() else None
+        yield run
 
 
 def slots(jobs: int | None) -> tuple[list[str | None], dict[str, str]]:
     """A place for each run at a time, which is a GPU's number or None, and settings for every run."""
-    import torch
+    wanted, count = os.environ.get("devices", ""), 0
+    if not wanted.isdecimal() and wanted:
+        raise UsageError(f"devices='{wanted}' is not a whole number; 0 means the CPU.")
+    if wanted != "0":
+        import torch
 
-    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    count = min(count, int(os.environ.get("devices", count)))
+        count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+        count = min(count, int(wanted or count))
     if count > 1 and jobs != 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         gpus = visible.split(",")[:count]
         return [gpus[i % count] for i in range(jobs or count)], {"devices": "1"}
     settings = {"devices": str(count)}
     if (jobs or 1) > 1 and not count:  # share the cores
-        settings["OMP_NUM_THREADS"] = os.environ.get(
-            "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs or 1)))
-        )
+        threads = max(1, (os.cpu_count() or 1) // (jobs or 1))
+        settings["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     return [None] * (jobs or 1), settings
 
 
@@ -224,42 +243,65 @@ def status(runs: list[Run], since: float, places: int) -> str:
     left = count["waiting"] + len(running) / 2  # those running are half done, more or less
     togo = f", about {clock(sum(timed) / len(timed) * left / places)} to go" if timed else ""
     failed = f", {count['failed']} failed" if count["failed"] else ""
-    return f"{count['done']} of {len(runs)} done{failed}; {'; '.join(running)}; {clock(time.monotonic() - since)}{togo}"
+    spent = f"{clock(time.monotonic() - since)}{togo}"
+    return "; ".join([f"{count['done']} of {len(runs)} done{failed}", *running, spent])
 
 
-def run_all(runs: list[Run], places: list[str | None], settings: dict[str, str]) -> None:
-    """Start runs as places become free, until none is left; on an interruption pass it on and wait."""
-    free, since, live = list(places), time.monotonic(), sys.stderr.isatty()
+def run_all(runs: list[Run], places: list[str | None], settings: dict[str, str], interrupts: list[int]) -> None:
+    """Start runs as places become free, until none is left.
+
+    interrupts: signals that came, appended by their handler. After the first nothing starts and those running are
+    interrupted and waited for; Ctrl-C after it kills them.
+    """
+    free, since, live, stopping = list(places), time.monotonic(), sys.stderr.isatty(), False
     erase = "\r\x1b[K" if live else ""
+
+    def say(*lines: str) -> None:
+        print(erase + "\n".join(lines), file=sys.stderr, flush=True)
+
     try:
-        while any(run.state in ("waiting", "running") for run in runs):
+        while any(run.state == "running" or (run.state == "waiting" and not interrupts) for run in runs):
+            if interrupts and not stopping:
+                stopping = True
+                say("Stopping what runs, which may take a moment; Ctrl-C now kills it")
             for run in runs:
                 if run.state == "running" and run.finished():
                     free.append(run.slot)
-                    print(f"{erase}{run.outcome()} ({clock(run.seconds)})", file=sys.stderr)
-                    print(status(runs, since, len(places)), file=sys.stderr)
-                if run.state == "waiting" and run.needs and run.needs.state == "failed":
+                    say(f"{run.outcome()} ({clock(run.seconds)})", status(runs, since, len(places)))
+                elif run.state == "running" and interrupts:
+                    run.tell(signal.SIGKILL if signal.SIGINT in interrupts[1:] else signal.SIGINT)
+                if run.state != "waiting" or interrupts:
+                    continue
+                if run.needs and run.needs.state == "failed":
                     run.state = "failed"
-                    print(f"{erase}{run.name} can't start: it needs {run.needs.name}", file=sys.stderr)
-                if run.state == "waiting" and free and (run.needs is None or run.needs.state == "done"):
-                    slot = free.pop(0)
-                    run.start(slot, settings | ({"CUDA_VISIBLE_DEVICES": slot} if slot is not None else {}))
+                    say(f"{run.name} can't start: it needs {run.needs.name}")
+                elif free and (run.needs is None or run.needs.state == "done"):
+                    try:
+                        run.start(free[0], settings | ({"CUDA_VISIBLE_DEVICES": free[0]} if free[0] else {}))
+                        free.pop(0)
+                        say(f"{run.name} starts, log in {run.log_path}")
+                    except BlockingIOError:
+                        run.state = "failed"
+                        say(f"{run.name} can't start: another command is running it, see {run.log_path}")
             if live:
-                width = os.get_terminal_size(sys.stderr.fileno()).columns
+                width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
                 print(erase + status(runs, since, len(places))[: width - 1], end="", file=sys.stderr, flush=True)
-            time.sleep(0.5)
-    finally:
+            time.sleep(0.1)
+        print(erase, end="", file=sys.stderr, flush=True)
+    finally:  # nothing is left behind, whatever went wrong here
         running = [run for run in runs if run.state == "running"]
         for run in running:
-            os.killpg(run.process.pid, signal.SIGINT)
+            run.tell(signal.SIGINT)
         for run in running:
             run.process.wait()
 
 
 def main(argv: list[str]) -> int:
     runs, args = parse(argv)
-    for run in runs:
-        run.ask()
+    commands = [run.ask() for run in runs]
+    if os.environ.get("DRY_RUN", "0") != "0":
+        print("".join(commands), end="")
+        return 0
     for run in runs:
         if run.is_done():
             run.state = "done"
@@ -267,20 +309,26 @@ def main(argv: list[str]) -> int:
     if done:
         print(f"{done} of {len(runs)} are done already", file=sys.stderr)
     if done < len(runs):
-        places, settings = slots(args.jobs)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            run_all(runs, places, settings)
-        except KeyboardInterrupt:
-            print("\nInterrupted; the same command goes on from the last checkpoints.", file=sys.stderr)
-            return 130
+        interrupts: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # What is ignored here, as by nohup, stays so, but a handler of ours isn't passed on to the runs.
+            ignored = signal.getsignal(number) == signal.SIG_IGN
+            signal.signal(number, lambda number, _, ignored=ignored: None if ignored else interrupts.append(number))
+        run_all(runs, *slots(args.jobs), interrupts)
+        if interrupts:
+            raise KeyboardInterrupt
     code = report.main([*(str(run.folder) for run in runs), "--out", str(args.output_dir / "report")])
-    return code or int(any(run.state == "failed" for run in runs))
+    if failed := [run.name for run in runs if run.state == "failed"]:
+        print(f"Failed: {', '.join(failed)}. The same command tries again.", file=sys.stderr)
+    return code or int(bool(failed))
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (UserError, UsageError) as e:
+    except (UserError, OSError) as e:
         print(f"run_seeds.sh: error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from the last checkpoints.", file=sys.stderr)
+        sys.exit(130)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_nlu import submission
+from lora_nlu import report
 from lora_nlu.errors import UserError
 from lora_nlu.submission import write_submission
 
@@ -457,7 +457,7 @@ def test_a_zip_that_reads_back_otherwise_gets_no_name(tmp_path, monkeypatch, fau
 
 def test_the_program_prints_what_it_did_and_ends_with_0(tmp_path, capsys):
     run = make_run(tmp_path / "rte", "rte", 3, {"eval_accuracy": 0.866})
-    assert submission.main([str(run), "--out", str(tmp_path / "glue.zip"), "--partial"]) == 0
+    assert report.main(["submission", str(run), "--out", str(tmp_path / "glue.zip"), "--partial"]) == 0
     said = capsys.readouterr()
     assert said.out.startswith(f"RTE: seed 3, the only run, dev accuracy 0.866: {run}\n") and not said.err
     assert said.out.endswith(f"{tmp_path / 'glue.zip'}: 2 files.\n")
@@ -465,7 +465,7 @@ def test_the_program_prints_what_it_did_and_ends_with_0(tmp_path, capsys):
 
 def test_the_program_takes_several_folders(tmp_path):
     folders = [str(make_run(tmp_path / task, task)) for task in ("rte", "cola")]
-    assert submission.main([*folders, "--out", str(tmp_path / "glue.zip"), "--partial"]) == 0
+    assert report.main(["submission", *folders, "--out", str(tmp_path / "glue.zip"), "--partial"]) == 0
     assert [*read_zip(tmp_path / "glue.zip")] == ["CoLA.tsv", "RTE.tsv", "WNLI.tsv"]
 
 
@@ -476,7 +476,7 @@ def test_the_program_takes_several_folders(tmp_path):
 )
 def test_the_program_ends_with_1_and_a_message_for_what_a_person_can_put_right(tmp_path, capsys, out, flags, said):
     run = make_run(tmp_path / "rte", "rte")
-    assert submission.main([str(run), "--out", str(tmp_path / out), *flags]) == 1
+    assert report.main(["submission", str(run), "--out", str(tmp_path / out), *flags]) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith("lora_nlu.report: error: ") and said in printed.err and not printed.out
 
@@ -484,6 +484,6 @@ def test_the_program_ends_with_1_and_a_message_for_what_a_person_can_put_right(t
 @pytest.mark.parametrize("arguments", [[], ["somewhere"], ["--out", "glue.zip"], ["a", "--out", "b", "--unknown"]])
 def test_a_command_line_that_is_wrong_ends_with_2_and_the_usage(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
-        submission.main(arguments)
+        report.main(["submission", *arguments])
     assert caught.value.code == 2
-    assert "usage: python -m lora_nlu.report submission" in capsys.readouterr().err
+    assert "usage: python -m lora_nlu.report" in capsys.readouterr().err

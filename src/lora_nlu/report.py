@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from lora_nlu import submission
 from lora_nlu.errors import UserError
 from lora_nlu.files import folders_with, read_json, write_text
+from lora_nlu.submission import write_submission
 from lora_nlu.tasks import LORA_RANKS, PAPER, REPORTED, TASKS, Published
 
 STATE = "trainer_state.json"
@@ -360,17 +360,25 @@ def write_report(cells: Sequence[Cell], absent: Sequence[str], folder: Path | No
     return report
 
 
-def main(argv: list[str]) -> int:
-    if argv[:1] == ["submission"]:
-        return submission.main(argv[1:])
-    parser = argparse.ArgumentParser(prog="python -m lora_nlu.report", description=(__doc__ or "").split("\n")[0])
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_nlu.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="an output folder, or one that holds some")
-    parser.add_argument("--out", type=Path, help="a folder for report.md, report.csv, report.tex and pictures")
+    parser.add_argument(
+        "--out", type=Path, help="a folder for report.md, report.csv, report.tex and pictures; the zip of a submission"
+    )
+    parser.add_argument("--partial", action="store_true", help="submission: leave out tasks that no run predicts")
     args = parser.parse_args(argv)
+    runs = args.runs[1:] if (submits := args.runs[0] == Path("submission")) else args.runs
+    if submits != bool(submits and runs and args.out) or (args.partial and not submits):
+        parser.error("give: submission RUN... --out glue.zip [--partial], or RUN... [--out FOLDER].")
     try:
-        print(write_report(*collect(args.runs), args.out))
-        if args.out:
-            print(f"Written to {args.out}.")
+        if submits:
+            print(*write_submission(runs, args.out, args.partial), sep="\n")
+        else:
+            print(write_report(*collect(runs), args.out))
+            print(*([f"Written to {args.out}."] if args.out else []))
     except (UserError, OSError) as e:
         print(f"lora_nlu.report: error: {e}", file=sys.stderr)
         return 1
@@ -378,4 +386,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

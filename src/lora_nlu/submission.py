@@ -3,9 +3,7 @@
 python -m lora_nlu.report submission RUN... --out glue.zip [--partial]
 """
 
-import argparse
 import math
-import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -230,21 +228,3 @@ def write_submission(runs: Sequence[Path], out: Path, partial: bool = False) -> 
         content[file] = written_for_server(task, answers)
     write_zip(out, content)
     return [*lines, f"{out}: {len(content)} files."]
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lora_nlu.report submission", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="an output folder, or a folder that holds some"
-    )
-    parser.add_argument("--out", required=True, type=Path, help="the zip to write")
-    parser.add_argument("--partial", action="store_true", help="leave out tasks without predictions")
-    args = parser.parse_args(argv)
-    try:
-        print(*write_submission(args.runs, args.out, args.partial), sep="\n")
-    except (UserError, OSError) as e:
-        print(f"lora_nlu.report: error: {e}", file=sys.stderr)
-        return 1
-    return 0
