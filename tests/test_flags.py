@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from lora_nlu.errors import UserError
-from lora_nlu.flags import DROPPED, RENAMED, SWITCHES, translate
+from lora_nlu.errors import UsageError, UserError
+from lora_nlu.flags import DROPPED, RENAMED, SWITCHES, parse_layers, parse_targets, translate
+from lora_nlu.lora import TARGETS
 
 RUN_GLUE = Path(__file__).parents[1] / "examples" / "text-classification" / "run_glue.py"
 TRAINING_FLAGS = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -216,3 +217,61 @@ def test_transformers_takes_the_translated_flags_with_their_values(tmp_path):
 def test_no_translated_flag_is_one_of_todays(old):
     """But two that transformers keeps for a while: it calls one deprecated, the other it ignores."""
     assert (old in TRAINING_FLAGS) == (old == "local_rank")
+
+
+# Layers with LoRA: lists in one word.
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        (None, None),
+        ("query", ["query"]),
+        ("value,query", ["query", "value"]),  # the order is the table's, whatever is written
+        ("query_proj, value_proj", ["query", "value"]),
+        ("key,key,key_proj", ["key"]),
+        ("output,intermediate,dense,value,key,query", ["query", "key", "value", "dense", "intermediate", "output"]),
+    ],
+)
+def test_targets_are_names_between_commas_each_once_in_the_models_order(text, targets):
+    assert parse_targets(text) == targets
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"), [("queries", "queries"), ("query,embeddings", "embeddings"), ("query;value", "query;value"),
+                        ("query,,value", ""), ("", ""), ("Query", "Query"), ("dense,all-linear", "all-linear")]
+)  # fmt: skip
+def test_a_target_that_is_none_is_refused_with_those_that_are(text, wrong):
+    with pytest.raises(UsageError) as error:
+        parse_targets(text)
+    assert f"--lora_target_modules {text}: {wrong!r} is none of {', '.join(TARGETS)}." == str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        (None, None),
+        ("0", [0]),
+        ("0-3,11", [0, 1, 2, 3, 11]),
+        ("11,0 - 3", [0, 1, 2, 3, 11]),
+        ("5-5, 5", [5]),
+        ("2-4,3-6,4", [2, 3, 4, 5, 6]),
+        ("0-11", [*range(12)]),
+        ("3-1,7", [7]),  # nothing lies between 3 and 1
+    ],
+)
+def test_layers_are_numbers_and_ranges_with_both_ends_each_once_in_order(text, layers):
+    assert parse_layers(text, 12) == layers
+
+
+@pytest.mark.parametrize("text", ["", "one", "1,", "-1", "1-", "1--2", "1-2-3", "1.5", "0x1", "1;2", "\u00b2", "+1", "0-x"])
+def test_layers_that_are_no_numbers_are_refused_with_an_example(text):
+    with pytest.raises(UsageError, match="give numbers and ranges from 0, such as 0-3,11") as error:
+        parse_layers(text, 12)
+    assert f"--lora_layers {text}:" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["12", "0,12", "0-12", "99999999", "5-3"])
+def test_layers_that_the_model_does_not_have_are_refused_with_those_it_has(text):
+    with pytest.raises(UsageError, match="the model has 12 layers, 0 to 11"):
+        parse_layers(text, 12)

@@ -21,7 +21,7 @@ from lora_nlu.errors import UserError
 
 @pytest.fixture(scope="session")
 def glue(tmp_path_factory) -> Path:
-    """RTE, CoLA, MNLI and STS-B as the standard download lays them out; one word in the text tells the label."""
+    """RTE, CoLA, MNLI, AX and STS-B as the standard download lays them out; one word in the text tells the label."""
     folder, rng = tmp_path_factory.mktemp("glue"), random.Random(0)
     for name, rows in (("train", 48), ("dev", 24), ("test", 10)):
         rte, cola, stsb = [["index", "sentence1", "sentence2", "label"]], [], [list("abcdefg")]
@@ -57,6 +57,8 @@ def glue(tmp_path_factory) -> Path:
         if name.startswith("test"):
             mnli = [row[:3] for row in mnli]
         write_tsv(folder / "MNLI" / f"{name}.tsv", mnli)
+    ax = [[i, sentence(rng), sentence(rng, rng.choice([*words.values()]))] for i in range(5)]
+    write_tsv(folder / "AX" / "test.tsv", [["index", "sentence1", "sentence2"], *ax])
     return folder
 
 

@@ -20,9 +20,12 @@ from runs import LORA, SCRIPT, Outcome, contents, sentence, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from lora_nlu.submission import find_runs, read_predictions
+from lora_nlu.tasks import TASKS
+
 LEARN = ["--learning_rate", "1e-2", "--num_train_epochs", "15", "--max_seq_length", "64", "--logging_steps", "10"]
 SHORT = ["--max_steps", "6", "--max_seq_length", "64", "--learning_rate", "1e-2"]
-TIMES = re.compile(r"runtime|per_second|preparation_time")
+TIMES = re.compile(r"runtime|per_second|preparation_time|elapsed_s|train_seconds|peak_memory")
 
 
 def read(path: Path) -> dict:
@@ -282,13 +285,14 @@ def mnli_run(call, glue, tmp_path_factory) -> Path:
     return output
 
 
-def test_mnli_reports_matched_mismatched_and_overall_and_predicts_both_sets(mnli_run):
+def test_mnli_reports_matched_mismatched_and_overall_and_predicts_both_sets_and_the_diagnostic_one(mnli_run):
     results, mismatched = read(mnli_run / "eval_results.json"), read(mnli_run / "eval_mm_results.json")
     assert results["eval_samples"] == 24 and results["eval_samples_mm"] == 18
     overall = (24 * results["eval_accuracy"] + 18 * results["eval_accuracy_mm"]) / 42
     assert results["eval_accuracy_overall"] == pytest.approx(overall, rel=1e-12)
     assert mismatched["eval_accuracy_mm"] == results["eval_accuracy_mm"]
-    for name, rows in (("predict_results_mnli.tsv", 7), ("predict_results_mnli-mm.tsv", 9)):
+    for name, rows in (("mnli", 7), ("mnli-mm", 9), ("ax", 5)):
+        name = f"predict_results_{name}.tsv"
         lines = (mnli_run / name).read_text().splitlines()
         assert lines[0] == "index\tprediction" and len(lines) == rows + 1
         assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "neutral", "contradiction"}
@@ -323,10 +327,28 @@ def test_do_predict_alone_needs_no_labels(mnli_run, call, glue, tmp_path):
         shutil.copy(glue / "MNLI" / name, folder)
     flags = ["--task_name", "mnli", "--glue_dir", folder.parent, "--output_dir", tmp_path / "o", "--do_predict"]
     flags += ["--apply_lora", "--lora_r", "8", "--lora_alpha", "16", "--lora_path", mnli_run, "--max_seq_length", "64"]
-    succeeded(call(*flags))
+    outcome = succeeded(call(*flags))
     for name in ("predict_results_mnli.tsv", "predict_results_mnli-mm.tsv"):
         assert (tmp_path / "o" / name).read_bytes() == (mnli_run / name).read_bytes()
+    assert "No predictions for the diagnostic set (AX): " in outcome.out and "AX/test.tsv" in outcome.out
+    assert not (tmp_path / "o" / "predict_results_ax.tsv").exists()
     assert not (tmp_path / "o" / "eval_results.json").exists()
+
+
+def test_the_diagnostic_set_is_predicted_from_an_mnli_adapter_on_its_own_as_well(mnli_run, call, glue, tmp_path):
+    flags = ["--task_name", "ax", "--glue_dir", glue, "--output_dir", tmp_path / "o", "--do_predict"]
+    succeeded(call(*flags, "--lora_path", mnli_run, "--max_seq_length", "64"))
+    name = "predict_results_ax.tsv"
+    assert (tmp_path / "o" / name).read_bytes() == (mnli_run / name).read_bytes()
+
+
+def test_the_predictions_of_a_run_are_what_the_submission_reads(mnli_run, rte_run):
+    for folder, task, name, rows in ((mnli_run, "mnli", "mnli-mm", 9), (mnli_run, "ax", "ax", 5)):
+        path = folder / f"predict_results_{name}.tsv"
+        answers = [line.split("\t")[1] for line in path.read_text().splitlines()[1:]]
+        assert read_predictions(path, TASKS[task], rows) == answers
+    (run,) = find_runs([rte_run[0]])
+    assert run.predicts("rte") and run.dev_figure() == read(rte_run[0] / "eval_results.json")["eval_accuracy"]
 
 
 @pytest.mark.parametrize(
