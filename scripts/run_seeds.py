@@ -36,7 +36,7 @@ class Run:
     name: str
     mnli: Path | None = None  # the MNLI run whose adapter this one starts from
     needs: "Run | None" = None  # the same, if it is one of those asked for
-    state: str = "waiting"  # or running, done, failed
+    state: str = "waiting"  # or running, done, failed, stopped
     process: Any = None
     log: IO | None = None
     slot: str | None = None
@@ -113,7 +113,7 @@ class Run:
         assert self.log is not None
         self.log.close()
         self.seconds = time.monotonic() - self.seconds
-        self.state = "done" if self.process.returncode == 0 else "failed"
+        self.state = "done" if self.process.returncode == 0 else "stopped" if self.told else "failed"
         return True
 
     def tell(self, number: int) -> None:
@@ -127,7 +127,7 @@ class Run:
         return f"{self.name} at epoch {found[-1]}" if found else f"{self.name} starting"
 
     def outcome(self) -> str:
-        if self.state == "failed" and self.told:
+        if self.state == "stopped":
             return f"{self.name} stopped"
         if self.state == "failed":
             last = [line for line in tail(self.log_path, 4000) if line.strip()][-4:]
@@ -174,7 +174,8 @@ def parse(argv: list[str]) -> tuple[list[Run], argparse.Namespace]:
         parser.error(f"{missing[0]}: no such script.")
     if others := [path for path in scripts if "launch.sh" not in path.read_text()]:  # who knows what it would do
         parser.error(f"{others[0]}: is no launch script, it doesn't source launch.sh.")
-    if not scripts or len(counts) > 1 or (counts and args.seeds) or 0 in counts or (args.jobs or 1) < 1:
+    numbers = [*counts, *([] if args.jobs is None else [args.jobs])]
+    if not scripts or len(counts) + (args.seeds is not None) > 1 or min(numbers, default=1) < 1:
         parser.error("give scripts, then one count of seeds or --seeds; --jobs is 1 or more.")
     seeds = list(map(str, range(counts[0] if counts else 5))) if args.seeds is None else args.seeds.split(",")
     if not all(seed.isdecimal() for seed in seeds):

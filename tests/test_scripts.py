@@ -22,7 +22,7 @@ from lora_nlu.tasks import TASKS
 ROOT = Path(__file__).parents[1]
 PROGRAM = "examples/text-classification/run_glue.py"
 KINDS = {"roberta_*.sh": 16, "deberta_*.sh": 8, "mnli.*.sh": 2, "adapter_*.sh": 2, "full_*.sh": 8, "bitfit_*.sh": 8}
-OTHERS = {"demo.sh", "install.sh", "launch.sh", "test.sh"}
+OTHERS = {"demo.sh", "install.sh", "launch.sh", "run_seeds.sh", "sweep_ranks.sh", "test.sh"}
 SCRIPTS = sorted(path for pattern in KINDS for path in (ROOT / "scripts").glob(pattern))
 RENAMED = {"evaluation_strategy": "eval_strategy", "use_deterministic_algorithms": "full_determinism"}
 METHODS = {"apply_lora": "LoRA", "apply_adapter": "adapters", "apply_bitfit": "BitFit"}  # and as a headline has it

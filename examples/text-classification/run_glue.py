@@ -5,7 +5,6 @@
 """
 
 import logging
-import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -14,13 +13,13 @@ from typing import Any
 
 import torch
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
-from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
+from transformers.integrations import is_tensorboard_available
 
 from lora_nlu import adapters, data, loading, runs
 from lora_nlu.errors import UsageError, UserError
-from lora_nlu.flags import check_compiler, parse, parse_layers, parse_targets
+from lora_nlu.flags import check_args, check_best_metric, parse, parse_layers, parse_targets
 from lora_nlu.lora import LoRALinear
-from lora_nlu.methods import ADAPTER_TYPES
+from lora_nlu.methods import ADAPTER_TYPES, SETTINGS, set_method
 from lora_nlu.metrics import compute_metrics
 from lora_nlu.runs import say
 from lora_nlu.tasks import TASKS
@@ -121,80 +120,6 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
     return model_args, data_args, args
 
 
-def check_args(model_args: ModelArguments, data_args: DataArguments, args: RunArguments) -> None:
-    """What one flag says about another. Raises UsageError."""
-    check_method(model_args)
-    if not (args.do_train or args.do_eval or args.do_predict):
-        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict.")
-    files = data_args.train_file or data_args.validation_file or data_args.test_file
-    if bool(data_args.task_name) == bool(files):
-        raise UsageError("give --task_name or files of your own (--train_file, ...), one of the two.")
-    if not data_args.task_name:
-        for wanted, file in (("train", "train_file"), ("eval", "validation_file"), ("predict", "test_file")):
-            if getattr(args, f"do_{wanted}") and not getattr(data_args, file):
-                raise UsageError(f"--do_{wanted} needs --{file}.")
-    if absent := [name for name in args.report_to if name not in (there := get_available_reporting_integrations())]:
-        raise UsageError(f"--report_to {absent[0]}: not installed here. Choose from: {', '.join(['none', *there])}.")
-    check_compiler(args.torch_compile_backend, args.use_cpu)
-    counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    for group, least, below, names in (
-        (model_args, 0, math.inf, ("lora_r",)),  # rank 0 is plain fine-tuning
-        (model_args, 0, math.inf, ("reg_loss_wgt",)),
-        (model_args, 0, 1, ("cls_dropout", "masking_prob", "lora_dropout")),
-        (model_args, 1, math.inf, ("adapter_size",)),
-        (data_args, 1, math.inf, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
-        (data_args, 4, math.inf, ("max_seq_length",)),
-        (args, 1, math.inf, counts),
-        (args, 0, math.inf, ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps")),
-        (args, 0, math.inf, ("seed", "dataloader_num_workers", "logging_steps", "eval_steps", "save_steps")),
-    ):
-        for name in names:
-            if (value := getattr(group, name)) is not None and not least <= value < below:
-                wanted = f"{least} or more" if below == math.inf else f"from {least} to below {below}"
-                raise UsageError(f"--{name} {value}: must be {wanted}.")
-    if model_args.masking_prob and not model_args.reg_loss_wgt:
-        raise UsageError(
-            "--masking_prob needs --reg_loss_wgt: cutoff compares the pass with hidden tokens to a whole one."
-        )
-    if model_args.reg_loss_wgt and args.label_smoothing_factor:
-        raise UsageError("--label_smoothing_factor replaces the loss that --reg_loss_wgt adds to: give one of them.")
-    if model_args.lora_alpha is not None and not 0 < model_args.lora_alpha < math.inf:
-        raise UsageError(f"--lora_alpha {model_args.lora_alpha}: must be above 0.")
-
-
-def check_method(model_args: ModelArguments) -> None:
-    """One method at a time, with the flags it needs and no other's. Raises UsageError."""
-    m = model_args
-    if m.apply_lora and not m.lora_path and (m.lora_r is None or (m.lora_r and m.lora_alpha is None)):
-        raise UsageError(
-            "--apply_lora needs --lora_r and --lora_alpha (the paper's RoBERTa: --lora_r 8 --lora_alpha 16)."
-        )
-    if m.apply_adapter and not m.adapter_path and not (m.adapter_type and m.adapter_size):
-        raise UsageError("--apply_adapter needs --adapter_type (houlsby or pfeiffer) and --adapter_size.")
-    groups = {
-        "lora": ("apply_lora", "lora_path"),
-        "adapter": ("apply_adapter", "adapter_path"),
-        "head": ("head_only",),
-    }
-    said = [next(f for f in flags if getattr(m, f)) for flags in groups.values() if any(getattr(m, f) for f in flags)]
-    if len(said) > 1 or (m.apply_bitfit and "head_only" in said):
-        raise UsageError(f"--{said[0]} and --{said[1] if len(said) > 1 else 'apply_bitfit'}: choose one of them.")
-    for flag_, name in (
-        *((name, "apply_lora") for name in ("lora_target_modules", "lora_layers", "lora_dropout")),
-        *((name, "apply_adapter") for name in ("adapter_type", "adapter_size")),
-    ):
-        if getattr(m, flag_) is not None and not any(f in said for f in (name, "lora_path", "adapter_path")):
-            raise UsageError(f"--{flag_} says how, and nothing says that: give --{name} too.")
-
-
-def check_best_metric(args: RunArguments, names: tuple[str, ...]) -> None:
-    """The best checkpoint must be chosen by a metric that there is. Raises UsageError."""
-    known = ["loss", *names, *(["combined_score"] if len(names) > 1 and "mse" not in names else [])]
-    wanted = args.metric_for_best_model
-    if wanted is not None and wanted.removeprefix("eval_") not in known:
-        raise UsageError(f"--metric_for_best_model {wanted}: not evaluated here. Choose from: {', '.join(known)}.")
-
-
 def hub_settings(model_args: ModelArguments) -> dict[str, Any]:
     return {"cache_dir": model_args.cache_dir, "token": model_args.token, "revision": model_args.model_revision}
 
@@ -204,13 +129,12 @@ def prepare_model(
 ) -> tuple[Any, Any, str]:
     """The model with its LoRA settings, weights and adapter, its tokenizer and base fingerprint. Raises UserError."""
     name, hub = model_args.model_name_or_path, hub_settings(model_args)
-    layers = parse_layers(model_args.lora_layers, config.num_hidden_layers)
-    method = {name: getattr(model_args, name) for name in ("apply_bitfit", "head_only", "lora_dropout")}
-    if adapter is None:  # an adapter brings its own layers
-        own = ("apply_lora", "lora_r", "lora_alpha", "apply_adapter", "adapter_type", "adapter_size")
-        method |= {name: getattr(model_args, name) for name in own}
-        method |= {"lora_target_modules": parse_targets(model_args.lora_target_modules), "lora_layers": layers}
-    config.update({name: value for name, value in method.items() if value})
+    method = {setting: getattr(model_args, setting) for setting in SETTINGS}
+    method["lora_target_modules"] = parse_targets(model_args.lora_target_modules)
+    method["lora_layers"] = parse_layers(model_args.lora_layers, config.num_hidden_layers)
+    if adapter:  # it brings its own layers
+        method |= {"apply_lora": False, "apply_adapter": False}
+    set_method(config, method)
     config.finetuning_task, config.cls_dropout = task, model_args.cls_dropout
     config.lora_relative_query = bool(model_args.lora_relative_query)
     if model_args.lora_relative_query and config.model_type != "deberta-v2":

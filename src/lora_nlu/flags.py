@@ -1,13 +1,15 @@
-"""A command line, or a JSON file of flags, to dataclasses; what transformers 5 renamed or dropped is translated."""
+"""A command line, or a JSON file of flags, to dataclasses, checked; flags of 2021 are translated."""
 
 import difflib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations
 
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import read_json
@@ -106,11 +108,12 @@ def parse_layers(text: str | None, count: int) -> list[int] | None:
     numbers: set[int] = set()
     for part in text.split(","):
         first, dash, last = (word.strip() for word in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise UsageError(f"--lora_layers {text}: give numbers and ranges from 0, such as 0-3,{count - 1}.")
-        numbers |= set(range(int(first), int(last if dash else first) + 1))
-    if not numbers or max(numbers) >= count:
-        raise UsageError(f"--lora_layers {text}: the model has {count} layers, 0 to {count - 1}.")
+        if int(last) >= count:
+            raise UsageError(f"--lora_layers {text}: the model has {count} layers, 0 to {count - 1}.")
+        numbers |= set(range(int(first), int(last) + 1))
     return sorted(numbers)
 
 
@@ -121,6 +124,79 @@ def check_compiler(backend: str | None, on_cpu: bool) -> None:
         raise UsageError(f"--torch_compile_backend {backend}: unknown. Choose from: {known}.")
     if backend == "inductor" and on_cpu and not shutil.which("g++"):
         raise UsageError("--torch_compile: needs a C++ compiler on a CPU, and there is no g++. Leave the flag out.")
+
+
+def check_args(model_args: Any, data_args: Any, args: Any) -> None:
+    """What one flag says about another, in run_glue.py's three groups. Raises UsageError."""
+    check_method(model_args)
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict.")
+    files = data_args.train_file or data_args.validation_file or data_args.test_file
+    if bool(data_args.task_name) == bool(files):
+        raise UsageError("give --task_name or files of your own (--train_file, ...), one of the two.")
+    if not data_args.task_name:
+        for wanted, file in (("train", "train_file"), ("eval", "validation_file"), ("predict", "test_file")):
+            if getattr(args, f"do_{wanted}") and not getattr(data_args, file):
+                raise UsageError(f"--do_{wanted} needs --{file}.")
+    if absent := [name for name in args.report_to if name not in (there := get_available_reporting_integrations())]:
+        raise UsageError(f"--report_to {absent[0]}: not installed here. Choose from: {', '.join(['none', *there])}.")
+    check_compiler(args.torch_compile_backend, args.use_cpu)
+    counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for group, least, below, names in (
+        (model_args, 0, math.inf, ("lora_r",)),  # rank 0 is plain fine-tuning
+        (model_args, 0, math.inf, ("reg_loss_wgt",)),
+        (model_args, 0, 1, ("cls_dropout", "masking_prob", "lora_dropout")),
+        (model_args, 1, math.inf, ("adapter_size",)),
+        (data_args, 1, math.inf, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
+        (data_args, 4, math.inf, ("max_seq_length",)),
+        (args, 1, math.inf, counts),
+        (args, 0, math.inf, ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps")),
+        (args, 0, math.inf, ("seed", "dataloader_num_workers", "logging_steps", "eval_steps", "save_steps")),
+    ):
+        for name in names:
+            if (value := getattr(group, name)) is not None and not least <= value < below:
+                wanted = f"{least} or more" if below == math.inf else f"from {least} to below {below}"
+                raise UsageError(f"--{name} {value}: must be {wanted}.")
+    if model_args.masking_prob and not model_args.reg_loss_wgt:
+        raise UsageError(
+            "--masking_prob needs --reg_loss_wgt: cutoff compares the pass with hidden tokens to a whole one."
+        )
+    if model_args.reg_loss_wgt and args.label_smoothing_factor:
+        raise UsageError("--label_smoothing_factor replaces the loss that --reg_loss_wgt adds to: give one of them.")
+    if model_args.lora_alpha is not None and not 0 < model_args.lora_alpha < math.inf:
+        raise UsageError(f"--lora_alpha {model_args.lora_alpha}: must be above 0.")
+
+
+def check_method(m: Any) -> None:
+    """One method at a time, with the flags it needs and no other's. Raises UsageError."""
+    if m.apply_lora and not m.lora_path and (m.lora_r is None or (m.lora_r and m.lora_alpha is None)):
+        raise UsageError(
+            "--apply_lora needs --lora_r and --lora_alpha (the paper's RoBERTa: --lora_r 8 --lora_alpha 16)."
+        )
+    if m.apply_adapter and not m.adapter_path and not (m.adapter_type and m.adapter_size):
+        raise UsageError("--apply_adapter needs --adapter_type (houlsby or pfeiffer) and --adapter_size.")
+    groups = {
+        "lora": ("apply_lora", "lora_path"),
+        "adapter": ("apply_adapter", "adapter_path"),
+        "head": ("head_only",),
+    }
+    said = [next(f for f in flags if getattr(m, f)) for flags in groups.values() if any(getattr(m, f) for f in flags)]
+    if len(said) > 1 or (m.apply_bitfit and "head_only" in said):
+        raise UsageError(f"--{said[0]} and --{said[1] if len(said) > 1 else 'apply_bitfit'}: choose one of them.")
+    for flag, name in (
+        *((name, "apply_lora") for name in ("lora_target_modules", "lora_layers", "lora_dropout")),
+        *((name, "apply_adapter") for name in ("adapter_type", "adapter_size")),
+    ):
+        if getattr(m, flag) is not None and not any(f in said for f in (name, "lora_path", "adapter_path")):
+            raise UsageError(f"--{flag} says how, and nothing says that: give --{name} too.")
+
+
+def check_best_metric(args: Any, names: tuple[str, ...]) -> None:
+    """The best checkpoint must be chosen by a metric that there is. Raises UsageError."""
+    known = ["loss", *names, *(["combined_score"] if len(names) > 1 and "mse" not in names else [])]
+    wanted = args.metric_for_best_model
+    if wanted is not None and wanted.removeprefix("eval_") not in known:
+        raise UsageError(f"--metric_for_best_model {wanted}: not evaluated here. Choose from: {', '.join(known)}.")
 
 
 def translate(argv: list[str]) -> tuple[list[str], list[str]]:

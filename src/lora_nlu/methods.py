@@ -21,6 +21,18 @@ from lora_nlu.kernels import Linear
 from lora_nlu.lora import LoRALinear, lora_places, mark_only_lora_as_trainable
 
 ADAPTER_TYPES = ("houlsby", "pfeiffer")
+SETTINGS = (
+    "apply_lora", "lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "lora_dropout", "apply_bitfit",
+    "apply_adapter", "adapter_type", "adapter_size", "head_only",
+)  # fmt: skip
+
+
+def set_method(config: Any, settings: dict[str, Any]) -> None:
+    """Give a config these `SETTINGS`, and no other that its checkpoint may have been saved with."""
+    for name in SETTINGS:
+        config.__dict__.pop(name, None)
+        if settings.get(name):
+            setattr(config, name, settings[name])
 
 
 class Bottleneck(nn.Module):

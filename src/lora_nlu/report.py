@@ -12,10 +12,11 @@ import csv
 import io
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
+from urllib.parse import quote
 
 from lora_nlu.errors import UserError
 from lora_nlu.files import folders_with, read_json, write_text
@@ -23,10 +24,16 @@ from lora_nlu.submission import write_submission
 from lora_nlu.tasks import LORA_RANKS, PAPER, REPORTED, TASKS, Published
 
 STATE = "trainer_state.json"
+FROM_MNLI = ("mrpc", "rte", "stsb")  # the paper's LoRA starts them from its MNLI adapter, but for a line that says so
+NO_START = "lora, no MNLI start"
 PROTOCOL = (
     "Medians over seeds ± standard deviation, in percent. `best epoch` takes each run's best evaluation while "
     "training, the paper's protocol; `last` is what training ended with. `trainable` counts the encoder's part, as the "
     "paper does; `training` is the sum over tasks of the median time, `memory` the most that a run held."
+)
+TEX = str.maketrans(
+    {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    | {character: rf"\{character}" for character in "&%$#_{}"}
 )
 RUN_COLUMNS = (
     "model", "method", "task", "metric", "seed", "state", "best_percent", "last_percent", "paper_median_percent",
@@ -38,13 +45,17 @@ RUN_COLUMNS = (
 class Run:
     """What one output folder says; figures in percent.
 
+    base:      the base model's fingerprint; its name, `model`, may be another's too.
     settings:  all that decided the result but the seed, as hashable items.
+    paper:     the paper's line for the same method and settings, where it has this task.
     history:   (step, figure) of every evaluation while training.
-    last:      the figure after training, None for a run that has not ended.
+    best:      the highest of them and of the one after training; MNLI's are all on the matched set.
+    last:      the figure after training, MNLI's on both sets; like `best` None for a run that has not ended.
     """
 
     folder: Path
     model: str
+    base: str | None
     method: str
     task: str
     seed: int
@@ -52,16 +63,13 @@ class Run:
     paper: Published | None
     trainable: int
     history: tuple[tuple[int, float], ...]
+    best: float | None
     last: float | None
     progress: str
     seconds: float | None
     memory_gib: float | None
     rank: int | None
     targets: str
-
-    @property
-    def best(self) -> float | None:
-        return None if self.last is None else max([self.last, *(figure for _, figure in self.history)])
 
 
 @dataclass(frozen=True)
@@ -74,51 +82,65 @@ class Cell:
     done: tuple[Run, ...]
     unfinished: tuple[Run, ...]
 
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        return *self.done, *self.unfinished
+
     def figures(self, protocol: str) -> list[float]:
         return [figure for run in self.done if (figure := getattr(run, protocol)) is not None]
 
 
-def read_run(folder: Path) -> Run:
-    """Read an output folder. Raises UserError for one that an older version or something else wrote."""
-    known = read_json(folder / "run.json")
+def read_run(folder: Path, known: dict[str, Any]) -> Run:
+    """Read an output folder, its run.json already known. Raises UserError for what an older version wrote."""
     try:
         task, hyper, method = TASKS[known["task"]], known["hyperparameters"], known["method"]
         seed, parameters, lora = hyper["seed"], known["parameters"], known["lora"]
+        label, key = name_method(method, lora, hyper)
+        trainable, epochs = parameters["encoder"], hyper["num_train_epochs"]
     except KeyError as e:
-        raise UserError(f"{folder}/run.json: no {e} in it, or of no GLUE task: an older run? Train it again.") from e
+        raise UserError(f"{folder}/run.json: no {e} in it: an older run? Train it again, or leave it out.") from e
     checkpoints = [path for path in folder.glob(f"checkpoint-*/{STATE}") if path.parent.name[11:].isdigit()]
     newest = max(checkpoints, key=lambda path: int(path.parent.name[11:]), default=None)
     path = folder / STATE if (folder / STATE).is_file() else newest
     state = read_json(path) if path else {}
-    metric, results = task.metrics[0], folder / "eval_results.json"
-    sign = -1 if metric == "mse" else 1
-    evaluations = [entry for entry in state.get("log_history", []) if f"eval_{metric}" in entry]
-    history = [(entry["step"], 100 * sign * entry[f"eval_{metric}"]) for entry in evaluations]
-    last = None
+    metric, results = f"eval_{task.metrics[0]}", folder / "eval_results.json"
+    evaluations = [entry for entry in state.get("log_history", []) if metric in entry]
+    history = [(entry["step"], percent(entry[metric])) for entry in evaluations]
+    best = last = None
     if known.get("trained") and results.is_file():
         scores = read_json(results)
-        last = 100 * sign * scores.get(f"eval_{metric}_overall", scores[f"eval_{metric}"])
+        if metric not in scores:
+            raise UserError(f"{results}: no {metric} in it. Evaluate the run again, or leave it out.")
+        best = max([percent(scores[metric]), *(figure for _, figure in history)])
+        last = percent(scores.get(f"{metric}_overall", scores[metric]))
     measured = read_json(folder / "train_results.json") if known.get("trained") else {}
-    model, epochs = Path(str(known.get("base_model"))).name, hyper["num_train_epochs"]
-    label, key = name_method(method, lora, hyper)
-    from_adapter = known.get("started_from") is not None
-    if key == "lora" and model == "roberta-large" and task.name in ("mrpc", "rte", "stsb") and not from_adapter:
-        key = "lora, no MNLI start"
-    if key == "lora" and lora["ranks"] != [LORA_RANKS.get(model)]:
+    model, from_adapter = Path(known.get("base_model") or "unknown").name, known.get("started_from") is not None
+    if key == "lora" and from_adapter != (task.name in FROM_MNLI):
+        key = None if from_adapter else NO_START
+    if key in ("lora", NO_START) and lora["ranks"] != [LORA_RANKS.get(model)]:
         key = None
-    settings = {k: v for k, v in hyper.items() if k not in ("seed", "data_seed")} | {
-        "scalings": lora["scalings"], "starts from an adapter": from_adapter, "base": known.get("base_fingerprint"),
+    paper = next((line for line in PAPER if (line.model, line.method) == (model, key)), None)
+    settings = {name: value for name, value in hyper.items() if name not in ("seed", "data_seed")} | {
+        "scaling": ", ".join(f"{scaling:g}" for scaling in lora["scalings"]),
         "lora_relative_query": lora["lora_relative_query"],
-    }  # fmt: skip
-    reached = f"at epoch {state.get('epoch', 0):.4g} of {epochs:g}" if not known.get("trained") else "not evaluated"
+        "started from": "an adapter" if from_adapter else "the base model",
+    } | {name: value for name, value in method.items() if name not in ("name", "targets")}  # fmt: skip
+    epoch = state.get("epoch", 0)
+    reached = f"its last checkpoint at epoch {epoch:.4g} of {epochs:g}" if state else "no checkpoint yet"
     return Run(
-        folder, model, label, task.name, seed, tuple((name, str(value)) for name, value in settings.items()),
-        next((line for line in PAPER if (line.model, line.method) == (model, key)), None),
-        parameters["encoder"], tuple(history), last, reached,
+        folder, model, known.get("base_fingerprint"), label, task.name, seed,
+        tuple((name, str(value)) for name, value in settings.items()),
+        paper if paper and task.name in paper.figures else None, trainable, tuple(history), best, last,
+        "trained, not evaluated" if known.get("trained") else reached,
         measured.get("train_seconds"), measured.get("peak_gpu_memory_gib", measured.get("peak_memory_gib")),
         lora["ranks"][0] if method["name"] == "lora" and len(lora["ranks"]) == 1 else None,
         ",".join(method.get("targets", [])),
     )  # fmt: skip
+
+
+def percent(figure: float) -> float:
+    """Also of a correlation that is no number, after a training that diverged: 0, as metrics.py has it."""
+    return 100 * figure if figure == figure else 0.0
 
 
 def name_method(method: dict[str, Any], lora: dict[str, Any], hyper: dict[str, Any]) -> tuple[str, str | None]:
@@ -149,22 +171,23 @@ def collect(given: Sequence[Path]) -> tuple[list[Cell], list[str]]:
     absent = []
     for start in given:
         folders = folders_with("run.json", start) if start.is_dir() else []
-        absent += [] if folders else [f"missing: {start}"]
-        runs |= {path.resolve(): read_run(path) for path in folders if is_training(path)}
+        found = {path: known for path in folders if is_training(known := read_json(path / "run.json"))}
+        absent += [] if found else [f"missing: {start}" + ", no training run in it" * start.is_dir()]
+        for path, known in found.items():
+            if known.get("task") in TASKS:
+                runs[path.resolve()] = read_run(path, known)
+            else:
+                absent.append(f"left out, its task is none of GLUE's: {path}")
     if not runs:
-        raise UserError(f"no training run in {', '.join(map(str, given))}. Give output folders of run_glue.py.")
+        names = ", ".join(map(str, given))
+        raise UserError(f"no training run on a task of GLUE in {names}. Give output folders of run_glue.py.")
     groups: dict[tuple[str, str, str], list[Run]] = {}
-    for run in runs.values():
+    for run in settle(list(runs.values())):
         groups.setdefault((run.model, run.method, run.task), []).append(run)
     cells = []
     for (model, method, task), members in groups.items():
-        by_settings: dict[tuple[tuple[str, str], ...], list[Run]] = {}
-        for run in members:
-            by_settings.setdefault(run.settings, []).append(run)
-        differing = {k for a in by_settings for b in by_settings for k in dict(a) if dict(a)[k] != dict(b).get(k)}
-        for settings, same in by_settings.items():
-            said = ", ".join(f"{name} {value}" for name, value in settings if name in differing)
-            same.sort(key=lambda run: run.seed)
+        for settings, said in differences([run.settings for run in members]).items():
+            same = sorted((run for run in members if run.settings == settings), key=lambda run: run.seed)
             for one, other in zip(same, same[1:], strict=False):
                 if one.seed == other.seed:
                     raise UserError(f"{one.folder} and {other.folder} are the same run with the same seed: name one.")
@@ -176,15 +199,51 @@ def collect(given: Sequence[Path]) -> tuple[list[Cell], list[str]]:
     return cells, absent
 
 
-def is_training(folder: Path) -> bool:
+def settle(runs: list[Run]) -> list[Run]:
+    """What one run can't tell: whether another base model has its name, and which of the paper's lines it belongs to.
+
+    roberta-large has two for LoRA, with and without MNLI's adapter as the start of three tasks: those tasks decide.
+    """
+    bases = {(run.model, run.base) for run in runs}
+    several = {model for model, _ in bases if sum(name == model for name, _ in bases) > 1}
+    deciding = [run for run in runs if run.paper and run.task in FROM_MNLI]
+    starts = {(run.model, run.base, run.method, run.paper.method) for run in deciding if run.paper}
+    settled = []
+    for run in runs:
+        same, paper = (run.model, run.base, run.method), run.paper
+        if paper and paper.method == "lora" and (*same, NO_START) in starts and (*same, "lora") not in starts:
+            paper = next(line for line in PAPER if (line.model, line.method) == (paper.model, NO_START))
+        model = f"{run.model}@{(run.base or 'unknown')[:8]}" if run.model in several else run.model
+        settled.append(replace(run, model=model, paper=paper))
+    return settled
+
+
+def differences(several: Sequence[tuple[tuple[str, str], ...]]) -> dict[tuple[tuple[str, str], ...], str]:
+    """Of each of these settings what tells it from the others, as words."""
+    each = {settings: dict(settings) for settings in several}
+    names = dict.fromkeys(name for settings in each for name, _ in settings)
+    differing = [name for name in names if len({known.get(name) for known in each.values()}) > 1]
+    return {
+        settings: ", ".join(f"{name} {known.get(name, 'not recorded')}" for name in differing)
+        for settings, known in each.items()
+    }
+
+
+def is_training(known: dict[str, Any]) -> bool:
     """Whether a run trained, or began to: an evaluation or a prediction leaves a run.json as well."""
-    known = read_json(folder / "run.json")
-    return bool(known.get("trained")) or bool((known.get("hyperparameters") or {}).get("train_samples"))
+    return bool(known.get("trained") or known.get("hyperparameters", {}).get("train_samples"))
 
 
 def spread(figures: Sequence[float]) -> str:
     """median ± standard deviation; without the latter for a single figure."""
-    return f"{median(figures):.1f}" + (f" ± {stdev(figures):.1f}" if len(figures) > 1 else "")
+    return one_decimal(median(figures)) + (f" ± {one_decimal(stdev(figures))}" if len(figures) > 1 else "")
+
+
+def shown(cell: Cell | None, protocol: str, wanted: int) -> str:
+    """What a table says of a cell: its spread, of how many of the wanted seeds, or why there is none."""
+    figures = cell.figures(protocol) if cell else []
+    of = f" ({len(figures)} of {wanted})" if len(figures) < wanted else ""
+    return spread(figures) + of if figures else "unfinished" if cell else "-"
 
 
 def one_decimal(value: float) -> str:
@@ -193,12 +252,15 @@ def one_decimal(value: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def headings(cells: Sequence[Cell]) -> list[str]:
     tasks = dict.fromkeys(cell.task for cell in cells)
-    columns = [f"{TASKS[task].title} {TASKS[task].metrics[0].split('_')[0]}" for task in tasks]
+    persons = {"matthews": "Matthews", "pearson": "Pearson"}
+    metrics = [TASKS[task].metrics[0].partition("_")[0] for task in tasks]
+    columns = [f"{TASKS[task].title} {persons.get(name, name)}" for task, name in zip(tasks, metrics, strict=True)]
     return ["method", "trainable", "", *columns, "average", "training", "memory"]
 
 
@@ -208,70 +270,75 @@ def table(cells: Sequence[Cell]) -> list[list[str]]:
     rows = []
     for method in methods_of(cells):
         mine = {cell.task: cell for cell in cells if cell.method == method}
-        done = [run for cell in mine.values() for run in cell.done]
-        sizes = sorted({run.trainable for cell in mine.values() for run in (*cell.done, *cell.unfinished)})
+        sizes = "/".join(f"{n:,}" for n in sorted({run.trainable for cell in mine.values() for run in cell.runs}))
+        complete = len(mine) == len(tasks) and all(len(cell.done) == len(every_seed) for cell in mine.values())
         for protocol, title in (("best", "best epoch"), ("last", "last")):
-            row = [method, "/".join(f"{n:,}" for n in sizes), title] if protocol == "best" else ["", "", title]
-            for task in tasks:
-                cell = mine.get(task)
-                figures = cell.figures(protocol) if cell else []
-                of = f" ({len(figures)} of {len(every_seed)})" if cell and len(figures) < len(every_seed) else ""
-                row.append(spread(figures) + of if figures else "unfinished" if cell else "-")
-            complete = len(mine) == len(tasks) and all(len(cell.done) == len(every_seed) for cell in mine.values())
+            row = [method, sizes, title] if protocol == "best" else ["", "", title]
+            row += [shown(mine.get(task), protocol, len(every_seed)) for task in tasks]
             row.append(one_decimal(mean(median(mine[task].figures(protocol)) for task in tasks)) if complete else "-")
-            times = [[run.seconds for run in cell.done if run.seconds is not None] for cell in mine.values()]
-            memory = [run.memory_gib for run in done if run.memory_gib is not None]
-            if protocol == "best":
-                row.append(clock(sum(map(median, times))) if all(times) else "-")
-                row.append(f"{max(memory):.1f} GiB" if memory else "-")
-            else:
-                row += ["", ""]
-            rows.append(row)
-        papers = {run.task: run.paper for cell in mine.values() for run in (*cell.done, *cell.unfinished) if run.paper}
+            rows.append([*row, *(costs(mine, len(tasks)) if protocol == "best" else ("", ""))])
+        papers = {cell.task: run.paper for cell in mine.values() for run in cell.runs if run.paper}
         if papers:
-            figures_of = {task: line.figures[task] for task, line in papers.items() if task in line.figures}
             row = ["", next(iter(papers.values())).trainable, "paper"]
             for task in tasks:
-                figure, deviation = figures_of.get(task, (None, None))
-                spreads = f" ± {deviation:.1f}" if deviation is not None else ""
-                row.append("-" if figure is None else f"{figure:.1f}{spreads}")
-            whole = all(task in figures_of for task in tasks)
-            rows.append([*row, one_decimal(mean(figures_of[task][0] for task in tasks)) if whole else "-", "", ""])
+                figure, deviation = papers[task].figures[task] if task in papers else (None, None)
+                row.append("-" if figure is None else f"{figure:.1f}" + (f" ± {deviation:.1f}" if deviation else ""))
+            whole = len(papers) == len(tasks) and len({line.method for line in papers.values()}) == 1
+            average = one_decimal(mean(line.figures[task][0] for task, line in papers.items())) if whole else "-"
+            rows.append([*row, average, "", ""])
     return rows
+
+
+def costs(mine: dict[str, Cell], wanted: int) -> tuple[str, str]:
+    """A method's time, of how many of the wanted tasks where some are missing, and its memory."""
+    times = [[run.seconds for run in cell.done if run.seconds is not None] for cell in mine.values()]
+    medians = [median(seconds) for seconds in times if seconds]
+    of = f" ({len(medians)} of {wanted} tasks)" if len(medians) < wanted else ""
+    memory = [run.memory_gib for cell in mine.values() for run in cell.done if run.memory_gib is not None]
+    return clock(sum(medians)) + of if medians else "-", f"{max(memory):.1f} GiB" if memory else "-"
 
 
 def methods_of(cells: Sequence[Cell]) -> list[str]:
     """Fine-tuning first, then by what trains in the encoder."""
-    trainable = {cell.method: run.trainable for cell in cells for run in (*cell.done, *cell.unfinished)}
+    trainable = {cell.method: run.trainable for cell in cells for run in cell.runs}
     return sorted(trainable, key=lambda name: (not name.startswith("fine-tuning"), trainable[name], name))
 
 
 def seeds(cells: Sequence[Cell]) -> list[int]:
-    return sorted({run.seed for cell in cells for run in (*cell.done, *cell.unfinished)})
+    return sorted({run.seed for cell in cells for run in cell.runs})
 
 
 def rank_table(cells: Sequence[Cell]) -> list[list[str]]:
     """The paper's table of ranks: of each task and set of layers with LoRA a row, of each rank a column; or nothing."""
-    swept = rank_cells(cells)
-    ranks = sorted({cell.done[0].rank or 0 for cell in swept})
+    swept, wanted = rank_cells(cells), len(seeds(cells))
+    ranks = sorted({rank for mine in swept.values() for rank, _ in mine})
     rows = [["task", "LoRA on", *(f"r = {rank}" for rank in ranks)]]
-    for task, targets in dict.fromkeys((cell.task, cell.done[0].targets) for cell in swept):
-        row = [TASKS[task].title, targets.replace(",", ", ")]
-        for rank in ranks:
-            found = [c for c in swept if (c.task, c.done[0].targets, c.done[0].rank) == (task, targets, rank)]
-            row.append(" / ".join(spread(cell.figures("best")) for cell in found) or "-")
-        rows.append(row)
-    return rows if len(rows) > 1 else []
+    for (task, where), mine in swept.items():
+        texts = {rank: " / ".join(shown(c, "best", wanted) for r, c in mine if r == rank) for rank in ranks}
+        rows.append([TASKS[task].title, where, *(texts[rank] or "-" for rank in ranks)])
+    return rows if swept else []
 
 
-def rank_cells(cells: Sequence[Cell]) -> list[Cell]:
-    """The LoRA cells of those tasks that have runs of several ranks."""
-    lora = [cell for cell in cells if cell.done and cell.done[0].rank is not None]
-    swept = {task for task in {c.task for c in lora} if len({c.done[0].rank for c in lora if c.task == task}) > 1}
-    targets = {cell.done[0].targets: len(cell.done[0].targets.split(",")) for cell in lora}
-    return sorted(
-        (c for c in lora if c.task in swept), key=lambda c: (c.task, targets[c.done[0].targets], c.done[0].targets)
-    )
+def rank_cells(cells: Sequence[Cell]) -> dict[tuple[str, str], list[tuple[int, Cell]]]:
+    """Of each task and set of layers with LoRA the cells by rank, where runs of several ranks differ in nothing else.
+
+    Alpha may stay as the rank changes, or change with it: the scaling is not compared.
+    """
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[int, Cell]]] = {}
+    for cell in cells:
+        if (rank := cell.runs[0].rank) is not None:
+            rest = tuple(item for item in cell.runs[0].settings if item[0] != "scaling")
+            groups.setdefault((cell.task, rest), []).append((rank, cell))
+    groups = {key: mine for key, mine in groups.items() if len({rank for rank, _ in mine}) > 1}
+    swept: dict[tuple[str, str], list[tuple[int, Cell]]] = {}
+    for (task, rest), mine in groups.items():
+        said = differences([other for name, other in groups if name == task])[rest]
+        sets = {cell.runs[0].targets for _, cell in mine}
+        for targets in sorted(sets, key=lambda names: (names.count(","), names)):
+            where = targets.replace(",", ", ") + (f" ({said})" if said else "")
+            here = [(rank, cell) for rank, cell in mine if cell.runs[0].targets == targets]
+            swept[task, where] = sorted(here, key=lambda pair: pair[0])
+    return swept
 
 
 def notes(cells: Sequence[Cell], absent: Sequence[str]) -> list[str]:
@@ -281,17 +348,17 @@ def notes(cells: Sequence[Cell], absent: Sequence[str]) -> list[str]:
     for cell in cells:
         lines += [f"unfinished: {run.folder}, {run.progress}" for run in cell.unfinished]
         here = seeds([other for other in cells if other.model == cell.model])
-        gone = [str(seed) for seed in here if seed not in {run.seed for run in (*cell.done, *cell.unfinished)}]
+        gone = [str(seed) for seed in here if seed not in {run.seed for run in cell.runs}]
         if gone:
             lacking.setdefault(", ".join(gone), []).append(f"{cell.method} on {TASKS[cell.task].title} ({cell.model})")
-    lines += [f"missing, seed {gone}: {'; '.join(where)}" for gone, where in lacking.items()]
+    lines += [f"missing, seed{'s' * (',' in gone)} {gone}: {'; '.join(where)}" for gone, where in lacking.items()]
     if any(cell.task == "mnli" for cell in cells):
         lines.append(
             "MNLI: `last` is on both validation sets together, as the paper's; the best epoch is on the matched."
         )
-    single = {cell.task for cell in cells for run in cell.done if len(run.history) < 2}
+    single = dict.fromkeys(TASKS[cell.task].title for cell in cells if any(len(run.history) < 2 for run in cell.done))
     if single:
-        lines.append(f"evaluated once, so that the best epoch is the last: runs of {', '.join(sorted(single))}")
+        lines.append(f"evaluated once, so that the best epoch is the last: runs of {', '.join(single)}")
     return lines
 
 
@@ -303,7 +370,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def latex(rows: Sequence[Sequence[str]]) -> str:
     """A tabular that needs no package."""
-    escaped = [[cell.replace("_", r"\_").replace("%", r"\%").replace("±", r"$\pm$") for cell in row] for row in rows]
+    escaped = [[cell.translate(TEX) for cell in row] for row in rows]
     lines = [" & ".join(row) + r" \\" for row in escaped]
     return "\n".join([rf"\begin{{tabular}}{{ll{'r' * (len(rows[0]) - 2)}}}", r"\hline", lines[0], r"\hline", *lines[1:],
                       r"\hline", r"\end{tabular}"])  # fmt: skip
@@ -315,12 +382,11 @@ def run_lines(cells: Sequence[Cell]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(RUN_COLUMNS)
     for cell in cells:
-        for run in (*cell.done, *cell.unfinished):
-            paper = run.paper.figures.get(run.task) if run.paper else None
+        for run in cell.runs:
+            paper = run.paper.figures[run.task][0] if run.paper else None
             figures = [None if figure is None else round(figure, 4) for figure in (run.best, run.last)]
             state = "done" if run.last is not None else run.progress
-            of_paper, metric = paper[0] if paper else None, TASKS[run.task].metrics[0]
-            row = [run.model, cell.method, run.task, metric, run.seed, state, *figures, of_paper]
+            row = [run.model, cell.method, run.task, TASKS[run.task].metrics[0], run.seed, state, *figures, paper]
             writer.writerow([*row, run.trainable, run.seconds, run.memory_gib, run.folder])
     return text.getvalue()
 
@@ -350,8 +416,9 @@ def write_report(cells: Sequence[Cell], absent: Sequence[str], folder: Path | No
         if ranks:
             text += ["### Ranks, best epoch", "", markdown(ranks), ""]
             tex += [f"% {model}, ranks", latex(ranks), ""]
-        text += [line for name in pictures.get(model, ()) for line in (f"![{name}]({name}.png)", "")]
+        text += [line for name in pictures.get(model, ()) for line in (f"![{name}]({quote(name)}.png)", "")]
     text += [PROTOCOL, "", *(f"- {line}" for line in notes(cells, absent))]
+    tex += [f"% {line}" for line in (PROTOCOL, *notes(cells, absent), "")]
     report = "\n".join(text).rstrip() + "\n"
     if folder:
         write_text(folder / "report.md", report)
