@@ -6,7 +6,17 @@ import math
 import pytest
 import torch
 import transformers
-from helpers import assert_close, golden, golden_inputs, golden_model, ragged_batch, randomise_, tiny_config
+from helpers import (
+    CLASSIFIERS,
+    assert_close,
+    golden,
+    golden_inputs,
+    golden_model,
+    ragged_batch,
+    randomise_,
+    tiny_config,
+    tiny_deberta_config,
+)
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,12 +25,15 @@ from transformers import RobertaConfig
 
 from lora_nlu.kernels import Linear
 from lora_nlu.lora import (
+    TARGETS,
     LoRALinear,
     count_parameters,
     lora_linear,
+    lora_places,
     mark_only_lora_as_trainable,
     merge_lora_,
     set_lora_,
+    target_of,
     unmerge_lora_,
 )
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
@@ -29,8 +42,8 @@ I, O, R, ALPHA = 12, 10, 4, 6.0  # noqa: E741 (the paper's and lora.py's letters
 BF16 = 2.0**-8  # half the distance between neighbours of 1: the error of one rounding, relative
 
 
-def random_layer(bias: bool = True, seed: int = 0) -> LoRALinear:
-    layer = LoRALinear(I, O, r=R, lora_alpha=ALPHA, bias=bias)
+def random_layer(bias: bool = True, seed: int = 0, lora_dropout: float = 0.0) -> LoRALinear:
+    layer = LoRALinear(I, O, r=R, lora_alpha=ALPHA, bias=bias, lora_dropout=lora_dropout)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -97,11 +110,10 @@ def test_output_and_gradients_are_those_of_the_textbook_formula(dtype, shape, bi
             assert_close(parameter.grad.double(), exact[name].grad, tolerance, what=name)
 
 
-def test_output_and_gradients_are_those_of_a_peft_layer_with_the_same_weights():
-    ours = random_layer()
-    model = nn.Sequential(nn.Linear(I, O))
-    config = LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=["0"])
-    theirs = inject_adapter_in_model(config, model)[0]
+def peft_layer(ours: LoRALinear) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """PEFT's layer with the weights of ours, and its parameters by our names."""
+    config = LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=ours.lora_dropout, target_modules=["0"])
+    theirs = inject_adapter_in_model(config, nn.Sequential(nn.Linear(I, O)))[0]
     pairs = {
         "weight": theirs.base_layer.weight,
         "bias": theirs.base_layer.bias,
@@ -111,12 +123,25 @@ def test_output_and_gradients_are_those_of_a_peft_layer_with_the_same_weights():
     with torch.no_grad():
         for name, parameter in pairs.items():
             parameter.copy_(getattr(ours, name))
-    x = tokens(2, 5, I).requires_grad_()
+    return theirs, pairs
+
+
+@pytest.mark.parametrize(("p", "shape"), [(0.0, (2, 5, I)), (0.4, (9, I)), (0.4, (2, 5, I))])
+def test_output_and_gradients_are_those_of_a_peft_layer_with_the_same_weights_and_draws(p, shape, request):
+    if p:
+        request.getfixturevalue("torch_draws")
+    ours = random_layer(lora_dropout=p)
+    theirs, pairs = peft_layer(ours)
+    x = tokens(*shape).requires_grad_()
     x_theirs = x.detach().clone().requires_grad_()
-    got, want = ours(x), theirs(x_theirs)
-    got.pow(2).sum().backward()
-    want.pow(2).sum().backward()
+    outputs = []
+    for layer, seen in ((ours, x), (theirs, x_theirs)):
+        torch.manual_seed(0)
+        outputs.append(layer.train()(seen))
+        outputs[-1].pow(2).sum().backward()
+    got, want = outputs
     assert_close(got, want)
+    assert torch.equal(got, ours.eval()(x)) == (p == 0)
     assert_close(x.grad, x_theirs.grad)
     assert_close(ours.lora_A.grad, pairs["lora_A"].grad)
     assert_close(ours.lora_B.grad, pairs["lora_B"].grad)
@@ -240,6 +265,161 @@ def test_a_config_with_lora_gives_a_lora_layer_of_its_rank_and_scaling():
     layer = lora_linear(RobertaConfig(apply_lora=True, lora_r=8, lora_alpha=16), "query", 0, I, O)
     assert type(layer) is LoRALinear
     assert (layer.r, layer.scaling, layer.in_features, layer.out_features) == (8, 2.0, I, O)
+    assert layer.lora_dropout == 0
+
+
+# Where the updates are.
+
+
+@pytest.mark.parametrize(
+    ("settings", "targets", "layers"),
+    [
+        ({}, ["query", "value"], [0, 1, 2]),
+        ({"lora_target_modules": None, "lora_layers": None, "lora_dropout": None}, ["query", "value"], [0, 1, 2]),
+        ({"lora_target_modules": ["dense"]}, ["dense"], [0, 1, 2]),
+        ({"lora_target_modules": [*TARGETS], "lora_layers": [1]}, [*TARGETS], [1]),
+        ({"lora_layers": [0, 2]}, ["query", "value"], [0, 2]),
+        ({"lora_target_modules": ["output", "key"], "lora_layers": [2, 0]}, ["key", "output"], [0, 2]),
+    ],
+    ids=str,
+)
+def test_lora_is_in_the_targets_and_layers_the_config_names_by_default_query_and_value_everywhere(
+    settings, targets, layers
+):
+    config = lora_config(**settings)
+    found = {
+        (target, layer)
+        for target in TARGETS
+        for layer in range(3)
+        if isinstance(lora_linear(config, target, layer, I, O), LoRALinear)
+    }
+    assert found == {(target, layer) for target in targets for layer in layers}
+
+
+def test_the_dropout_of_a_layer_is_the_configs():
+    assert lora_linear(lora_config(lora_dropout=0.3), "query", 0, I, O).lora_dropout == 0.3
+
+
+NAMES = {
+    "roberta.encoder.layer.0.attention.self.query": "query",
+    "roberta.encoder.layer.11.attention.self.key": "key",
+    "roberta.encoder.layer.3.attention.self.value": "value",
+    "roberta.encoder.layer.3.attention.output.dense": "dense",
+    "roberta.encoder.layer.3.intermediate.dense": "intermediate",
+    "roberta.encoder.layer.3.output.dense": "output",
+    "deberta.encoder.layer.47.attention.self.query_proj": "query",
+    "deberta.encoder.layer.47.attention.self.key_proj": "key",
+    "deberta.encoder.layer.47.attention.self.value_proj": "value",
+    "deberta.encoder.layer.47.attention.output.dense": "dense",
+    "deberta.encoder.layer.47.intermediate.dense": "intermediate",
+    "deberta.encoder.layer.47.output.dense": "output",
+}
+OTHER_NAMES = [
+    "classifier.dense",
+    "pooler.dense",
+    "roberta.pooler.dense",
+    "deberta.embeddings.embed_proj",
+    "deberta.encoder.layer.1.attention.self.pos_query_proj",
+    "roberta.encoder.layer.1.output.adapter.adapter_A",
+]
+
+
+def test_a_layer_is_the_target_that_its_place_in_the_model_makes_it_any_other_its_own_name():
+    assert {name: target_of(name) for name in NAMES} == NAMES
+    assert [target_of(name) for name in OTHER_NAMES] == OTHER_NAMES
+
+
+def test_every_target_is_one_layer_of_each_encoder_layer_of_both_models():
+    both = {"roberta": tiny_config(), "deberta-v2": tiny_deberta_config(share_att_key=False)}
+    for kind, config in both.items():
+        linear = [n for n, m in CLASSIFIERS[kind][0](config).named_modules() if isinstance(m, nn.Linear)]
+        for i in range(2):
+            targets = [target_of(name) for name in linear if f".layer.{i}." in name]
+            assert sorted(set(targets) & {*TARGETS}) == sorted(TARGETS)
+            assert all(targets.count(target) == 1 for target in TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("names", "targets", "layers"),
+    [
+        ([], [], []),
+        (["roberta.encoder.layer.10.output.dense", "roberta.encoder.layer.9.attention.self.query"],
+         ["query", "output"], [9, 10]),
+        ([*NAMES], [*TARGETS], [0, 3, 11, 47]),
+        (["pooler.dense", "classifier", "deberta.encoder.layer.2.attention.self.value_proj"],
+         ["value", "classifier", "pooler.dense"], [2]),
+    ],
+    ids=["none", "numbers, not words", "all", "beside the encoder"],
+)  # fmt: skip
+def test_places_are_the_targets_in_the_models_order_and_the_layers_numbers(names, targets, layers):
+    assert lora_places(names) == (targets, layers)
+    assert lora_places(iter(reversed(names))) == (targets, layers)
+
+
+# Dropout of what the update reads.
+
+
+def test_in_evaluation_dropout_changes_nothing():
+    plain, dropped = random_layer().eval(), random_layer(lora_dropout=0.5).eval()
+    x = tokens(7, I)
+    assert torch.equal(dropped(x), plain(x))
+
+
+def test_in_training_dropout_leaves_the_frozen_path_alone():
+    layer = random_layer(lora_dropout=0.5).train()
+    x = tokens(7, I)
+    assert not torch.equal(layer(x), layer(x))
+    with torch.no_grad():
+        layer.lora_B.zero_()
+    assert_close(layer(x), F.linear(x, layer.weight, layer.bias), 1e-6)
+
+
+@pytest.mark.parametrize("draws", ["torch", "compiled"])
+def test_under_dropout_the_mean_of_many_draws_is_the_undropped_output(draws, request):
+    if draws == "torch":
+        request.getfixturevalue("torch_draws")
+    layer, x, n = random_layer(lora_dropout=0.3).train(), tokens(1, I), 20_000
+    torch.manual_seed(0)
+    with torch.no_grad():
+        y = layer(x.expand(n, I)).double()
+    want = textbook(x.double(), {name: p.detach().double() for name, p in layer.named_parameters()})
+    standard_error = y.std(0) / math.sqrt(n)
+    assert (standard_error > 0).all() and ((y.mean(0) - want) / standard_error).abs().max() < 4  # of 10 outputs
+    # and their variance is that of independent draws of each x_i: s^2 x_i^2 p / (1 - p) (B A)_oi^2, summed over i
+    update = ALPHA / R * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
+    variance = 0.3 / 0.7 * (update * x.double()).pow(2).sum(1)
+    assert_close(y.var(0) / variance, torch.ones_like(variance), 0.06)  # 4 sd of a variance of 20,000 draws: 4-6%
+
+
+def test_the_gradients_under_dropout_are_those_of_the_draw_that_the_output_had():
+    # Row n saw D_n x_n, with D unknown: y - x W^T - b = s D x A^T B^T must be what B's gradient is made of.
+    layer = random_layer(lora_dropout=0.4).train()
+    x = tokens(9, I)
+    y = layer(x)
+    update = (y - F.linear(x, layer.weight, layer.bias)).detach()  # s (D x) A^T B^T
+    grad_y = tokens(9, O, seed=2)
+    y.backward(grad_y)
+    # sum over o, r of B dL/dB is sum over n, o of grad_y times the update, for the update is linear in B; so in A
+    want = (grad_y * update).sum()
+    for name in ("lora_A", "lora_B"):
+        parameter = getattr(layer, name)
+        assert_close((parameter.grad * parameter.detach()).sum(), want, what=name)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_has_no_effect_on_a_merged_layer(training):
+    plain, dropped = random_layer(), random_layer(lora_dropout=0.5)
+    x = tokens(7, I)
+    for layer in (plain, dropped):
+        layer.train(training).merge()
+    with torch.no_grad():
+        assert torch.equal(dropped(x), plain(x))
+
+
+@pytest.mark.parametrize(("p", "training", "folded"), [(0.0, True, True), (0.5, False, True), (0.5, True, False)])
+def test_without_dropout_to_draw_the_update_is_part_of_the_product(p, training, folded):
+    y = random_layer(lora_dropout=p).train(training)(tokens(7, I))
+    assert ("_LoRALinear" in y.grad_fn.name()) == folded
 
 
 # Merging.

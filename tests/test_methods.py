@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import scipy.stats
 import torch
-import transformers
 from helpers import (
     CLASSIFIERS,
     assert_close,
@@ -42,7 +41,15 @@ from lora_nlu.convert import main, merged_state
 from lora_nlu.errors import UserError
 from lora_nlu.loading import load_model
 from lora_nlu.lora import TARGETS, LoRALinear, count_parameters, merge_lora_
-from lora_nlu.methods import Bottleneck, describe_method, mark_trainable, set_bottlenecks_
+from lora_nlu.methods import (
+    SETTINGS,
+    Bottleneck,
+    describe_method,
+    mark_trainable,
+    set_bottlenecks_,
+    set_method,
+    trains_a_part,
+)
 from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 
 CONFIGS: dict[str, Any] = {"roberta": tiny_config, "deberta-v2": tiny_deberta_config}
@@ -102,7 +109,7 @@ def only_(model: Any, pattern: str) -> None:
 
 
 def assert_same_step(ours: Any, theirs: Any) -> None:
-    """The same logits, loss and gradients on a ragged batch, and every gradient there is moves something."""
+    """The same logits, loss and gradients on a ragged batch."""
     outputs = []
     for model in (ours, theirs):
         output = model(**inputs_for(ours.config), labels=LABELS)
@@ -244,10 +251,10 @@ def test_an_adapter_of_no_known_type_or_of_no_width_is_refused(adapter_type, siz
 # ------------------------------------------------------------------------------------------- from a base checkpoint
 
 
-def save_base(kind: str, folder: Path, **settings: Any) -> Path:
+def save_base(kind: str, folder: Path, seed: int = 5, **settings: Any) -> Path:
     """transformers' own classifier, of 3 layers unless said, every parameter random, as a folder with a tokenizer."""
     config = CONFIGS[kind](**{"num_hidden_layers": 3, **settings})
-    randomise_(CLASSIFIERS[kind][1](config), seed=5).save_pretrained(folder)
+    randomise_(CLASSIFIERS[kind][1](config), seed).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
     return folder
@@ -261,7 +268,8 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 def loaded(folder: Path, num_labels: int = 3, seed: int = 0, **method: Any) -> Any:
     """Our model of a folder by a method, as run_glue.py loads it."""
     config = AutoConfig.from_pretrained(folder)
-    config.update(method | {"num_labels": num_labels})
+    config.num_labels = num_labels
+    set_method(config, method)
     torch.manual_seed(seed)
     return load_model(str(folder), config, needs_head=False)[0]
 
@@ -293,7 +301,7 @@ def test_new_adapters_are_drawn_as_the_other_layers_are_and_the_base_stays_as_it
     for letter in "AB":
         drawn = torch.cat([t.flatten() for name, t in new.items() if name.endswith(f"{letter}.weight")])
         assert len(drawn) == len(set(drawn.tolist())), "two layers share their draws"
-        # 1,536 or 3,072 numbers; the layers' own kaiming-uniform start has p = 1e-40
+        # 1,536 or 3,072 numbers; a linear layer's own uniform start has p < 1e-14
         assert scipy.stats.kstest(drawn, "norm", args=(0, model.config.initializer_range)).pvalue > 0.01
     again, other = started(seed=1).state_dict(), started(seed=2).state_dict()
     weights = [name for name in new if name.endswith("weight")]
@@ -407,13 +415,13 @@ def test_full_fine_tuning_trains_all_of_robertas_125_and_355_million(shape, pape
 
 
 def test_full_fine_tuning_of_deberta_xxlarge_trains_the_papers_1500_million_to_5_percent():
-    # 1500M is the name of the size ("1.5B"); the checkpoint's encoder has 1,564,651,008 parameters, the head 2.4 more
-    # million. Ours, term by term: a layer's four projections, feed-forward and two norms; the table of words, the
-    # relative table, the convolution and three norms.
+    # 1500M is the name of the size ("1.5B"); the encoder has 1564.5 million parameters, the head 2.4 more. Term by
+    # term: a layer's four projections, feed-forward and two norms; the tables of words and of relative positions, the
+    # convolution, and the norms of embeddings, relative table and convolution.
     counts = count_parameters(at_full_size("deberta-v2-xxlarge"))
     h, f = 1536, 6144
     layer = 4 * (h * h + h) + (2 * h * f + f + h) + 4 * h
-    assert counts.encoder == 48 * layer + (128100 + 512) * h + (3 * h * h + h) + 3 * 2 * h
+    assert counts.encoder == 48 * layer + (128100 + 512) * h + (3 * h * h + h) + 3 * 2 * h == 1_564_549_632
     assert counts.trainable == counts.total == counts.encoder + (h * h + h) + 2 * (h + 1)
     assert abs(counts.trainable / 1500e6 - 1) < 0.05
 
@@ -462,14 +470,14 @@ def test_bitfit_reaches_the_biases_of_deberta_position_projections_of_its_own():
 # --------------------------------------------------------------------------------------- LoRA on any layer, by PEFT
 
 # What PEFT has to look for, by the paper's letters W_q, W_k, W_v, W_o and the two of the feed-forward
-MODULES = dict(
-    zip(
-        TARGETS,
-        ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
-         "intermediate.dense", "output.dense"],
-        strict=True,
-    )
-)  # fmt: skip
+MODULES = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "dense": "attention.output.dense",
+    "intermediate": "intermediate.dense",
+    "output": "output.dense",
+}
 
 
 def module_of(kind: str, target: str) -> str:
@@ -549,7 +557,7 @@ def frozen_reading_by_hand(ours: Any) -> Any:
 
 @pytest.mark.parametrize("targets", [["key"], ["query", "key"], [*TARGETS]], ids=str)
 def test_by_default_relative_positions_go_through_the_base_weights_of_query_and_key(targets):
-    ours, other_reading = lora_twins("deberta-v2", targets, [0, 2])
+    ours, other_reading = lora_twins("deberta-v2", targets, [0, 2], **BITFIT)
     theirs = frozen_reading_by_hand(ours)
     got, want = (model(**inputs_for(ours.config), labels=LABELS) for model in (ours, theirs))
     assert_close(got.logits, want.logits)
@@ -563,6 +571,13 @@ def test_by_default_relative_positions_go_through_the_base_weights_of_query_and_
         G = theirs.get_parameter(f"{name}.weight").grad
         assert_close(layer.lora_A.grad, 6 / 4 * layer.lora_B.detach().T @ G, 2e-5, what=f"{name}.lora_A")
         assert_close(layer.lora_B.grad, 6 / 4 * G @ layer.lora_A.detach().T, 2e-5, what=f"{name}.lora_B")
+    biases = [name for name in trains(ours) if name.endswith("bias")]
+    assert len(biases) == TENSORS["deberta-v2"]["bitfit"] + 2
+    for name in biases:  # one bias here is two there: of tokens, and of relative positions
+        want = theirs.get_parameter(name).grad
+        if name.endswith(("query_proj.bias", "key_proj.bias")):
+            want = want + theirs.get_parameter(name.replace(".self.", ".self.pos_")).grad
+        assert_close(ours.get_parameter(name).grad, want, 2e-5, what=name)
     state, settings = merged_state(ours)
     assert settings == {"share_att_key": False} and state.keys() == theirs.state_dict().keys()
     for name, tensor in theirs.state_dict().items():
@@ -657,18 +672,43 @@ def attached(base: Path, folder: Path, new_head: bool = False, **settings: Any) 
     return model, attach_adapter(model, read_adapter(str(folder)), None, allow_new_head=new_head)
 
 
+@pytest.fixture(scope="module")
+def again(bases, saved) -> Callable[[str, str], tuple[Any, list[str]]]:
+    """A fresh base with what a method saved attached, and what was said, for nobody to change."""
+    return cache(lambda kind, method: attached(bases[kind], saved(kind, method)[1]))
+
+
+@cache
+def base_logits(base: Path) -> Tensor:
+    return logits(loaded(base, seed=9))
+
+
+@cache
+def fresh_state(base: Path, num_labels: int) -> dict[str, Tensor]:
+    return loaded(base, num_labels=num_labels, seed=9).state_dict()
+
+
 @KINDS
 @pytest.mark.parametrize("method", PARTS)
-def test_what_a_method_trained_gives_the_same_logits_bit_for_bit_in_a_fresh_base(kind, method, bases, saved):
+def test_what_a_method_trained_gives_the_same_logits_bit_for_bit_in_a_fresh_base(kind, method, bases, saved, again):
     model, folder = saved(kind, method)
-    again, notes = attached(bases[kind], folder)
-    assert notes == [] and trains(again) == trains(model)
-    assert torch.equal(logits(again), logits(model))
-    assert (logits(loaded(bases[kind])) - logits(model)).abs().max() > 0.1, "the method changed nothing"
+    attached_model, notes = again(kind, method)
+    assert notes == [] and trains(attached_model) == trains(model)
+    assert torch.equal(logits(attached_model), logits(model))
+    assert (base_logits(bases[kind]) - logits(model)).abs().max() > 0.1, "the method changed nothing"
     # a model that has the layers, as one that resumes does
     resumed = loaded(bases[kind], seed=9, **METHODS[method][0])
     assert load_adapter(resumed, read_adapter(str(folder)), allow_new_head=False) == []
     assert torch.equal(logits(resumed), logits(model))
+
+
+@KINDS
+@pytest.mark.parametrize("method", PARTS)
+def test_a_base_with_a_folder_attached_is_described_as_what_was_trained(kind, method, saved, again):
+    described = describe_method(saved(kind, method)[0])
+    # the dropout of a training says nothing of the next one's
+    described |= {"lora_dropout": 0.0} if "lora_dropout" in described else {}
+    assert describe_method(again(kind, method)[0]) == described
 
 
 @KINDS
@@ -723,25 +763,21 @@ def refused(base: Path, folder: Path, **settings: Any) -> str:
     return str(error.value)
 
 
-@KINDS
-@pytest.mark.parametrize("method", PARTS)
-def test_another_base_is_refused_by_its_fingerprint(kind, method, bases, saved, tmp_path):
-    other = theirs_of(bases[kind])
-    with torch.no_grad():
-        other.base_model.encoder.layer[1].output.dense.weight.add_(0.1)
-    other.save_pretrained(tmp_path / "other")
-    message = refused(tmp_path / "other", saved(kind, method)[1])
-    assert "another base model" in message and str(bases[kind]) in message and "--model_name_or_path" in message
-
-
 @pytest.fixture(scope="module")
 def others(tmp_path_factory) -> dict[str, dict[str, Path]]:
-    """Bases of another depth or width, of each kind."""
+    """Bases with other weights, or of another depth or width, of each kind."""
     shapes = {"deeper": {"num_hidden_layers": 4}, "shallower": {"num_hidden_layers": 2}, "wider": {"hidden_size": 40}}
     return {
-        name: {kind: save_base(kind, tmp_path_factory.mktemp(name) / kind, **shape) for kind in CONFIGS}
-        for name, shape in shapes.items()
+        name: {kind: save_base(kind, tmp_path_factory.mktemp(name) / kind, **settings) for kind in CONFIGS}
+        for name, settings in {"retrained": {"seed": 6}, **shapes}.items()
     }
+
+
+@KINDS
+@pytest.mark.parametrize("method", PARTS)
+def test_another_base_is_refused_by_its_fingerprint(kind, method, bases, others, saved):
+    message = refused(others["retrained"][kind], saved(kind, method)[1])
+    assert "another base model" in message and str(bases[kind]) in message and "--model_name_or_path" in message
 
 
 @KINDS
@@ -784,19 +820,17 @@ def test_a_folder_with_nothing_of_the_method_it_names_is_refused_where_it_is_rea
 
 @KINDS
 @pytest.mark.parametrize("method", PARTS)
-def test_a_head_for_other_labels_stays_behind_when_training_starts_and_is_refused_otherwise(
-    kind, method, bases, saved
-):
+def test_a_head_for_other_labels_stays_behind_when_training_starts_and_is_refused_otherwise(kind, method, bases, saved):
     model, folder = saved(kind, method)
     assert "head has 3 labels, this task 2" in refused(bases[kind], folder, num_labels=2)
-    fresh = loaded(bases[kind], num_labels=2, seed=9).state_dict()
-    again, notes = attached(bases[kind], folder, new_head=True, num_labels=2)
+    fresh = fresh_state(bases[kind], num_labels=2)
+    started, notes = attached(bases[kind], folder, new_head=True, num_labels=2)
     assert len(notes) == 1 and "its classifier is for other labels and is left behind" in notes[0]
-    state = again.state_dict()
+    state = started.state_dict()
     for name in names_of(model, METHODS[method][1]):
         left = name.startswith("classifier.")  # RoBERTa's whole head; DeBERTa keeps its pooler
         assert torch.equal(state[name], fresh[name] if left else model.state_dict()[name]), name
-    assert trains(again) == trains(model)
+    assert trains(started) == trains(model)
 
 
 @pytest.mark.parametrize(
@@ -825,6 +859,19 @@ def test_a_head_for_other_labels_stays_behind_when_training_starts_and_is_refuse
 def test_a_models_method_is_described_in_plain_values(kind, settings, described):
     model = CLASSIFIERS[kind][0](CONFIGS[kind](num_hidden_layers=3, **settings))
     assert describe_method(model) == described == json.loads(json.dumps(described))
+
+
+def test_a_method_that_a_checkpoints_config_was_saved_with_is_not_another_runs():
+    stale = {name: settings[name] for settings, _ in METHODS.values() for name in settings}
+    assert {*stale} == {*SETTINGS}, "a setting that no method here has"
+    for name, (settings, _) in METHODS.items():
+        config = tiny_config(num_hidden_layers=3, **stale)
+        set_method(config, dict.fromkeys(SETTINGS) | settings)
+        assert {key: value for key, value in config.to_dict().items() if key in SETTINGS} == settings
+        model = CLASSIFIERS["roberta"][0](config)
+        fresh = CLASSIFIERS["roberta"][0](tiny_config(num_hidden_layers=3, **settings))
+        assert describe_method(model) == describe_method(fresh)
+        assert trains_a_part(model) == (name != "full")
 
 
 # ------------------------------------------------------------------------------------------------- in other forms

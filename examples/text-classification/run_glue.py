@@ -168,14 +168,15 @@ def load_adapter(model_args: ModelArguments, config: Any) -> adapters.Adapter | 
     path = model_args.lora_path or model_args.adapter_path
     if not path:
         return None
-    adapter = adapters.read_adapter(path, cache_dir=model_args.cache_dir, token=model_args.token)
+    door = "--lora_path" if model_args.lora_path else "--adapter_path"
+    adapter = adapters.read_adapter(path, door, cache_dir=model_args.cache_dir, token=model_args.token)
     m, has = model_args, adapter.method
     if (has == "lora") != bool(m.lora_path):
-        flag_ = "lora_path" if has == "lora" else "adapter_path"
-        raise UserError(f"{adapter.source}: holds {has}. Give it as --{flag_}.")
+        right = "lora_path" if has == "lora" else "adapter_path"
+        raise UserError(f"{adapter.source}: holds {has}. Give it as --{right}.")
     wanted = m.adapter_type or has, m.adapter_size or adapter.adapter_size
-    if m.apply_bitfit and not m.apply_adapter and not m.lora_path:
-        wanted = "bitfit", None
+    if m.head_only or (m.apply_bitfit and not m.apply_adapter and not m.lora_path):
+        wanted = "head" if m.head_only else "bitfit", None
     if wanted != (has, adapter.adapter_size) or (m.apply_adapter and not adapter.adapter_size):
         raise UserError(f"{adapter.source}: holds {contents(adapter, m)}, and the flags say otherwise.")
     targets, layers = parse_targets(m.lora_target_modules), parse_layers(m.lora_layers, config.num_hidden_layers)

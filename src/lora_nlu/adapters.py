@@ -252,32 +252,33 @@ def base_fingerprint(model: Any) -> str:
     return hashlib.sha256("\n".join(names).encode() + numbers).hexdigest()[:16]
 
 
-def read_adapter(path: str, **hub: Any) -> Adapter:
+def read_adapter(path: str, flag: str = "", **hub: Any) -> Adapter:
     """Read an adapter folder of ours or of PEFT, a checkpoint or output folder of a run, a published file, or a Hub id.
 
-    `hub`: cache_dir, token, revision. Raises UserError if it is missing, cut, no state dict, a pickle of anything but
-    tensors (which is never run), or of a kind that this model would compute differently.
+    flag: what gave the path, for messages; `hub`: cache_dir, token, revision. Raises UserError if it is missing, cut,
+    no state dict, a pickle of anything but tensors (which is never run), or of a kind that this model would compute
+    differently.
     """
-    source = Path(path)
+    source, said = Path(path), f"{flag} {path}".lstrip()
     if source.is_dir():
         return _read_folder(source)
     if source.exists():
         return _complete(_read_file(source))
     if not _HUB_ID.fullmatch(path):
-        raise UserError(f"--lora_path {path}: no such file or folder.")
+        raise UserError(f"{said}: no such file or folder.")
     try:
         folder = huggingface_hub.snapshot_download(path, allow_patterns=_FILES, **hub)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
         reason = str(e).splitlines()[0][:150] if str(e) else type(e).__name__
-        raise UserError(f"--lora_path {path}: no such file or folder, nor an adapter the Hub gives ({reason}).") from e
+        raise UserError(f"{said}: no such file or folder, nor an adapter the Hub gives ({reason}).") from e
     return _read_folder(Path(folder))
 
 
 def _complete(adapter: Adapter) -> Adapter:
     """The adapter, if it is one: matrices in pairs, A [R, in] and B [out, R]. Raises UserError."""
     if adapter.method != "lora":
-        wanted = _TRAINED.get(adapter.method)
-        if wanted and not any(wanted.search(name) for name in adapter.state):
+        wanted, prefix = _TRAINED.get(adapter.method), encoder_prefix(adapter)
+        if wanted and not any(wanted.search(name) and name.startswith(prefix or "?") for name in adapter.state):
             raise UserError(f"{adapter.source}: says it holds {adapter.method}, and there is nothing of that in it.")
         return adapter
     layers = {name.rpartition(".")[0]: None for name in adapter.state if _LORA_KEY.search(name)}
@@ -362,7 +363,7 @@ def _read_folder(folder: Path) -> Adapter:
         return _complete(_read_file(folder / _WHOLE))
     weights = next((folder / name for name in (WEIGHTS, _OLD_WEIGHTS) if (folder / name).is_file()), None)
     if weights is None or not (folder / CONFIG).is_file():
-        raise UserError(f"--lora_path {folder}: holds no {CONFIG} with {WEIGHTS} (or {_OLD_WEIGHTS}).")
+        raise UserError(f"{folder}: holds no {CONFIG} with {WEIGHTS} (or {_OLD_WEIGHTS}).")
     config = read_json(folder / CONFIG)
     _check_peft_config(folder / CONFIG, config)
     metadata = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
@@ -620,7 +621,8 @@ def _matched(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[dict[s
     required = wanted + ([] if headless else [name for name in head if name not in dropped])
     missing = [name for name in required if name not in state]
     # A folder may hold trained biases and whole modules beside LoRA and head; a published file never does.
-    places = {*parameters} - {*wanted} if source.is_dir() else set()
+    more = source.is_dir() and adapter.method not in ("bitfit", "head")
+    places = {*parameters} - {*wanted} if more else set()
     unexpected = [name for name in state if name not in required and name not in places]
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)

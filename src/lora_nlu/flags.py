@@ -173,22 +173,25 @@ def check_method(m: Any) -> None:
         raise UsageError(
             "--apply_lora needs --lora_r and --lora_alpha (the paper's RoBERTa: --lora_r 8 --lora_alpha 16)."
         )
-    if m.apply_adapter and not m.adapter_path and not (m.adapter_type and m.adapter_size):
+    if m.apply_adapter and not m.adapter_path and None in (m.adapter_type, m.adapter_size):
         raise UsageError("--apply_adapter needs --adapter_type (houlsby or pfeiffer) and --adapter_size.")
-    groups = {
-        "lora": ("apply_lora", "lora_path"),
-        "adapter": ("apply_adapter", "adapter_path"),
-        "head": ("head_only",),
-    }
-    said = [next(f for f in flags if getattr(m, f)) for flags in groups.values() if any(getattr(m, f) for f in flags)]
-    if len(said) > 1 or (m.apply_bitfit and "head_only" in said):
-        raise UsageError(f"--{said[0]} and --{said[1] if len(said) > 1 else 'apply_bitfit'}: choose one of them.")
-    for flag, name in (
-        *((name, "apply_lora") for name in ("lora_target_modules", "lora_layers", "lora_dropout")),
-        *((name, "apply_adapter") for name in ("adapter_type", "adapter_size")),
+    exclusive = (("apply_lora", "lora_path"), ("apply_adapter", "adapter_path"), ("head_only",))
+    said = [
+        next(flag for flag in flags if getattr(m, flag)) for flags in exclusive if any(getattr(m, f) for f in flags)
+    ]
+    if said == ["adapter_path", "head_only"]:  # of a head alone, then
+        said = ["head_only"]
+    if m.apply_bitfit and "head_only" in said:
+        said.append("apply_bitfit")
+    if len(said) > 1:
+        raise UsageError(f"--{said[0]} and --{said[1]}: choose one of them.")
+    for flag, path, hows in (
+        ("apply_lora", "lora_path", ("lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "lora_dropout")),
+        ("apply_adapter", "adapter_path", ("adapter_type", "adapter_size")),
     ):
-        if getattr(m, flag) is not None and not any(f in said for f in (name, "lora_path", "adapter_path")):
-            raise UsageError(f"--{flag} says how, and nothing says that: give --{name} too.")
+        given = next((name for name in hows if getattr(m, name) is not None), None)
+        if given and not (getattr(m, flag) or getattr(m, path)):
+            raise UsageError(f"--{given} says how, and nothing says that: give --{flag} too.")
 
 
 def check_best_metric(args: Any, names: tuple[str, ...]) -> None:

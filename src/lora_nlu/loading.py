@@ -97,6 +97,8 @@ def load_model(name: str, config: Any, needs_head: bool, **hub: Any) -> tuple[An
                 "Give the plain base model there, and the adapter with --apply_lora --lora_path."
             )
         notes.append(f"{name}: {len(unexpected)} weights have no place in the model: {', '.join(unexpected[:3])} ...")
+    if needs_head and getattr(config, "apply_adapter", False):
+        raise UserError("--apply_adapter: new adapters are untrained. Train (--do_train), or give --adapter_path.")
     if new and needs_head:
         raise UserError(
             f"{name} has no trained head for these labels. Train (--do_train), or give an adapter with --lora_path."

@@ -103,7 +103,7 @@ def mark_trainable(model: Any) -> None:
 
 def describe_method(model: Any) -> dict[str, Any]:
     """The method that trains a model, with its settings, in plain values that a file can hold."""
-    config, modules = model.config, dict(model.named_modules())
+    config, modules, base = model.config, dict(model.named_modules()), model.base_model
     lora = {name: module for name, module in modules.items() if isinstance(module, LoRALinear)}
     adapter = next((module for module in modules.values() if isinstance(module, Bottleneck)), None)
     method: dict[str, Any] = {"name": "head" if getattr(config, "head_only", False) else "full"}
@@ -114,6 +114,9 @@ def describe_method(model: Any) -> dict[str, Any]:
         method = {"name": "lora", "targets": targets, "layers": None if every else layers, "lora_dropout": p}
     elif adapter is not None:
         method = {"name": adapter.adapter_type, "adapter_size": adapter.adapter_A.out_features}
-    if getattr(config, "apply_bitfit", False):
+    # An adapter's file may bring trained biases that no flag spoke of; the embeddings tell whether anything is frozen.
+    is_frozen = not base.get_input_embeddings().weight.requires_grad
+    biases = (p for name, p in base.named_parameters() if name.endswith("bias") and ".adapter." not in name)
+    if getattr(config, "apply_bitfit", False) or (is_frozen and any(bias.requires_grad for bias in biases)):
         method = method | {"biases": True} if lora or adapter else {"name": "bitfit"}
     return method

@@ -1,14 +1,16 @@
 """The pictures of a report, as PNG and SVG: colours that colour-blind readers tell apart, and markers beside them."""
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
 from lora_nlu.files import publish
 from lora_nlu.tasks import REPORTED, TASKS
@@ -18,7 +20,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 WIDTH = 3.9  # of a panel, inches
-DEVIATION = "± standard deviation"
+DEVIATION = "±\N{NO-BREAK SPACE}standard\N{NO-BREAK SPACE}deviation"
 
 
 def style(i: int) -> dict[str, Any]:
@@ -38,9 +40,9 @@ def panels(
 ) -> tuple[Figure, list[Any]]:
     """A figure with a panel for each task, in rows of up to four; height: of a panel, inches."""
     count = len(tasks)
-    columns = min(count, 4) if count != 4 else 2
+    columns = {4: 2, 5: 3, 6: 3}.get(count, min(count, 4))
     rows = -(-count // columns)
-    figure = Figure(figsize=(WIDTH * columns + 0.6, height * rows), layout="constrained")
+    figure = Figure(figsize=(max(6.4, WIDTH * columns + 0.6), height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey).flatten()
     for unused in axes[count:]:
         unused.set_axis_off()
@@ -53,7 +55,8 @@ def panels(
 
 
 def percent(task: str) -> str:
-    return f"{TASKS[task].metrics[0].replace('_', ' ').capitalize()} (%)"
+    name = TASKS[task].metrics[0].partition("_")[0]
+    return f"{name.capitalize()}{' correlation' * (name != 'accuracy')} (%)"
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
@@ -67,23 +70,26 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     return name
 
 
-def finish(figure: Figure, axes: Sequence[Any], title: str) -> Figure:
-    """Put a title above all panels and below them one legend of the labels that any of them has, and room for both."""
+def finish(figure: Figure, axes: Sequence[Any], title: str, labels: Sequence[str]) -> Figure:
+    """Put a title above all panels, below them one legend of those labels that a panel has, and make room for both."""
     found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     width, height = figure.get_size_inches()
-    letters = 10 * width  # of a line of text
-    columns = max(1, min(len(found), int(letters / (max(map(len, found)) + 8))))
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, frameon=False)
-    lines = textwrap.wrap(title, int(letters))
-    figure.suptitle("\n".join(lines))
-    figure.set_size_inches(width, height + 0.25 * (len(lines) + -(-len(found) // columns)))
+    letters = int(10 * width)  # of a line of text
+    texts = [textwrap.fill(label, letters - 8) for label in labels if label in found]
+    columns = max(1, min(len(texts), letters // (max(map(len, texts)) + 8)))
+    handles = [found[label] for label in labels if label in found]
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False)
+    heading = textwrap.fill(title, letters)
+    figure.suptitle(heading, fontsize="medium")
+    lines = -(-sum(text.count("\n") + 1 for text in texts) // columns) + heading.count("\n") + 1
+    figure.set_size_inches(width, height + 0.25 * lines)
     return figure
 
 
 def over_seeds(cells: Sequence[Any], how: str) -> str:
     """What a figure of these cells is, for a title: of several seeds a median, and how the others are shown."""
-    most = max(len(cell.done) for cell in cells)
-    return f"median {how} over up to {most} seeds" if most > 1 else "one seed"
+    counts = {len(cell.done) for cell in cells}
+    return f"median {how} over {'up to ' * (len(counts) > 1)}{max(counts)} seeds" if max(counts) > 1 else "one seed"
 
 
 def draw(
@@ -102,11 +108,14 @@ def draw(
     model, names = finished[0].model, []
     with matplotlib.rc_context({"font.size": 12, "svg.hashsalt": model, "text.parse_math": False}):
         of_ranks = [cell for mine in swept.values() for _, cell in mine]
-        apart = {cell.method for cell in finished if cell not in of_ranks}  # a sweep has a picture of its own
-        methods = [name for name in methods if len(methods) <= len(COLORS) or name in apart]
+        others = {cell.method for cell in finished if cell not in of_ranks}  # a sweep has pictures of its own
+        methods = [name for name in methods if len(methods) <= len(COLORS) or name in others]
         rest = sorted((c for c in finished if c.method in methods), key=lambda cell: methods.index(cell.method))
-        if any(len(run.history) > 1 for cell in rest for run in cell.done):
-            names.append(save(curves(model, rest, methods), folder, f"{model}_curves"))
+        left = [cell for cell in of_ranks if cell.done and cell.method not in methods]
+        left_methods = list(dict.fromkeys(cell.method for cell in left))
+        for some, order, name in ((rest, methods, "curves"), (left, left_methods, "ranks_curves")):
+            if any(len(run.history) > 1 for cell in some for run in cell.done):
+                names.append(save(curves(model, some, order), folder, f"{model}_{name}"))
         if len({cell.method for cell in rest}) > 1:
             names.append(save(sizes(model, rest, methods), folder, f"{model}_parameters"))
         if any(run.paper for cell in rest for run in cell.done):
@@ -137,33 +146,60 @@ def curves(model: str, cells: Sequence[Any], methods: list[str]) -> Figure:
             if len(histories) > 1:
                 ax.fill_between(steps, list(map(min, at)), list(map(max, at)), color=look["color"], alpha=0.15, lw=0)
         ax.set(xlabel="step", ylabel=percent(task), xlim=(0, None))
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    return finish(figure, axes, f"{model} while training: {over_seeds(cells, 'and range')}")
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short(n)))
+    return finish(figure, axes, f"{model} while training: {over_seeds(cells, 'and range')}", methods)
 
 
 def sizes(model: str, cells: Sequence[Any], methods: list[str]) -> Figure:
-    """The best epoch's median against the number of parameters that train in the encoder."""
-    tasks = tasks_of([cell.task for cell in cells])
+    """The best epoch's median against the number of parameters that train in the encoder.
+
+    Methods of about the same size would hide each other: they are drawn beside each other, a marker's width apart.
+    """
+    tasks, marker = tasks_of([cell.task for cell in cells]), 9  # points
     figure, axes = panels(tasks)
-    most = max(cell.done[0].trainable for cell in cells)
+    trained = sorted({cell.done[0].trainable for cell in cells})
+    least, most = next((n for n in trained if n), 1) / 2, 2 * max(trained[-1], 1)
+    steps = (1, 2, 5) if most < 50 * least else (1,)
+    ticks = [m * 10**n for n in range(12) for m in steps if least <= m * 10**n <= most]
+    to_none = 0.0 if trained[0] else 0.6  # decades from 0 to the least
+    decade = 0.8 * 72 * WIDTH / (math.log10(most / least) + to_none)  # points, about
     for ax, task in zip(axes, tasks, strict=True):
-        for cell in (cell for cell in cells if cell.task == task):
-            look = style(methods.index(cell.method)) | {"linestyle": "none", "markersize": 9}
-            error_bar(ax, cell.done[0].trainable, cell.figures("best"), label=cell.method, **look)
-        ax.set_xscale("symlog", linthresh=1e3, linscale=0.4)
-        ax.set_xticks([0, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9])
+        if to_none:
+            ax.set_xscale("symlog", linthresh=least, linscale=to_none)
+        else:
+            ax.set_xscale("log")
+        mine = sorted((cell for cell in cells if cell.task == task), key=lambda cell: cell.done[0].trainable)
+        places = [decade * (math.log10(n / least) if n else -to_none) for n in (c.done[0].trainable for c in mine)]
+        for cell, place, moved in zip(mine, places, apart(places, marker), strict=True):
+            look = style(methods.index(cell.method)) | {"linestyle": "none", "markersize": marker}
+            bar = error_bar(ax, cell.done[0].trainable, cell.figures("best"), label=cell.method, **look)
+            aside = ScaledTranslation((moved - place) / 72, 0, figure.dpi_scale_trans)
+            for artist in bar.get_children():
+                artist.set_transform(ax.transData + aside)
+        ax.set_xticks(ticks if trained[0] else [0, *ticks])
         ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short(n)))
         ax.minorticks_off()
-        ax.set_xlim(-400, max(most, 1e4) * 3)
+        ax.set_xlim(least if trained[0] else -least / 3, most)
         ax.set(xlabel="parameters trained in the encoder", ylabel=percent(task))
-    return finish(figure, axes, f"{model} by parameters trained: best epoch, {over_seeds(cells, DEVIATION)}")
+    return finish(figure, axes, f"{model} by parameters trained: best epoch, {over_seeds(cells, DEVIATION)}", methods)
 
 
-def error_bar(ax: Any, at: float, figures: Sequence[float], upright: bool = True, **look: Any) -> None:
+def apart(places: Sequence[float], least: float) -> list[float]:
+    """Rising numbers moved, no more than they must, until each is `least` or more above the one before."""
+    blocks: list[list[float]] = []  # what stands too close moves as one, to where its members are on average
+    for i, place in enumerate(places):
+        blocks.append([place - i * least])
+        while len(blocks) > 1 and mean(blocks[-2]) > mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    return [moved + i * least for i, moved in enumerate(mean(block) for block in blocks for _ in block)]
+
+
+def error_bar(ax: Any, at: float, figures: Sequence[float], upright: bool = True, **look: Any) -> Any:
     """The median of some figures with their standard deviation, if there are several."""
     deviation = stdev(figures) if len(figures) > 1 else None
     x, y = (at, median(figures)) if upright else (median(figures), at)
-    ax.errorbar(x, y, **{"yerr" if upright else "xerr": deviation}, capsize=4, **look)
+    return ax.errorbar(x, y, **{"yerr" if upright else "xerr": deviation}, capsize=4, **look)
 
 
 def short(n: float) -> str:
@@ -188,8 +224,9 @@ def against_paper(model: str, cells: Sequence[Any], methods: list[str]) -> Figur
             ax.errorbar(paper, y - 0.14, xerr=deviation, label="paper", capsize=4, **there)
         ax.set_yticks(range(len(shown)), [textwrap.fill(method, 30) for method in shown])
         ax.set(xlabel=percent(task), ylim=(-0.6, len(shown) - 0.4))
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-    return finish(figure, axes, f"{model}, here and in the paper: best epoch, {over_seeds(cells, DEVIATION)}")
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    title = f"{model}: best epoch, {over_seeds(cells, DEVIATION)} here, 5 in the paper"
+    return finish(figure, axes, title, ("here", "paper"))
 
 
 def ranks(model: str, swept: Mapping[tuple[str, str], Sequence[tuple[int, Any]]]) -> Figure:
@@ -211,4 +248,4 @@ def ranks(model: str, swept: Mapping[tuple[str, str], Sequence[tuple[int, Any]]]
         ax.set_xticks(every, [str(rank) for rank in every])
         ax.minorticks_off()
         ax.set(xlabel="rank r", ylabel=percent(task))
-    return finish(figure, axes, f"{model}, LoRA by rank and layers: best epoch, {over_seeds(cells, 'and range')}")
+    return finish(figure, axes, f"{model}, LoRA by rank and layers: best epoch, {over_seeds(cells, 'and range')}", sets)

@@ -13,6 +13,7 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -134,7 +135,7 @@ def read_run(folder: Path, known: dict[str, Any]) -> Run:
         "trained, not evaluated" if known.get("trained") else reached,
         measured.get("train_seconds"), measured.get("peak_gpu_memory_gib", measured.get("peak_memory_gib")),
         lora["ranks"][0] if method["name"] == "lora" and len(lora["ranks"]) == 1 else None,
-        ",".join(method.get("targets", [])),
+        ", ".join(method.get("targets", [])),
     )  # fmt: skip
 
 
@@ -149,11 +150,13 @@ def name_method(method: dict[str, Any], lora: dict[str, Any], hyper: dict[str, A
     if kind == "lora":
         label: str = f"LoRA r={','.join(map(str, lora['ranks']))}"
         if method["targets"] != ["query", "value"]:
-            more.append(f"on {','.join(method['targets'])}")
+            more.append(f"on {', '.join(method['targets'])}")
         if method["layers"] is not None:
-            more.append(f"layers {','.join(map(str, method['layers']))}")
+            more.append(f"layers {', '.join(map(str, method['layers']))}")
         if method["lora_dropout"]:
             more.append(f"dropout {method['lora_dropout']:g}")
+        if lora["lora_relative_query"]:  # DeBERTa's, which the paper's runs left out
+            more.append("and relative query")
     else:
         size = f" {method['adapter_size']}" if "adapter_size" in method else ""
         label = {"bitfit": "BitFit", "head": "head alone", "full": "fine-tuning"}.get(kind) or f"{kind.title()}{size}"
@@ -247,8 +250,8 @@ def shown(cell: Cell | None, protocol: str, wanted: int) -> str:
 
 
 def one_decimal(value: float) -> str:
-    """Halves go up, as the paper rounds."""
-    return f"{value + 1e-9:.1f}"
+    """Halves go to the even digit: so the averages of the paper's figures come out as it prints them."""
+    return f"{Decimal(str(round(value, 9))):.1f}"
 
 
 def clock(seconds: float) -> str:
@@ -335,7 +338,7 @@ def rank_cells(cells: Sequence[Cell]) -> dict[tuple[str, str], list[tuple[int, C
         said = differences([other for name, other in groups if name == task])[rest]
         sets = {cell.runs[0].targets for _, cell in mine}
         for targets in sorted(sets, key=lambda names: (names.count(","), names)):
-            where = targets.replace(",", ", ") + (f" ({said})" if said else "")
+            where = targets + (f" ({said})" if said else "")
             here = [(rank, cell) for rank, cell in mine if cell.runs[0].targets == targets]
             swept[task, where] = sorted(here, key=lambda pair: pair[0])
     return swept
@@ -444,8 +447,8 @@ def main(argv: list[str] | None = None) -> int:
         if submits:
             print(*write_submission(runs, args.out, args.partial), sep="\n")
         else:
-            print(write_report(*collect(runs), args.out))
-            print(*([f"Written to {args.out}."] if args.out else []))
+            text = write_report(*collect(runs), args.out)
+            print(text, *([f"Written to {args.out}."] if args.out else []), sep="\n", end="\n" if args.out else "")
     except (UserError, OSError) as e:
         print(f"lora_nlu.report: error: {e}", file=sys.stderr)
         return 1

@@ -249,7 +249,8 @@ def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: d
     if args.do_train and len(epochs) > 1:
         best = max(epochs, key=lambda entry: entry[f"eval_{metric}"] * (-1 if metric == "mse" else 1))
         rows.append(("best while training", f"{best[f'eval_{metric}']:.4f} at epoch {best['epoch']:.2f}"))
-    part = _PARTS.get(trainer.metadata["method"]["name"])
+    method = trainer.metadata["method"]
+    part = _PARTS.get(method["name"], "") + " and biases" * bool(method.get("biases"))
     part = f", {counts.encoder:,} of them {part}" if part else ""
     rows.append(("trainable parameters", f"{counts.trainable:,} of {counts.total:,}{part}"))
     runtime = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)

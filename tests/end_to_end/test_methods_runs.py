@@ -1,0 +1,352 @@
+"""Each method from flags to files: trained, evaluated from its folder, resumed, carried to another task, refused."""
+
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from runs import LORA, Outcome, contents
+from safetensors.torch import load_file
+from test_deberta import cut_off
+from test_run_glue import read, scores, succeeded
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+STEPS = ["--max_steps", "6", "--save_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-2"]
+HOULSBY = ["--apply_adapter", "--adapter_type", "houlsby", "--adapter_size", "8"]
+ELSEWHERE = [*LORA, "--lora_target_modules", "output,key,dense", "--lora_layers", "1", "--lora_dropout", "0.2"]
+H, ADAPTER = 32, 2 * 32 * 8 + 8 + 32  # the tiny model's width, and the parameters of one adapter in it
+# flags, what run.json says, trained parameters of the encoder, as the closing table calls them, pattern of their names
+METHODS: dict[str, tuple[list[str], dict[str, object], int, str, str]] = {
+    "bitfit": (["--apply_bitfit"], {"name": "bitfit"}, H + 2 * (7 * H + 48), "biases", r"bias$"),
+    "houlsby": (HOULSBY, {"name": "houlsby", "adapter_size": 8}, 2 * 2 * ADAPTER, "adapters", r"\.adapter\."),
+    "pfeiffer": (
+        ["--apply_adapter", "--adapter_type", "pfeiffer", "--adapter_size", "8"],
+        {"name": "pfeiffer", "adapter_size": 8}, 2 * ADAPTER, "adapters", r"\.adapter\.",
+    ),
+    "head": (["--head_only"], {"name": "head"}, 0, "", r"(?!)"),
+    "lora elsewhere": (
+        ELSEWHERE,
+        {"name": "lora", "targets": ["key", "dense", "output"], "layers": [1], "lora_dropout": 0.2},
+        4 * (H + H) + 4 * (H + H) + 4 * (48 + H), "LoRA",
+        r"\.layer\.1\.(attention\.self\.key|attention\.output\.dense|output\.dense)\.lora_[AB]\.weight$",
+    ),
+    "lora and biases": (
+        [*LORA, "--apply_bitfit"],
+        {"name": "lora", "targets": ["query", "value"], "layers": None, "lora_dropout": 0.0, "biases": True},
+        2 * 2 * 4 * (H + H) + H + 2 * (7 * H + 48), "LoRA and biases", r"bias$|\.lora_[AB]\.weight$",
+    ),
+}  # fmt: skip
+
+
+def rte(glue: Path, output: Path, *flags: object) -> list[object]:
+    return ["--task_name", "rte", "--glue_dir", glue, "--max_seq_length", "64", "--output_dir", output, *flags]
+
+
+def door(method: str) -> str:
+    return "--lora_path" if method.startswith("lora") else "--adapter_path"
+
+
+def trained_in(folder: Path) -> dict[str, torch.Tensor]:
+    """An adapter folder's tensors by the model's own names, but for LoRA's matrices."""
+    tensors = load_file(folder / "adapter_model.safetensors").items()
+    return {name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor for name, tensor in tensors}
+
+
+@pytest.fixture(scope="module")
+def trained(call, glue, tmp_path_factory) -> Callable[[str], tuple[Path, Outcome]]:
+    """Output folder and printed text of a method's run on RTE, done once, for nobody to change."""
+
+    @cache
+    def run(method: str) -> tuple[Path, Outcome]:
+        output = tmp_path_factory.mktemp("run") / "output"
+        flags = METHODS[method][0] if method in METHODS else []
+        return output, succeeded(call(*rte(glue, output, *STEPS, "--do_train", "--do_eval", *flags)))
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_new_call_evaluates_a_methods_folder_to_the_same_numbers_without_being_told_the_method(
+    method, trained, call, glue, tmp_path
+):
+    folder, _ = trained(method)
+    outcome = succeeded(call(*rte(glue, tmp_path / "o", "--do_eval", door(method), folder)))
+    want = scores(folder / "eval_results.json")
+    assert {"eval_accuracy", "eval_loss"} <= want.keys()
+    assert scores(tmp_path / "o" / "eval_results.json") == pytest.approx(want, rel=1e-9)
+    said = {"houlsby": "houlsby, size 8", "pfeiffer": "pfeiffer, size 8"}
+    assert f"Loaded {folder}: {said.get(method, 'rank 4, alpha 8' if 'lora' in method else method)}." in outcome.out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_output_and_checkpoints_hold_what_the_method_trained_and_no_more(method, trained, tiny_model):
+    folder, _ = trained(method)
+    head = [f"classifier.{layer}.{part}" for layer in ("dense", "out_proj") for part in ("weight", "bias")]
+    checkpoints = [folder / "checkpoint-3", folder / "checkpoint-6"]
+    assert sorted(folder.glob("checkpoint-*")) == checkpoints
+    for place in (folder, *checkpoints):
+        tensors = trained_in(place)
+        inside = [name for name in tensors if name not in head]
+        assert len(tensors) == len(inside) + len(head)
+        assert sum(tensors[name].numel() for name in inside) == METHODS[method][2]
+        assert [name for name in inside if not re.search(METHODS[method][4], name)] == []
+    for checkpoint in checkpoints:
+        assert len(torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]) == len(tensors)
+    assert not [path for name in ("model.safetensors", "pytorch_model.bin") for path in folder.rglob(name)]
+    base = load_file(tiny_model / "model.safetensors")
+    shared = [name for name in inside if name in base]
+    assert len(shared) == (17 if "bias" in METHODS[method][4] else 0)  # those that were there before
+    assert not any(torch.equal(tensors[name], base[name]) for name in shared if "key.bias" not in name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_run_records_its_method_and_how_many_parameters_it_trains(method, trained, tiny_model):
+    folder, outcome = trained(method)
+    _, described, encoder, part, _ = METHODS[method]
+    run, tensors = read(folder / "run.json"), load_file(folder / "adapter_model.safetensors")
+    assert run["method"] == described
+    config = RobertaConfig.from_pretrained(tiny_model, num_labels=2)
+    plain = sum(p.numel() for p in RobertaForSequenceClassification(config).parameters())
+    trainable = sum(tensor.numel() for tensor in tensors.values())
+    total = plain + sum(t.numel() for name, t in tensors.items() if re.search(r"\.(lora_|adapter_)", name))
+    assert run["parameters"] == {"encoder": encoder, "trainable": trainable, "total": total}
+    assert read(folder / "run_metadata.json")["method"] == described
+    table = dict(re.findall(r"^  (\S[\w -]*?)  +(\S.*)$", outcome.out, re.MULTILINE))
+    of_them = f", {encoder:,} of them {part}" if part else ""
+    assert table["trainable parameters"] == f"{trainable:,} of {total:,}{of_them}"
+    accuracy = read(folder / "eval_results.json")["eval_accuracy"]
+    assert table["accuracy"] == f"{accuracy:.4f}" and table["peak memory"].endswith(" GiB")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_card_in_the_folder_says_by_which_flag_run_glue_reads_it(method, trained):
+    card = (trained(method)[0] / "README.md").read_text()
+    assert [flag for flag in ("--lora_path", "--adapter_path") if flag in card] == [door(method)]
+
+
+def test_full_fine_tuning_saves_a_whole_model_and_says_so(trained, call, glue, tmp_path):
+    folder, outcome = trained("full")
+    theirs, report = RobertaForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert (folder / "checkpoint-6" / "model.safetensors").is_file() and not [*folder.rglob("adapter_*")]
+    run, numbers = read(folder / "run.json"), sum(p.numel() for p in theirs.parameters())
+    assert run["method"] == {"name": "full"}
+    encoder = sum(p.numel() for p in theirs.roberta.parameters())
+    assert run["parameters"] == {"encoder": encoder, "trainable": numbers, "total": numbers}
+    assert re.search(rf"trainable parameters +{numbers:,} of {numbers:,}$", outcome.out, re.MULTILINE)
+    settings = read(folder / "config.json")
+    ours = ("apply_", "adapter_", "lora_", "head_only")
+    assert [name for name, value in settings.items() if name.startswith(ours) and value] == []
+    again = rte(glue, tmp_path / "o", "--do_eval", "--model_name_or_path", folder)
+    succeeded(call(*again))
+    assert scores(tmp_path / "o" / "eval_results.json") == pytest.approx(scores(folder / "eval_results.json"), rel=1e-9)
+
+
+@pytest.mark.parametrize("method", ["bitfit", "full"])
+def test_a_run_says_how_long_it_trained_how_much_memory_it_took_and_each_log_when_it_was_made(method, trained):
+    folder, _ = trained(method)
+    results, state = read(folder / "train_results.json"), read(folder / "trainer_state.json")
+    elapsed = [entry["elapsed_s"] for entry in state["log_history"] if "loss" in entry]
+    assert len(elapsed) == 6 and elapsed == sorted(elapsed) and elapsed[-1] > elapsed[0] > 0
+    assert results["train_seconds"] >= elapsed[-1]
+    assert 0.05 < results["peak_memory_gib"] < 64
+
+
+@pytest.mark.parametrize("method", ["bitfit", "pfeiffer", "lora elsewhere"])
+def test_a_run_cut_off_and_taken_up_again_ends_with_the_same_bits(method, trained, call, glue, tmp_path):
+    folder, _ = trained(method)
+    output = cut_off(folder, tmp_path / "output", after=3)
+    before = [entry["elapsed_s"] for entry in read(output / "checkpoint-3" / "trainer_state.json")["log_history"]]
+    outcome = succeeded(call(*rte(glue, output, *STEPS, "--do_train", "--do_eval", *METHODS[method][0])))
+    assert f"Resuming from {output / 'checkpoint-3'}." in outcome.out
+    weights = "adapter_model.safetensors"
+    assert contents(output)[weights] == contents(folder)[weights]
+    assert scores(output / "eval_results.json") == scores(folder / "eval_results.json")
+    elapsed = [e["elapsed_s"] for e in read(output / "trainer_state.json")["log_history"] if "elapsed_s" in e]
+    assert elapsed[:3] == before and elapsed == sorted(elapsed)  # the clock goes on from where it stood
+
+
+def test_a_finished_run_of_adapters_is_not_trained_again(trained, call, glue, tmp_path):
+    folder, _ = trained("houlsby")
+    output = cut_off(folder, tmp_path / "output", after=6)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "run_metadata.json", "run.json"):
+        (output / name).write_bytes((folder / name).read_bytes())
+    outcome = succeeded(call(*rte(glue, output, *STEPS, "--do_train", "--do_eval", *HOULSBY)))
+    assert "already trained" in outcome.out
+    assert scores(output / "eval_results.json") == scores(folder / "eval_results.json")
+    before = contents(output)
+    for flags, said in (
+        (METHODS["pfeiffer"][0], "name houlsby, now pfeiffer"),
+        ([*HOULSBY, "--adapter_size", "4"], "adapter_size 8, now 4"),
+        ([*HOULSBY, "--apply_bitfit"], "biases None, now True"),
+        (METHODS["head"][0], "name houlsby, now head"),
+        ([], "name houlsby, now full"),
+    ):
+        outcome = call(*rte(glue, output, *STEPS, "--do_train", *flags))
+        assert outcome.code == 1 and said in outcome.err, outcome
+    assert contents(output) == before
+
+
+def test_the_best_checkpoint_of_an_adapter_run_is_what_is_saved_at_the_end(call, glue, tmp_path):
+    output = tmp_path / "output"
+    best = ["--eval_strategy", "steps", "--eval_steps", "3", "--load_best_model_at_end"]
+    # far too fast at first, then it recovers: by the highest loss the first of the two checkpoints is the best
+    best += ["--learning_rate", "0.3", "--metric_for_best_model", "loss", "--greater_is_better", "true"]
+    succeeded(call(*rte(glue, output, *STEPS, *best, "--do_train", *METHODS["bitfit"][0])))
+    losses = {e["step"]: e["eval_loss"] for e in read(output / "trainer_state.json")["log_history"] if "eval_loss" in e}
+    assert losses.keys() == {3, 6} and losses[3] > losses[6] + 0.1, "the last is the best: nothing to tell"
+    got, kept, last = (trained_in(place) for place in (output, output / "checkpoint-3", output / "checkpoint-6"))
+    assert all(torch.equal(got[name], tensor) for name, tensor in kept.items())
+    assert not all(torch.equal(got[name], tensor) for name, tensor in last.items())
+
+
+# ---------------------------------------------------------------------------------------------- from MNLI to RTE
+
+
+@pytest.fixture(scope="module")
+def mnli_run(call, glue, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("mnli") / "output"
+    flags = ["--task_name", "mnli", "--glue_dir", glue, "--output_dir", output, "--max_seq_length", "64"]
+    succeeded(call(*flags, *STEPS, "--save_strategy", "no", "--do_train", *HOULSBY))
+    return output
+
+
+@pytest.mark.parametrize("said", [[], HOULSBY], ids=["the folder alone", "the method too"])
+def test_rte_starts_from_an_mnli_runs_adapters_and_leaves_its_head_behind(said, mnli_run, call, glue, tmp_path):
+    output = tmp_path / "rte"
+    flags = ["--adapter_path", mnli_run, *said, *STEPS, "--learning_rate", "0", "--do_train"]
+    outcome = succeeded(call(*rte(glue, output, *flags)))
+    assert len(re.findall("its classifier is for other labels and is left behind", outcome.out)) == 1
+    assert "was trained on mnli; this is rte" in outcome.out
+    got, mnli = trained_in(output), trained_in(mnli_run)
+    assert got.keys() == mnli.keys()
+    for name in got:
+        assert torch.equal(got[name], mnli[name]) == (".adapter." in name), name
+    assert got["classifier.out_proj.weight"].shape == (2, H)
+    run = read(output / "run.json")
+    assert run["method"] == METHODS["houlsby"][1] and run["started_from"] == str(mnli_run)
+    assert run["parameters"]["encoder"] == METHODS["houlsby"][2]
+
+
+@pytest.mark.parametrize("said, p", [([], 0.0), (["--lora_dropout", "0.3"], 0.3)])
+def test_training_that_starts_from_updates_drops_what_its_own_flags_say(said, p, trained, call, glue, tmp_path):
+    folder, _ = trained("lora elsewhere")
+    flags = ["--lora_path", folder, *STEPS, "--max_steps", "1", "--do_train", *said]
+    succeeded(call(*rte(glue, tmp_path / "o", *flags)))
+    described = METHODS["lora elsewhere"][1] | {"lora_dropout": p}
+    assert read(tmp_path / "o" / "run.json")["method"] == described
+    assert read(tmp_path / "o" / "adapter_config.json")["lora_dropout"] == p
+
+
+def test_an_mnli_runs_adapters_are_not_evaluated_on_rte(mnli_run, call, glue, tmp_path):
+    outcome = call(*rte(glue, tmp_path / "o", "--do_eval", "--adapter_path", mnli_run))
+    assert outcome.code == 1 and "entailment, neutral, contradiction" in outcome.err
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture
+def refused(call, glue, tmp_path) -> Callable[..., str]:
+    """Run with flags that are wrong; returns the message once the code is right and nothing was written."""
+
+    def run(code: int, *flags: object) -> str:
+        outcome = call(*rte(glue, tmp_path / "none", *flags))
+        assert outcome.code == code, outcome
+        assert 0 < outcome.err.count("\n") + 1 <= 3, outcome.err
+        assert contents(tmp_path / "none") == {}
+        return outcome.err
+
+    return run
+
+
+NO_SIZE, NO_TYPE = HOULSBY[:3], [HOULSBY[0], *HOULSBY[3:]]
+OTHER = METHODS["pfeiffer"][0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--apply_adapter"], ["--adapter_type (houlsby or pfeiffer) and --adapter_size"]),
+        (NO_SIZE, ["--apply_adapter needs", "--adapter_size"]),
+        (NO_TYPE, ["--apply_adapter needs", "--adapter_type"]),
+        ([*HOULSBY, "--adapter_type", "parallel"], ["--adapter_type", "parallel", "houlsby", "pfeiffer"]),
+        ([*HOULSBY, "--adapter_size", "0"], ["--adapter_size 0", "1 or more"]),
+        ([*HOULSBY, "--adapter_size", "-8"], ["--adapter_size -8", "1 or more"]),
+        ([*LORA, *HOULSBY], ["--apply_lora and --apply_adapter", "choose one"]),
+        ([*LORA, "--adapter_path", "x"], ["--apply_lora and --adapter_path", "choose one"]),
+        (["--lora_path", "x", "--adapter_path", "y"], ["--lora_path and --adapter_path", "choose one"]),
+        (["--head_only", *LORA], ["--apply_lora and --head_only", "choose one"]),
+        (["--head_only", *HOULSBY], ["--apply_adapter and --head_only", "choose one"]),
+        (["--head_only", "--apply_bitfit"], ["--head_only and --apply_bitfit", "choose one"]),
+        (["--lora_target_modules", "key"], ["--lora_target_modules", "give --apply_lora too"]),
+        (["--lora_layers", "1"], ["--lora_layers", "give --apply_lora too"]),
+        (["--lora_r", "8", "--lora_alpha", "16"], ["--lora_r", "give --apply_lora too"]),
+        (["--lora_dropout", "0.1"], ["--lora_dropout", "give --apply_lora too"]),
+        (["--apply_bitfit", "--lora_dropout", "0.1"], ["--lora_dropout", "give --apply_lora too"]),
+        (["--adapter_path", "x", "--lora_target_modules", "key"], ["--lora_target_modules", "give --apply_lora too"]),
+        (["--adapter_path", "x", "--lora_dropout", "0.1"], ["--lora_dropout", "give --apply_lora too"]),
+        (["--adapter_path", "x", "--lora_r", "8"], ["--lora_r", "give --apply_lora too"]),
+        (["--adapter_type", "houlsby"], ["--adapter_type", "give --apply_adapter too"]),
+        ([*LORA, "--adapter_size", "8"], ["--adapter_size", "give --apply_adapter too"]),
+        ([*LORA, "--lora_dropout", "1"], ["--lora_dropout 1.0", "from 0 to below 1"]),
+        ([*LORA, "--lora_target_modules", "query,attention"],
+         ["'attention'", "query, key, value, dense, intermediate, output"]),
+        ([*LORA, "--lora_layers", "2"], ["--lora_layers 2", "the model has 2 layers, 0 to 1"]),
+        ([*LORA, "--lora_layers", "0-2"], ["--lora_layers 0-2", "the model has 2 layers, 0 to 1"]),
+        ([*LORA, "--lora_layers", "all"], ["--lora_layers all", "give numbers and ranges from 0"]),
+        ([*LORA, "--lora_layers=-1"], ["--lora_layers -1", "give numbers and ranges from 0"]),
+    ],
+    ids=lambda value: " ".join(value)[-60:],
+)  # fmt: skip
+def test_flags_of_methods_that_make_no_sense_end_with_code_2(flags, said, refused):
+    message = refused(2, "--do_train", *flags)
+    assert [part for part in said if part not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "said"),
+    [
+        ("houlsby", ["--lora_path"], ["holds houlsby", "Give it as --adapter_path"]),
+        ("bitfit", ["--lora_path"], ["holds bitfit", "Give it as --adapter_path"]),
+        ("head", ["--lora_path"], ["holds head", "Give it as --adapter_path"]),
+        ("lora elsewhere", ["--adapter_path"], ["holds lora", "Give it as --lora_path"]),
+        ("houlsby", [*OTHER, "--adapter_path"], ["holds houlsby, size 8", "the flags say otherwise"]),
+        ("houlsby", ["--adapter_type", "pfeiffer", "--adapter_path"], ["holds houlsby", "the flags say otherwise"]),
+        ("houlsby", [*HOULSBY, "--adapter_size", "4", "--adapter_path"], ["size 8", "the flags say otherwise"]),
+        ("houlsby", ["--apply_bitfit", "--adapter_path"], ["holds houlsby", "the flags say otherwise"]),
+        ("bitfit", ["--apply_adapter", "--adapter_path"], ["holds bitfit", "the flags say otherwise"]),
+        ("bitfit", [*HOULSBY, "--adapter_path"], ["holds bitfit", "the flags say otherwise"]),
+        ("head", ["--apply_bitfit", "--adapter_path"], ["holds head", "the flags say otherwise"]),
+        ("lora elsewhere", ["--lora_target_modules", "query,value", "--lora_path"],
+         ["updates in key,dense,output", "Leave --lora_target_modules out"]),
+        ("lora elsewhere", ["--lora_target_modules", "key,dense", "--lora_path"], ["Leave --lora_target_modules out"]),
+        ("lora elsewhere", ["--lora_layers", "0-1", "--lora_path"], ["updates in 1", "Leave --lora_layers out"]),
+        ("houlsby", ["--head_only", "--adapter_path"], ["holds houlsby", "the flags say otherwise"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60],
+)  # fmt: skip
+def test_a_folder_that_the_flags_contradict_is_refused_with_what_it_holds(method, flags, said, trained, refused):
+    message = refused(1, "--do_eval", *flags, trained(method)[0])
+    assert [part for part in said if part not in message] == [], message
+
+
+@pytest.mark.parametrize("flag", ["--lora_path", "--adapter_path"])
+def test_a_folder_that_is_not_there_is_named_with_the_flag_that_gave_it(flag, refused, tmp_path):
+    message = refused(1, "--do_eval", flag, tmp_path / "nowhere")
+    assert message.startswith(f"{flag} {tmp_path / 'nowhere'}: no such file or folder")
+
+
+def test_new_adapters_in_a_trained_model_are_not_evaluated_as_if_they_were_trained(trained, refused):
+    # they are no identity, as LoRA with B = 0 is
+    refused(1, "--do_eval", *HOULSBY, "--model_name_or_path", trained("full")[0])
+
+
+@pytest.mark.parametrize("method", ["houlsby", "lora elsewhere"])
+def test_the_flags_that_a_folder_was_trained_with_are_no_contradiction(method, trained, call, glue, tmp_path):
+    folder, _ = trained(method)
+    flags = [*METHODS[method][0], door(method), folder]
+    succeeded(call(*rte(glue, tmp_path / "o", "--do_eval", *flags)))
+    assert scores(tmp_path / "o" / "eval_results.json") == pytest.approx(scores(folder / "eval_results.json"), rel=1e-9)
