@@ -1,0 +1,148 @@
+"""Files appear whole or not at all; folders of runs are found; JSON that is not whole is refused by name."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lora_nlu.errors import UserError
+from lora_nlu.files import folders_with, publish, read_json, write_json, write_text
+
+
+def touch(start: Path, *names: str) -> None:
+    for name in names:
+        (start / name).parent.mkdir(parents=True, exist_ok=True)
+        (start / name).touch()
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def test_what_is_written_reads_back_and_nothing_else_is_left(tmp_path):
+    write_text(tmp_path / "a.txt", "± 1\n")
+    assert (tmp_path / "a.txt").read_bytes() == b"\xc2\xb1 1\n"
+    write_json(tmp_path / "b.json", {"figure": 0.5, "name": "±"})
+    assert read_json(tmp_path / "b.json") == {"figure": 0.5, "name": "±"}
+    assert (tmp_path / "b.json").read_text().endswith("\n}\n")
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "b.json"]
+
+
+def fails(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_earlier_file_as_it_was_and_no_other(tmp_path, monkeypatch, step):
+    path = tmp_path / "run.json"
+    write_json(path, {"trained": True})
+    monkeypatch.setattr(os, step, fails)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"trained": False})
+    assert json.loads(path.read_text()) == {"trained": True} and os.listdir(tmp_path) == ["run.json"]
+
+
+def test_what_json_has_no_form_for_is_an_error_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "run.json", {"path": tmp_path})
+    assert not os.listdir(tmp_path)
+
+
+def test_a_folder_is_on_the_disk_with_all_it_holds_before_it_gets_its_name(tmp_path, monkeypatch):
+    touch(tmp_path / "partial", "a", "below/b")
+    expected = {path.stat().st_ino for path in (tmp_path / "partial", *(tmp_path / "partial").rglob("*"))}
+    synced, rename = set(), os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+
+    def checked(old, new):
+        assert synced == expected
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", checked)
+    publish(tmp_path / "partial", tmp_path / "final")
+    assert os.listdir(tmp_path) == ["final"] and (tmp_path / "final" / "below" / "b").is_file()
+
+
+def test_a_published_file_takes_the_place_of_the_one_before(tmp_path):
+    (tmp_path / "final").write_text("old")
+    (tmp_path / "partial").write_text("new")
+    publish(tmp_path / "partial", tmp_path / "final")
+    assert os.listdir(tmp_path) == ["final"] and (tmp_path / "final").read_text() == "new"
+
+
+# ------------------------------------------------------------------------------------------------------------- finding
+
+
+def test_folders_are_found_at_any_depth_the_start_among_them_in_order(tmp_path):
+    touch(tmp_path, "run.json", "b/run.json", "a/deep/er/run.json", "a/run.json/other", "c/run.json.txt")
+    found = [tmp_path, tmp_path / "a" / "deep" / "er", tmp_path / "b"]
+    assert folders_with("run.json", tmp_path) == found
+
+
+def test_checkpoints_and_hidden_folders_are_not_looked_into_unless_one_is_the_start(tmp_path):
+    touch(
+        tmp_path,
+        "a/run.json",
+        "a/checkpoint-10/run.json",
+        "a/.saving/x/run.json",
+        ".cache/run.json",
+        "checkpoints/run.json",
+    )
+    assert folders_with("run.json", tmp_path) == [tmp_path / "a", tmp_path / "checkpoints"]
+    assert folders_with("run.json", tmp_path / "a" / "checkpoint-10") == [tmp_path / "a" / "checkpoint-10"]
+
+
+def test_links_to_folders_are_followed_at_the_start_only(tmp_path):
+    touch(tmp_path, "there/run.json", "here/x")
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
+    assert folders_with("run.json", tmp_path / "here") == []
+    assert folders_with("run.json", tmp_path / "here" / "link") == [tmp_path / "here" / "link"]
+
+
+@pytest.mark.parametrize("name", ["gone", "file"])
+def test_a_start_that_is_no_folder_is_refused(tmp_path, name):
+    touch(tmp_path, "file")
+    with pytest.raises(UserError, match=f"{name}: no such folder. Give an output folder of run_glue.py"):
+        folders_with("run.json", tmp_path / name)
+
+
+def test_a_folder_that_can_not_be_listed_is_an_error_not_an_empty_folder(tmp_path, monkeypatch):
+    touch(tmp_path, "a/run.json", "b/run.json")
+    scan = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="Permission denied.*b"):
+        folders_with("run.json", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"a": ', "can't be read"),
+        (b"", "can't be read"),
+        (b"\xff\xfe", "can't be read"),
+        (b"[" * 200_000, "can't be read"),  # deeper than Python's stack
+        (b"[1, 2]", "holds a JSON list; expected an object."),
+        (b"null", "holds a JSON NoneType; expected an object."),
+    ],
+    ids=["cut", "empty", "not UTF-8", "too deep", "list", "null"],
+)
+def test_json_that_is_no_whole_object_is_refused_naming_the_file(tmp_path, content, said):
+    path = tmp_path / "run.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_json(path)
+    assert str(caught.value).startswith(f"{path}: {said}")
+
+
+def test_a_file_that_is_not_there_is_refused_naming_it(tmp_path):
+    with pytest.raises(UserError, match="gone.json: can't be read .*No such file"):
+        read_json(tmp_path / "gone.json")
