@@ -764,6 +764,8 @@ def test_curves_show_the_median_at_every_evaluation_and_a_band_from_the_least_to
     assert "median and range over up to 3 seeds" in figure._suptitle.get_text()
     ax = panel(figure, "CoLA")
     drawn = {line.get_label(): (line, band) for line, band in zip(ax.lines, ax.collections, strict=True)}
+    for name, handle in zip(legend_of(figure), figure.legends[0].legend_handles, strict=True):
+        assert handle.get_color() == drawn[name][0].get_color()
     for name, at in {"LoRA r=8": 72, "head alone": 42}.items():  # of 70, 74, 72 and of 40, 44
         line, band = drawn[name]
         assert list(line.get_xdata()) == [100, 200] and line.get_ydata() == pytest.approx([at - 10, at])
@@ -971,6 +973,17 @@ def test_the_same_runs_give_the_same_files(written, tmp_path):
     write_report(*collect([written.parents[1] / "runs"]), tmp_path)
     for path in written.iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+def test_a_picture_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(partial: Path, final: Path) -> None:
+        assert partial.stat().st_size
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pictures, "publish", full)
+    with pytest.raises(OSError, match="No space left"):
+        pictures.save(Figure(), tmp_path, "x")
+    assert not os.listdir(tmp_path)
 
 
 def test_links_to_pictures_hold_for_a_model_with_a_space_in_its_name(tmp_path):
