@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from lora_nlu import report
 from lora_nlu.errors import UsageError, UserError
+from lora_nlu.report import clock
 from lora_nlu.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -230,11 +231,6 @@ def slots(jobs: int | None) -> tuple[list[str | None], dict[str, str]]:
         threads = max(1, (os.cpu_count() or 1) // (jobs or 1))
         settings["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     return [None] * (jobs or 1), settings
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def status(runs: list[Run], since: float, places: int) -> str:

@@ -5,9 +5,9 @@
 # lora_alpha stays the script's at every rank, as in the paper. An MNLI adapter has its own rank and layers, so that no run
 # of a sweep starts from one. Everything else is run_seeds.sh's; the table and its picture come last.
 export MNLI_LORA=none
-here="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 own=() extra=()
 while (($#)) && [[ "$1" != -- ]]; do own+=("$1") && shift; done
 (($#)) && extra=("$@")
-exec bash "$here/run_seeds.sh" ${own[@]+"${own[@]}"} --output_dir "${output_dir:-$here/../output/ranks}" \
+exec bash "$root/scripts/run_seeds.sh" ${own[@]+"${own[@]}"} --output_dir "${output_dir:-$root/output/ranks}" \
   --grid lora_r 1 2 4 8 64 --grid lora_target_modules query query,value query,key,value,dense ${extra[@]+"${extra[@]}"}
