@@ -371,3 +371,21 @@ def test_mnli_lora_may_be_a_file_a_folder_or_none(run, tmp_path):
 def test_a_lora_path_among_the_extra_flags_needs_no_mnli_adapter(run, copy):
     done = run(copy / "scripts" / "roberta_base_rte.sh", "--lora_path", "mine.bin", MNLI_LORA=None)
     assert command(done)[-2:] == ["--lora_path", "mine.bin"] and command(done).count("--lora_path") == 1
+
+
+def test_the_sweep_of_ranks_runs_the_papers_ranks_on_three_sets_of_layers_without_an_mnli_start(run):
+    script = str(ROOT / "scripts" / "roberta_base_rte.sh")
+    done = run("sweep_ranks.sh", script, "2", "--", "--max_steps", "5", MNLI_LORA=None)
+    assert done.returncode == 0, done.stderr
+    commands = [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines()]
+
+    def last(words: list[str], flag: str) -> str:  # the one that wins
+        return words[len(words) - words[::-1].index(flag)]
+
+    swept = {
+        tuple(last(words, f"--{name}") for name in ("lora_r", "lora_target_modules", "seed")) for words in commands
+    }
+    sets = ("query", "query,value", "query,key,value,dense")
+    assert swept == {(rank, names, seed) for rank in ("1", "2", "4", "8", "64") for names in sets for seed in "01"}
+    assert len(commands) == 30
+    assert all("--lora_path" not in words and last(words, "--max_steps") == "5" for words in commands)
