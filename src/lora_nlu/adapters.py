@@ -419,7 +419,7 @@ def _is_measure(value: Any, types: Any) -> bool:
 def _check_peft_config(path: Path, config: dict[str, Any]) -> None:
     """Refuse, by name, what PEFT can say and this model would compute differently. Raises UserError."""
     kind = config.get("peft_type")
-    if kind in _METHODS:
+    if isinstance(kind, str) and kind in _METHODS:
         return
     if kind not in (_LORA, _LORA_FROZEN_RELATIVE_QUERY):
         raise UserError(f"{path}: peft_type is {kind!r}; of PEFT's kinds only LORA can be read.")
