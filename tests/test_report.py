@@ -21,7 +21,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 import lora_nlu
-from lora_nlu import pictures, report
+from lora_nlu import files, pictures, report
 from lora_nlu.errors import UserError
 from lora_nlu.report import Cell, collect, methods_of, rank_cells, rank_table, write_report
 
@@ -980,7 +980,7 @@ def test_a_picture_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatc
         assert partial.stat().st_size
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pictures, "publish", full)
+    monkeypatch.setattr(files, "publish", full)
     with pytest.raises(OSError, match="No space left"):
         pictures.save(Figure(), tmp_path, "x")
     assert not os.listdir(tmp_path)
@@ -1052,8 +1052,9 @@ def test_a_run_of_an_older_version_is_refused_naming_what_it_lacks(tmp_path, key
 
 def test_folders_without_any_run_and_an_out_that_is_a_file_end_the_program_with_1(tmp_path, capsys):
     assert report.main([str(tmp_path), str(tmp_path / "gone")]) == 1
-    where = f"in {tmp_path}, {tmp_path}/gone. Give output folders of run_glue.py."
-    assert capsys.readouterr().err == f"lora_nlu.report: error: no training run on a task of GLUE {where}\n"
+    why = f"missing: {tmp_path}, no training run in it\nmissing: {tmp_path}/gone"
+    said = f"no training run on a task of GLUE. Give output folders of run_glue.py.\n{why}\n"
+    assert capsys.readouterr().err == f"lora_nlu.report: error: {said}"
     write_run(tmp_path / "a")
     (tmp_path / "file").write_text("mine")
     assert report.main([str(tmp_path), "--out", str(tmp_path / "file")]) == 1

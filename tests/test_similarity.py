@@ -332,3 +332,11 @@ def test_the_module_runs_as_a_program_without_a_display(files, tmp_path):
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "mean of 5 layers" in done.stdout
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+
+
+def test_a_folder_of_another_method_is_refused_by_what_it_holds(files, tmp_path, capsys):
+    state = {"roberta.encoder.layer.0.output.dense.bias": torch.zeros(HIDDEN)}
+    write_adapter(Adapter(tmp_path, state, method="bitfit"), tmp_path / "biases")
+    for pair in ((files[0], tmp_path / "biases"), (tmp_path / "biases", files[0])):
+        message = refused(capsys, *pair)
+        assert f"{tmp_path / 'biases'}: holds bitfit, which has no LoRA matrices" in message

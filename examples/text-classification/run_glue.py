@@ -206,9 +206,11 @@ def main(argv: list[str]) -> None:
         examples = data.load_examples(
             data_args.task_name, data_args.glue_dir, files, wanted, known, model_args.cache_dir, model_args.token
         )
-    if task == "mnli" and args.do_predict:
-        examples, absent = data.with_diagnostics(examples, data_args.glue_dir, model_args.cache_dir, model_args.token)
-        say(args, *([f"No predictions for the diagnostic set (AX): {absent}"] if absent else []))
+        absent = ""
+        if task == "mnli" and args.do_predict:
+            place = (data_args.glue_dir, model_args.cache_dir, model_args.token)
+            examples, absent = data.with_diagnostics(examples, *place)
+    say(args, *([f"No predictions for the diagnostic set (AX): {absent}"] if absent else []))
     limits = {"train": data_args.max_train_samples, "valid": data_args.max_eval_samples}
     limits["test"] = data_args.max_predict_samples
     examples = data.first_rows(examples, {s: limits.get(s[:5], limits.get(s[:4])) for s in examples.splits})

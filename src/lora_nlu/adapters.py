@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lora_nlu.errors import UserError
-from lora_nlu.files import publish, read_json, write_json
+from lora_nlu.files import appearing, read_json, write_json
 from lora_nlu.lora import LoRALinear, lora_places, set_lora_
 from lora_nlu.methods import describe_method, mark_trainable, set_bottlenecks_
 
@@ -170,14 +170,10 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
         tensors[f"{_PEFT_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
     config = _peft_config(adapter)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS}.partial"
-    try:
+    with appearing(folder / WEIGHTS) as partial:
         partial.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file would hide it from other users
-        publish(partial, folder / WEIGHTS)
-        write_json(folder / METADATA, adapter.metadata)
-        write_json(folder / CONFIG, config)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_json(folder / METADATA, adapter.metadata)
+    write_json(folder / CONFIG, config)
 
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
@@ -185,7 +181,7 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
     common = {"task_type": "SEQ_CLS", "base_model_name_or_path": adapter.metadata.get("base_model")}
     if adapter.method != "lora":
         kind = next(kind for kind, method in _METHODS.items() if method == adapter.method)
-        return {"peft_type": kind, **common} | ({"adapter_size": adapter.adapter_size} if adapter.adapter_size else {})
+        return {"peft_type": kind, **common}
     ranks, prefix = adapter.ranks, f"{encoder_prefix(adapter)}."
     r = _most_common(ranks.values())
     targets, whole, biases = adapter.targets, set(), False

@@ -27,7 +27,7 @@ from lora_nlu.adapters import (
     write_adapter,
 )
 from lora_nlu.errors import UserError
-from lora_nlu.files import publish, write_text
+from lora_nlu.files import appearing, publish, write_text
 from lora_nlu.lora import LoRALinear
 from lora_nlu.tasks import TASKS
 
@@ -69,12 +69,8 @@ def write_published(adapter: Adapter, path: Path) -> None:
     if names != ({"query_proj", "value_proj"} if shared else {"query", "value"}):
         raise UserError(f"{adapter.source}: a .bin has LoRA on query and value, this adapter on {', '.join(names)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with appearing(path) as partial:
         torch.save({name: adapter.state[name].float() for name in published_order(adapter)}, partial)
-        publish(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def merged_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:

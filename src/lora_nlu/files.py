@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,21 @@ def publish(partial: Path, final: Path) -> None:
     os.replace(partial, final)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 under a temporary name, then rename."""
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A temporary name to write a file under; it gets its own when the block ends, and is gone if the block fails."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 under a temporary name, then rename."""
+    with appearing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from lora_nlu.files import publish
+from lora_nlu.files import appearing
 from lora_nlu.tasks import REPORTED, TASKS
 
 # Okabe and Ito's palette
@@ -61,12 +61,8 @@ def percent(task: str) -> str:
 
 def save(figure: Figure, folder: Path, name: str) -> str:
     for kind in ("png", "svg"):
-        partial = folder / f".{name}.{kind}.partial"
-        try:
+        with appearing(folder / f"{name}.{kind}") as partial:
             figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-            publish(partial, folder / f"{name}.{kind}")
-        finally:
-            partial.unlink(missing_ok=True)
     return name
 
 

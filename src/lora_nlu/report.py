@@ -182,8 +182,8 @@ def collect(given: Sequence[Path]) -> tuple[list[Cell], list[str]]:
             else:
                 absent.append(f"left out, its task is none of GLUE's: {path}")
     if not runs:
-        names = ", ".join(map(str, given))
-        raise UserError(f"no training run on a task of GLUE in {names}. Give output folders of run_glue.py.")
+        why = "".join(f"\n{line}" for line in absent)
+        raise UserError(f"no training run on a task of GLUE. Give output folders of run_glue.py.{why}")
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in settle(list(runs.values())):
         groups.setdefault((run.model, run.method, run.task), []).append(run)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lora_nlu.adapters import Adapter, read_adapter
 from lora_nlu.errors import UserError
-from lora_nlu.files import publish, write_text
+from lora_nlu.files import appearing, write_text
 
 
 def subspace_similarity(A1: Tensor, A2: Tensor) -> Tensor:
@@ -74,6 +74,9 @@ def compare(one: Adapter, two: Adapter, modules: str | None = None) -> list[Pair
 
     Raises UserError if there are none, for a module that is unknown and for matrices that can't be compared.
     """
+    for adapter in (one, two):
+        if not adapter.ranks:
+            raise UserError(f"{adapter.source}: holds {adapter.method}, which has no LoRA matrices to compare.")
     places = {name: _place(name) for name in one.ranks if name in two.ranks}
     if not places:
         names = (next(iter(adapter.ranks)) for adapter in (one, two))
@@ -193,12 +196,8 @@ def draw(pairs: list[Pair], layers: list[str], names: list[str], ranks: list[str
         figure.supylabel(f"i: top vectors of adapter 1, {names[0]}", fontsize=12)
         figure.supxlabel(f"j: top vectors of adapter 2, {names[1]}", fontsize=12)
         for kind in ("png", "svg"):
-            partial = folder / f".similarity.{kind}.partial"
-            try:
+            with appearing(folder / f"similarity.{kind}") as partial:
                 figure.savefig(partial, format=kind, dpi=150)
-                publish(partial, folder / f"similarity.{kind}")
-            finally:
-                partial.unlink(missing_ok=True)
 
 
 def short_names(paths: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_nlu.errors import UserError
-from lora_nlu.files import folders_with, publish, read_json
+from lora_nlu.files import appearing, folders_with, read_json
 from lora_nlu.tasks import TASKS, Task
 
 HEADER = "index\tprediction"
@@ -175,23 +175,20 @@ def written_for_server(task: Task, answers: list[str]) -> list[str]:
 def write_zip(out: Path, content: dict[_File, list[str]]) -> None:
     """Write the zip whole or not at all, read back before it gets its name; same bytes for same content."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
     try:
-        with zipfile.ZipFile(partial, "w") as archive:
-            for file, answers in content.items():
-                entry = zipfile.ZipInfo(file.name)  # dated 1980, whatever the clock says
-                entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
-                lines = [HEADER, *(f"{i}\t{answer}" for i, answer in enumerate(answers))]
-                archive.writestr(entry, "\n".join(lines) + "\n")
-        with zipfile.ZipFile(partial) as archive:
-            found = {name: archive.read(name).count(b"\n") - 1 for name in archive.namelist()}
-        if found != (expected := {file.name: file.rows for file in content}):
-            raise UserError(f"{out}: reads back as {found}; expected {expected}. Nothing was kept; try again.")
-        publish(partial, out)
+        with appearing(out) as partial:
+            with zipfile.ZipFile(partial, "w") as archive:
+                for file, answers in content.items():
+                    entry = zipfile.ZipInfo(file.name)  # dated 1980, whatever the clock says
+                    entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+                    lines = [HEADER, *(f"{i}\t{answer}" for i, answer in enumerate(answers))]
+                    archive.writestr(entry, "\n".join(lines) + "\n")
+            with zipfile.ZipFile(partial) as archive:
+                found = {name: archive.read(name).count(b"\n") - 1 for name in archive.namelist()}
+            if found != (expected := {file.name: file.rows for file in content}):
+                raise UserError(f"{out}: reads back as {found}; expected {expected}. Nothing was kept; try again.")
     except zipfile.BadZipFile as e:
         raise UserError(f"{out}: can't be read back ({e}). Nothing was kept; is the disk sound?") from e
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_submission(runs: Sequence[Path], out: Path, partial: bool = False) -> list[str]:
