@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
-from transformers.integrations import is_tensorboard_available
+from transformers.integrations import deepspeed, is_tensorboard_available
 
 from lora_nlu import adapters, data, loading, runs
 from lora_nlu.errors import UsageError, UserError
@@ -140,7 +140,10 @@ def prepare_model(
     if model_args.lora_relative_query and config.model_type != "deberta-v2":
         raise UsageError(f"--lora_relative_query: a {config.model_type} model has no relative positions.")
     set_seed(args.seed)  # A and the head are drawn while loading
+    deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would read weights in pieces; it cuts a whole model up as well
     model, notes = loading.load_model(name, config, needs_head=not args.do_train and adapter is None, **hub)
+    if args.deepspeed:
+        deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
     say(args, *notes)
     base = adapters.base_fingerprint(model)
     tokenizer = loading.load_tokenizer(model_args.tokenizer_name or name, config.vocab_size, **hub)

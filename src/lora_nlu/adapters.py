@@ -28,6 +28,7 @@ from lora_nlu.errors import UserError
 from lora_nlu.files import appearing, read_json, write_json
 from lora_nlu.lora import LoRALinear, lora_places, set_lora_
 from lora_nlu.methods import describe_method, mark_trainable, set_bottlenecks_
+from lora_nlu.sharded import copy_into
 
 CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "run_metadata.json"
 _FILES = [CONFIG, METADATA, "adapter_model.*"]
@@ -591,10 +592,9 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
     return dropped
 
 
-@torch.no_grad()
 def _copy(model: Any, state: dict[str, Tensor]) -> None:
     for name, tensor in state.items():
-        model.get_parameter(name).copy_(tensor)
+        copy_into(model.get_parameter(name), tensor)
 
 
 def _matched(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[dict[str, Tensor], list[str]]:

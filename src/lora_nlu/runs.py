@@ -161,6 +161,8 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
     checkpoint = _find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint or "trained" in earlier:
         _check_same_run(str(folder), earlier, trainer.metadata)
+    if checkpoint:
+        trainer.check_engine(checkpoint)
     if checkpoint and Path(checkpoint, adapters.METADATA).is_file():  # it may be another folder's
         _check_same_run(checkpoint, read_json(Path(checkpoint, adapters.METADATA)), trainer.metadata)
     if "trained" in earlier:

@@ -3,21 +3,29 @@
 import json
 import pickle
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from lora_nlu import adapters
 from lora_nlu.errors import UserError
 from lora_nlu.files import publish, write_json
 from lora_nlu.methods import trains_a_part
+from lora_nlu.regularization import classification_loss
+from lora_nlu.sharded import load_optimizer_state, made_whole, optimizer_state, trained_parameters
 
 STATE = "trainer_state.json"
 _FILES = "files.json"  # in a checkpoint: its files and their lengths
@@ -75,34 +83,84 @@ def _damage_said(checkpoint: str | None) -> Iterator[None]:
         ) from e
 
 
+class _OwnDropout(TrainerCallback):
+    """Give every process but the first a dropout of its own; the order of the data has been drawn by then."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index:
+            torch.manual_seed(args.seed + args.process_index)
+
+
 class AdapterTrainer(Trainer):
     """`Trainer` that saves and loads the trained parameters alone; where the whole encoder trains, the whole model.
 
-    `metadata` (task, label names, base model, ...) is written with every adapter.
+    `metadata` (task, label names, base model, ...) is written with every adapter. A step's loss and gradient are the
+    mean over its examples, whatever number of processes, micro-batches and tokens they were dealt to.
     """
 
+    loss_is_scaled_for_ga = True  # compute_loss weighs micro-batches itself; transformers would take all for equal
     args: Any  # transformers types these as possibly None
+    lr_scheduler: Any
     model: Any
     train_dataset: Any
 
     def __init__(self, *args: Any, metadata: dict[str, Any], **kwargs: Any) -> None:
         self.metadata = metadata
         super().__init__(*args, **kwargs)
+        self.add_callback(_OwnDropout)
         self.saves_part = trains_a_part(kwargs["model"])
         self._training_since: float | None = None
         self._spent: float | None = None  # seconds of training before this process, once known
         self._under_construction = False
-        self._loss_parts: dict[str, tuple[Tensor, int]] = {}  # since the last log: sum and number of steps
+        self._loss_parts: dict[str, Tensor] = {}  # sums since the last log, and over how many steps
+        self._steps = 0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and self.args.world_size > 1 and not self.is_fsdp_enabled:
+            # accelerate shards on accelerators alone and would drop the wish in silence; torch does on CPUs as well
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type, self.is_fsdp_enabled = DistributedType.FSDP, True
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Tensor]:
+        """The micro-batches of this process for one step, and the number of examples that all processes have in it.
+
+        accelerate fills an epoch's last batches with examples from its beginning, so that no process waits in vain.
+        They are taken out; where nothing is left one stays, of no weight. `examples` in a micro-batch says how many
+        count.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = [len(batch["input_ids"]) for batch in batches]
+        real, processes = list(rows), self.args.world_size
+        filled = processes > 1 and not self.args.dataloader_drop_last
+        if filled and self.args.train_sampling_strategy != "batch_rebalance":  # which deals without filling
+            if self.accelerator.gradient_state.end_of_dataloader:
+                left = (len(self.train_dataset) - 1) % (processes * rows[-1]) + 1  # examples in the last round
+                real[-1] = min(max(left - self.args.process_index * rows[-1], 0), rows[-1])
+        batches = [
+            {name: x[: max(n, 1)] for name, x in batch.items()} | {"examples": n}
+            for batch, n in zip(batches, real, strict=True)
+        ]
+        total = torch.full((1,), sum(real), device=self.args.device)  # filled there: a copy would wait for the GPU
+        self._steps += 1
+        return batches, self.accelerator.gather(total).sum()
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's loss; where a training step's has parts (R-Drop), they are logged beside it."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        for name in ("task_loss", "consistency_loss"):
-            if isinstance(outputs, dict) and name in outputs:
-                total, steps = self._loss_parts.get(name, (0.0, 0))
-                self._loss_parts[name] = (total + outputs[name].detach(), steps + 1)
+        """The model's loss; of a training step, what this micro-batch adds to the mean over all its examples.
+
+        Where it has parts (R-Drop), they are logged beside it.
+        """
+        examples = inputs.pop("examples", None)
+        loss, outputs = super().compute_loss(model, inputs, True)
+        if examples is not None:
+            share = examples * self.args.world_size / num_items_in_batch  # processes are averaged afterwards
+            loss = loss * share
+            for name in ("task_loss", "consistency_loss"):
+                if isinstance(outputs, dict) and name in outputs:
+                    self._loss_parts[name] = self._loss_parts.get(name, 0.0) + share * outputs[name].detach()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -111,9 +169,9 @@ class AdapterTrainer(Trainer):
                 self._spent = seconds_trained(self.state.log_history)
             logs["elapsed_s"] = round(self._spent + time.monotonic() - self._training_since, 2)
         if "loss" in logs:
-            for name, (total, steps) in self._loss_parts.items():
-                logs[name] = self.accelerator.gather(total[None] / steps).mean().item()
-            self._loss_parts.clear()
+            for name, total in self._loss_parts.items():
+                logs[name] = self.accelerator.gather(total[None] / self._steps).mean().item()
+            self._loss_parts, self._steps = {}, 0
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,6 +193,15 @@ class AdapterTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------- writing
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers', but of what an engine has in pieces only the trained parameters come together."""
+        if not self.saves_part or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict=trained_parameters(self.model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         try:
@@ -151,6 +218,34 @@ class AdapterTrainer(Trainer):
         folder = super()._get_output_dir(trial)
         return str(Path(folder, _SAVING)) if self._under_construction else folder
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Under FSDP2 as without: another engine and another number of processes can take up from there.
+
+        DeepSpeed has a format of its own, in which every process writes its piece.
+        """
+        if not self.saves_part or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        states = {SCHEDULER_NAME: self.lr_scheduler.state_dict()}
+        if self.is_fsdp_enabled:
+            states[OPTIMIZER_NAME] = optimizer_state(self.optimizer)
+        else:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            for name, state in states.items():
+                torch.save(state, Path(output_dir, name))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """One process writes those of all."""
+        with tempfile.TemporaryDirectory() as folder:
+            super()._save_rng_state(folder)
+            states = [(path.name, path.read_bytes()) for path in Path(folder).iterdir()]
+        if self.args.world_size > 1:
+            states = gather_object(states)
+        if self.args.should_save:
+            for name, state in states:
+                Path(output_dir, name).write_bytes(state)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint under a temporary name, then rename it: whatever happens in between, the others stay."""
         output_dir = Path(self._get_output_dir(trial))
@@ -163,9 +258,10 @@ class AdapterTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
             if self.args.should_save:
                 if self.state.best_global_step:
-                    self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
                     self.state.save_to_json(str(saving / name / STATE))
                 written = [path for path in (saving / name).rglob("*") if path.is_file()]
                 files = {str(path.relative_to(saving / name)): path.stat().st_size for path in written}
@@ -200,19 +296,48 @@ class AdapterTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------- reading
 
+    def check_engine(self, checkpoint: str) -> None:
+        """Raise UserError for a checkpoint that DeepSpeed wrote if another engine runs, or the other way round."""
+        pieces = len([*Path(checkpoint).glob("*/*zero_pp_rank_*_optim_states.pt")])
+        if pieces != (self.args.world_size if self.is_deepspeed_enabled else 0):
+            wrote = f"DeepSpeed in {pieces} processes" if pieces else "another engine than DeepSpeed"
+            raise UserError(
+                f"{checkpoint} was written by {wrote}, whose state can't be read by what runs now.\n"
+                "Resume it the same way, or start afresh with --overwrite_output_dir."
+            )
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if not resume_from_checkpoint or not self.is_deepspeed_enabled or not self.saves_part:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        with _damage_said(resume_from_checkpoint):  # transformers' would miss the frozen parameters in it
+            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not Path(resume_from_checkpoint, adapters.WEIGHTS).is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        adapters.load_adapter(self.model, adapters.read_adapter(resume_from_checkpoint), allow_new_head=False)
+        with made_whole(self.model):
+            adapters.load_adapter(self.model, adapters.read_adapter(resume_from_checkpoint), allow_new_head=False)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _damage_said(checkpoint):
             for path in Path(checkpoint or "").glob("*.pt*") if checkpoint else ():
                 adapters.check_archive(path)
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if not checkpoint or not self.saves_part or not self.is_fsdp_enabled:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            read = partial(torch.load, map_location="cpu", weights_only=True)
+            load_optimizer_state(self.optimizer, read(Path(checkpoint, OPTIMIZER_NAME)))
+            self.lr_scheduler.load_state_dict(read(Path(checkpoint, SCHEDULER_NAME)))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint and len([*Path(checkpoint).glob("rng_state*.pth")]) != self.args.world_size:
+            # of another number of processes: from here on dropout draws anew, each process its own
+            set_seed(self.args.seed + 1000 * self.state.global_step + self.args.process_index)
+            return
         with _damage_said(checkpoint):
             super()._load_rng_state(checkpoint)
 
@@ -224,6 +349,17 @@ class AdapterTrainer(Trainer):
             super()._load_best_model()
 
     # ----------------------------------------------------------------------------------------------- evaluation
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_fsdp_enabled and self.model_wrapped is self.model and not self.is_in_train:
+            # FSDP2 takes a model with its optimizer alone, and transformers gives it none where nothing trained
+            self.model_wrapped, _ = self.accelerator.prepare(self.model, self.create_optimizer())
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        for name in (name for name in output.metrics if self.args.world_size > 1 and name.endswith("_loss")):
+            # transformers averages batch means, in which examples that fill up the last round count again
+            logits, labels = torch.as_tensor(output.predictions).float(), torch.as_tensor(output.label_ids)
+            output.metrics[name] = classification_loss(logits, labels, self.model.config.problem_type).item()
+        return output
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # With --train_sampling_strategy group_by_length transformers would sort the evaluation as well, and predictions

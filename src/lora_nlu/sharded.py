@@ -1,0 +1,75 @@
+"""Tensors that an engine keeps in pieces: FSDP2's on every process, DeepSpeed ZeRO's too. Small ones, made whole.
+
+Every function here is to be called in all processes at once, for they exchange their pieces.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+
+def whole(tensor: Any) -> Any:
+    """A tensor with all of its pieces, on the CPU; what is no tensor as it is."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu() if isinstance(tensor, Tensor) else tensor
+
+
+def shared_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor in pieces as `other` is, on its device; whole if that one is, or has another shape."""
+    if not isinstance(other, DTensor) or tensor.shape != other.shape:
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+
+
+def trained_parameters(model: Any) -> dict[str, Tensor]:
+    """What trains in a model under FSDP2 or ZeRO, whole and on the CPU; of ZeRO's two copies the one in fp32."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for _, p in named):
+        return {name: whole(p) for name, p in named}
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: whole(safe_get_full_fp32_param(p)) for name, p in named}
+
+
+@contextmanager
+def made_whole(model: Any) -> Iterator[None]:
+    """Let ZeRO-3's trained parameters be read and written within; what the first process has written is kept."""
+    parameters = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    if not parameters:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        yield
+
+
+def optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """The state dict of an optimizer as one process without shards would have it."""
+    return tree_map(whole, optimizer.state_dict())
+
+
+def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load what `optimizer_state` or a single process's optimizer gave, into pieces as the parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    moments = state["state"]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        if number in moments:
+            moments[number] = {
+                name: shared_as(value, parameter) if isinstance(value, Tensor) else value
+                for name, value in moments[number].items()
+            }
+    optimizer.load_state_dict(state)
+
+
+@torch.no_grad()
+def copy_into(parameter: Tensor, tensor: Tensor) -> None:
+    """Write a whole tensor into a parameter, in pieces or not."""
+    parameter.copy_(shared_as(tensor, parameter))
