@@ -7,6 +7,7 @@
 import logging
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lora_nlu.methods import ADAPTER_TYPES, SETTINGS, set_method
 from lora_nlu.metrics import compute_metrics
 from lora_nlu.runs import say
 from lora_nlu.tasks import TASKS
-from lora_nlu.trainer import AdapterTrainer
+from lora_nlu.trainer import AdapterTrainer, lost_process
 
 
 def flag(help: str, default: Any = None, **metadata: Any) -> Any:
@@ -105,7 +106,10 @@ class RunArguments(TrainingArguments):
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
             if self.report_to == "none" and is_tensorboard_available():
                 self.report_to = "tensorboard"
+        if str(self.fsdp).lower() in ("true", "false"):  # transformers takes the bare flag or its older words
+            self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         super().__post_init__()
+        self._n_gpu = min(self.n_gpu, 1)  # a lone process would spread over all GPUs it sees and multiply the batch
 
 
 def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArguments]:
@@ -189,7 +193,8 @@ def load_adapter(model_args: ModelArguments, config: Any) -> adapters.Adapter | 
 
 def main(argv: list[str]) -> None:
     model_args, data_args, args = parse_args(argv)
-    runs.prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+    if args.process_index == 0:
+        runs.prepare_output_dir(args.output_dir, args.overwrite_output_dir)
     name, task = model_args.model_name_or_path, data_args.task_name or "custom"
     adapter_path = model_args.lora_path or model_args.adapter_path
     on_disk = [name, *([adapter_path] if adapter_path else [])]
@@ -253,11 +258,19 @@ def main(argv: list[str]) -> None:
         runs.describe(trainer, metrics, names[0])
     written = runs.predict(trainer, tables) if args.do_predict else []
     say(args, runs.closing_table(trainer, metrics, names[0], tables), *(f"  predictions: {path}" for path in written))
+    trainer.accelerator.end_training()
 
 
 def fail(message: object, code: int) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"run_glue.py: error: {message}", file=sys.stderr, flush=True)
+    """Print an error once a machine and exit: what is wrong in one process of it mostly is so in all.
+
+    The others wait a little: where the first failed too, the launcher ends them before they speak.
+    """
+    process = ""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(3)
+        process = f" (process {os.environ.get('RANK')})"
+    print(f"run_glue.py: error{process}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -271,5 +284,10 @@ if __name__ == "__main__":
         fail(e, 1)
     except OSError as e:
         fail(f"{e.strerror or e}: {e.filename or 'while writing results'}. What was saved before is untouched.", 1)
+    except RuntimeError as e:
+        if not lost_process(e):
+            raise
+        time.sleep(10)  # what ended the other process comes first; then the launcher ends this one
+        fail(f"another process of this run ended ({str(e).splitlines()[0][:150]}). Its own error stands elsewhere.", 1)
     except KeyboardInterrupt:
         fail("interrupted. Checkpoints that were there are whole; the same command takes up from the last.", 1)

@@ -2,13 +2,16 @@
 
 import re
 import resource
+import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 
 import lora_nlu
 from lora_nlu import adapters
@@ -112,6 +115,18 @@ def record_if_new(trainer: AdapterTrainer) -> None:
         record(trainer)
 
 
+def _wait_for(path: Path, content: str, args: Any) -> None:
+    """Wait until this process reads what the first one wrote, for a network's disk may be late. Raises UserError."""
+    for _ in range(60):
+        if path.is_file() and path.read_text() == content:
+            return
+        time.sleep(0.5)
+    raise UserError(
+        f"{path}: process {args.process_index} (on {socket.gethostname()}) doesn't see what the first process wrote.\n"
+        "--output_dir must be on a disk that all machines share."
+    )
+
+
 def _clear_earlier_run(folder: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
     for path in folder.glob("checkpoint-*"):
@@ -149,6 +164,20 @@ def _check_same_run(source: str, earlier: dict[str, Any], now: dict[str, Any]) -
         )
 
 
+def _to_do(trainer: AdapterTrainer) -> tuple[str | None, bool]:
+    """The checkpoint to resume from, if any, and whether all is done. Raises UserError if another run left either."""
+    folder = Path(trainer.args.output_dir)
+    earlier = read_json(folder / RUN) if (folder / RUN).is_file() else trainer.metadata
+    checkpoint = _find_checkpoint(trainer.args.output_dir, trainer.args.resume_from_checkpoint)
+    if checkpoint or "trained" in earlier:
+        _check_same_run(str(folder), earlier, trainer.metadata)
+    if checkpoint and Path(checkpoint, adapters.METADATA).is_file():  # it may be another folder's
+        _check_same_run(checkpoint, read_json(Path(checkpoint, adapters.METADATA)), trainer.metadata)
+    if checkpoint and "trained" not in earlier:
+        trainer.check_engine(checkpoint)
+    return checkpoint, "trained" in earlier
+
+
 def train(trainer: AdapterTrainer, overwrite: bool) -> None:
     """Train, or take up where an interrupted run stopped, or skip what is already done; save what was trained."""
     args = trainer.args
@@ -156,16 +185,9 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
     if overwrite and args.process_index == 0:
         record(trainer)  # first: from here on the folder holds no finished run
         _clear_earlier_run(folder)
-    trainer.accelerator.wait_for_everyone()
-    earlier = read_json(folder / RUN) if (folder / RUN).is_file() else trainer.metadata
-    checkpoint = _find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if checkpoint or "trained" in earlier:
-        _check_same_run(str(folder), earlier, trainer.metadata)
-    if checkpoint:
-        trainer.check_engine(checkpoint)
-    if checkpoint and Path(checkpoint, adapters.METADATA).is_file():  # it may be another folder's
-        _check_same_run(checkpoint, read_json(Path(checkpoint, adapters.METADATA)), trainer.metadata)
-    if "trained" in earlier:
+    checkpoint, trained = _to_do(trainer) if args.process_index == 0 else (None, False)
+    checkpoint, trained = broadcast_object_list([checkpoint, trained])  # one process looks, and all do the same
+    if trained:
         say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
         trainer._load_from_checkpoint(str(folder))
         return
@@ -174,6 +196,8 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
     record(trainer)
     if args.process_index == 0:
         clear_leftovers(args.output_dir)
+    (written,) = broadcast_object_list([(folder / RUN).read_text() if args.process_index == 0 else None])
+    _wait_for(folder / RUN, written, args)
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt as e:

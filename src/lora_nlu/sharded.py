@@ -14,10 +14,12 @@ from torch.utils._pytree import tree_map
 
 
 def whole(tensor: Any) -> Any:
-    """A tensor with all of its pieces, on the CPU; what is no tensor as it is."""
+    """A tensor with all its pieces, on the CPU of the first process and empty elsewhere; other things as they are."""
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
-    return tensor.detach().cpu() if isinstance(tensor, Tensor) else tensor
+    if not isinstance(tensor, Tensor):
+        return tensor
+    return tensor.detach().cpu() if torch.distributed.get_rank() == 0 else tensor.new_empty(0)
 
 
 def shared_as(tensor: Tensor, other: Tensor) -> Tensor:
@@ -27,14 +29,14 @@ def shared_as(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
-def trained_parameters(model: Any) -> dict[str, Tensor]:
-    """What trains in a model under FSDP2 or ZeRO, whole and on the CPU; of ZeRO's two copies the one in fp32."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for _, p in named):
-        return {name: whole(p) for name, p in named}
-    from deepspeed.utils import safe_get_full_fp32_param
+def parameters(model: Any, trained_only: bool) -> dict[str, Tensor]:
+    """The parameters of a model under FSDP2 or ZeRO as `whole` gives them; of ZeRO's two copies the one in fp32."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad or not trained_only}
+    if any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for p in named.values()):
+        from deepspeed.utils import safe_get_full_fp32_param
 
-    return {name: whole(safe_get_full_fp32_param(p)) for name, p in named}
+        named = {name: safe_get_full_fp32_param(p) for name, p in named.items()}
+    return {name: whole(p) for name, p in named.items()}
 
 
 @contextmanager
@@ -71,5 +73,5 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def copy_into(parameter: Tensor, tensor: Tensor) -> None:
-    """Write a whole tensor into a parameter, in pieces or not."""
+    """Write a whole tensor into a parameter, in pieces or not. Raises RuntimeError if their shapes differ."""
     parameter.copy_(shared_as(tensor, parameter))

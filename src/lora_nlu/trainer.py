@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import tempfile
 import time
@@ -14,20 +15,23 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_nlu import adapters
 from lora_nlu.errors import UserError
 from lora_nlu.files import publish, write_json
 from lora_nlu.methods import trains_a_part
 from lora_nlu.regularization import classification_loss
-from lora_nlu.sharded import load_optimizer_state, made_whole, optimizer_state, trained_parameters
+from lora_nlu.sharded import copy_into, load_optimizer_state, made_whole, optimizer_state, parameters
 
 STATE = "trainer_state.json"
+_FULL_DISK = re.compile("inline_container|StreamWriter|iostream")  # how torch.save says it, in a RuntimeError
 _FILES = "files.json"  # in a checkpoint: its files and their lengths
 _SAVING, _REMOVING = ".saving", ".removing"  # a checkpoint coming or going; never looked at by resume
 
@@ -68,14 +72,20 @@ def clear_leftovers(output_dir: str) -> None:
         shutil.rmtree(Path(output_dir, name), ignore_errors=True)
 
 
+def lost_process(error: BaseException) -> bool:
+    """Whether an error says no more than that another process of the run is gone."""
+    gone = isinstance(error, RuntimeError) and re.search("gloo|[Cc]onnection (closed|reset)", str(error))
+    return isinstance(error, torch.distributed.DistError) or bool(gone)
+
+
 @contextmanager
 def _damage_said(checkpoint: str | None) -> Iterator[None]:
     """Turn what torch raises for a file it can't read into a UserError."""
     try:
         yield
-    except UserError:
-        raise
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as e:
+        if isinstance(e, UserError) or lost_process(e):
+            raise
         reason = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
         raise UserError(
             f"{checkpoint}: damaged, can't be resumed from ({reason}).\n"
@@ -100,6 +110,7 @@ class AdapterTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # compute_loss weighs micro-batches itself; transformers would take all for equal
     args: Any  # transformers types these as possibly None
+    model_wrapped: Any
     lr_scheduler: Any
     model: Any
     train_dataset: Any
@@ -194,11 +205,13 @@ class AdapterTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------- writing
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers', but of what an engine has in pieces only the trained parameters come together."""
-        if not self.saves_part or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        """As transformers', but of what an engine has in pieces only what will be saved comes together."""
+        if not self.is_fsdp_enabled and not (self.saves_part and self.is_deepspeed_enabled):
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir, state_dict=trained_parameters(self.model))
+        state = parameters(self.model, trained_only=self.saves_part)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -223,7 +236,7 @@ class AdapterTrainer(Trainer):
 
         DeepSpeed has a format of its own, in which every process writes its piece.
         """
-        if not self.saves_part or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if not self.is_fsdp_enabled and not (self.saves_part and self.is_deepspeed_enabled):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         states = {SCHEDULER_NAME: self.lr_scheduler.state_dict()}
@@ -270,7 +283,8 @@ class AdapterTrainer(Trainer):
                     remove_checkpoint(output_dir / name)
                 publish(saving / name, output_dir / name)
         except (OSError, SafetensorError, RuntimeError) as e:
-            # torch.save reports a full disk as a RuntimeError
+            if isinstance(e, RuntimeError) and not _FULL_DISK.search(str(e)):
+                raise
             last = whole_checkpoints(str(output_dir))
             kept = f"{last[-1]} is whole; the same command resumes from it" if last else "there is no earlier one"
             raise UserError(f"Can't write {output_dir / name}: {e}.\nMake room or choose another place; {kept}.") from e
@@ -317,7 +331,11 @@ class AdapterTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not Path(resume_from_checkpoint, adapters.WEIGHTS).is_file():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if not self.is_fsdp_enabled:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
+            for name, tensor in load_file(Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)).items():
+                copy_into(self.model.get_parameter(name), tensor)
             return
         with made_whole(self.model):
             adapters.load_adapter(self.model, adapters.read_adapter(resume_from_checkpoint), allow_new_head=False)
@@ -326,7 +344,7 @@ class AdapterTrainer(Trainer):
         with _damage_said(checkpoint):
             for path in Path(checkpoint or "").glob("*.pt*") if checkpoint else ():
                 adapters.check_archive(path)
-            if not checkpoint or not self.saves_part or not self.is_fsdp_enabled:
+            if not checkpoint or not self.is_fsdp_enabled:
                 super()._load_optimizer_and_scheduler(checkpoint)
                 return
             read = partial(torch.load, map_location="cpu", weights_only=True)
@@ -343,7 +361,7 @@ class AdapterTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if self.saves_part and best:
+        if best and (self.saves_part or self.is_fsdp_enabled):
             self._load_from_checkpoint(best)
         else:
             super()._load_best_model()
