@@ -9,4 +9,7 @@
 # there or among the scripts. The settings of launch.sh (GLUE_DIR, MNLI_LORA, PYTHON, DRY_RUN, ...) hold.
 # Ctrl-C: the same command goes on.
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
+[[ "${nnodes:-${SLURM_STEP_NUM_NODES:-1}}" == 1 ]] || refuse "takes one machine, and this is a start on several." \
+  "Start it on each by itself, without nnodes, with seeds of its own: --seeds."
+export nnodes=1 # also in a SLURM job that has more
 exec "$python" "$root/scripts/run_seeds.py" "$@"

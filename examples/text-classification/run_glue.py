@@ -4,6 +4,7 @@
         --apply_lora --lora_r 8 --lora_alpha 16 --lora_path roberta_base_lora_mnli.bin
 """
 
+import gc
 import logging
 import os
 import sys
@@ -89,6 +90,7 @@ class RunArguments(TrainingArguments):
 
     overwrite_output_dir: bool = flag("Start afresh: remove the output folder's checkpoints and results first", False)
     logging_dir: str | None = flag("Where TensorBoard logs go")
+    log_on_each_node: bool = flag("Print losses and scores once a machine, not once", False)
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -258,7 +260,6 @@ def main(argv: list[str]) -> None:
         runs.describe(trainer, metrics, names[0])
     written = runs.predict(trainer, tables) if args.do_predict else []
     say(args, runs.closing_table(trainer, metrics, names[0], tables), *(f"  predictions: {path}" for path in written))
-    trainer.accelerator.end_training()
 
 
 def fail(message: object, code: int) -> None:
@@ -278,6 +279,9 @@ if __name__ == "__main__":
     logging.captureWarnings(True)
     try:
         main(sys.argv[1:])
+        gc.collect()  # DDP's reducer, freed after its process group, can wait forever for that one's threads
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # without this a process sometimes aborts at exit
     except UsageError as e:
         fail(e, 2)
     except UserError as e:

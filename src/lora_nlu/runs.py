@@ -127,6 +127,16 @@ def _wait_for(path: Path, content: str, args: Any) -> None:
     )
 
 
+def _check_all_alike(trainer: AdapterTrainer) -> None:
+    """Raise UserError in a process whose flags, base model or number of devices make a run other than the first's."""
+    (first,) = broadcast_object_list([trainer.metadata])
+    if differences := _differences(first, trainer.metadata):
+        raise UserError(
+            f"process {trainer.args.process_index} (on {socket.gethostname()}) was started otherwise than the first: "
+            f"{'; '.join(differences[:8])}.\nStart the same command, with as many devices, on all machines."
+        )
+
+
 def _clear_earlier_run(folder: Path) -> None:
     """Remove what an earlier run left, and nothing else."""
     for path in folder.glob("checkpoint-*"):
@@ -147,8 +157,8 @@ def _find_checkpoint(output_dir: str, given: str | None) -> str | None:
     return checkpoints[-1] if checkpoints and str(given).lower() != "false" else None
 
 
-def _check_same_run(source: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on from, or take for done, what was trained otherwise. Raises UserError with the differences."""
+def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In what two runs' metadata differ that decides what they end with."""
     differences = []
     for key in ("task", "labels", "base_fingerprint", "lora", "method", "hyperparameters"):
         one, other = earlier.get(key, now[key]), now[key]  # an older version recorded less
@@ -157,7 +167,12 @@ def _check_same_run(source: str, earlier: dict[str, Any], now: dict[str, Any]) -
             differences += [f"{name} {one.get(name)}, now {other.get(name)}" for name in changed]
         elif one != other:
             differences.append(f"{key} {one}, now {other}")
-    if differences:
+    return differences
+
+
+def _check_same_run(source: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on from, or take for done, what was trained otherwise. Raises UserError with the differences."""
+    if differences := _differences(earlier, now):
         raise UserError(
             f"{source} holds a run with other settings: {'; '.join(differences[:8])}.\n"
             "Choose another --output_dir, or --overwrite_output_dir to train afresh."
@@ -185,6 +200,7 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
     if overwrite and args.process_index == 0:
         record(trainer)  # first: from here on the folder holds no finished run
         _clear_earlier_run(folder)
+    _check_all_alike(trainer)
     checkpoint, trained = _to_do(trainer) if args.process_index == 0 else (None, False)
     checkpoint, trained = broadcast_object_list([checkpoint, trained])  # one process looks, and all do the same
     if trained:

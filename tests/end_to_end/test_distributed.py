@@ -1,0 +1,341 @@
+"""One run in one process and in several, on one machine and on two: the same losses, adapter, metrics and predictions.
+
+The models are without dropout, whose draws depend on who draws them. R-Drop is on all the same: with a cutoff of
+(nearly) all tokens the second view is another than the first, and the same in every run.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import LORA, SCRIPT, write_checkpoint
+from test_deberta import cut_off, write_deberta, write_sentencepiece
+from test_run_glue import read, rte, scores, succeeded, trained_flat
+
+from lora_nlu import blocks, runs
+from lora_nlu.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+FSDP = ["--fsdp", "--fsdp_config", CONFIGS / "fsdp2.json"]
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+STEADY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# 45 examples, 8 a step: the sixth step of an epoch has 5 of them. 21 to evaluate on, 8 at a time.
+STEPS = ["--max_steps", 20, "--max_train_samples", 45, "--learning_rate", "1e-2", "--logging_steps", 1]
+STEPS += ["--max_seq_length", 64, "--reg_loss_wgt", 2, "--masking_prob", 0.9999999, "--do_train"]
+EVAL = ["--do_eval", "--do_predict", "--max_eval_samples", 21, "--per_device_eval_batch_size", 8]
+BATCH, ACCUMULATE = "--per_device_train_batch_size", "--gradient_accumulation_steps"
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install deepspeed"
+)
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory, vocabulary, glue) -> dict[str, Path]:
+    """Both models without dropout."""
+    folder = tmp_path_factory.mktemp("steady")
+    write_checkpoint(folder / "roberta", vocabulary, **STEADY)
+    text = folder / "text.txt"
+    text.write_text("".join(path.read_text() for path in sorted(glue.glob("*/train.tsv"))))
+    write_sentencepiece(folder / "deberta", text)
+    write_deberta(folder / "deberta", **STEADY)
+    return {name: folder / name for name in ("roberta", "deberta")}
+
+
+def history(output: Path, key: str) -> torch.Tensor:
+    log = read(output / "trainer_state.json")["log_history"]
+    return torch.tensor([entry[key] for entry in log if key in entry], dtype=torch.float64)
+
+
+def assert_same_run(got: Path, want: Path, steps: int = 20) -> None:
+    """Losses, their parts, gradient norms, adapter and evaluation to 1e-5; predictions and discrete metrics equal."""
+    for key in ("loss", "task_loss", "consistency_loss", "grad_norm"):
+        one, other = history(got, key), history(want, key)
+        assert len(one) == len(other) == steps
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max(), (key, one, other)
+    assert history(want, "consistency_loss").min() > 1e-5  # R-Drop has something to say
+    one, other = trained_flat(got), trained_flat(want)
+    assert one.keys() == other.keys()
+    for name, tensor in other.items():
+        assert (one[name] - tensor).abs().max() <= 1e-5 * tensor.abs().max(), name
+    one, other = scores(got / "eval_results.json"), scores(want / "eval_results.json")
+    assert one.pop("eval_loss") == pytest.approx(other.pop("eval_loss"), rel=1e-5)
+    assert one == other and one["eval_samples"] == 21
+    name = "predict_results_rte.tsv"
+    assert (got / name).read_text() == (want / name).read_text()
+
+
+# ----------------------------------------------------------------------------------------- the same steps everywhere
+
+
+@pytest.mark.parametrize(
+    "model, examples, engine",
+    [("roberta", 45, []), ("deberta", 45, []), ("roberta", 41, []), ("roberta", 45, FSDP), ("deberta", 45, FSDP)],
+    ids=["roberta", "deberta", "one process idle in the last step", "roberta FSDP2", "deberta FSDP2"],
+)
+def test_a_step_is_the_same_however_its_examples_are_dealt(
+    model, examples, engine, steady, start, call, glue, tmp_path
+):
+    def flags(name: str, *more: object) -> list[object]:
+        common = ["--model_name_or_path", steady[model], *STEPS, *EVAL, "--max_train_samples", examples]
+        return rte(glue, tmp_path / name, *common, *more)
+
+    succeeded(call(*flags("one", BATCH, 8)))
+    succeeded(call(*flags("accumulated", BATCH, 4, ACCUMULATE, 2)))
+    succeeded(start(*flags("two", BATCH, 4, *engine), launcher=TWO))
+    succeeded(start(*flags("both", BATCH, 2, ACCUMULATE, 2, *engine), launcher=TWO))
+    for name in ("accumulated", "two", "both"):
+        assert_same_run(tmp_path / name, tmp_path / "one")
+
+
+def test_without_compensation_for_the_last_uneven_step_the_runs_would_differ(steady, call, glue, tmp_path):
+    """The comparison above can fail: the mean of micro-batches' means is another number."""
+    flags = ["--model_name_or_path", steady["roberta"], *STEPS, "--max_steps", 6]
+    succeeded(call(*rte(glue, tmp_path / "one", *flags, BATCH, 8)))
+    succeeded(call(*rte(glue, tmp_path / "other", *flags, BATCH, 4, "--max_train_samples", 44)))
+    one, other = history(tmp_path / "one", "loss"), history(tmp_path / "other", "loss")
+    assert len(one) == len(other) == 6 and (one[-1] - other[-1]).abs() > 1e-4
+
+
+def test_the_references_launcher_trains_scores_and_predicts_a_regression_as_one_process(
+    steady, start, call, glue, tmp_path
+):
+    """It adds --local-rank. STS-B: 24 examples to evaluate on and 10 to predict, 7 a process a time: none divides."""
+    flags = ["--task_name", "stsb", "--glue_dir", glue, "--model_name_or_path", steady["roberta"], *LORA]
+    flags += ["--max_seq_length", 64, "--do_eval", "--do_predict", "--per_device_eval_batch_size", 7]
+    training = ["--do_train", "--max_steps", 7, "--learning_rate", "1e-2"]
+    launcher = ("-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}")
+    succeeded(call(*flags, *training, "--output_dir", tmp_path / "one", BATCH, 10))
+    succeeded(start(*flags, *training, "--output_dir", tmp_path / "two", BATCH, 5, launcher=launcher))
+    flags += ["--lora_path", tmp_path / "one", "--output_dir", tmp_path / "scored"]
+    succeeded(start(*flags, launcher=launcher))
+    one = scores(tmp_path / "one" / "eval_results.json")
+    assert scores(tmp_path / "two" / "eval_results.json") == pytest.approx(one, rel=1e-4)
+    assert scores(tmp_path / "scored" / "eval_results.json") == pytest.approx(one, rel=1e-5)
+    assert one["eval_samples"] == 24
+    predicted = (tmp_path / "one" / "predict_results_stsb.tsv").read_text()
+    assert len(predicted.splitlines()) == 11
+    assert (tmp_path / "scored" / "predict_results_stsb.tsv").read_text() == predicted
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_four_processes_on_two_machines_train_what_one_process_does(
+    rendezvous, steady, environment, base_flags, glue, tmp_path
+):
+    """Two launches of one script that meet on the loopback address; 48 examples are less than one step of 2 x 32."""
+    script = ["bash", ROOT / "scripts" / "roberta_base_cola.sh", *base_flags[2:]]
+    script += ["--model_name_or_path", steady["roberta"], "--max_steps", 5, "--max_seq_length", 64]
+    clean = {k: v for k, v in environment.items() if not k.startswith("SLURM")} | {"GLUE_DIR": str(glue)}
+
+    def launch(output: Path, **settings: object) -> subprocess.Popen:
+        env = clean | {name: str(value) for name, value in settings.items()} | {"output_dir": str(output)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([*map(str, script)], env=env, **pipes)
+
+    port = free_port()
+    common: dict[str, object] = {"nnodes": 2, "devices": 2}
+    if rendezvous == "static":
+        common |= {"master_addr": "127.0.0.1", "master_port": port}
+    else:
+        common["torchrun_options"] = f"--rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{port} --rdzv_id=test"
+    nodes = [launch(tmp_path / "two", node_rank=rank, **common) for rank in (0, 1)]
+    alone = launch(tmp_path / "one", devices=0)
+    for process in (*nodes, alone):
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err[-3000:]
+        assert "2 x 32 = 64 examples a step" in err
+    assert history(tmp_path / "two", "eval_loss").tolist() == pytest.approx(
+        history(tmp_path / "one", "eval_loss").tolist(), rel=1e-5
+    )
+    one, two = trained_flat(tmp_path / "one"), trained_flat(tmp_path / "two")
+    assert all((two[name] - one[name]).abs().max() <= 1e-5 * one[name].abs().max() for name in one)
+    results = scores(tmp_path / "one" / "eval_results.json")
+    assert scores(tmp_path / "two" / "eval_results.json") == pytest.approx(results, rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_a_run_goes_on_in_another_number_of_processes_and_under_another_engine(steady, start, call, glue, tmp_path):
+    """Cut off in the middle of an epoch, after 8 of 20 steps of which an epoch has 6."""
+
+    def flags(name: str, *more: object) -> list[object]:
+        common = ["--model_name_or_path", steady["roberta"], *STEPS, *EVAL, "--save_steps", 8]
+        return rte(glue, tmp_path / name, *common, *more)
+
+    succeeded(call(*flags("one", BATCH, 8)))
+    succeeded(start(*flags("sharded", BATCH, 4, *FSDP), launcher=TWO))
+    for name, source in (("two", "one"), ("sharded again", "one"), ("one again", "sharded")):
+        cut_off(tmp_path / source, tmp_path / name, after=8)
+    outcomes = [
+        succeeded(start(*flags("two", BATCH, 4), launcher=TWO)),
+        succeeded(start(*flags("sharded again", BATCH, 2, ACCUMULATE, 2, *FSDP), launcher=TWO)),
+        succeeded(call(*flags("one again", BATCH, 4, ACCUMULATE, 2))),
+    ]
+    assert all("checkpoint-8" in outcome.out and "Resuming from" in outcome.out for outcome in outcomes)
+    for name in ("two", "sharded again", "one again"):
+        assert_same_run(tmp_path / name, tmp_path / "one")
+    # and another batch is another run
+    cut_off(tmp_path / "one", tmp_path / "other", after=8)
+    outcome = start(*flags("other", BATCH, 8), launcher=TWO)
+    assert outcome.code != 0 and "examples_a_step 8, now 16" in outcome.err
+    assert outcome.err.count("run_glue.py: error") == 1
+
+
+def test_whole_fine_tuning_under_fsdp2_ends_in_one_models_file_and_goes_on_in_one_process(
+    steady, start, call, glue, tmp_path
+):
+    def flags(name: str, *more: object) -> list[object]:
+        common = ["--task_name", "rte", "--glue_dir", glue, "--output_dir", tmp_path / name]
+        common += ["--model_name_or_path", steady["roberta"], "--max_steps", 6, "--save_steps", 2, *EVAL]
+        return [*common, "--logging_steps", 1, "--learning_rate", "1e-3", "--max_seq_length", 64, "--do_train", *more]
+
+    succeeded(call(*flags("one", BATCH, 8)))
+    succeeded(start(*flags("two", BATCH, 4, *FSDP), launcher=TWO))
+    cut_off(tmp_path / "two", tmp_path / "resumed", after=4)
+    succeeded(call(*flags("resumed", BATCH, 8)))
+    want = scores(tmp_path / "one" / "eval_results.json")
+    for name in ("two", "resumed"):
+        torch.testing.assert_close(
+            history(tmp_path / name, "loss"), history(tmp_path / "one", "loss"), rtol=1e-5, atol=0
+        )
+        assert scores(tmp_path / name / "eval_results.json") == pytest.approx(want, rel=1e-4)
+        assert (tmp_path / name / "model.safetensors").is_file()
+
+
+def children(pid: int) -> dict[str, int]:
+    """Processes that a launcher has started, by their rank."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        settings = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
+        found |= {setting[5:]: int(child) for setting in settings if setting.startswith("RANK=")}
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds a process's children in /proc")
+def test_a_rank_killed_in_mid_epoch_ends_the_run_which_then_goes_on_to_the_same_adapter(
+    start, environment, base_flags, glue, tmp_path
+):
+    """With dropout: the processes take up their own random states again."""
+
+    def flags(name: str) -> list[str]:
+        steps = ["--max_steps", 60, "--save_steps", 4, "--save_total_limit", 2, "--logging_steps", 1, BATCH, 4]
+        return [*map(str, rte(glue, tmp_path / name, *steps, "--max_seq_length", 64, "--do_train", "--do_eval"))]
+
+    succeeded(start(*flags("whole"), launcher=TWO))
+    command = [sys.executable, *TWO, str(SCRIPT), *base_flags, *flags("killed")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not [*(tmp_path / "killed").glob("checkpoint-*")]:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.01)
+    os.kill(children(process.pid)["1"], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and not (tmp_path / "killed" / "train_results.json").exists()
+    assert "Signal 9 (SIGKILL)" in err and "rank      : 1" in err
+    assert "Connection closed by peer" not in err and "run_glue.py: error" not in err, err  # what the survivor met
+
+    outcome = succeeded(start(*flags("killed"), launcher=TWO))
+    assert "Resuming from" in outcome.out
+    one, other = trained_flat(tmp_path / "whole"), trained_flat(tmp_path / "killed")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    torch.testing.assert_close(
+        history(tmp_path / "killed", "loss"), history(tmp_path / "whole", "loss"), rtol=0, atol=0
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_an_error_of_all_processes_is_said_once(start, glue, tmp_path):
+    outcome = start(*rte(glue, tmp_path / "o", "--do_train", "--lora_path", tmp_path / "none"), launcher=TWO)
+    assert outcome.code != 0 and outcome.err.count("run_glue.py: error") == 1
+    assert "no such file" in outcome.err and "ChildFailedError" in outcome.err.partition("no such file")[2]
+
+
+def test_an_error_of_one_process_is_said_by_it_and_ends_the_others(environment, base_flags, glue, tmp_path):
+    """A machine that lacks a file the others have; the first process is waiting for it meanwhile."""
+    program = tmp_path / "one_differs.py"
+    program.write_text(
+        "import os, sys, runpy\n"
+        "if os.environ['RANK'] == '1': sys.argv += ['--tokenizer_name', '/nowhere']\n"
+        f"sys.argv[0] = {str(SCRIPT)!r}\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    flags = map(str, rte(glue, tmp_path / "o", "--do_train", "--max_steps", 2))
+    command = [sys.executable, *TWO, str(program), *base_flags, *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "run_glue.py: error (process 1): No tokenizer in /nowhere" in done.stderr
+    assert done.stderr.count("run_glue.py: error") == 1
+
+
+def test_an_output_folder_that_another_machine_does_not_see_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    (tmp_path / "run.json").write_text("of another run")
+
+    class Args:
+        process_index = 8
+
+    runs._wait_for(tmp_path / "run.json", "of another run", Args)
+    with pytest.raises(UserError, match=r"run\.json: process 8 \(on .*\n.*a disk that all machines share"):
+        runs._wait_for(tmp_path / "run.json", "what the first wrote", Args)
+
+
+# ---------------------------------------------------------------------------------------------------------- DeepSpeed
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("model", ["roberta", "deberta"])
+def test_deepspeed_trains_saves_and_resumes_the_same_adapter(model, stage, steady, start, call, glue, tmp_path):
+    engine = ["--deepspeed", CONFIGS / f"deepspeed_zero{stage}.json"]
+
+    def flags(name: str, *more: object) -> list[object]:
+        common = ["--model_name_or_path", steady[model], *STEPS, *EVAL, "--save_steps", 8]
+        return rte(glue, tmp_path / name, *common, *more)
+
+    succeeded(call(*flags("one", BATCH, 8)))
+    succeeded(start(*flags("two", BATCH, 2, ACCUMULATE, 2, *engine), launcher=TWO))
+    cut_off(tmp_path / "two", tmp_path / "resumed", after=8)
+    succeeded(start(*flags("resumed", BATCH, 4, *engine), launcher=TWO))
+    for name in ("two", "resumed"):
+        assert_same_run(tmp_path / name, tmp_path / "one")
+    size = sum(path.stat().st_size for path in (tmp_path / "two" / "checkpoint-20").rglob("*.pt"))
+    trained = sum(tensor.numel() for tensor in trained_flat(tmp_path / "two").values())
+    assert size < 4 * trained * 4 + 60_000  # value and two moments of what trains, not the model
+    cut_off(tmp_path / "two", tmp_path / "other", after=8)
+    outcome = call(*flags("other", BATCH, 8))
+    assert outcome.code == 1 and "written by DeepSpeed in 2 processes" in outcome.err
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.name)
+def test_a_config_is_json_that_names_what_there_is(path):
+    config = json.loads(path.read_text())
+    if path.name.startswith("fsdp"):
+        assert all(hasattr(blocks, name) for name in config["transformer_layer_cls_to_wrap"])
+        assert config["version"] == 2 and not config["cpu_ram_efficient_loading"]  # each process hashes the weights
+    else:
+        assert config["zero_optimization"]["stage"] == int(path.stem[-1])
+        assert config["train_batch_size"] == config["gradient_accumulation_steps"] == "auto"
+
+
+def test_there_is_a_config_for_each_engine():
+    assert {path.name for path in CONFIGS.iterdir()} == {
+        "fsdp2.json",
+        "deepspeed_zero2.json",
+        "deepspeed_zero3.json",
+    }
