@@ -110,6 +110,9 @@ class RunArguments(TrainingArguments):
                 self.report_to = "tensorboard"
         if str(self.fsdp).lower() in ("true", "false"):  # transformers takes the bare flag or its older words
             self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
+        if self.fsdp and os.environ.get("WORLD_SIZE", "1") == "1":  # the same command works on one device
+            print("run_glue.py: --fsdp: there is one process, and nothing to share with others.", flush=True)
+            self.fsdp = self.fsdp_config = None
         super().__post_init__()
         self._n_gpu = min(self.n_gpu, 1)  # a lone process would spread over all GPUs it sees and multiply the batch
 

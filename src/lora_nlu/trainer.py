@@ -21,6 +21,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_nlu import adapters
@@ -101,6 +102,17 @@ class _OwnDropout(TrainerCallback):
             torch.manual_seed(args.seed + args.process_index)
 
 
+class _ByLength(LengthGroupedSampler):
+    """transformers', but drawn from seed and epoch, as the plain order is: alike in all processes, and on resuming."""
+
+    def __init__(self, seed: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seed = seed
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
 class AdapterTrainer(Trainer):
     """`Trainer` that saves and loads the trained parameters alone; where the whole encoder trains, the whole model.
 
@@ -123,6 +135,7 @@ class AdapterTrainer(Trainer):
         self._training_since: float | None = None
         self._spent: float | None = None  # seconds of training before this process, once known
         self._under_construction = False
+        self._by_length: _ByLength | None = None
         self._loss_parts: dict[str, Tensor] = {}  # sums since the last log, and over how many steps
         self._steps = 0
 
@@ -133,6 +146,23 @@ class AdapterTrainer(Trainer):
             state = self.accelerator.state
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             state.distributed_type, self.is_fsdp_enabled = DistributedType.FSDP, True
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._by_length:  # which a resumed run's loader would not tell
+            self._by_length.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.args.train_sampling_strategy == "group_by_length":  # groups of a step, however many processes share it
+            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            self._by_length = _ByLength(seed, step, lengths=[len(ids) for ids in dataset["input_ids"]])
+            return self._by_length
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, BatchRebalanceSampler):
+            sampler.seed = seed  # transformers has one order for all seeds
+        return sampler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Tensor]:
         """The micro-batches of this process for one step, and the number of examples that all processes have in it.

@@ -26,6 +26,7 @@ from lora_nlu.errors import UserError
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 FSDP = ["--fsdp", "--fsdp_config", CONFIGS / "fsdp2.json"]
+BY_LENGTH = ["--train_sampling_strategy", "group_by_length"]
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 STEADY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # 45 examples, 8 a step: the sixth step of an epoch has 5 of them. 21 to evaluate on, 8 at a time.
@@ -78,20 +79,26 @@ def assert_same_run(got: Path, want: Path, steps: int = 20) -> None:
 
 @pytest.mark.parametrize(
     "model, examples, engine",
-    [("roberta", 45, []), ("deberta", 45, []), ("roberta", 41, []), ("roberta", 45, FSDP), ("deberta", 45, FSDP)],
-    ids=["roberta", "deberta", "one process idle in the last step", "roberta FSDP2", "deberta FSDP2"],
+    [
+        ("roberta", 45, BY_LENGTH),
+        ("deberta", 45, []),
+        ("roberta", 41, []),
+        ("roberta", 45, FSDP),
+        ("deberta", 45, FSDP),
+    ],
+    ids=["roberta by length", "deberta", "one process idle in the last step", "roberta FSDP2", "deberta FSDP2"],
 )
 def test_a_step_is_the_same_however_its_examples_are_dealt(
     model, examples, engine, steady, start, call, glue, tmp_path
 ):
     def flags(name: str, *more: object) -> list[object]:
         common = ["--model_name_or_path", steady[model], *STEPS, *EVAL, "--max_train_samples", examples]
-        return rte(glue, tmp_path / name, *common, *more)
+        return rte(glue, tmp_path / name, *common, *more, *engine)
 
-    succeeded(call(*flags("one", BATCH, 8)))
+    succeeded(call(*flags("one", BATCH, 8)))  # which has nothing to shard
     succeeded(call(*flags("accumulated", BATCH, 4, ACCUMULATE, 2)))
-    succeeded(start(*flags("two", BATCH, 4, *engine), launcher=TWO))
-    succeeded(start(*flags("both", BATCH, 2, ACCUMULATE, 2, *engine), launcher=TWO))
+    succeeded(start(*flags("two", BATCH, 4), launcher=TWO))
+    succeeded(start(*flags("both", BATCH, 2, ACCUMULATE, 2), launcher=TWO))
     for name in ("accumulated", "two", "both"):
         assert_same_run(tmp_path / name, tmp_path / "one")
 
@@ -174,7 +181,7 @@ def test_a_run_goes_on_in_another_number_of_processes_and_under_another_engine(s
     """Cut off in the middle of an epoch, after 8 of 20 steps of which an epoch has 6."""
 
     def flags(name: str, *more: object) -> list[object]:
-        common = ["--model_name_or_path", steady["roberta"], *STEPS, *EVAL, "--save_steps", 8]
+        common = ["--model_name_or_path", steady["roberta"], *STEPS, *EVAL, "--save_steps", 8, *BY_LENGTH]
         return rte(glue, tmp_path / name, *common, *more)
 
     succeeded(call(*flags("one", BATCH, 8)))
