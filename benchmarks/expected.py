@@ -74,7 +74,7 @@ class Model:
         return 2 * (forward + table + (backward if train else 0))
 
 
-_XXLARGE = [XXLARGE[f"{name}"] for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")]
+_XXLARGE = [XXLARGE[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")]
 MODELS = {
     "roberta-base": Model(12, 768, 3072, 50265, 514 + 1),
     "roberta-large": Model(24, 1024, 4096, 50265, 514 + 1),
@@ -246,37 +246,37 @@ def short(x: float) -> str:
 
 def tables(only: str, gpus: list[int], half: float, full: float) -> list[str]:
     """The tables of docs/scaling.md: runs, measured rates, hours, waiting, memory by engine, network."""
-    runs, hours, held, sent, late = [], [], [], [], []
+    runs, hours, held, sent, late, several = [], [], [], [], [], [n for n in gpus if n > 1]
     for r in recipes(only):
         training, evaluation = (x / 1e15 for x in r.run())
         parts = (r.held("DDP", 1) / 1e9, r.activations(r.tokens) / 1e9, r.activations(r.longest) / 1e9)
-        million = r.epochs * r.task.rows["train"] * r.views * r.tokens / 1e6
-        runs.append([r.script, f"{r.gpus} x {r.batch} = {r.examples}", f"{r.steps:,}", f"{r.tokens:.0f}", short(million),
-                     f"{short(training)} + {short(evaluation)}", f"{parts[0]:.1f} + {parts[1]:.1f} to {parts[2]:.1f}",
+        tokens = r.epochs * r.task.rows["train"] * r.views * r.tokens
+        runs.append([r.script, f"{r.gpus} x {r.batch} = {r.examples}", f"{r.steps:,}", f"{r.tokens:.0f}",
+                     short(tokens / 1e6), f"{short(training)} + {short(evaluation)}",
+                     f"{parts[0]:.1f} + {parts[1]:.1f} to {parts[2]:.1f}",
                      short(r.saves * 12 * r.trained / 1e9)])  # fmt: skip
         rate = half if r.half else full
         times = [(r.cpu_seconds(n),) for n in (1, 2)] + [r.gpu_seconds(n, rate) for n in gpus]
         times.append(r.gpu_seconds(1, rate, at_once=True))
         hours.append([r.script, "fp16" if r.half else "fp32", *(short(t[-1] / 3600) if t else "-" for t in times)])
     for r in (r for r in recipes("_mnli") if "adapter" not in r.script):
-        held += [[r.script, e, *(f"{r.held(e, n) / 1e9:.2f}" for n in gpus if n > 1)] for e in ENGINES]
+        held.append([r.script, *(" / ".join(f"{r.held(e, n) / 1e9:.2f}" for n in several) for e in ENGINES)])
         step, exchanged = (r.gpu_seconds(8, half if r.half else full) or (0,))[0], [r.sent(e, 8) for e in ENGINES[:2]]
         sent.append([r.script, f"{1e3 * step:.0f}", *(f"{b / 1e6:,.0f}" for b in exchanged),
                      *(short(b / step / 1e9) for b in exchanged)])  # fmt: skip
     for each in (4, 8, 16, 32):
-        late.append([f"{each}", *(f"{waiting('rte', each, n):.2f}" for n in gpus if n > 1)])
+        late.append([f"{each}", *(f"{waiting('rte', each, n):.2f}" for n in several)])
     rates = [[row["name"], f"{row['tokens']:.0f}", f"{row['operations'] / 1e9:.0f}", f"{row['seconds']:.3f}",
               f"{row['rate'] / 1e9:.0f}"] for deberta in (False, True) for row in cpu_rates(deberta)]  # fmt: skip
-    several = " | ".join(f"{n} GPUs" for n in gpus if n > 1)
     return [
         table("script | examples a step | steps | tokens an example | tokens, million | PFLOP: training + evaluation | "
               "memory, GB: model + batch, mean to longest | checkpoints, GB", runs),
         table("measured step | real tokens | GFLOP | seconds | GFLOP/s", rates),
         table(f"hours of | on GPUs in | 1 core | 2 cores | {' | '.join(f'{n} GPU' + 's' * (n > 1) for n in gpus)} | "
               "1 GPU, step at once", hours),
-        table(f"examples a process | {several}", late),
-        table(f"GB a process | engine | {several}", held),
-        table("on 8 GPUs | step, ms | DDP sends, MB | FSDP2 sends, MB | GB/s at which sending takes a step: DDP | FSDP2",
+        table(f"examples a process | {' | '.join(f'{n} GPUs' for n in several)}", late),
+        table(f"GB a process, of {' / '.join(map(str, several))} | {' | '.join(ENGINES)}", held),
+        table("on 8 GPUs | step, ms | DDP sends, MB | FSDP2 sends, MB | GB/s to send it in a step's time: DDP | FSDP2",
               sent),
     ]  # fmt: skip
 

@@ -4,12 +4,10 @@
         --apply_lora --lora_r 8 --lora_alpha 16 --lora_path roberta_base_lora_mnli.bin
 """
 
-import gc
-import logging
 import os
 import sys
-import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 from transformers.integrations import deepspeed, is_tensorboard_available
 
-from lora_nlu import adapters, data, loading, runs
+from lora_nlu import adapters, data, loading, processes, runs
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.flags import check_args, check_best_metric, parse, parse_layers, parse_targets
 from lora_nlu.lora import LoRALinear
@@ -25,7 +23,7 @@ from lora_nlu.methods import ADAPTER_TYPES, SETTINGS, set_method
 from lora_nlu.metrics import compute_metrics
 from lora_nlu.runs import say
 from lora_nlu.tasks import TASKS
-from lora_nlu.trainer import AdapterTrainer, lost_process
+from lora_nlu.trainer import AdapterTrainer
 
 
 def flag(help: str, default: Any = None, **metadata: Any) -> Any:
@@ -108,6 +106,14 @@ class RunArguments(TrainingArguments):
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
             if self.report_to == "none" and is_tensorboard_available():
                 self.report_to = "tensorboard"
+        for name in ("fsdp_config", "deepspeed"):
+            given = getattr(self, name)
+            if isinstance(given, str) and not given.lstrip().startswith("{") and not Path(given).is_file():
+                raise ValueError(f"--{name} {given}: no such file. Those that come with this are in configs/.")
+        if self.deepspeed and not find_spec("deepspeed"):
+            raise ValueError("--deepspeed: the package is not installed. Install it: pip install deepspeed")
+        if self.deepspeed and "RANK" not in os.environ:
+            raise ValueError("--deepspeed: a launcher must start its processes, even one: torchrun --nproc_per_node=1.")
         if str(self.fsdp).lower() in ("true", "false"):  # transformers takes the bare flag or its older words
             self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         if self.fsdp and os.environ.get("WORLD_SIZE", "1") == "1":  # the same command works on one device
@@ -265,36 +271,5 @@ def main(argv: list[str]) -> None:
     say(args, runs.closing_table(trainer, metrics, names[0], tables), *(f"  predictions: {path}" for path in written))
 
 
-def fail(message: object, code: int) -> None:
-    """Print an error once a machine and exit: what is wrong in one process of it mostly is so in all.
-
-    The others wait a little: where the first failed too, the launcher ends them before they speak.
-    """
-    process = ""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(3)
-        process = f" (process {os.environ.get('RANK')})"
-    print(f"run_glue.py: error{process}: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    logging.captureWarnings(True)
-    try:
-        main(sys.argv[1:])
-        gc.collect()  # DDP's reducer, freed after its process group, can wait forever for that one's threads
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # without this a process sometimes aborts at exit
-    except UsageError as e:
-        fail(e, 2)
-    except UserError as e:
-        fail(e, 1)
-    except OSError as e:
-        fail(f"{e.strerror or e}: {e.filename or 'while writing results'}. What was saved before is untouched.", 1)
-    except RuntimeError as e:
-        if not lost_process(e):
-            raise
-        time.sleep(10)  # what ended the other process comes first; then the launcher ends this one
-        fail(f"another process of this run ended ({str(e).splitlines()[0][:150]}). Its own error stands elsewhere.", 1)
-    except KeyboardInterrupt:
-        fail("interrupted. Checkpoints that were there are whole; the same command takes up from the last.", 1)
+    processes.run(main, sys.argv, os.environ)

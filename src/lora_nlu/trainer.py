@@ -28,6 +28,7 @@ from lora_nlu import adapters
 from lora_nlu.errors import UserError
 from lora_nlu.files import publish, write_json
 from lora_nlu.methods import trains_a_part
+from lora_nlu.processes import lost_process
 from lora_nlu.regularization import classification_loss
 from lora_nlu.sharded import copy_into, load_optimizer_state, made_whole, optimizer_state, parameters
 
@@ -71,12 +72,6 @@ def clear_leftovers(output_dir: str) -> None:
     """Remove what a killed process had under construction, or under removal."""
     for name in (_SAVING, _REMOVING):
         shutil.rmtree(Path(output_dir, name), ignore_errors=True)
-
-
-def lost_process(error: BaseException) -> bool:
-    """Whether an error says no more than that another process of the run is gone."""
-    gone = isinstance(error, RuntimeError) and re.search("gloo|[Cc]onnection (closed|reset)", str(error))
-    return isinstance(error, torch.distributed.DistError) or bool(gone)
 
 
 @contextmanager
