@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All comparisons with transformers + PEFT and with the machine's limits, on random weights; no Hub, no GPU. Leave the
-# machine alone meanwhile (50 minutes on two cores).
+# machine alone meanwhile (about an hour on two cores).
 #   bash benchmarks/run.sh     prints Markdown tables, also to benchmarks/results/last_run.md; figures in JSON beside it
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -8,7 +8,7 @@ source "$root/scripts/install.sh"
 install dev
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$root/benchmarks/results"
-for name in train_step eval memory startup scaling levers; do
+for name in train_step eval memory startup scaling levers processes; do
   printf '\n## %s.py\n\n' "$name"
   "$venv/bin/python" "$root/benchmarks/$name.py"
 done | tee "$root/benchmarks/results/last_run.md"
