@@ -25,6 +25,7 @@ from lora_nlu.metrics import predicted
 from lora_nlu.trainer import (
     AdapterTrainer,
     clear_leftovers,
+    processes_of,
     remove_checkpoint,
     seconds_trained,
     whole_checkpoints,
@@ -209,6 +210,9 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
         return
     if checkpoint:
         say(args, f"Resuming from {checkpoint}.")
+        before = processes_of(checkpoint)
+        if before and before != args.world_size:
+            say(args, f"It was written by {before} process{'es' * (before > 1)}: from here on dropout draws anew.")
     record(trainer)
     if args.process_index == 0:
         clear_leftovers(args.output_dir)

@@ -55,6 +55,11 @@ def whole_checkpoints(output_dir: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def processes_of(checkpoint: str) -> int:
+    """In how many processes a checkpoint's run was, by the random states in it; 0 if it has none."""
+    return len([*Path(checkpoint).glob("rng_state*.pth")])
+
+
 def seconds_trained(log_history: list[dict[str, Any]]) -> float:
     """How long a run has trained, by its last log, in all processes that took part one after another."""
     return next((entry["elapsed_s"] for entry in reversed(log_history) if "elapsed_s" in entry), 0.0)
@@ -377,8 +382,7 @@ class AdapterTrainer(Trainer):
             self.lr_scheduler.load_state_dict(read(Path(checkpoint, SCHEDULER_NAME)))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint and len([*Path(checkpoint).glob("rng_state*.pth")]) != self.args.world_size:
-            # of another number of processes: from here on dropout draws anew, each process its own
+        if checkpoint and processes_of(checkpoint) != self.args.world_size:  # dropout draws anew, each process its own
             set_seed(self.args.seed + 1000 * self.state.global_step + self.args.process_index)
             return
         with _damage_said(checkpoint):

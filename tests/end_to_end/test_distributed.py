@@ -7,12 +7,14 @@ The models are without dropout, whose draws depend on who draws them. R-Drop is 
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from test_run_glue import read, rte, scores, succeeded, trained_flat
 
 from lora_nlu import blocks, runs
 from lora_nlu.errors import UserError
+from lora_nlu.trainer import _OwnDropout
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -194,6 +197,8 @@ def test_a_run_goes_on_in_another_number_of_processes_and_under_another_engine(s
         succeeded(call(*flags("one again", BATCH, 4, ACCUMULATE, 2))),
     ]
     assert all("checkpoint-8" in outcome.out and "Resuming from" in outcome.out for outcome in outcomes)
+    assert "written by 1 process: from here on dropout draws anew" in outcomes[0].out
+    assert "written by 2 processes: from here on dropout draws anew" in outcomes[2].out
     for name in ("two", "sharded again", "one again"):
         assert_same_run(tmp_path / name, tmp_path / "one")
     # and another batch is another run
@@ -273,12 +278,20 @@ def test_an_error_of_all_processes_is_said_once(start, glue, tmp_path):
     assert "no such file" in outcome.err and "ChildFailedError" in outcome.err.partition("no such file")[2]
 
 
-def test_an_error_of_one_process_is_said_by_it_and_ends_the_others(environment, base_flags, glue, tmp_path):
-    """A machine that lacks a file the others have; the first process is waiting for it meanwhile."""
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--tokenizer_name", "/nowhere"], "No tokenizer in /nowhere"),
+        (["--learning_rate", "0.5"], "was started otherwise than the first: learning_rate 5e-05, now 0.5"),
+    ],
+    ids=["a file that one machine lacks", "other flags on one machine"],
+)
+def test_an_error_of_one_process_is_said_by_it_and_ends_the_others(more, said, environment, base_flags, glue, tmp_path):
+    """The first process waits for the other meanwhile."""
     program = tmp_path / "one_differs.py"
     program.write_text(
         "import os, sys, runpy\n"
-        "if os.environ['RANK'] == '1': sys.argv += ['--tokenizer_name', '/nowhere']\n"
+        f"if os.environ['RANK'] == '1': sys.argv += {more!r}\n"
         f"sys.argv[0] = {str(SCRIPT)!r}\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     )
@@ -286,8 +299,37 @@ def test_an_error_of_one_process_is_said_by_it_and_ends_the_others(environment, 
     command = [sys.executable, *TWO, str(program), *base_flags, *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
-    assert "run_glue.py: error (process 1): No tokenizer in /nowhere" in done.stderr
+    err = done.stderr.replace(f"process 1 (on {socket.gethostname()}) ", "")
+    assert f"run_glue.py: error (process 1): {said}" in err
     assert done.stderr.count("run_glue.py: error") == 1
+
+
+def test_every_process_draws_a_dropout_of_its_own_and_the_first_that_of_a_lone_one():
+    drawn = []
+    for process in range(3):
+        torch.manual_seed(7)
+        args = SimpleNamespace(seed=7, process_index=process)
+        _OwnDropout().on_train_begin(args, None, None)
+        drawn.append(torch.rand(4))
+    torch.manual_seed(7)
+    assert torch.equal(drawn[0], torch.rand(4))
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--fsdp", "--fsdp_config", "none.json"], "--fsdp_config none.json: no such file"),
+        (["--deepspeed", "none.json"], "--deepspeed none.json: no such file"),
+        (
+            ["--deepspeed", CONFIGS / "deepspeed_zero2.json"],
+            "--deepspeed: (the package is not installed|a launcher must)",
+        ),
+    ],
+)
+def test_an_engine_that_cannot_start_is_refused_with_a_remedy(flags, said, call, glue, tmp_path):
+    outcome = call(*rte(glue, tmp_path / "o", "--do_train", *flags))
+    assert outcome.code == 2 and re.search(said, outcome.err)
 
 
 def test_an_output_folder_that_another_machine_does_not_see_is_said(tmp_path, monkeypatch):
