@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import DebertaV2Config, PreTrainedModel
 
 from lora_nlu.blocks import Encoded, EncoderLayer, Given, PackedEncoder, SequenceClassifier, activation, embed_types
-from lora_nlu.kernels import Dropout, Linear, attention, dropout, linear
+from lora_nlu.kernels import Dropout, Linear, attention, linear
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
 
@@ -190,7 +190,7 @@ class DisentangledSelfAttention(nn.Module):
                 seen = packed.key_mask.transpose(0, 1)  # [1, B, 1, S]
                 seen = seen & seen[..., : q.shape[2]].transpose(-1, -2)
                 scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-            weights = dropout(scores.softmax(-1), self.dropout.p, self.training)
+            weights = self.dropout.forward(scores.softmax(-1))  # no hook: ZeRO-3 wants as many calls everywhere
             contexts.append((weights @ v).permute(1, 2, 0, 3).reshape(-1, query.shape[1]))
             if with_probs:
                 probs.append(weights.transpose(0, 1))  # [n, A, L, L]
