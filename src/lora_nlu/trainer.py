@@ -402,7 +402,8 @@ class AdapterTrainer(Trainer):
             # FSDP2 takes a model with its optimizer alone, and transformers gives it none where nothing trained
             self.model_wrapped, _ = self.accelerator.prepare(self.model, self.create_optimizer())
         output: Any = super().evaluation_loop(*args, **kwargs)
-        for name in (name for name in output.metrics if self.args.world_size > 1 and name.endswith("_loss")):
+        exact = self.args.world_size > 1 and output.predictions is not None
+        for name in (name for name in output.metrics if exact and name.endswith("_loss")):
             # transformers averages batch means, in which examples that fill up the last round count again
             logits, labels = torch.as_tensor(output.predictions).float(), torch.as_tensor(output.label_ids)
             output.metrics[name] = classification_loss(logits, labels, self.model.config.problem_type).item()
