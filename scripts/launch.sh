@@ -228,7 +228,8 @@ choose_launcher() {
   ((devices)) || visible=''
   # a lone process that saw several GPUs would spread over them (DataParallel) and multiply the batch
   ((devices && processes > 1)) || environment+=("CUDA_VISIBLE_DEVICES=${visible%%,*}")
-  ((processes > 1 || ${#options[@]})) || return 0
+  # DeepSpeed wants a launcher even for one process
+  ((processes > 1 || ${#options[@]})) || [[ -n "$(last_value --deepspeed '' ${given[@]+"${given[@]}"})" ]] || return 0
 
   program+=(-m torch.distributed.run)
   if [[ -n "$own_rendezvous" ]]; then program+=("--nnodes=$nnodes")

@@ -114,12 +114,18 @@ class RunArguments(TrainingArguments):
             raise ValueError("--deepspeed: the package is not installed. Install it: pip install deepspeed")
         if self.deepspeed and "RANK" not in os.environ:
             raise ValueError("--deepspeed: a launcher must start its processes, even one: torchrun --nproc_per_node=1.")
+        restarts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+        if self.overwrite_output_dir and restarts != ["0", "0"]:
+            print("run_glue.py: restarted by the launcher: what is there is kept, and gone on from.", flush=True)
+            self.overwrite_output_dir = False
         if str(self.fsdp).lower() in ("true", "false"):  # transformers takes the bare flag or its older words
             self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
         if self.fsdp and os.environ.get("WORLD_SIZE", "1") == "1":  # the same command works on one device
             print("run_glue.py: --fsdp: there is one process, and nothing to share with others.", flush=True)
             self.fsdp = self.fsdp_config = None
         super().__post_init__()
+        if self.fsdp and self.fsdp_plugin_args["fsdp_version"] != 2:
+            raise ValueError("--fsdp_config: version 1 is not supported, and torch drops it. Say version 2.")
         self._n_gpu = min(self.n_gpu, 1)  # a lone process would spread over all GPUs it sees and multiply the batch
 
 
@@ -260,6 +266,7 @@ def main(argv: list[str]) -> None:
         compute_metrics=lambda p: compute_metrics(names, p.predictions, p.label_ids),
         metadata=runs.run_metadata(args, model, task, examples.labels, known_of_base, decided),
     )
+    runs.check_all_alike(trainer)
     if args.do_train:
         runs.train(trainer, args.overwrite_output_dir)
     else:

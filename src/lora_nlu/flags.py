@@ -131,6 +131,13 @@ def check_args(model_args: Any, data_args: Any, args: Any) -> None:
     check_method(model_args)
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict.")
+    if args.save_on_each_node:
+        raise UsageError("--save_on_each_node: the output folder is on a disk that all machines share; one writes.")
+    if args.auto_find_batch_size:
+        raise UsageError(
+            "--auto_find_batch_size would change the examples a step unseen. Lower --per_device_train_batch_size and "
+            "raise --gradient_accumulation_steps as much."
+        )
     files = data_args.train_file or data_args.validation_file or data_args.test_file
     if bool(data_args.task_name) == bool(files):
         raise UsageError("give --task_name or files of your own (--train_file, ...), one of the two.")

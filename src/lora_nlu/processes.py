@@ -60,7 +60,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
         fail(
             f"the GPU's memory is full ({str(e).splitlines()[0][:150]}).\n"
             "Take a smaller --per_device_train_batch_size and as many times the --gradient_accumulation_steps: the "
-            "same step. docs/scaling.md has more.",
+            "same step; in evaluation, a smaller --per_device_eval_batch_size. docs/scaling.md has more.",
             1,
         )
     except RuntimeError as e:

@@ -18,7 +18,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
     (cross-entropy, rows with a negative id left out), floats [B, C] (binary cross-entropy, or with
     "soft_label_classification" cross-entropy against distributions).
     """
-    problem_type = problem_type or _problem(logits, labels)
+    problem_type, logits = problem_type or _problem(logits, labels), _wide(logits)
     if problem_type == "regression":
         return F.mse_loss(logits.reshape(-1), labels.to(logits.dtype).reshape(-1))
     if problem_type == "single_label_classification":

@@ -128,10 +128,12 @@ def _wait_for(path: Path, content: str, args: Any) -> None:
     )
 
 
-def _check_all_alike(trainer: AdapterTrainer) -> None:
-    """Raise UserError in a process whose flags, base model or number of devices make a run other than the first's."""
-    (first,) = broadcast_object_list([trainer.metadata])
-    if differences := _differences(first, trainer.metadata):
+def check_all_alike(trainer: AdapterTrainer) -> None:
+    """Raise UserError in a process that was started with other flags or another base model than the first."""
+    flags = {name: str(value) for name, value in trainer.args.to_dict().items() if name != "local_rank"}
+    mine = trainer.metadata | {"hyperparameters": flags | trainer.metadata["hyperparameters"]}
+    (first,) = broadcast_object_list([mine])
+    if differences := _differences(first, mine):
         raise UserError(
             f"process {trainer.args.process_index} (on {socket.gethostname()}) was started otherwise than the first: "
             f"{'; '.join(differences[:8])}.\nStart the same command, with as many devices, on all machines."
@@ -201,7 +203,6 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
     if overwrite and args.process_index == 0:
         record(trainer)  # first: from here on the folder holds no finished run
         _clear_earlier_run(folder)
-    _check_all_alike(trainer)
     checkpoint, trained = _to_do(trainer) if args.process_index == 0 else (None, False)
     checkpoint, trained = broadcast_object_list([checkpoint, trained])  # one process looks, and all do the same
     if trained:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -29,8 +30,17 @@ def shared_as(tensor: Tensor, other: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
+def reshard(model: Any) -> None:
+    """Let FSDP2's modules hold their pieces again: after an evaluation the outermost has its gathered, half-precise
+    parameters in their place, and what is read is rounded, what is written lost."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def parameters(model: Any, trained_only: bool) -> dict[str, Tensor]:
     """The parameters of a model under FSDP2 or ZeRO as `whole` gives them; of ZeRO's two copies the one in fp32."""
+    reshard(model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad or not trained_only}
     if any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for p in named.values()):
         from deepspeed.utils import safe_get_full_fp32_param
@@ -41,7 +51,8 @@ def parameters(model: Any, trained_only: bool) -> dict[str, Tensor]:
 
 @contextmanager
 def made_whole(model: Any) -> Iterator[None]:
-    """Let ZeRO-3's trained parameters be read and written within; what the first process has written is kept."""
+    """Let trained parameters in pieces be written within; of ZeRO-3's what the first process has written is kept."""
+    reshard(model)
     parameters = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
     if not parameters:
         yield

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ga
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
@@ -85,7 +86,7 @@ def _damage_said(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        if isinstance(e, UserError) or lost_process(e):
+        if isinstance(e, UserError | torch.OutOfMemoryError) or lost_process(e):
             raise
         reason = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
         raise UserError(
@@ -140,6 +141,10 @@ class AdapterTrainer(Trainer):
         self._steps = 0
 
     def create_accelerator_and_postprocess(self) -> None:
+        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        if self.args.fsdp and half:  # accelerate would also sum gradients and return the loss in halves
+            policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+            self.args.fsdp_plugin_args["mixed_precision_policy"] = policy
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and self.args.world_size > 1 and not self.is_fsdp_enabled:
             # accelerate shards on accelerators alone and would drop the wish in silence; torch does on CPUs as well
@@ -183,7 +188,7 @@ class AdapterTrainer(Trainer):
             {name: x[: max(n, 1)] for name, x in batch.items()} | {"examples": n}
             for batch, n in zip(batches, real, strict=True)
         ]
-        total = torch.full((1,), sum(real), device=self.args.device)  # filled there: a copy would wait for the GPU
+        total = torch.full((1,), sum(real), device=self.args.device)
         self._steps += 1
         return batches, self.accelerator.gather(total).sum()
 
@@ -215,6 +220,10 @@ class AdapterTrainer(Trainer):
             self._loss_parts, self._steps = {}, 0
         super().log(logs, start_time)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._tr_loss = self.accelerator.gather(self._tr_loss[None]).mean()  # of the steps since the last log
+        return super()._finalize_training(*args, **kwargs)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; every log says after how many seconds of training it was made, interruptions left out."""
         self._training_since, self._spent = time.monotonic(), None
@@ -223,9 +232,9 @@ class AdapterTrainer(Trainer):
         finally:
             self._training_since = None
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         try:
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(*args, **kwargs)
         except Exception as e:  # the HTTP library in use decides what no network or no permission is called
             raise UserError(
                 f"--push_to_hub: the Hub gives no repository to push to ({str(e).splitlines()[0][:150]}).\n"
@@ -301,8 +310,9 @@ class AdapterTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.state.best_global_step:
-                self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
+            best = output_dir / f"checkpoint-{self.state.best_global_step}"
+            if best.name == name or best.is_dir():  # the best evaluation may have had no checkpoint
+                self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
                 if self.state.best_global_step:
                     self.state.save_to_json(str(saving / name / STATE))
@@ -341,13 +351,19 @@ class AdapterTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------- reading
 
     def check_engine(self, checkpoint: str) -> None:
-        """Raise UserError for a checkpoint that DeepSpeed wrote if another engine runs, or the other way round."""
+        """Raise UserError for a checkpoint whose optimizer state this engine can't read, or that has none."""
         pieces = len([*Path(checkpoint).glob("*/*zero_pp_rank_*_optim_states.pt")])
         if pieces != (self.args.world_size if self.is_deepspeed_enabled else 0):
             wrote = f"DeepSpeed in {pieces} processes" if pieces else "another engine than DeepSpeed"
+            now = f"DeepSpeed in {self.args.world_size}" if self.is_deepspeed_enabled else "another engine"
             raise UserError(
-                f"{checkpoint} was written by {wrote}, whose state can't be read by what runs now.\n"
+                f"{checkpoint} was written by {wrote}; {now} can't go on from it.\n"
                 "Resume it the same way, or start afresh with --overwrite_output_dir."
+            )
+        if not pieces and not Path(checkpoint, OPTIMIZER_NAME).is_file():
+            raise UserError(
+                f"{checkpoint} holds no optimizer state (--save_only_model): a run can't go on from it.\n"
+                "Start another from what it learned (--lora_path), or afresh with --overwrite_output_dir."
             )
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
@@ -364,8 +380,9 @@ class AdapterTrainer(Trainer):
             if not self.is_fsdp_enabled:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
                 return
-            for name, tensor in load_file(Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)).items():
-                copy_into(self.model.get_parameter(name), tensor)
+            with made_whole(self.model):
+                for name, tensor in load_file(Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)).items():
+                    copy_into(self.model.get_parameter(name), tensor)
             return
         with made_whole(self.model):
             adapters.load_adapter(self.model, adapters.read_adapter(resume_from_checkpoint), allow_new_head=False)
@@ -398,12 +415,11 @@ class AdapterTrainer(Trainer):
     # ----------------------------------------------------------------------------------------------- evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_fsdp_enabled and self.model_wrapped is self.model and not self.is_in_train:
+        if self.is_fsdp_enabled and not self.accelerator._models:
             # FSDP2 takes a model with its optimizer alone, and transformers gives it none where nothing trained
             self.model_wrapped, _ = self.accelerator.prepare(self.model, self.create_optimizer())
         output: Any = super().evaluation_loop(*args, **kwargs)
-        exact = self.args.world_size > 1 and output.predictions is not None
-        for name in (name for name in output.metrics if exact and name.endswith("_loss")):
+        for name in (name for name in output.metrics if name.endswith("_loss") and output.predictions is not None):
             # transformers averages batch means, in which examples that fill up the last round count again
             logits, labels = torch.as_tensor(output.predictions).float(), torch.as_tensor(output.label_ids)
             output.metrics[name] = classification_loss(logits, labels, self.model.config.problem_type).item()

@@ -231,6 +231,35 @@ def test_whole_fine_tuning_under_fsdp2_ends_in_one_models_file_and_goes_on_in_on
         assert (tmp_path / name / "model.safetensors").is_file()
 
 
+def test_fsdp2_in_bf16_saves_fp32_after_an_evaluation_and_loads_the_best(steady, start, glue, tmp_path):
+    """An evaluation leaves the head gathered in bf16: what is saved then must be the pieces, and what is loaded too."""
+    flags = [
+        "--model_name_or_path",
+        steady["roberta"],
+        "--max_steps",
+        6,
+        "--logging_steps",
+        1,
+        "--do_train",
+        "--do_eval",
+    ]
+    flags += ["--eval_strategy", "steps", "--eval_steps", 2, "--save_steps", 2, "--learning_rate", "1e-2", BATCH, 4]
+    flags += ["--load_best_model_at_end", "--metric_for_best_model", "loss", "--greater_is_better", "true", "--bf16"]
+    succeeded(start(*rte(glue, tmp_path / "ddp", *flags), launcher=TWO))
+    succeeded(start(*rte(glue, tmp_path / "o", *flags, *FSDP), launcher=TWO))
+    one, other = history(tmp_path / "o", "loss"), history(tmp_path / "ddp", "loss")
+    assert one.tolist() == pytest.approx(other.tolist(), rel=0.02) and one.tolist() != other.tolist()
+    evaluated = history(tmp_path / "o", "eval_loss")
+    best = tmp_path / "o" / f"checkpoint-{2 * int(evaluated[:3].argmax()) + 2}"
+    state = trained_flat(tmp_path / "o")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in trained_flat(best).items())
+    for name, tensor in state.items():
+        assert tensor.dtype == torch.float32
+        assert "lora_B" in name or not torch.equal(tensor, tensor.bfloat16().float()), name
+    results = read(tmp_path / "o" / "eval_results.json")
+    assert results["eval_loss"] == pytest.approx(float(evaluated[:3].max()), rel=1e-6)
+
+
 def children(pid: int) -> dict[str, int]:
     """Processes that a launcher has started, by their rank."""
     found = {}
