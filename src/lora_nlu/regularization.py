@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
-    """The loss of `logits` [B, C], a mean over the batch.
+    """The loss of `logits` [B, C], a mean over the batch, in fp32 where they are halves.
 
     `problem_type` decides, or else the labels: numbers [B] for one label (mean squared error), class ids [B]
     (cross-entropy, rows with a negative id left out), floats [B, C] (binary cross-entropy, or with
