@@ -537,7 +537,7 @@ def attach_adapter(model: Any, adapter: Adapter, lora_alpha: float | None, allow
         )
     if dropped:
         notes.append(f"{adapter.source}: its classifier is for other labels and is left behind; a new one starts.")
-    _copy(model, state)
+    copy_into(model, state)
     mark_trainable(model)
     for name in adapter.state:
         model.get_parameter(name).requires_grad_(True)
@@ -588,13 +588,8 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
     Returns the names left behind. Raises UserError naming key and shapes; the model is unchanged then.
     """
     state, dropped = _matched(model, adapter, allow_new_head)
-    _copy(model, state)
+    copy_into(model, state)
     return dropped
-
-
-def _copy(model: Any, state: dict[str, Tensor]) -> None:
-    for name, tensor in state.items():
-        copy_into(model.get_parameter(name), tensor)
 
 
 def _matched(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[dict[str, Tensor], list[str]]:

@@ -83,6 +83,8 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def copy_into(parameter: Tensor, tensor: Tensor) -> None:
-    """Write a whole tensor into a parameter, in pieces or not. Raises RuntimeError if their shapes differ."""
-    parameter.copy_(shared_as(tensor, parameter))
+def copy_into(model: Any, state: dict[str, Tensor]) -> None:
+    """Write whole tensors into a model's parameters, in pieces or not. Raises RuntimeError if shapes differ."""
+    for name, tensor in state.items():
+        parameter = model.get_parameter(name)
+        parameter.copy_(shared_as(tensor, parameter))

@@ -179,11 +179,11 @@ class AdapterTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         rows = [len(batch["input_ids"]) for batch in batches]
         real, processes = list(rows), self.args.world_size
-        filled = processes > 1 and not self.args.dataloader_drop_last
-        if filled and self.args.train_sampling_strategy != "batch_rebalance":  # which deals without filling
-            if self.accelerator.gradient_state.end_of_dataloader:
-                left = (len(self.train_dataset) - 1) % (processes * rows[-1]) + 1  # examples in the last round
-                real[-1] = min(max(left - self.args.process_index * rows[-1], 0), rows[-1])
+        # batch_rebalance deals without filling
+        filled = not self.args.dataloader_drop_last and self.args.train_sampling_strategy != "batch_rebalance"
+        if processes > 1 and filled and self.accelerator.gradient_state.end_of_dataloader:
+            left = (len(self.train_dataset) - 1) % (processes * rows[-1]) + 1  # examples in the last round
+            real[-1] = min(max(left - self.args.process_index * rows[-1], 0), rows[-1])
         batches = [
             {name: x[: max(n, 1)] for name, x in batch.items()} | {"examples": n}
             for batch, n in zip(batches, real, strict=True)
@@ -314,8 +314,7 @@ class AdapterTrainer(Trainer):
             if best.name == name or best.is_dir():  # the best evaluation may have had no checkpoint
                 self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
-                if self.state.best_global_step:
-                    self.state.save_to_json(str(saving / name / STATE))
+                self.state.save_to_json(str(saving / name / STATE))
                 written = [path for path in (saving / name).rglob("*") if path.is_file()]
                 files = {str(path.relative_to(saving / name)): path.stat().st_size for path in written}
                 write_json(saving / name / _FILES, files)
@@ -376,16 +375,15 @@ class AdapterTrainer(Trainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not Path(resume_from_checkpoint, adapters.WEIGHTS).is_file():
-            if not self.is_fsdp_enabled:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-                return
-            with made_whole(self.model):
-                for name, tensor in load_file(Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)).items():
-                    copy_into(self.model.get_parameter(name), tensor)
+        is_adapter = Path(resume_from_checkpoint, adapters.WEIGHTS).is_file()
+        if not is_adapter and not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         with made_whole(self.model):
-            adapters.load_adapter(self.model, adapters.read_adapter(resume_from_checkpoint), allow_new_head=False)
+            if is_adapter:
+                adapters.load_adapter(self.model, adapters.read_adapter(resume_from_checkpoint), allow_new_head=False)
+            else:
+                copy_into(self.model, load_file(Path(resume_from_checkpoint, SAFE_WEIGHTS_NAME)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _damage_said(checkpoint):
@@ -419,7 +417,9 @@ class AdapterTrainer(Trainer):
             # FSDP2 takes a model with its optimizer alone, and transformers gives it none where nothing trained
             self.model_wrapped, _ = self.accelerator.prepare(self.model, self.create_optimizer())
         output: Any = super().evaluation_loop(*args, **kwargs)
-        for name in (name for name in output.metrics if name.endswith("_loss") and output.predictions is not None):
+        if output.predictions is None:  # --prediction_loss_only
+            return output
+        for name in (name for name in output.metrics if name.endswith("_loss")):
             # transformers averages batch means, in which examples that fill up the last round count again
             logits, labels = torch.as_tensor(output.predictions).float(), torch.as_tensor(output.label_ids)
             output.metrics[name] = classification_loss(logits, labels, self.model.config.problem_type).item()
