@@ -59,19 +59,27 @@ class Model:
     def frozen(self) -> int:
         return self.layers * self.layer + self.vocabulary * self.hidden + self.rest
 
-    def operations(self, tokens: float, sequences: float, train: bool = True, views: int = 1) -> float:
+    def operations(
+        self,
+        tokens: float,
+        sequences: float,
+        train: bool = True,
+        views: int = 1,
+        below: bool = False,
+        all: bool = False,
+    ) -> float:
         """Dense products of a micro-batch: 2 a matrix element and token forward, 2 more backward, into the inputs.
 
-        Frozen weights take no gradient. Of the last layer only key and value see all tokens, the rest first tokens; no
-        gradient flows below the first layer's query, key and value, nor into the convolution. DeBERTa projects the
-        distances that occur, twice the longest length, for key and query, in each layer, a set a view. Not counted, a
-        few percent: attention, norms, head and the update itself.
+        Frozen weights take no gradient; if `all` train, 2 more. Of the last layer only key and value see all tokens,
+        the rest first tokens; no gradient flows into the convolution, nor below the first layer's query, key and value
+        unless something trains there (`below`). DeBERTa projects the distances that occur, twice the longest length, for
+        key and query, in each layer, a set a view. Not counted, a few percent: attention, norms, head and the update.
         """
         square, narrow = self.hidden**2, sequences * (self.matrices - 2 * self.hidden**2)
         forward = tokens * ((self.layers - 1) * self.matrices + (2 + self.kernel) * square) + narrow
-        backward = tokens * ((self.layers - 1) * self.matrices + (2 - 3) * square) + narrow
+        backward = tokens * ((self.layers - 1) * self.matrices + (2 if below else 2 - 3) * square) + narrow
         table = views * 2 * LONGEST * tokens / sequences * 2 * square * self.layers if self.kernel else 0
-        return 2 * (forward + table + (backward if train else 0))
+        return 2 * (forward + table + (backward if train else 0) + (forward + table if all else 0))
 
 
 _XXLARGE = [XXLARGE[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")]
@@ -85,16 +93,19 @@ STEPS_OF["deberta-xxlarge-3-layers"] = replace(MODELS["microsoft/deberta-v2-xxla
 
 
 class Recipe:
-    """A line of tests/hyperparameters.tsv, and what follows from it."""
+    """A line of tests/hyperparameters.tsv or baselines.tsv, and what follows from it."""
 
     def __init__(self, line: dict[str, str]) -> None:
         def number(name: str, default: int = 0) -> int:
-            return int(line[name] or default)
+            return int(line.get(name) or default)
 
         self.script, self.task = line["script"].removesuffix(".sh"), TASKS[line["task_name"]]
-        self.model, self.half = MODELS[line["model_name_or_path"]], bool(line["fp16"])
+        self.model, self.half = MODELS[line["model_name_or_path"]], bool(line.get("fp16"))
         self.gpus, self.batch = number("num_gpus"), number("per_device_train_batch_size")
-        self.epochs, self.views = number("num_train_epochs"), 2 if line["reg_loss_wgt"] else 1  # R-Drop, cutoff: twice
+        self.epochs, self.views = (
+            number("num_train_epochs"),
+            2 if line.get("reg_loss_wgt") else 1,
+        )  # R-Drop, cutoff: twice
         self.eval_batch, cut = number("per_device_eval_batch_size", 8), number("max_seq_length")
         self.examples = self.gpus * self.batch  # a step
         self.steps = self.epochs * math.ceil(self.task.rows["train"] / self.examples)
@@ -103,20 +114,27 @@ class Recipe:
         self.longest, sizes = max(histogram), counted(self.task.name).items()
         total = sum(min(n, cut) * times for n, times in sizes)
         self.tokens = total / sum(times for _, times in sizes) if sizes else MEANS[self.task.name]
-        # trained: LoRA's A [r, H] and B [H, r] of query and value, or adapters [H, m], [m, H] and biases; and the head
+        # trained beside the encoder: LoRA's A [r, H] and B [H, r] of query and value, or adapters [H, m], [m, H] and
+        # biases; of it: BitFit's 7 biases of H and one of I a layer and one of H, or all; and the head
         H, size, labels = self.model.hidden, number("adapter_size"), len(self.task.labels) or 1
-        places = {"": 0, "pfeiffer": 1, "houlsby": 2}[line["adapter_type"]]
+        places = {"": 0, "pfeiffer": 1, "houlsby": 2}[line.get("adapter_type", "")]
         self.added = self.model.layers * (4 * H * number("lora_r") + places * (2 * H * size + size + H))
-        self.trained = self.added + H * H + H + labels * (H + 1)
+        self.full = not self.added and not line.get("apply_bitfit")
+        biases = self.model.layers * (7 * H + self.model.inner) + H
+        own = self.model.frozen if self.full else 0 if self.added else biases
+        self.still = self.model.frozen - own  # what stays frozen
+        self.trained = self.added + own + H * H + H + labels * (H + 1)
         # evaluations and checkpoints: one an epoch or every so many steps and at the end; then all validation sets
-        self.saves = math.ceil(self.steps / number("save_steps")) if line["save_steps"] else self.epochs
+        self.saves = math.ceil(self.steps / number("save_steps")) if line.get("save_steps") else self.epochs
+        self.kept = number("save_total_limit", self.saves)
         sets = [rows for name, rows in self.task.rows.items() if name.startswith("validation")]
         self.evaluated = self.saves * sets[0] + sum(sets)
 
     def micro(self, examples: float, train: bool = True) -> float:
         """Operations of so many examples run at once."""
         rows = examples * (self.views if train else 1)
-        return self.model.operations(rows * self.tokens, rows, train, self.views if train else 1)
+        views = self.views if train else 1
+        return self.model.operations(rows * self.tokens, rows, train, views, not self.added, train and self.full)
 
     def run(self) -> tuple[float, float]:
         """Operations of the whole run in the script's batches: rows x epochs of training, and evaluation."""
@@ -165,12 +183,12 @@ class Recipe:
         model, number = self.model, 2 if self.half else 4
         if engine == "FSDP2":
             gathered = max(model.vocabulary * model.hidden, 2 * model.layer) + model.rest
-            return (4 * model.frozen + 16 * self.trained) / processes + number * gathered
+            return (4 * self.still + 16 * self.trained) / processes + number * gathered
         if engine == "ZeRO-3":
-            return (number * model.frozen + 16 * self.trained) / processes + number * min(model.frozen, LIVE)
+            return (number * self.still + 16 * self.trained) / processes + number * min(model.frozen, LIVE)
         if engine == "ZeRO-2":  # the weights of what trains stay whole
-            return number * model.frozen + (4 + 12 / processes) * self.trained
-        return 4 * model.frozen + 16 * self.trained + (2 * model.layers * model.matrices if self.half else 0)
+            return number * self.still + (4 + 12 / processes) * self.trained
+        return 4 * self.still + 16 * self.trained + (2 * model.layers * model.matrices if self.half else 0)
 
     def sent(self, engine: str, processes: int) -> float:
         """Bytes a process sends in a step: a ring's (N - 1) / N of what is exchanged.
@@ -230,8 +248,11 @@ def cpu_rates(deberta: bool) -> list[dict[str, Any]]:
 
 
 def recipes(only: str = "") -> list[Recipe]:
-    with (HERE.parent / "tests" / "hyperparameters.tsv").open() as file:
-        return [r for line in csv.DictReader(file, delimiter="\t") if only in (r := Recipe(line)).script]
+    lines: list[dict[str, str]] = []
+    for name in ("hyperparameters", "baselines"):
+        with (HERE.parent / "tests" / f"{name}.tsv").open() as file:
+            lines += csv.DictReader(file, delimiter="\t")
+    return [r for line in lines if only in (r := Recipe(line)).script]
 
 
 def table(header: str, rows: list[list[str]]) -> str:
@@ -254,12 +275,12 @@ def tables(only: str, gpus: list[int], half: float, full: float) -> list[str]:
         runs.append([r.script, f"{r.gpus} x {r.batch} = {r.examples}", f"{r.steps:,}", f"{r.tokens:.0f}",
                      short(tokens / 1e6), f"{short(training)} + {short(evaluation)}",
                      f"{parts[0]:.1f} + {parts[1]:.1f} to {parts[2]:.1f}",
-                     short(r.saves * 12 * r.trained / 1e9)])  # fmt: skip
+                     short(r.kept * 12 * r.trained / 1e9)])  # fmt: skip
         rate = half if r.half else full
         times = [(r.cpu_seconds(n),) for n in (1, 2)] + [r.gpu_seconds(n, rate) for n in gpus]
         times.append(r.gpu_seconds(1, rate, at_once=True))
         hours.append([r.script, "fp16" if r.half else "fp32", *(short(t[-1] / 3600) if t else "-" for t in times)])
-    for r in (r for r in recipes("_mnli") if "adapter" not in r.script):
+    for r in (r for r in recipes("_mnli") if r.script.startswith(("roberta", "deberta"))):
         held.append([r.script, *(" / ".join(f"{r.held(e, n) / 1e9:.2f}" for n in several) for e in ENGINES)])
         step, exchanged = (r.gpu_seconds(8, half if r.half else full) or (0,))[0], [r.sent(e, 8) for e in ENGINES[:2]]
         sent.append([r.script, f"{1e3 * step:.0f}", *(f"{b / 1e6:,.0f}" for b in exchanged),

@@ -52,9 +52,11 @@ def test_it_needs_no_torch():
 
 
 def test_every_script_has_its_lines():
-    lines = (ROOT / "tests" / "hyperparameters.tsv").read_text().splitlines()[1:]
-    scripts = [line.partition(".sh\t")[0] for line in lines]
-    assert len(scripts) == 28 and list(RECIPES) == scripts
+    tables = [
+        (ROOT / "tests" / f"{name}.tsv").read_text().splitlines()[1:] for name in ("hyperparameters", "baselines")
+    ]
+    scripts = [line.partition(".sh\t")[0] for lines in tables for line in lines]
+    assert len(scripts) == 44 and list(RECIPES) == scripts
     for script in scripts:
         assert len(re.findall(rf"^\| {re.escape(script)} \|.*=", DOC, re.M)) == 1, script  # examples a step
         assert len(re.findall(rf"^\| {re.escape(script)} \| fp(?:32|16) \|", DOC, re.M)) == 1, script  # hours
@@ -82,6 +84,8 @@ def test_an_encoder_has_as_many_parameters_as_transformers_gives_it(name):
         ("mnli.rdrop", 4_718_592),
         ("adapter_houlsby_roberta_large_mnli", 835_968),
         ("adapter_pfeiffer_roberta_large_mnli", 811_392),
+        ("bitfit_roberta_base_cola", 102_144),
+        ("full_roberta_base_stsb", 124_055_040),
     ],
 )
 def test_as_many_parameters_train_as_in_the_model(script, added):
@@ -91,6 +95,8 @@ def test_as_many_parameters_train_as_in_the_model(script, added):
     if "adapter" in script:
         kind = script.split("_")[1]
         method = {"apply_adapter": True, "adapter_type": kind, "adapter_size": {"houlsby": 8, "pfeiffer": 16}[kind]}
+    if script.startswith(("bitfit", "full")):
+        method = {"apply_bitfit": script.startswith("bitfit")}
     settings = config(name, num_labels=len(recipe.task.labels) or 1, **method)
     module = modeling_roberta if name.startswith("roberta") else modeling_deberta_v2
     with torch.device("meta"):
@@ -99,9 +105,9 @@ def test_as_many_parameters_train_as_in_the_model(script, added):
         )
     mark_trainable(model)
     counts = count_parameters(model)
-    assert recipe.added == counts.encoder == added
+    assert counts.encoder == added
     assert recipe.trained == counts.trainable
-    assert recipe.trained + recipe.model.frozen == counts.total
+    assert recipe.trained + recipe.still == counts.total
 
 
 def test_operations_are_those_of_the_measured_limit():
@@ -161,6 +167,12 @@ def test_a_step_is_dealt_as_the_launcher_deals_it(script, devices):
                 ("per_device_train_batch_size", "gradient_accumulation_steps")]  # fmt: skip
         assert dealt == tuple(map(int, said))
         assert f"= {RECIPES[script].examples} examples a step" in done.stderr
+
+
+def test_a_full_fine_tuning_step_takes_three_forward_passes_and_bitfits_two():
+    full, bitfit = RECIPES["full_roberta_base_rte"], RECIPES["bitfit_roberta_base_rte"]
+    assert full.micro(16) == 3 * full.micro(16, train=False) and bitfit.micro(16) == 2 * bitfit.micro(16, train=False)
+    assert full.still == 0 and full.kept == 1 and bitfit.kept == 16 and RECIPES["roberta_base_rte"].kept == 80
 
 
 def test_waiting_evaluations_and_memory():
