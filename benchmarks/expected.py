@@ -72,7 +72,7 @@ class Model:
 
         Frozen weights take no gradient; if `all` train, 2 more. Of the last layer only key and value see all tokens,
         the rest first tokens; no gradient flows into the convolution, nor below the first layer's query, key and value
-        unless something trains there (`below`). DeBERTa projects the distances that occur, twice the longest length, for
+        unless something trains there (`below`). DeBERTa projects the distances that occur, twice the longest, for
         key and query, in each layer, a set a view. Not counted, a few percent: attention, norms, head and the update.
         """
         square, narrow = self.hidden**2, sequences * (self.matrices - 2 * self.hidden**2)
