@@ -1,11 +1,15 @@
 """One run in its output folder: begun, resumed or already done; scored; its results as files and as a table."""
 
+import fcntl
+import os
 import re
 import resource
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +200,35 @@ def _to_do(trainer: AdapterTrainer) -> tuple[str | None, bool]:
     return checkpoint, "trained" in earlier
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold a folder while a run trains into it; one may have outlived its launcher. Raises UserError if one does."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(held)
+        raise UserError(
+            f"{folder}: another run trains into it now. Wait for it or end it, or take another folder."
+        ) from e
+    except OSError:
+        pass  # some networks' disks have no locks
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
 def train(trainer: AdapterTrainer, overwrite: bool) -> None:
-    """Train, or take up where an interrupted run stopped, or skip what is already done; save what was trained."""
+    """Train, or take up where an interrupted run stopped, or skip what is already done; save what was trained.
+
+    Raises UserError for a folder of another run, now or earlier, and where something can't be read or written.
+    """
+    with _alone_in(Path(trainer.args.output_dir)) if trainer.args.process_index == 0 else nullcontext():
+        _train(trainer, overwrite)
+
+
+def _train(trainer: AdapterTrainer, overwrite: bool) -> None:
     args = trainer.args
     folder = Path(args.output_dir)
     if overwrite and args.process_index == 0:

@@ -363,6 +363,17 @@ def test_an_engine_that_cannot_start_is_refused_with_a_remedy(flags, said, call,
     assert outcome.code == 2 and re.search(said, outcome.err)
 
 
+def test_a_folder_that_a_run_trains_into_is_refused_to_another_until_it_ends(call, glue, tmp_path):
+    """As after a launcher was killed and its processes were not: two would write the same checkpoints."""
+    flags = rte(glue, tmp_path / "o", "--do_train", "--max_steps", 1, "--max_seq_length", 64)
+    (tmp_path / "o").mkdir()
+    with runs._alone_in(tmp_path / "o"):
+        outcome = call(*flags)
+        assert outcome.code == 1 and "another run trains into it now" in outcome.err
+        assert not [*(tmp_path / "o").iterdir()]
+    succeeded(call(*flags))
+
+
 def test_an_output_folder_that_another_machine_does_not_see_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     (tmp_path / "run.json").write_text("of another run")
