@@ -31,7 +31,7 @@ ALLOWED = {
     },  # the last one as a program only: python -m lora_nlu.adapters
     "convert": {"adapters", "loading", "lora", "tasks", "errors", "files"},
     "data": {"tasks", "errors"},
-    "flags": {"errors", "files", "lora"},
+    "flags": {"errors", "files", "lora", "metrics"},
     "loading": {"adapters", "modeling_roberta", "modeling_deberta_v2", "methods", "errors"},
     "processes": {"errors"},
     "trainer": {"adapters", "methods", "errors", "files", "processes", "regularization", "sharded"},

@@ -17,7 +17,7 @@ from transformers.integrations import deepspeed, is_tensorboard_available
 
 from lora_nlu import adapters, data, loading, processes, runs
 from lora_nlu.errors import UsageError, UserError
-from lora_nlu.flags import check_args, check_best_metric, parse, parse_layers, parse_targets
+from lora_nlu.flags import check_args, parse, parse_layers, parse_targets, set_best_metric
 from lora_nlu.lora import LoRALinear
 from lora_nlu.methods import ADAPTER_TYPES, SETTINGS, set_method
 from lora_nlu.metrics import compute_metrics
@@ -123,6 +123,7 @@ class RunArguments(TrainingArguments):
         if self.fsdp and os.environ.get("WORLD_SIZE", "1") == "1":  # the same command works on one device
             print("run_glue.py: --fsdp: there is one process, and nothing to share with others.", flush=True)
             self.fsdp = self.fsdp_config = None
+        self.best_metric_flags = self.metric_for_best_model, self.greater_is_better  # transformers fills in its own
         super().__post_init__()
         if self.fsdp and self.fsdp_plugin_args["fsdp_version"] != 2:
             raise ValueError("--fsdp_config: version 1 is not supported, and torch drops it. Say version 2.")
@@ -251,7 +252,8 @@ def main(argv: list[str]) -> None:
         tables = data.tokenize(examples, tokenizer, max_length, model_args.cache_dir, data_args.overwrite_cache)
 
     names = TASKS[task].metrics if task in TASKS else ("pearson", "mse") if examples.is_regression else ("accuracy",)
-    check_best_metric(args, names)
+    best = set_best_metric(args, names)
+    say(args, *(best if args.do_train else []))
     known_of_base = {"base_model": name, "base_fingerprint": base, "started_from": adapter_path}
     decided = {"max_seq_length": max_length, "train_samples": len(tables.get("train", ()))}
     decided |= {key: getattr(model_args, key) for key in ("cls_dropout", "reg_loss_wgt", "masking_prob")}

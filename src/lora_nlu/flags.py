@@ -14,6 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import read_json
 from lora_nlu.lora import TARGETS
+from lora_nlu.metrics import greater_is_better
 
 # old name: new flag that takes the same value
 RENAMED = {
@@ -201,12 +202,36 @@ def check_method(m: Any) -> None:
             raise UsageError(f"--{given} says how, and nothing says that: give --{flag} too.")
 
 
-def check_best_metric(args: Any, names: tuple[str, ...]) -> None:
-    """The best checkpoint must be chosen by a metric that there is. Raises UsageError."""
+def set_best_metric(args: Any, names: tuple[str, ...]) -> list[str]:
+    """Set the metric, and its direction, by which the best checkpoint is chosen: without the flag the task's first.
+
+    args: RunArguments; names: the task's metrics. Returns a line that says it, if anything goes by the metric. Raises
+    UsageError for a metric that is not evaluated, and for a direction that is not the metric's.
+    """
+    names = () if args.prediction_loss_only else names  # then nothing else is computed
     known = ["loss", *names, *(["combined_score"] if len(names) > 1 and "mse" not in names else [])]
-    wanted = args.metric_for_best_model
-    if wanted is not None and wanted.removeprefix("eval_") not in known:
-        raise UsageError(f"--metric_for_best_model {wanted}: not evaluated here. Choose from: {', '.join(known)}.")
+    metric, direction = args.best_metric_flags
+    schedule = args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    if metric is None and (schedule or args.load_best_model_at_end or args.save_strategy == "best"):
+        metric = names[0] if names else "loss"
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise UsageError(f"--metric_for_best_model {metric}: not evaluated here. Choose from: {', '.join(known)}.")
+    args.metric_for_best_model = metric
+    args.greater_is_better = None if metric is None else greater_is_better(metric)
+    if metric is None:
+        return []
+    better, mode = ("greater", "max") if args.greater_is_better else ("smaller", "min")
+    if direction not in (None, args.greater_is_better):
+        raise UsageError(
+            f"--greater_is_better {str(direction).lower()}: {better} is better for --metric_for_best_model {metric}.\n"
+            "Leave --greater_is_better out: it follows from the metric."
+        )
+    if schedule:  # transformers' would take the smaller for the better, whatever the metric
+        settings = args.lr_scheduler_kwargs or {}
+        if settings.get("mode", mode) != mode:
+            raise UsageError(f"--lr_scheduler_kwargs: mode {settings['mode']!r}, but {better} is better for {metric}.")
+        args.lr_scheduler_kwargs = settings | {"mode": mode}
+    return [f"Best checkpoint{' and learning rate' * schedule} by {metric} ({better} is better)."]
 
 
 def translate(argv: list[str]) -> tuple[list[str], list[str]]:

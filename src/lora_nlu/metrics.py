@@ -39,6 +39,11 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 }
 
 
+def greater_is_better(metric: str) -> bool:
+    """Whether of two figures of `metric`, with or without `eval_` before its name, the greater one is the better."""
+    return metric.removeprefix("eval_") not in ("loss", "mse")
+
+
 def predicted(logits: np.ndarray) -> np.ndarray:
     """Logits [N, C] to class ids [N]; logits [N, 1] (regression) to numbers [N]."""
     return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)

@@ -25,7 +25,7 @@ from lora_nlu.errors import UserError
 from lora_nlu.files import read_json, write_json, write_text
 from lora_nlu.lora import LoRALinear, count_parameters
 from lora_nlu.methods import describe_method
-from lora_nlu.metrics import predicted
+from lora_nlu.metrics import greater_is_better, predicted
 from lora_nlu.trainer import (
     AdapterTrainer,
     clear_leftovers,
@@ -275,7 +275,7 @@ def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> di
             metrics = {f"{key}_mm": value for key, value in metrics.items() if key.startswith("eval_")}
             trainer.save_metrics("eval_mm", metrics, combined=False)
         combined |= metrics
-    if len(sets) > 1:
+    if len(sets) > 1 and f"eval_{metric}" in combined:  # --prediction_loss_only computes none
         sizes = [len(tables[name]) for name in sets]
         scores = [combined[f"eval_{metric}"], combined[f"eval_{metric}_mm"]]
         combined[f"eval_{metric}_overall"] = sum(s * n for s, n in zip(scores, sizes, strict=True)) / sum(sizes)
@@ -325,7 +325,8 @@ def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: d
     rows += [(key.removeprefix("eval_"), f"{metrics[key]:.4f}") for key in metrics if metric in key]
     epochs = [entry for entry in history if f"eval_{metric}" in entry]
     if args.do_train and len(epochs) > 1:
-        best = max(epochs, key=lambda entry: entry[f"eval_{metric}"] * (-1 if metric == "mse" else 1))
+        choose = max if greater_is_better(metric) else min
+        best = choose(epochs, key=lambda entry: entry[f"eval_{metric}"])
         rows.append(("best while training", f"{best[f'eval_{metric}']:.4f} at epoch {best['epoch']:.2f}"))
     method = trainer.metadata["method"]
     part = _PARTS.get(method["name"], "") + " and biases" * bool(method.get("biases"))
