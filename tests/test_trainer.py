@@ -295,6 +295,18 @@ def test_weight_decay_reaches_lora_and_head_weights_and_no_bias_as_in_the_refere
     }
 
 
+def test_the_steps_that_a_gradient_scaler_skips_are_no_divergence(tmp_path):
+    trainer = new_trainer(tmp_path)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)
+    trainer.accelerator.scaler = scaler
+    trainer.model.classifier.dense.weight.register_hook(lambda gradient: 1e4 * gradient)  # scaled, beyond fp32
+    before = parameters(trainer)
+    trainer.train()
+    assert scaler.get_scale() < 2.0**127, "no step was skipped: the test proves nothing"
+    assert trainer.state.global_step == STEPS
+    assert not torch.equal(parameters(trainer)["classifier.dense.weight"], before["classifier.dense.weight"])
+
+
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", WEIGHTS])
 def test_a_damaged_file_in_a_checkpoint_is_an_error_that_names_the_checkpoint(file, uninterrupted, tmp_path):
     checkpoint = Path(shutil.copytree(uninterrupted[0] / "checkpoint-8", tmp_path / "checkpoint-8"))

@@ -89,6 +89,7 @@ class RunArguments(TrainingArguments):
     overwrite_output_dir: bool = flag("Start afresh: remove the output folder's checkpoints and results first", False)
     logging_dir: str | None = flag("Where TensorBoard logs go")
     log_on_each_node: bool = flag("Print losses and scores once a machine, not once", False)
+    logging_nan_inf_filter: bool = flag("Accepted; training stops at a loss that is not finite, and logs it", False)
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -135,6 +136,9 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
     (model_args, data_args, args), notes = parse(argv, (ModelArguments, DataArguments, RunArguments))
     if not model_args.use_fast_tokenizer:
         notes.append("--use_fast_tokenizer false: tokenizers are always fast ones now.")
+    if args.logging_nan_inf_filter:
+        notes.append("--logging_nan_inf_filter: nothing is filtered; training stops at a loss that is not finite.")
+        args.logging_nan_inf_filter = False
     if args.logging_dir and not is_tensorboard_available():
         notes.append(f"--logging_dir {args.logging_dir}: nothing is written there, tensorboard is not installed.")
     say(args, *(f"run_glue.py: {note}" for note in notes))

@@ -1,23 +1,27 @@
 """The `Trainer` subclass: checkpoints hold what was trained, appear whole or not at all, and are resumed whole."""
 
 import json
+import math
 import pickle
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
@@ -54,6 +58,21 @@ def whole_checkpoints(output_dir: str) -> list[Path]:
         if whole:
             found.append((int(step), path))
     return [path for _, path in sorted(found)]
+
+
+def is_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every number in these tensors is finite (of FSDP2's, in this process's part). Waits for the GPU once."""
+    parts = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+    parts = [x.detach() for x in parts if x.numel()]
+    return not parts or bool(get_total_norm(parts, math.inf).isfinite())
+
+
+def last_finite_checkpoint(output_dir: str) -> Path | None:
+    """The newest complete checkpoint of a run whose saved tensors are all finite; None if there is none."""
+    for path in reversed(whole_checkpoints(output_dir)):
+        if all(is_finite(load_file(file).values()) for file in path.glob("*.safetensors")):
+            return path
+    return None
 
 
 def processes_of(checkpoint: str) -> int:
@@ -209,6 +228,41 @@ class AdapterTrainer(Trainer):
                     self._loss_parts[name] = self._loss_parts.get(name, 0.0) + share * outputs[name].detach()
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self._loss = loss.to("cpu", non_blocking=loss.is_cuda)
+        return loss
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Count tokens, as transformers does; raises UserError if the loss of this micro-batch is not finite.
+
+        Counting waits for the GPU, so that the copy of the loss made before it has arrived and costs no other wait.
+        """
+        super()._track_num_input_tokens(inputs)
+        if self.args.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # in case nothing was counted
+        if not math.isfinite(loss := self._loss.item()):
+            super().log({"loss": loss})
+            raise self._diverged(self.state.global_step + 1, f"the loss is {loss}")
+
+    def _diverged(self, step: int, what: str) -> UserError:
+        advice = ["Lower --learning_rate"]
+        advice += ["take --bf16 instead of --fp16"] if self.args.fp16 else []
+        advice += [] if self.args.max_grad_norm else ["leave --max_grad_norm at 1"]
+        last = last_finite_checkpoint(self.args.output_dir)
+        kept = f"The last checkpoint with finite tensors is {last}" if last else "No checkpoint was saved before"
+        return UserError(f"training diverged at step {step}: {what}.\n{' or '.join(advice)}. {kept}.")
+
+    def _check_trained(self, tensors: dict[str, Tensor]) -> None:
+        """Raise UserError if a trained tensor is not finite: it must be neither scored nor saved."""
+        if not is_finite(tensors.values()):
+            name = next((name for name, tensor in tensors.items() if not is_finite([tensor])), "a trained tensor")
+            raise self._diverged(self.state.global_step, f"{name} is no longer finite")
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._check_trained({name: p for name, p in self.model.named_parameters() if p.requires_grad})
+        return super()._evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._training_since is not None:
             if self._spent is None:
@@ -256,6 +310,9 @@ class AdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        state = dict(self.model.named_parameters()) if state_dict is None else state_dict
+        self._check_trained({name: state[name] for name in trained & state.keys()})
         try:
             if not self.saves_part:
                 super()._save(output_dir, state_dict)
@@ -419,6 +476,12 @@ class AdapterTrainer(Trainer):
         output: Any = super().evaluation_loop(*args, **kwargs)
         if output.predictions is None:  # --prediction_loss_only
             return output
+        if (wrong := ~np.isfinite(output.predictions).all(axis=1)).any():
+            raise UserError(
+                f"the model's logits are not finite for {wrong.sum()} of {len(wrong)} examples, the first is number "
+                f"{wrong.argmax() + 1}: that is no score.\nIn half precision leave out --fp16, --fp16_full_eval and "
+                "the like; else the model's own weights are not finite."
+            )
         for name in (name for name in output.metrics if name.endswith("_loss")):
             # transformers averages batch means, in which examples that fill up the last round count again
             logits, labels = torch.as_tensor(output.predictions).float(), torch.as_tensor(output.label_ids)
