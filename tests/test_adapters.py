@@ -472,8 +472,81 @@ def test_a_file_that_holds_no_state_dict_is_refused(tmp_path):
         assert "no state dict" in refused(tmp_path / name)
     published(tmp_path / "head.bin", {"classifier.dense.weight": torch.zeros(2, 2)})
     assert "no LoRA matrices" in refused(tmp_path / "head.bin")
-    (tmp_path / "text.bin").write_text("404: Not Found")
-    assert "no PyTorch file" in refused(tmp_path / "text.bin")
+
+
+TEXTS = {
+    "a Git LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3550413\n",
+        "git lfs pull",
+    ),
+    "a web page": (b"\n<!DOCTYPE html>\n<html><head><title>Hub \xe2\x80\x93 a page", "Download the file itself"),
+    "JSON": (b'{"error":"Access to model x/y is restricted"}', "Access to model x/y is restricted"),
+    "text": (b"404: Not Found", "404: Not Found"),
+    "it is empty": (b"", "Download it again"),
+}
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_model.bin", "published.bin"])
+@pytest.mark.parametrize("kind", TEXTS)
+def test_text_in_the_place_of_weights_is_refused_by_what_it_is_with_the_remedy(kind, name, saved, tmp_path):
+    _, folder = saved
+    for path in (folder / CONFIG, folder / METADATA):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    content, remedy = TEXTS[kind]
+    (tmp_path / name).write_bytes(content)
+    message = refused(tmp_path / name if name == "published.bin" else tmp_path)
+    assert f"{tmp_path / name}: " in message and kind in message and remedy in message, message
+
+
+def test_control_characters_in_what_stands_for_weights_never_reach_the_terminal(tmp_path):
+    (tmp_path / "page.bin").write_bytes(b"<html>\r\n\t" + "\N{ZERO WIDTH SPACE}x".encode() * 1000)
+    (tmp_path / "long.bin").write_bytes(b"a line\n" * 100_000)
+    for name in ("page.bin", "long.bin"):
+        message = refused(tmp_path / name)
+        assert len(message) < 400 and all(character.isprintable() or character == "\n" for character in message)
+
+
+SPOILT = {
+    "NaN": lambda tensor: tensor * float("nan"),
+    "infinity": lambda tensor: tensor.masked_fill(torch.arange(tensor.numel()).view_as(tensor) == 1, float("-inf")),
+    "more than fp32 holds": lambda tensor: tensor.double() * 1e300,
+    "int8": lambda tensor: tensor.to(torch.int8),
+    "complex": lambda tensor: tensor.to(torch.complex64),
+    "no ordinary tensor": lambda tensor: tensor.to_sparse(),
+    "no ordinary tensor, without values": lambda tensor: tensor.to("meta"),
+    "no such amount of numbers": lambda tensor: tensor[:1, :1].expand(4, 2**44),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+@pytest.mark.parametrize("where", ["lora_A", "out_proj.weight"])
+@pytest.mark.parametrize("training", [False, True])
+def test_an_adapter_whose_numbers_are_not_finite_is_never_put_into_a_model(what, where, training, tmp_path):
+    state = trained(lora_model())
+    name = [name for name in state if name.endswith(where)][-1]
+    path = published(tmp_path / "spoilt.bin", state | {name: SPOILT[what](state[name])})
+    message = refused(path, training=training)
+    assert name in message, message
+    said = {"NaN": "1 of its 12 tensors are not finite", "int8": "holds torch.int8", "complex": "holds torch.complex64"}
+    assert (said.get(what) or ("not finite" if "fin" in what or "fp32" in what else what.split(",")[0])) in message
+    model = RobertaForSequenceClassification(tiny_config())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(UserError, match=name):
+        attach_adapter(model, read_adapter(str(path)), ALPHA, allow_new_head=training)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(tensor, after[n]) for n, tensor in before.items())
+
+
+def test_a_whole_checkpoint_whose_base_weights_are_not_finite_is_refused(tmp_path):
+    model = lora_model()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = "roberta.encoder.layer.1.attention.self.query.weight"
+    state[name][3, 3] = float("nan")
+    path = published(tmp_path / "whole.bin", state)
+    base = RobertaForSequenceClassification(tiny_config())
+    base.load_state_dict({n: t for n, t in model.state_dict().items() if "lora_" not in n})
+    with pytest.raises(UserError, match=f"{name} first"):
+        attach_adapter(base, read_adapter(str(path)), ALPHA, allow_new_head=False)
 
 
 def test_a_file_cut_short_anywhere_is_refused(saved, tmp_path):

@@ -11,6 +11,7 @@ import torch
 import transformers
 from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_config, tiny_deberta_config
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -158,6 +159,18 @@ def test_inspect_tells_layers_rank_alpha_labels_base_metric_size_and_what_is_not
     torch.save(state | {name: state[name] * float("nan")}, tmp_path / "broken.bin")
     code, out, _ = said(capsys, "inspect", tmp_path / "broken.bin")
     assert code == 0 and f"1 tensors, {name} first" in out and "the file doesn't say" in out
+
+
+@pytest.mark.parametrize("to", ["peft", "bin", "merged"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_converted(to, value, case, tmp_path, capsys):
+    _, base, adapter = case
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in tensors if name.endswith("lora_B.weight"))
+    tensors[name][0, 1] = value
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    code, _, err = said(capsys, "convert", adapter, tmp_path / "new", "--to", to)
+    assert code == 1 and "not finite" in err and f"{name[17:-7]} first" in err and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

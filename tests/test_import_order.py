@@ -32,7 +32,7 @@ ALLOWED = {
     "convert": {"adapters", "loading", "lora", "tasks", "errors", "files"},
     "data": {"tasks", "errors"},
     "flags": {"errors", "files", "lora", "metrics"},
-    "loading": {"adapters", "modeling_roberta", "modeling_deberta_v2", "methods", "errors"},
+    "loading": {"adapters", "modeling_roberta", "modeling_deberta_v2", "methods", "errors", "files"},
     "processes": {"errors"},
     "trainer": {"adapters", "methods", "errors", "files", "processes", "regularization", "sharded"},
     "runs": {"convert", "trainer", "adapters", "data", "metrics", "lora", "methods", "errors", "files"},

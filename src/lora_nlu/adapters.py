@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lora_nlu.errors import UserError
-from lora_nlu.files import appearing, read_json, write_json
+from lora_nlu.errors import UserError, shown
+from lora_nlu.files import appearing, read_json, text_for_weights, write_json
 from lora_nlu.lora import LoRALinear, lora_places, set_lora_
 from lora_nlu.methods import describe_method, mark_trainable, set_bottlenecks_
 from lora_nlu.sharded import copy_into
@@ -295,8 +295,10 @@ def _complete(adapter: Adapter) -> Adapter:
 def load_file_safely(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file or of a `torch.save`d state dict, on the CPU; runs no code from the file."""
     try:
+        if text := text_for_weights(path):
+            raise UserError(f"{path}: {text}")
         if path.suffix == ".safetensors":
-            return _printable(path, load_file(path))
+            return _plain(path, load_file(path))
         check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
@@ -308,18 +310,22 @@ def load_file_safely(path: Path) -> dict[str, Tensor]:
         raise
     except (Exception, MemoryError) as e:  # what torch meets in a damaged file has many names
         raise UserError(
-            f"{path}: damaged or cut short ({str(e).splitlines()[0][:150] if str(e) else type(e).__name__})."
+            f"{path}: damaged or cut short ({shown(str(e).splitlines()[0] if str(e) else type(e).__name__, 150)})."
         ) from e
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) and isinstance(k, str) for k, t in state.items()):
         raise UserError(f"{path}: holds a {type(state).__name__} that is no state dict (names to tensors).")
-    return _printable(path, state)
+    return _plain(path, state)
 
 
-def _printable(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names reach the terminal in messages: none may hold control characters."""
-    for name in state:
-        if not name.isprintable():
-            raise UserError(f"{path}: {name!r} is no name of a tensor.")
+def _plain(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state, if names can stand in a message and tensors are ordinary ones. Raises UserError."""
+    for name, tensor in state.items():
+        if not name.isprintable() or len(name) > 500:
+            raise UserError(f"{path}: {shown(name)} is no name of a tensor.")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
+            raise UserError(f"{path}: {name} is no ordinary tensor (sparse, quantised, nested or without values).")
+        if tensor.nbytes > max(tensor.untyped_storage().nbytes(), 2**28):  # a view that repeats a few numbers
+            raise UserError(f"{path}: {name} is {list(tensor.shape)}, and the file holds no such amount of numbers.")
     return state
 
 
@@ -338,7 +344,9 @@ def check_archive(path: Path) -> None:
             if broken is None and any(entry.CRC for entry in entries):
                 broken = archive.testzip()
             if broken is not None:
-                raise UserError(f"{path}: damaged: {broken!r} in it is not what was saved, by its checksum or length.")
+                raise UserError(
+                    f"{path}: damaged: {shown(broken)} in it is not what was saved, by its checksum or length."
+                )
 
 
 def _read_file(path: Path) -> Adapter:
@@ -579,6 +587,30 @@ def base_holds_update(model: Any, adapter: Adapter, layers: dict[str, tuple[int,
     return apart[True] < apart[False]
 
 
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity, or what fp32 has no number for."""
+    names = []
+    for name, tensor in state.items():
+        numbers = tensor.float() if tensor.is_floating_point() else tensor
+        if not numbers.sum().isfinite() and not numbers.isfinite().all():  # the sum is the faster to look at
+            names.append(name)
+    return names
+
+
+def check_values(adapter: Adapter) -> None:
+    """Raise UserError, naming a tensor, if not all that an adapter holds are finite floating-point numbers."""
+    state = adapter.state | {f"{name}.weight": tensor for name, tensor in adapter.base_weights.items()}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{adapter.source}: {name} holds {tensor.dtype}; expected floating-point numbers.")
+    if broken := not_finite(state):
+        raise UserError(
+            f"{adapter.source}: {len(broken)} of its {len(state)} tensors are not finite (NaN or infinity), "
+            f"{broken[0]} first: its training diverged, or the file is damaged.\n"
+            "Take an earlier checkpoint, or train again with a lower --learning_rate."
+        )
+
+
 def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str]:
     """Copy an adapter into a model that has its layers; every tensor must have its place and every place its tensor.
 
@@ -635,6 +667,7 @@ def _matched(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[dict[s
             same = rank is None or rank == parameters[name].shape[0]
             hint = "It is another base model's adapter." if same else f"Give --lora_r {rank}."
             raise UserError(f"{source}: {key}.\n{hint}")
+    check_values(adapter)
     return state, dropped
 
 

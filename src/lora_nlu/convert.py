@@ -22,7 +22,9 @@ from lora_nlu.adapters import (
     WEIGHTS,
     Adapter,
     attach_adapter,
+    check_values,
     encoder_prefix,
+    not_finite,
     read_adapter,
     write_adapter,
 )
@@ -186,7 +188,7 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
     known, ranks, prefix = adapter.metadata, adapter.ranks, encoder_prefix(adapter)
     within = sum(t.numel() for name, t in adapter.state.items() if prefix and name.startswith(f"{prefix}."))
     total = sum(tensor.numel() for tensor in adapter.state.values())
-    broken = [name for name, tensor in adapter.state.items() if not tensor.isfinite().all()]
+    broken = not_finite(adapter.state)
     labels = adapter.labels
     alpha = "unknown: the file doesn't say" if adapter.lora_alpha is None else f"{adapter.lora_alpha:g}"
     rows = [
@@ -234,6 +236,7 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
     """Write `adapter` in another form; returns a line on what was written. Raises UserError."""
     if destination.exists() and (destination.is_file() or any(destination.iterdir())):
         raise UserError(f"{destination}: is there already. Give another destination; nothing is written over.")
+    check_values(adapter)
     if None not in (adapter.lora_alpha, lora_alpha) and adapter.lora_alpha != lora_alpha:
         raise UserError(f"{adapter.source}: was trained with lora_alpha {adapter.lora_alpha:g}, not {lora_alpha:g}.")
     if adapter.method == "lora":

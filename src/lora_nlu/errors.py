@@ -7,3 +7,9 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """The command line itself is wrong; a program ends with exit code 2 for it, with 1 for any other UserError."""
+
+
+def shown(text: object, limit: int = 80) -> str:
+    """Text from a foreign file, fit for a message: on one line, control characters escaped, not endless."""
+    cut = str(text)[:limit] + ("..." if len(str(text)) > limit else "")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_nlu.errors import UserError
+from lora_nlu.errors import UserError, shown
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -59,6 +59,30 @@ def folders_with(name: str, start: Path) -> list[Path]:
         below[:] = [name for name in below if not name.startswith((".", "checkpoint-"))]
         found += [Path(folder)] if name in files else []
     return sorted(found)
+
+
+def text_for_weights(path: Path) -> str | None:
+    """What is wrong with a file of weights that is empty or text, and the remedy; None for any other file."""
+    with path.open("rb") as file:
+        start = file.read(600)
+    if not start:
+        return "damaged or cut short: it is empty.\nDownload it again."
+    try:
+        text = start.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        if e.start < 500:  # not just a character that the reading cut
+            return None
+        text = start[: e.start].decode("utf-8-sig")
+    if not all(character.isprintable() or character in "\t\n\r\f" for character in text):
+        return None
+    if text.startswith("version https://git-lfs"):
+        return (
+            "no weights but a Git LFS pointer to them.\nRun `git lfs pull` in that folder, or download the file itself."
+        )
+    head = text.lstrip().lower()
+    page = head.startswith(("<!doctype html", "<html", "<head", "<!--"))
+    kind = "a web page (HTML)" if page else "JSON" if head.startswith(("{", "[")) else "text"
+    return f"no weights but {kind}: {shown(text.strip(), 60)}\nDownload the file itself."
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """From a checkpoint folder or Hub id to our model and its tokenizer, checked against what is asked of them."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from lora_nlu.adapters import head_names
-from lora_nlu.errors import UserError
+from lora_nlu.adapters import head_names, not_finite
+from lora_nlu.errors import UserError, shown
+from lora_nlu.files import text_for_weights
 from lora_nlu.methods import mark_trainable
 from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
@@ -21,7 +22,7 @@ MODELS: dict[str, Any] = {
 
 
 def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return shown(str(error).splitlines()[0] if str(error).strip() else type(error).__name__, 200)
 
 
 def load_config(name: str, **hub: Any) -> Any:
@@ -72,7 +73,8 @@ def load_model(name: str, config: Any, needs_head: bool, **hub: Any) -> tuple[An
     """The model of `config` with the weights of `name` in fp32, what trains in it marked; and lines worth saying.
 
     What a method adds and a head that the checkpoint lacks are drawn from torch's global generator. Raises UserError if
-    encoder weights are missing or misshapen, if LoRA matrices would be left out, or with `needs_head` the head is.
+    weights are not finite, the encoder's are missing or misshapen, LoRA matrices would be left out, or with `needs_head`
+    the head is.
     """
     verbosity, notes = transformers.logging.get_verbosity(), []
     transformers.logging.set_verbosity_error()  # what is missing is checked and said below
@@ -80,7 +82,10 @@ def load_model(name: str, config: Any, needs_head: bool, **hub: Any) -> tuple[An
         model, report = MODELS[config.model_type].from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **hub
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+    except Exception as e:  # what torch meets in a damaged file has many names
+        for path in sorted(Path(name).glob("*.safetensors")) or sorted(Path(name).glob("pytorch_model*.bin")):
+            if text := text_for_weights(path):
+                raise UserError(f"--model_name_or_path {name}: {path.name}: {text}") from e
         raise UserError(f"--model_name_or_path {name}: its weights can't be loaded ({_reason(e)}).") from e
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -89,6 +94,11 @@ def load_model(name: str, config: Any, needs_head: bool, **hub: Any) -> tuple[An
         raise UserError(
             f"--model_name_or_path {name}: {len(wrong)} weights are missing or not of config.json's shape, "
             f"{', '.join(wrong[:3])} among them."
+        )
+    if broken := not_finite(model.state_dict()):
+        raise UserError(
+            f"--model_name_or_path {name}: {len(broken)} of its weights are not finite (NaN or infinity), {broken[0]} "
+            "first.\nIts training diverged, or the file is damaged; take another checkpoint."
         )
     if unexpected := sorted(report["unexpected_keys"]):
         if any(".lora_" in key for key in unexpected):

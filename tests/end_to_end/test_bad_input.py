@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import LORA, contents, write_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, RobertaConfig
 
 from lora_nlu.files import write_json
@@ -259,6 +259,45 @@ def test_a_truncated_or_missing_weights_file_is_refused(refused, glue, tiny_mode
         assert f"--model_name_or_path {broken}" in refused(1, *flags)
     (broken / "model.safetensors").unlink()
     assert f"--model_name_or_path {broken}" in refused(1, *flags)
+
+
+TEXTS = {
+    "a Git LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3550413\n",
+        "git lfs pull",
+    ),
+    "a web page": (b"<!doctype html>\n<html>", "Download the file itself"),
+    "JSON": (b'{"error":"Repository not found"}', "Repository not found"),
+    "it is empty": (b"", "Download it again"),
+}
+
+
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin", "shards"])
+@pytest.mark.parametrize("kind", TEXTS)
+def test_text_in_the_place_of_base_weights_is_refused_by_the_files_name_with_the_remedy(
+    kind, form, refused, glue, tiny_model, tmp_path
+):
+    content, remedy = TEXTS[kind]
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    if form == "shards":
+        RobertaForSequenceClassification.from_pretrained(folder).save_pretrained(folder, max_shard_size="30KB")
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        form = sorted(path.name for path in folder.glob("model-*.safetensors"))[-1]
+    elif form != "model.safetensors":
+        (folder / "model.safetensors").unlink()
+    (folder / form).write_bytes(content)
+    message = refused(1, *rte(glue, "--model_name_or_path", folder, "--do_train", *LORA))
+    assert form in message and kind in message and remedy in message, message
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_base_weights_that_are_not_finite_are_refused(value, refused, glue, tiny_model, tmp_path):
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["roberta.encoder.layer.1.output.dense.weight"][1, 2] = float(value)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    message = refused(1, *rte(glue, "--model_name_or_path", folder, "--do_train", *LORA))
+    assert "1 of its weights are not finite" in message and "layer.1.output.dense.weight first" in message
 
 
 def test_weights_of_another_shape_than_the_config_says_are_refused(refused, glue, tiny_model, tmp_path):
