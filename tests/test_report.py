@@ -24,6 +24,7 @@ import lora_nlu
 from lora_nlu import files, pictures, report
 from lora_nlu.errors import UserError
 from lora_nlu.report import Cell, collect, methods_of, rank_cells, rank_table, write_report
+from lora_nlu.submission import find_runs
 
 LORA = {"name": "lora", "targets": ["query", "value"], "layers": None, "lora_dropout": 0.0}
 HOULSBY, PFEIFFER = {"name": "houlsby", "adapter_size": 8}, {"name": "pfeiffer", "adapter_size": 64}
@@ -239,13 +240,49 @@ def test_the_evaluation_after_training_counts_for_the_best_epoch_where_no_step_b
     assert values(read(tmp_path), "LoRA r=8")["CoLA Matthews"] == "62.5"
 
 
-def test_stsb_is_pearsons_correlation_in_percent_and_without_a_number_0(tmp_path):
-    write_run(tmp_path / "a", "stsb", 0, (0.9123, 0.8))
-    write_run(tmp_path / "b", "stsb", 1, (float("nan"), 0.5, float("nan")))
-    write_run(tmp_path / "c", "stsb", 2, (0.7, 0.6))
+def test_stsb_is_pearsons_correlation_in_percent(tmp_path):
+    for seed, figures in enumerate([(0.9123, 0.8), (float("nan"), 0.5, 0.4), (0.7, 0.6)]):
+        write_run(tmp_path / str(seed), "stsb", seed, figures)  # an evaluation without a number is none
     text = read(tmp_path)
     assert values(text, "LoRA r=8")["STS-B Pearson"] == "70.0 ± 20.6"  # 91.23, 50, 70
-    assert values(text, "LoRA r=8", "last")["STS-B Pearson"] == "60.0 ± 41.6"  # 80, 0, 60
+    assert values(text, "LoRA r=8", "last")["STS-B Pearson"] == "60.0 ± 20.0"  # 80, 40, 60
+
+
+@pytest.mark.parametrize(
+    ("file", "broken", "why"),
+    [
+        ("eval_results.json", {"eval_matthews_correlation": 0.99, "eval_loss": float("nan")}, "eval_loss nan"),
+        ("eval_results.json", {"eval_matthews_correlation": float("nan")}, "eval_matthews_correlation nan"),
+        ("train_results.json", {"train_seconds": 1.0, "train_loss": float("inf")}, "train_loss inf"),
+        ("trainer_state.json", {"log_history": [{"step": 1, "loss": 0.0, "grad_norm": float("nan")}]}, "grad_norm nan"),
+    ],
+)
+def test_a_diverged_run_is_left_out_by_name_and_in_no_median(tmp_path, file, broken, why):
+    for seed, end in enumerate((0.4, 0.5, 0.6)):
+        write_run(tmp_path / str(seed), "cola", seed, (end,))
+    write(tmp_path / "2" / file, broken)
+    text = read(tmp_path)
+    assert f"left out, diverged ({why}): {tmp_path / '2'}" in said(text)
+    assert values(text, "LoRA r=8")["CoLA Matthews"] == "45.0 ± 7.1"  # 40, 50
+    assert f"left out, diverged ({why}): {tmp_path / '2'}" in refusal(tmp_path / "2")
+
+
+def test_a_run_that_stopped_where_it_diverged_is_left_out_by_name(tmp_path):
+    write_run(tmp_path / "a", "cola", 0)
+    run = write_run(tmp_path / "b", "cola", 1, state="stopped")
+    write(run / "checkpoint-1000" / "trainer_state.json", {"log_history": [{"step": 1000, "loss": float("nan")}]})
+    assert f"left out, diverged (loss nan): {run}" in said(read(tmp_path))
+
+
+def test_the_figure_by_which_a_submission_chooses_is_the_reports_last(tmp_path):
+    """One function reads both; the report says the rule."""
+    for seed, figures in enumerate([(0.9, 0.6), (0.8, 0.7)]):
+        write_run(tmp_path / str(seed), "mnli", seed, figures, overall=figures[-1] + 0.01)
+    cells, _ = collect([tmp_path])
+    assert {run.seed: run.last for run in cells[0].done} == {
+        run.seed: 100 * run.figures.last for run in find_runs([tmp_path]) if run.figures.last is not None
+    }
+    assert "That model makes the predictions, and by `last` a submission chooses among seeds." in read(tmp_path)
 
 
 def test_halves_are_rounded_to_the_even_digit_whatever_the_nearest_binary_number():

@@ -209,7 +209,8 @@ def test_of_several_seeds_the_best_by_the_tasks_own_dev_metric_is_used_and_said(
     for seed, figure in ((1, -0.25), (2, 0.5), (3, 0.8659), (4, 0.0)):
         make_run(tmp_path / f"seed{seed}", task, seed, {name: 1 - figure for name in others} | {key: figure})
     lines = write_submission([tmp_path], tmp_path / "glue.zip", partial=True)
-    assert about(lines, f"{title}:") == [f"{title}: seed 3 of 4 runs, dev {metric} 0.866: {tmp_path / 'seed3'}"]
+    said = f"{title}: seed 3 of 4 runs, dev {metric} 0.866 of the model it ended with: {tmp_path / 'seed3'}"
+    assert about(lines, f"{title}:") == [said]
 
 
 def test_the_predictions_in_the_zip_are_the_chosen_runs(tmp_path):
@@ -228,7 +229,7 @@ def test_equal_figures_give_the_run_that_was_named_first_or_comes_first_by_name(
     assert about(lines, "RTE")[0].endswith(f": {tmp_path / first}")
 
 
-@pytest.mark.parametrize("figures", [None, {"eval_loss": 0.1}, {"eval_accuracy": float("nan")}, {"eval_accuracy": "1"}])
+@pytest.mark.parametrize("figures", [None, {"eval_loss": 0.1}, {"eval_accuracy": "1"}])
 def test_several_runs_are_refused_if_one_has_no_dev_figure(tmp_path, figures):
     make_run(tmp_path / "good", "rte", 0, {"eval_accuracy": 0.9})
     run = make_run(tmp_path / "other", "rte", 1, figures)
@@ -242,6 +243,74 @@ def test_a_run_without_predictions_does_not_count_and_needs_no_dev_figure(tmp_pa
     make_run(tmp_path / "trained", "rte", 6, predicts=False)
     lines = write_submission([tmp_path], tmp_path / "glue.zip", partial=True)
     assert about(lines, "RTE") == [f"RTE: seed 5, the only run, not evaluated: {run}"]
+
+
+def write_log(run: Path, *entries: dict) -> None:
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+
+
+@pytest.mark.parametrize("task, title, place", [("rte", "RTE", ""), ("mnli", "MNLI", " on the matched set")])
+def test_a_better_epoch_than_the_model_that_predicts_is_said_with_its_figure_and_remedy(tmp_path, task, title, place):
+    for seed, (best, last) in enumerate([(0.9, 0.6), (0.8, 0.7), (0.65, 0.65)]):
+        figures = {"eval_accuracy": last, "eval_accuracy_overall": last}
+        run = make_run(tmp_path / str(seed), task, seed, figures if task == "mnli" else {"eval_accuracy": last})
+        evaluations = [{"step": 10 * i, "epoch": i, "eval_accuracy": value} for i, value in enumerate((best, last), 3)]
+        write_log(run, {"step": 5, "loss": 0.5}, *evaluations)
+    lines = about(write_submission([tmp_path], tmp_path / "glue.zip", partial=True), title)
+    assert lines == [
+        f"{title}: seed 1 of 3 runs, dev accuracy 0.700 of the model it ended with: {tmp_path / '1'}",
+        f"{title}: epoch 3 of seed 0 had accuracy 0.900{place}; "
+        "--load_best_model_at_end would have kept that model and predicted with it.",
+    ]
+    only = about(write_submission([tmp_path / "2"], tmp_path / "2.zip", partial=True), title)
+    assert len(only) == 1  # it ended with its best
+
+
+DIVERGED: dict[str, tuple[dict, dict, str]] = {
+    "evaluation": ({"eval_accuracy": 0.9, "eval_loss": float("nan")}, {"loss": 0.5}, "eval_loss nan"),
+    "metric": ({"eval_accuracy": float("nan"), "eval_loss": 0.1}, {"loss": 0.5}, "eval_accuracy nan"),
+    "logged loss": ({"eval_accuracy": 0.9}, {"loss": float("inf")}, "loss inf"),
+    "gradients, by a version that logged a loss of 0": (
+        {"eval_accuracy": 0.9},
+        {"loss": 0.0, "grad_norm": float("nan")},
+        "grad_norm nan",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DIVERGED)
+def test_a_diverged_run_is_left_out_by_name_and_never_the_best_seed(tmp_path, case):
+    figures, logged, why = DIVERGED[case]
+    write_log(make_run(tmp_path / "diverged", "rte", 0, figures), {"step": 1, "loss": 0.7}, {"step": 2} | logged)
+    good = make_run(tmp_path / "good", "rte", 1, {"eval_accuracy": 0.5})
+    write_log(good, {"step": 1, "loss": 0.7, "grad_norm": 3.0})
+    write_predictions(good, "RTE.tsv", ["not_entailment"] * 3000)
+    lines = write_submission([tmp_path], tmp_path / "glue.zip", partial=True)
+    assert about(lines, "left out") == [f"left out, diverged ({why}): {tmp_path / 'diverged'}"]
+    assert about(lines, "RTE")[0].startswith("RTE: seed 1, the only run, dev accuracy 0.500")
+    assert {*read_zip(tmp_path / "glue.zip")["RTE.tsv"]} == {"not_entailment"}
+
+
+@pytest.mark.parametrize("partial", [True, False])
+def test_a_submission_of_diverged_runs_alone_is_refused(tmp_path, partial):
+    run = make_run(tmp_path / "run", "rte", 0, {"eval_accuracy": 0.5271, "eval_loss": float("nan")})
+    assert f"left out, diverged (eval_loss nan): {run}" in refusal([run], tmp_path / "glue.zip", partial)
+
+
+def test_a_missing_task_names_its_diverged_run(tmp_path):
+    make_run(tmp_path / "good", "cola", 1, {"eval_matthews_correlation": 0.5})
+    run = make_run(tmp_path / "run", "rte", 0, {"eval_accuracy": 0.5271, "eval_loss": float("nan")})
+    message = refusal([tmp_path], tmp_path / "glue.zip", partial=False)
+    assert "RTE.tsv" in message and f"left out, diverged (eval_loss nan): {run}." in message
+
+
+def test_a_step_that_the_loss_scaler_of_fp16_left_out_is_no_divergence(tmp_path):
+    run = make_run(tmp_path / "run", "rte", 0, {"eval_accuracy": 0.8})
+    known = json.loads((run / "run.json").read_text())
+    known["hyperparameters"]["fp16"] = True
+    (run / "run.json").write_text(json.dumps(known))
+    write_log(run, {"step": 2, "loss": 0.5, "grad_norm": float("inf")})
+    assert not about(write_submission([run], tmp_path / "glue.zip", partial=True), "left out")
 
 
 @pytest.mark.parametrize("bases, said", [(("b", "b"), []), (("b", "l"), ["b (CoLA); l (RTE)"])])
@@ -459,7 +528,10 @@ def test_the_program_prints_what_it_did_and_ends_with_0(tmp_path, capsys):
     run = make_run(tmp_path / "rte", "rte", 3, {"eval_accuracy": 0.866})
     assert report.main(["submission", str(run), "--out", str(tmp_path / "glue.zip"), "--partial"]) == 0
     said = capsys.readouterr()
-    assert said.out.startswith(f"RTE: seed 3, the only run, dev accuracy 0.866: {run}\n") and not said.err
+    assert (
+        said.out.startswith(f"RTE: seed 3, the only run, dev accuracy 0.866 of the model it ended with: {run}\n")
+        and not said.err
+    )
     assert said.out.endswith(f"{tmp_path / 'glue.zip'}: 2 files.\n")
 
 

@@ -21,16 +21,17 @@ from urllib.parse import quote
 
 from lora_nlu.errors import UserError
 from lora_nlu.files import folders_with, read_json, write_text
-from lora_nlu.submission import write_submission
+from lora_nlu.submission import Figures, read_figures, read_state, write_submission
 from lora_nlu.tasks import LORA_RANKS, PAPER, REPORTED, TASKS, Published
 
-STATE = "trainer_state.json"
 FROM_MNLI = ("mrpc", "rte", "stsb")  # the paper's LoRA starts them from its MNLI adapter, but for a line that says so
 NO_START = "lora, no MNLI start"
 PROTOCOL = (
     "Medians over seeds ± standard deviation, in percent. `best epoch` takes each run's best evaluation while "
-    "training, the paper's protocol; `last` is what training ended with. `trainable` counts the encoder's part, as the "
-    "paper does; `training` is the sum over tasks of the median time, `memory` the most that a run held."
+    "training, the paper's protocol; `last` is of the model that training ended with, the best epoch's with "
+    "--load_best_model_at_end. That model makes the predictions, and by `last` a submission chooses among seeds. "
+    "`trainable` counts the encoder's part, as the paper does; `training` is the sum over tasks of the median time, "
+    "`memory` the most that a run held."
 )
 TEX = str.maketrans(
     {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
@@ -91,8 +92,8 @@ class Cell:
         return [figure for run in self.done if (figure := getattr(run, protocol)) is not None]
 
 
-def read_run(folder: Path, known: dict[str, Any]) -> Run:
-    """Read an output folder, its run.json already known. Raises UserError for what an older version wrote."""
+def read_run(folder: Path, known: dict[str, Any], figures: Figures) -> Run:
+    """Read an output folder, its run.json and figures already known. Raises UserError for an older version's."""
     try:
         task, hyper, method = TASKS[known["task"]], known["hyperparameters"], known["method"]
         seed, parameters, lora = hyper["seed"], known["parameters"], known["lora"]
@@ -100,20 +101,14 @@ def read_run(folder: Path, known: dict[str, Any]) -> Run:
         trainable, epochs = parameters["encoder"], hyper["num_train_epochs"]
     except KeyError as e:
         raise UserError(f"{folder}/run.json: no {e} in it: an older run? Train it again, or leave it out.") from e
-    checkpoints = [path for path in folder.glob(f"checkpoint-*/{STATE}") if path.parent.name[11:].isdigit()]
-    newest = max(checkpoints, key=lambda path: int(path.parent.name[11:]), default=None)
-    path = folder / STATE if (folder / STATE).is_file() else newest
-    state = read_json(path) if path else {}
-    metric, results = f"eval_{task.metrics[0]}", folder / "eval_results.json"
-    evaluations = [entry for entry in state.get("log_history", []) if metric in entry]
-    history = [(entry["step"], percent(entry[metric])) for entry in evaluations]
+    state = read_state(folder)
+    history = [(step, 100 * figure) for step, _, figure in figures.history]
     best = last = None
-    if known.get("trained") and results.is_file():
-        scores = read_json(results)
-        if metric not in scores:
-            raise UserError(f"{results}: no {metric} in it. Evaluate the run again, or leave it out.")
-        best = max([percent(scores[metric]), *(figure for _, figure in history)])
-        last = percent(scores.get(f"{metric}_overall", scores[metric]))
+    if known.get("trained") and (folder / "eval_results.json").is_file():
+        if figures.last is None or figures.first_set is None:
+            path, metric = folder / "eval_results.json", f"eval_{task.metrics[0]}"
+            raise UserError(f"{path}: no {metric} in it. Evaluate the run again, or leave it out.")
+        best, last = max([100 * figures.first_set, *(figure for _, figure in history)]), 100 * figures.last
     measured = read_json(folder / "train_results.json") if known.get("trained") else {}
     model, from_adapter = Path(known.get("base_model") or "unknown").name, known.get("started_from") is not None
     if key == "lora" and from_adapter != (task.name in FROM_MNLI):
@@ -137,11 +132,6 @@ def read_run(folder: Path, known: dict[str, Any]) -> Run:
         lora["ranks"][0] if method["name"] == "lora" and len(lora["ranks"]) == 1 else None,
         ", ".join(method.get("targets", [])),
     )  # fmt: skip
-
-
-def percent(figure: float) -> float:
-    """Also of a correlation that is no number, after a training that diverged: 0, as metrics.py has it."""
-    return 100 * figure if figure == figure else 0.0
 
 
 def name_method(method: dict[str, Any], lora: dict[str, Any], hyper: dict[str, Any]) -> tuple[str, str | None]:
@@ -177,10 +167,12 @@ def collect(given: Sequence[Path]) -> tuple[list[Cell], list[str]]:
         found = {path: known for path in folders if is_training(known := read_json(path / "run.json"))}
         absent += [] if found else [f"missing: {start}" + ", no training run in it" * start.is_dir()]
         for path, known in found.items():
-            if known.get("task") in TASKS:
-                runs[path.resolve()] = read_run(path, known)
-            else:
+            if known.get("task") not in TASKS:
                 absent.append(f"left out, its task is none of GLUE's: {path}")
+            elif (figures := read_figures(path, known)).diverged:
+                absent.append(f"left out, diverged ({figures.diverged}): {path}")
+            else:
+                runs[path.resolve()] = read_run(path, known, figures)
     if not runs:
         why = "".join(f"\n{line}" for line in absent)
         raise UserError(f"no training run on a task of GLUE. Give output folders of run_glue.py.{why}")

@@ -8,13 +8,14 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_nlu.errors import UserError
 from lora_nlu.files import appearing, folders_with, read_json
 from lora_nlu.tasks import TASKS, Task
 
 HEADER = "index\tprediction"
+STATE = "trainer_state.json"
 
 
 class _File(NamedTuple):
@@ -50,6 +51,59 @@ _TITLES = {file.task: TASKS[file.task].title for file in FILES}
 
 
 @dataclass(frozen=True)
+class Figures:
+    """A run's figures on the validation set in its task's first metric, of which more is better; from 0 or -1 to 1.
+
+    last:      of the model that training ended with (the best epoch's with --load_best_model_at_end), which makes the
+               predictions; MNLI's on both sets together. None for a run that was not evaluated.
+    first_set: the same, MNLI's on the matched set alone.
+    history:   (step, epoch, figure) of every evaluation while training, MNLI's on the matched set.
+    diverged:  the loss, or another figure, that is not finite, and its value; "" where all are.
+    """
+
+    last: float | None
+    first_set: float | None
+    history: tuple[tuple[int, float, float], ...]
+    diverged: str
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The trainer_state.json of a run, or of its last checkpoint while it has not ended; without either {}."""
+    checkpoints = [path for path in folder.glob(f"checkpoint-*/{STATE}") if path.parent.name[11:].isdigit()]
+    newest = max(checkpoints, key=lambda path: int(path.parent.name[11:]), default=None)
+    path = folder / STATE if (folder / STATE).is_file() else newest
+    return read_json(path) if path else {}
+
+
+def read_figures(folder: Path, known: dict[str, Any]) -> Figures:
+    """The figures of an output folder, its run.json already known. Raises UserError for a file that can't be read."""
+    metric = f"eval_{TASKS[known['task']].metrics[0]}"
+    evaluated, trained = (
+        read_json(path) if (path := folder / f"{name}_results.json").is_file() else {} for name in ("eval", "train")
+    )
+    log = read_state(folder).get("log_history", [])
+    logged = {key: value for entry in log for key, value in entry.items()}  # the last of each
+    if (known.get("hyperparameters") or {}).get("fp16"):
+        logged.pop("grad_norm", None)  # not finite in a step that the loss scaler leaves out
+    broken = [
+        (key, value)
+        for source in (evaluated, trained, logged)
+        for key, value in source.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    history = [
+        (entry["step"], entry.get("epoch", 0.0), entry[metric])
+        for entry in log
+        if isinstance(entry.get(metric), int | float) and math.isfinite(entry[metric])
+    ]
+    last, first_set = (
+        value if isinstance(value, int | float) and math.isfinite(value) else None
+        for value in (evaluated.get(f"{metric}_overall", evaluated.get(metric)), evaluated.get(metric))
+    )
+    return Figures(last, first_set, tuple(history), " ".join(map(str, broken[0])) if broken else "")
+
+
+@dataclass(frozen=True)
 class Run:
     """An output folder, and what its run.json says of it."""
 
@@ -57,17 +111,11 @@ class Run:
     task: str
     seed: int | None
     base_model: str
+    figures: Figures
 
     def predicts(self, task: str) -> bool:
         """Whether all of the task's prediction files are there."""
         return all(file.source(self.folder).is_file() for file in FILES if file.task == task)
-
-    def dev_figure(self) -> float | None:
-        """The task's first metric on the validation set (MNLI: on both); None if it is not known."""
-        path, task = self.folder / "eval_results.json", TASKS[self.task]
-        overall = "_overall" if len(task.splits["validation"]) > 1 else ""
-        value = read_json(path).get(f"eval_{task.metrics[0]}{overall}") if path.is_file() else None
-        return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def find_runs(given: Sequence[Path]) -> list[Run]:
@@ -79,15 +127,16 @@ def find_runs(given: Sequence[Path]) -> list[Run]:
             raise UserError(f"{start}: holds no run (no run.json). Give an output folder of run_glue.py.")
         for path in folders:
             known = read_json(path / "run.json")
-            seed = (known.get("hyperparameters") or {}).get("seed")
-            run = Run(path, str(known.get("task")), seed, str(known.get("base_model", "unknown")))
-            found.setdefault(path.resolve(), run)
+            if known.get("task") in TASKS:
+                seed, base = (known.get("hyperparameters") or {}).get("seed"), str(known.get("base_model", "unknown"))
+                run = Run(path, known["task"], seed, base, read_figures(path, known))
+                found.setdefault(path.resolve(), run)
     return list(found.values())
 
 
-def _best(task: str, runs: list[Run]) -> tuple[Run, str]:
-    """The run with the best dev figure, and a line on it."""
-    title, metric, figures = _TITLES[task], TASKS[task].metrics[0], [run.dev_figure() for run in runs]
+def _best(task: str, runs: list[Run]) -> tuple[Run, list[str]]:
+    """The run that ended with the model of the best dev figure, and lines on it."""
+    title, metric, figures = _TITLES[task], TASKS[task].metrics[0], [run.figures.last for run in runs]
     if len(runs) > 1 and None in figures:
         raise UserError(
             f"{title}: {len(runs)} runs predict it; no dev {metric} in {runs[figures.index(None)].folder}.\n"
@@ -95,16 +144,26 @@ def _best(task: str, runs: list[Run]) -> tuple[Run, str]:
         )
     i = max(range(len(runs)), key=lambda i: figures[i] or 0.0)
     which = f"seed {runs[i].seed}" + (f" of {len(runs)} runs" if len(runs) > 1 else ", the only run")
-    figure = "not evaluated" if figures[i] is None else f"dev {metric} {figures[i]:.3f}"
-    return runs[i], f"{title}: {which}, {figure}: {runs[i].folder}"
+    figure = "not evaluated" if figures[i] is None else f"dev {metric} {figures[i]:.3f} of the model it ended with"
+    lines = [f"{title}: {which}, {figure}: {runs[i].folder}"]
+    seen = [(value, epoch, run.seed) for run in runs for _, epoch, value in run.figures.history]
+    reached = runs[i].figures.first_set
+    if seen and reached is not None and (best := max(seen, key=lambda one: one[0]))[0] > reached + 1e-6:
+        value, epoch, seed = best
+        place = " on the matched set" if task == "mnli" else ""
+        lines.append(
+            f"{title}: epoch {epoch:g} of seed {seed} had {metric} {value:.3f}{place}; "
+            "--load_best_model_at_end would have kept that model and predicted with it."
+        )
+    return runs[i], lines
 
 
-def _only(runs: list[Run]) -> tuple[Run, str]:
+def _only(runs: list[Run]) -> tuple[Run, list[str]]:
     """The run made for AX, which has no dev figure, and a line on it."""
     if len(runs) > 1:
         folders = ", ".join(str(run.folder) for run in runs)
         raise UserError(f"AX: {len(runs)} runs predict it: {folders}.\nName only the one with the MNLI run's adapter.")
-    return runs[0], f"AX: from a run of its own: {runs[0].folder}"
+    return runs[0], [f"AX: from a run of its own: {runs[0].folder}"]
 
 
 def choose(runs: list[Run]) -> tuple[dict[str, Run], list[str]]:
@@ -114,12 +173,12 @@ def choose(runs: list[Run]) -> tuple[dict[str, Run], list[str]]:
     for task in _TITLES:  # MNLI before AX, which is the same model's
         candidates = [run for run in runs if run.task == task and run.predicts(task)]
         if task == "ax" and "mnli" in chosen and chosen["mnli"].predicts("ax"):
-            chosen[task], line = chosen["mnli"], "AX: from the MNLI run."
+            chosen[task], said = chosen["mnli"], ["AX: from the MNLI run."]
         elif candidates:
-            chosen[task], line = _only(candidates) if task == "ax" else _best(task, candidates)
+            chosen[task], said = _only(candidates) if task == "ax" else _best(task, candidates)
         else:
             continue
-        lines.append(line)
+        lines += said
     bases: dict[str, list[str]] = {}
     for task, run in chosen.items():
         bases.setdefault(run.base_model, []).append(_TITLES[task])
@@ -199,14 +258,18 @@ def write_submission(runs: Sequence[Path], out: Path, partial: bool = False) -> 
     if out.exists():
         raise UserError(f"{out}: is there already. Give another --out; nothing is written over.")
     found = find_runs(runs)
-    chosen, lines = choose(found)
+    diverged = [f"left out, diverged ({run.figures.diverged}): {run.folder}" for run in found if run.figures.diverged]
+    chosen, lines = choose([run for run in found if not run.figures.diverged])
+    lines += diverged
+    if diverged and not chosen:
+        raise UserError("no run to take predictions from:\n" + "; ".join(diverged))
     untrained = {"wnli"} - {run.task for run in found}
     if missing := [task for task in _TITLES if task not in {*chosen, *untrained}]:
         names = ", ".join(file.name for file in FILES if file.task in missing)
         if not partial:
             tasks = ", ".join(task + " (with the MNLI run's adapter)" * (task == "ax") for task in missing)
             raise UserError(
-                f"no predictions for {names}.\n"
+                f"no predictions for {names}{''.join(f'; {line}' for line in diverged)}.\n"
                 f"Make them with run_glue.py --task_name X --do_predict ..., X being {tasks}.\n"
                 "--partial leaves these files out."
             )
