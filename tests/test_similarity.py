@@ -304,11 +304,19 @@ def test_an_unknown_layer_or_module_is_refused_with_a_list_of_those_there_are(fi
     assert "no keys" in message and "query, value" in message
 
 
-def test_matrices_with_numbers_that_are_not_finite_are_refused_naming_the_layer(files, tmp_path, capsys):
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "tensor",
+    [f"{layer_name(3, 'value')}.lora_A", f"{layer_name(0, 'query')}.lora_B", "classifier.out_proj.bias"],
+)
+def test_an_adapter_with_numbers_that_are_not_finite_is_refused_naming_the_tensor(
+    files, tmp_path, capsys, tensor, number
+):
     state = lora_state(4, 10)
-    state[f"{layer_name(3, 'value')}.lora_A"][1, 2] = float("nan")
+    state["classifier.out_proj.bias"] = torch.zeros(2)
+    state[tensor].view(-1)[1] = number
     message = refused(capsys, files[0], saved(tmp_path / "nan.bin", state))
-    assert "nan.bin" in message and f"{layer_name(3, 'value')}.lora_A" in message
+    assert "nan.bin" in message and tensor in message
 
 
 def test_a_missing_adapter_and_a_folder_that_is_a_file_are_errors_of_one_line(files, tmp_path, capsys):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_nlu.adapters import Adapter, read_adapter
+from lora_nlu.adapters import Adapter, check_values, read_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.files import appearing, write_text
 
@@ -77,6 +77,7 @@ def compare(one: Adapter, two: Adapter, modules: str | None = None) -> list[Pair
     for adapter in (one, two):
         if not adapter.ranks:
             raise UserError(f"{adapter.source}: holds {adapter.method}, which has no LoRA matrices to compare.")
+        check_values(adapter)
     places = {name: _place(name) for name in one.ranks if name in two.ranks}
     if not places:
         names = (next(iter(adapter.ranks)) for adapter in (one, two))
@@ -90,9 +91,6 @@ def compare(one: Adapter, two: Adapter, modules: str | None = None) -> list[Pair
         if module not in wanted:
             continue
         A1, A2 = (adapter.state[f"{name}.lora_A"] for adapter in (one, two))
-        for adapter, A in ((one, A1), (two, A2)):
-            if not A.isfinite().all():
-                raise UserError(f"{adapter.source}: {name}.lora_A holds numbers that are not finite.")
         if A1.shape[1] != A2.shape[1]:
             raise UserError(
                 f"{name}.lora_A is {list(A1.shape)} in {one.source}, {list(A2.shape)} in {two.source}.\n"
