@@ -6,8 +6,8 @@ import pytest
 
 from lora_nlu import kernels
 
-# Started in the background by a shell, or by nohup, this process ignores Ctrl-C, or a closed terminal, and so would every
-# program that a test interrupts.
+# Started in the background or by nohup, this process ignores Ctrl-C or a closed terminal, and so would every program
+# that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
