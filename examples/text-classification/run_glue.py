@@ -17,7 +17,7 @@ from transformers.integrations import deepspeed, is_tensorboard_available
 
 from lora_nlu import adapters, data, loading, processes, runs
 from lora_nlu.errors import UsageError, UserError
-from lora_nlu.flags import check_args, parse, parse_layers, parse_targets, set_best_metric
+from lora_nlu.flags import check_args, check_smoothing, parse, parse_layers, parse_targets, set_best_metric
 from lora_nlu.lora import LoRALinear
 from lora_nlu.methods import ADAPTER_TYPES, SETTINGS, set_method
 from lora_nlu.metrics import compute_metrics
@@ -139,6 +139,9 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
     if args.logging_nan_inf_filter:
         notes.append("--logging_nan_inf_filter: nothing is filtered; training stops at a loss that is not finite.")
         args.logging_nan_inf_filter = False
+    if args.batch_eval_metrics:
+        notes.append("--batch_eval_metrics: metrics are of all examples at once, which is the same and needs no flag.")
+        args.batch_eval_metrics = False
     if args.logging_dir and not is_tensorboard_available():
         notes.append(f"--logging_dir {args.logging_dir}: nothing is written there, tensorboard is not installed.")
     say(args, *(f"run_glue.py: {note}" for note in notes))
@@ -256,6 +259,7 @@ def main(argv: list[str]) -> None:
         tables = data.tokenize(examples, tokenizer, max_length, model_args.cache_dir, data_args.overwrite_cache)
 
     names = TASKS[task].metrics if task in TASKS else ("pearson", "mse") if examples.is_regression else ("accuracy",)
+    check_smoothing(args, examples.is_regression)
     best = set_best_metric(args, names)
     say(args, *(best if args.do_train else []))
     known_of_base = {"base_model": name, "base_fingerprint": base, "started_from": adapter_path}

@@ -154,6 +154,7 @@ def check_args(model_args: Any, data_args: Any, args: Any) -> None:
         (model_args, 0, math.inf, ("lora_r",)),  # rank 0 is plain fine-tuning
         (model_args, 0, math.inf, ("reg_loss_wgt",)),
         (model_args, 0, 1, ("cls_dropout", "masking_prob", "lora_dropout")),
+        (args, 0, 1, ("label_smoothing_factor",)),
         (model_args, 1, math.inf, ("adapter_size",)),
         (data_args, 1, math.inf, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
         (data_args, 4, math.inf, ("max_seq_length",)),
@@ -232,6 +233,12 @@ def set_best_metric(args: Any, names: tuple[str, ...]) -> list[str]:
             raise UsageError(f"--lr_scheduler_kwargs: mode {settings['mode']!r}, but {better} is better for {metric}.")
         args.lr_scheduler_kwargs = settings | {"mode": mode}
     return [f"Best checkpoint{' and learning rate' * schedule} by {metric} ({better} is better)."]
+
+
+def check_smoothing(args: Any, is_regression: bool) -> None:
+    """A regression has no classes to smooth. Raises UsageError."""
+    if args.label_smoothing_factor and is_regression:
+        raise UsageError("--label_smoothing_factor is for classes, and these labels are numbers. Leave it out.")
 
 
 def translate(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -303,7 +303,8 @@ def predict(trainer: AdapterTrainer, tables: dict[str, Any]) -> list[Path]:
         which = {"test_mismatched": f"{task}-mm", "test_ax": "ax"}.get(name, task)
         path = Path(trainer.args.output_dir, f"predict_results_{which}.tsv")
         if trainer.args.process_index == 0:
-            lines = [f"{i}\t{labels[int(a)] if labels else format(a, '.3f')}" for i, a in enumerate(answers)]
+            numbered = zip(range(len(tables[name])), answers, strict=True)
+            lines = [f"{i}\t{labels[int(a)] if labels else format(a, '.3f')}" for i, a in numbered]
             write_text(path, "\n".join(["index\tprediction", *lines]) + "\n")
         written.append(path)
     return written

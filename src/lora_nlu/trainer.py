@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainerState, set_seed
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
@@ -112,6 +113,25 @@ def _damage_said(checkpoint: str | None) -> Iterator[None]:
             f"{checkpoint}: damaged, can't be resumed from ({reason}).\n"
             "Remove this folder; the same command then takes the checkpoint before it, or starts anew."
         ) from e
+
+
+# An evaluation scores every row once, in order and all of them together, whatever the flags say of training's batches.
+_EVALUATION: dict[str, Any] = {
+    "dataloader_drop_last": False, "dataloader_persistent_workers": False, "eval_do_concat_batches": True,
+    "batch_eval_metrics": False, "include_for_metrics": [],
+}  # fmt: skip
+_EVALUATION_BATCHES: dict[str, Any] = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
+
+
+@contextmanager
+def _replaced(holder: Any, **values: Any) -> Iterator[None]:
+    """Attributes with other values for a while."""
+    kept = {name: getattr(holder, name) for name in values}
+    vars(holder).update(values)
+    try:
+        yield
+    finally:
+        vars(holder).update(kept)
 
 
 class _OwnDropout(TrainerCallback):
@@ -469,24 +489,59 @@ class AdapterTrainer(Trainer):
 
     # ----------------------------------------------------------------------------------------------- evaluation
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As transformers', but of every row, and with the plain loss, a mean over examples: that of the logits.
+
+        transformers averages batch means, in which examples that fill up the last round count again, and smooths
+        labels as in training. Raises UserError for logits that are not finite, or fewer or more of them than rows.
+        """
         if self.is_fsdp_enabled and not self.accelerator._models:
             # FSDP2 takes a model with its optimizer alone, and transformers gives it none where nothing trained
             self.model_wrapped, _ = self.accelerator.prepare(self.model, self.create_optimizer())
-        output: Any = super().evaluation_loop(*args, **kwargs)
-        if output.predictions is None:  # --prediction_loss_only
-            return output
-        if (wrong := ~np.isfinite(output.predictions).all(axis=1)).any():
+        without = {"compute_metrics": None, "label_smoother": None}
+        with _replaced(self.args, **_EVALUATION), _replaced(self, **without):
+            self.gather_function = self.accelerator.gather_for_metrics
+            output: Any = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        logits, labels, rows = output.predictions, output.label_ids, len(dataloader.dataset)
+        if len(logits) != rows:
+            raise UserError(f"{len(logits)} predictions for {rows} rows: nothing was scored or written.")
+        if (wrong := ~np.isfinite(logits).all(axis=1)).any():
             raise UserError(
-                f"the model's logits are not finite for {wrong.sum()} of {len(wrong)} examples, the first is number "
+                f"the model's logits are not finite for {wrong.sum()} of {rows} examples, the first is number "
                 f"{wrong.argmax() + 1}: that is no score.\nIn half precision leave out --fp16, --fp16_full_eval and "
                 "the like; else the model's own weights are not finite."
             )
-        for name in (name for name in output.metrics if name.endswith("_loss")):
-            # transformers averages batch means, in which examples that fill up the last round count again
-            logits, labels = torch.as_tensor(output.predictions).float(), torch.as_tensor(output.label_ids)
-            output.metrics[name] = classification_loss(logits, labels, self.model.config.problem_type).item()
+        scores: dict[str, float] = {}
+        if labels is not None:
+            problem_type = self.model.config.problem_type
+            loss = classification_loss(torch.as_tensor(logits).float(), torch.as_tensor(labels), problem_type)
+            scores["loss"] = loss.item()
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        if labels is not None and self.compute_metrics and not loss_only:
+            scores |= self.compute_metrics(EvalPrediction(logits, labels))
+        output.metrics.update({f"{metric_key_prefix}_{name}": score for name, score in scores.items()})
         return output
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("is_training"):
+            config = replace(self.accelerator.dataloader_config, **_EVALUATION_BATCHES)
+            with _replaced(self.args, **_EVALUATION), _replaced(self.accelerator, dataloader_config=config):
+                return super()._get_dataloader(*args, **kwargs)
+        loader = super()._get_dataloader(*args, **kwargs)
+        if not len(loader):
+            batch = self.args.train_batch_size * self.args.world_size
+            raise UserError(
+                f"--dataloader_drop_last leaves nothing to train on: {len(self.train_dataset)} examples are fewer than "
+                f"one batch of {batch}.\nLeave the flag out, or lower --per_device_train_batch_size."
+            )
+        return loader
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # With --train_sampling_strategy group_by_length transformers would sort the evaluation as well, and predictions
