@@ -134,12 +134,17 @@ def _replaced(holder: Any, **values: Any) -> Iterator[None]:
         vars(holder).update(kept)
 
 
+def seed_from(*numbers: int) -> int:
+    """A seed of 32 bits that depends on all of these numbers: a sum would be the same for neighbouring runs."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 class _OwnDropout(TrainerCallback):
     """Give every process but the first a dropout of its own; the order of the data has been drawn by then."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.process_index:
-            torch.manual_seed(args.seed + args.process_index)
+            torch.manual_seed(seed_from(args.seed, args.process_index))
 
 
 class _ByLength(LengthGroupedSampler):
@@ -475,7 +480,7 @@ class AdapterTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint and processes_of(checkpoint) != self.args.world_size:  # dropout draws anew, each process its own
-            set_seed(self.args.seed + 1000 * self.state.global_step + self.args.process_index)
+            set_seed(seed_from(self.args.seed, self.state.global_step, self.args.process_index))
             return
         with _damage_said(checkpoint):
             super()._load_rng_state(checkpoint)

@@ -24,7 +24,7 @@ from test_run_glue import read, rte, scores, succeeded, trained_flat
 
 from lora_nlu import blocks, runs
 from lora_nlu.errors import UserError
-from lora_nlu.trainer import _OwnDropout
+from lora_nlu.trainer import _OwnDropout, seed_from
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -345,16 +345,24 @@ def test_an_error_of_one_process_is_said_by_it_and_ends_the_others(more, said, e
     assert done.stderr.count("run_glue.py: error") == 1
 
 
-def test_every_process_draws_a_dropout_of_its_own_and_the_first_that_of_a_lone_one():
-    drawn = []
-    for process in range(3):
-        torch.manual_seed(7)
-        args = SimpleNamespace(seed=7, process_index=process)
-        _OwnDropout().on_train_begin(args, None, None)
-        drawn.append(torch.rand(4))
-    torch.manual_seed(7)
-    assert torch.equal(drawn[0], torch.rand(4))
-    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+def test_dropout_of_every_seed_and_process_is_its_own_and_the_first_processs_that_of_a_lone_one():
+    """Medians over seeds are over independent runs only then; after a change of the number of processes as well.
+
+    That the order of the data stays the same in all processes is what the comparisons above prove.
+    """
+    started, resumed = {}, {}
+    for seed in range(10):
+        for process in range(8):
+            args = SimpleNamespace(seed=seed, process_index=process)
+            torch.manual_seed(seed)
+            _OwnDropout().on_train_begin(args, None, None)
+            started[seed, process] = tuple(torch.rand(4).tolist())
+            for step in (0, 1, 1000):
+                resumed[seed, process, step] = seed_from(seed, step, process)
+        torch.manual_seed(seed)
+        assert started[seed, 0] == tuple(torch.rand(4).tolist())
+    assert len({*started.values()}) == len(started) == 80
+    assert len({*resumed.values()}) == len(resumed) == 240
 
 
 @pytest.mark.parametrize(

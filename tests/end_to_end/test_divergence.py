@@ -35,12 +35,13 @@ def assert_stopped(outcome: Outcome, folder: Path, said: str) -> None:
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory, tiny_model) -> list[object]:
-    """Flags for a model that knows no finite embedding of one character, and for rows of which the 19th has it."""
+    """Flags for a model whose embedding of one character overflows, and for rows of which the 19th has it."""
     folder = tmp_path_factory.mktemp("poisoned")
     shutil.copytree(tiny_model, folder / "model")
     state = load_file(folder / "model" / "model.safetensors")
     token = AutoTokenizer.from_pretrained(tiny_model).convert_tokens_to_ids("#")
-    state["roberta.embeddings.word_embeddings.weight"][token] = math.nan
+    row = state["roberta.embeddings.word_embeddings.weight"][token]
+    row[::2], row[1::2] = 3e38, -3e38
     save_file(state, folder / "model" / "model.safetensors", metadata={"format": "pt"})
     rows = [f"the cat sees dog {i}{' #' * (i == 18)},{['no', 'yes'][i % 2]}" for i in range(40)]
     (folder / "train.csv").write_text("\n".join(["text,label", *rows]) + "\n")
