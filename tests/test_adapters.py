@@ -1,5 +1,6 @@
 """Adapters on disk: PEFT folders and published files, what is refused and what stays as it was."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -17,10 +18,12 @@ from helpers import (
     tiny_config,
     tiny_deberta_config,
 )
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftModel, TaskType, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora import config as lora_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lora_nlu import adapters
 from lora_nlu.adapters import (
     CONFIG,
     METADATA,
@@ -71,6 +74,13 @@ def published(path: Path, state: dict[str, Tensor], prefix: str = "") -> Path:
     """One flat state dict by torch.save, as the reference implementation's adapters come."""
     torch.save({prefix + name: tensor for name, tensor in state.items()}, path)
     return path
+
+
+def copied(folder: Path, to: Path, **settings) -> None:
+    """Copy an adapter folder, with other settings in its config."""
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    (to / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | settings))
 
 
 def refused(path: object, model: nn.Module | None = None, training: bool = False) -> str:
@@ -317,6 +327,12 @@ PEFT_SETTINGS = {
     "all-linear": {"target_modules": "all-linear"},
     "a pattern": {"target_modules": r".*layer\.0\.attention\.self\.({query}|{key})"},
     "one layer of the model": {"target_modules": ["{query}"], "layers_to_transform": [1], "layers_pattern": "layer"},
+    "the first layer": {"target_modules": ["{query}", "{value}"], "layers_to_transform": 0},
+    "layers and all but one": {
+        "target_modules": ["{query}", "output.dense"],
+        "layers_to_transform": [0, 1],
+        "exclude_modules": ["0.attention.output.dense", "1.attention.self.{query}"],
+    },
     "all but one": {"target_modules": ["{query}", "{value}"], "exclude_modules": r".*layer\.1.*{value}"},
     "rslora": {"target_modules": ["{query}", "{value}"], "use_rslora": True, "r": 3},
     "ranks and alphas by pattern": {
@@ -328,6 +344,8 @@ PEFT_SETTINGS = {
     "biases": {"target_modules": ["{query}", "{value}"], "bias": "all"},
     "biases of its layers": {"target_modules": ["{query}", "{key}"], "bias": "lora_only"},
     "embeddings saved whole": {"target_modules": ["{query}"], "modules_to_save": ["word_embeddings"]},
+    "orthogonal start": {"target_modules": ["{query}"], "init_lora_weights": "orthogonal"},
+    "start at the minor components": {"target_modules": ["{query}", "{key}"], "init_lora_weights": "mica"},
     "gaussian start, dropout": {"target_modules": ["{query}"], "init_lora_weights": "gaussian", "lora_dropout": 0.1},
 }
 KINDS = {
@@ -347,6 +365,15 @@ def named(value, names: dict[str, str]):
     return [named(v, names) for v in value] if isinstance(value, list) else value
 
 
+@torch.no_grad()
+def train_at_random_(model: nn.Module) -> None:
+    """Give every parameter that trains other values; the rest stays."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
 @pytest.mark.parametrize("settings", PEFT_SETTINGS.values(), ids=PEFT_SETTINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_whatever_peft_trained_gives_the_same_logits_here_and_saved_again_in_peft(kind, settings, tmp_path):
@@ -357,11 +384,7 @@ def test_whatever_peft_trained_gives_the_same_logits_here_and_saved_again_in_pef
     base = randomise_(theirs_class(new_config()), seed=2)
     torch.save(base.state_dict(), tmp_path / "base.bin")
     theirs = get_peft_model(base, LoraConfig(task_type=TaskType.SEQ_CLS, **settings))
-    trainable = [(name, p) for name, p in theirs.named_parameters() if p.requires_grad]
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for _, parameter in trainable:
-            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    train_at_random_(theirs)
     theirs.eval().save_pretrained(tmp_path / "peft")
 
     def fresh(model_class) -> nn.Module:
@@ -380,6 +403,188 @@ def test_whatever_peft_trained_gives_the_same_logits_here_and_saved_again_in_pef
     attach_adapter(again, read_adapter(str(tmp_path / "ours")), None, allow_new_head=False)
     assert torch.equal(logits(again), logits(model))
     assert_close(logits(PeftModel.from_pretrained(fresh(theirs_class), str(tmp_path / "ours"))), want)
+
+
+@pytest.mark.parametrize("adjusted", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_eva_folder_of_pefts_own_gives_the_same_logits(kind, adjusted, tmp_path):
+    new_config, names, heads = KINDS[kind]
+    ours, theirs = (model_class(new_config()) for model_class in CLASSIFIERS[new_config().model_type])
+    ours.load_state_dict(randomise_(theirs, seed=2).state_dict())
+    settings = {
+        "target_modules": [names["query"], names["value"], "output.dense"],
+        "modules_to_save": heads,
+        "init_lora_weights": "eva",
+        "eva_config": EvaConfig(rho=2.0, adjust_scaling_factors=adjusted),
+    }
+    model = get_peft_model(theirs, LoraConfig(task_type=TaskType.SEQ_CLS, r=R, lora_alpha=ALPHA, **settings))
+    rows = None if kind == "roberta" else lambda read, batch, name: read[0].flatten(0, -2)  # the relative query too
+    more = {"prepare_layer_inputs_fn": rows} if rows else {}
+    batches = [ragged_batch([17, 3, 30, 9], seed=seed) for seed in range(12)]
+    initialize_lora_eva_weights(model, batches, show_progress_bar=False, **more)
+    train_at_random_(model)
+    model.eval().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["eva_config"]["rho"] == 2.0 and config["rank_pattern"], "no EVA that moved ranks"
+    attach_adapter(ours, read_adapter(str(tmp_path)), None, allow_new_head=False)
+    assert_close(logits(ours), logits(model))
+
+
+def variant(**settings) -> dict:
+    """Settings of a PEFT adapter of a tiny RoBERTa."""
+    return {"r": R, "lora_alpha": ALPHA, "target_modules": ["query", "value"]} | settings
+
+
+VARIANTS = {
+    "use_dora": variant(use_dora=True),
+    "lora_bias": variant(lora_bias=True),
+    "init_lora_weights": variant(init_lora_weights="pissa"),
+    "init_lora_weights=olora": variant(init_lora_weights="olora"),
+    "kasa_config": variant(kasa_config=lora_config.KasaConfig()),
+    "use_bdlora": variant(
+        use_bdlora=lora_config.BdLoraConfig(target_modules_bd_a=["query"], target_modules_bd_b=["value"], nblocks=2)
+    ),
+    "monteclora_config": variant(monteclora_config=lora_config.MontecloraConfig()),
+    "trainable_token_indices": variant(trainable_token_indices=[1, 2]),
+    "target_parameters": variant(target_parameters=["attention.self.key.weight"]),
+    "lora_embedding_A": variant(target_modules=["word_embeddings", "query"]),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_peft_trained_otherwise_than_these_models_can_compute_is_refused_by_its_name(name, tmp_path):
+    model = transformers.RobertaForSequenceClassification(tiny_config())
+    get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, **VARIANTS[name])).save_pretrained(tmp_path)
+    assert name in refused(tmp_path)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LoraConfig)])
+def test_every_field_of_pefts_config_is_honoured_or_changes_nothing_or_is_refused(field, saved, tmp_path):
+    """A field that a later PEFT adds stands on no side, and is refused until somebody has looked at it."""
+    if field in adapters._HONOURED | adapters._NEUTRAL:
+        return
+    copied(saved[1], tmp_path, **{field: {"on": True}})
+    assert f"{field}={{'on': True}} is not supported" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["query"]},
+        {"target_modules": ["query", "value"], "layers_to_transform": [1]},
+        {"target_modules": ["query", "value"], "layers_to_transform": [0, 1], "layers_pattern": ["block"]},
+        {"target_modules": ["query", "value"], "exclude_modules": r".*\.1\..*\.value"},
+        {"target_modules": r".*layer\.1.*(query|value)"},
+    ],
+    ids=str,
+)
+def test_matrices_where_the_config_has_no_lora_are_refused_for_peft_would_leave_them_out(settings, saved, tmp_path):
+    copied(saved[1], tmp_path, **settings)
+    message = refused(tmp_path)
+    assert "has no LoRA there" in message and "roberta.encoder.layer." in message
+
+
+@pytest.mark.parametrize("settings", [{"layers_to_transform": [0, 1]}, {"exclude_modules": ["key"]}], ids=str)
+def test_matrices_that_are_missing_are_named_whatever_way_the_config_says_which_there_are(settings, saved, tmp_path):
+    copied(saved[1], tmp_path, **settings)
+    tensors = load_file(tmp_path / WEIGHTS)
+    gone = [name for name in tensors if "layer.1.attention.self.query" in name]
+    save_file({name: t for name, t in tensors.items() if name not in gone}, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(UserError, match="lacks roberta.encoder.layer.1.attention.self.query.lora_A"):
+        attach_adapter(RobertaForSequenceClassification(tiny_config()), read_adapter(str(tmp_path)), None, False)
+
+
+@pytest.mark.parametrize("kind", ["TOKEN_CLS", "QUESTION_ANS", None])
+def test_a_head_of_another_kind_of_model_is_refused(kind, tmp_path):
+    """A token classifier's head has the names and shapes of a DeBERTa's sequence classifier."""
+    model = transformers.DebertaV2ForTokenClassification(tiny_deberta_config())
+    settings = variant(target_modules=["query_proj"], modules_to_save=["classifier"])
+    get_peft_model(model, LoraConfig(task_type=kind, **settings)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"was trained for .*{kind or 'ForTokenClassification'}"):
+        read_adapter(str(tmp_path))
+
+
+# ------------------------------------------------------------- DeBERTa's head as PEFT saves it unless told: no pooler
+
+
+@pytest.fixture
+def without_pooler(tmp_path) -> tuple[PeftModel, Path, Path]:
+    """PEFT's model with its default modules to save, the folder of the classifier it started from, and its own."""
+    base = randomise_(transformers.DebertaV2ForSequenceClassification(tiny_deberta_config()), seed=2)
+    base.save_pretrained(tmp_path / "base")
+    base.deberta.save_pretrained(tmp_path / "encoder")
+    settings = variant(target_modules=["query_proj", "value_proj"])
+    theirs = get_peft_model(base, LoraConfig(task_type=TaskType.SEQ_CLS, **settings))
+    train_at_random_(theirs)
+    theirs.eval().save_pretrained(tmp_path / "peft")
+    names = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / "peft" / WEIGHTS)}
+    assert {name for name in names if "deberta" not in name} == {"classifier.weight", "classifier.bias"}
+    return theirs, tmp_path / "base", tmp_path / "peft"
+
+
+def on(folder: Path, **settings) -> DebertaV2ForSequenceClassification:
+    """Our classifier with what a checkpoint folder holds."""
+    config = transformers.AutoConfig.from_pretrained(folder, **{"num_labels": 3, **settings})
+    return DebertaV2ForSequenceClassification.from_pretrained(folder, config=config, ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_classifier_without_its_pooler_reads_the_base_checkpoints(training, without_pooler, tmp_path):
+    theirs, base, folder = without_pooler
+    model = on(base)
+    notes = attach_adapter(model, read_adapter(str(folder)), None, allow_new_head=training)
+    assert_close(logits(model), logits(theirs))
+    assert [note for note in notes if "holds no pooler; its classifier reads the base checkpoint's" in note] == notes
+    save_adapter(model, tmp_path / "again", METADATA_OF_RUN)
+    other = on(tmp_path / "encoder")  # saved again it has its pooler
+    attach_adapter(other, read_adapter(str(tmp_path / "again")), None, allow_new_head=False)
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_a_classifier_whose_pooler_is_lost_is_refused_with_the_reason_and_the_remedy(without_pooler, tmp_path):
+    _, _, folder = without_pooler
+    for base in (on(tmp_path / "encoder"), DebertaV2ForSequenceClassification(tiny_deberta_config())):
+        with pytest.raises(UserError) as error:
+            attach_adapter(base, read_adapter(str(folder)), None, allow_new_head=False)
+        message = str(error.value)
+        assert str(folder) in message and "drew at random and did not save" in message
+        assert 'modules_to_save=["classifier", "pooler"]' in message and message.count("\n") < 3
+
+
+def test_training_starts_from_a_classifier_whose_pooler_is_lost_with_a_new_head(without_pooler, tmp_path):
+    _, _, folder = without_pooler
+    model = on(tmp_path / "encoder")
+    fresh = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapter = read_adapter(str(folder))
+    (note,) = attach_adapter(model, adapter, None, allow_new_head=True)
+    assert "the head starts anew" in note
+    now = dict(model.named_parameters())
+    heads = [name for name in fresh if not name.startswith("deberta.")]
+    assert len(heads) == 4 and all(torch.equal(now[name], fresh[name]) and now[name].requires_grad for name in heads)
+    matrices = [name for name in adapter.state if "lora_" in name]
+    assert len(matrices) == 8 and all(torch.equal(now[name], adapter.state[name]) for name in matrices)
+
+
+def test_training_for_other_labels_keeps_the_base_checkpoints_pooler(without_pooler):
+    _, base, folder = without_pooler
+    model = on(base, num_labels=2)
+    pooler = model.pooler.dense.weight.detach().clone()
+    notes = attach_adapter(model, read_adapter(str(folder)), None, allow_new_head=True)
+    assert torch.equal(model.pooler.dense.weight, pooler) and model.classifier.weight.shape[0] == 2
+    assert any("classifier is for other labels" in note for note in notes)
+
+
+def test_half_a_pooler_and_a_published_file_without_one_are_refused_as_ever(without_pooler, tmp_path):
+    _, base, folder = without_pooler
+    tensors = load_file(folder / WEIGHTS)
+    half = {"base_model.model.pooler.dense.weight": torch.zeros(32, 32)}
+    save_file(tensors | half, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(UserError, match="lacks pooler.dense.bias"):
+        attach_adapter(on(base), read_adapter(str(folder)), None, allow_new_head=False)
+    state = {name: t for name, t in trained(lora_deberta()).items() if "pooler" not in name}
+    with pytest.raises(UserError, match="lacks pooler.dense.weight"):
+        adapter = read_adapter(str(published(tmp_path / "mnli.bin", state)))
+        attach_adapter(on(base), adapter, ALPHA, allow_new_head=False)
 
 
 def test_a_peft_folder_with_the_old_bin_file_loads_like_the_safetensors_one(tmp_path):

@@ -35,14 +35,16 @@ _FILES = [CONFIG, METADATA, "adapter_model.*"]
 _LORA, _LORA_FROZEN_RELATIVE_QUERY = "LORA", "LORA_FROZEN_RELATIVE_QUERY"  # peft_type; PEFT knows the first
 _METHODS = {"BITFIT": "bitfit", "HOULSBY": "houlsby", "PFEIFFER": "pfeiffer", "HEAD": "head"}  # and none of these
 _PEFT_PREFIX = "base_model.model."
+_ENCODERS = ("roberta.", "deberta.")
 # Settings of an adapter_config.json that are read, and those that change nothing in what a trained adapter computes.
 _HONOURED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
 _NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "inference_mode",
-    "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save", "peft_version",
-    "qalora_group_size", "revision", "target_modules", "task_type",
+    "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-_STARTS = ("gaussian", "orthogonal", "eva")
+_STARTS = ("gaussian", "orthogonal", "eva", "mica")  # of init_lora_weights; they leave the base weights alone
+_OTHER_HEADS = re.compile("TOKEN_CLS|QUESTION_ANS|ForTokenClassification|ForQuestionAnswering")
 _OLD_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
 _WHOLE = "pytorch_model.bin"  # the reference implementation's checkpoints
 _ENDING = r"(.*\.)?({})$"  # how PEFT matches the names in rank_pattern and alpha_pattern
@@ -382,8 +384,12 @@ def _read_folder(folder: Path) -> Adapter:
         if ".lora_" in name and not _LORA_KEY.search(name):
             raise UserError(f"{weights}: {key}: a kind of LoRA tensor that is not supported.")
         state[name] = tensor
+    if named := config.get("base_model_name_or_path"):
+        metadata = {"base_model": named, "base_revision": config.get("revision")} | metadata
+        _check_metadata(folder / CONFIG, metadata)
     if config["peft_type"] in _METHODS:
         return _complete(Adapter(folder, state, metadata=metadata, method=_METHODS[config["peft_type"]]))
+    _check_contents(folder, config, state)
     adapter = Adapter(
         folder,
         state,
@@ -392,10 +398,14 @@ def _read_folder(folder: Path) -> Adapter:
         bool(config.get("use_rslora")),
         config["peft_type"] == _LORA_FROZEN_RELATIVE_QUERY,
         config.get("lora_dropout") or 0.0,
-        None if config.get("layers_to_transform") or config.get("exclude_modules") else config.get("target_modules"),
+        _targets(config),
         metadata,
     )
     for name, rank in _complete(adapter).ranks.items():
+        if adapter.targets is not None and not _is_target(adapter, name):
+            raise UserError(
+                f"{folder}: holds {name}.lora_A, and {CONFIG} has no LoRA there: they don't belong together."
+            )
         said = _by_pattern(config.get("rank_pattern") or {}, name, config["r"])
         if rank != said:
             raise UserError(
@@ -404,16 +414,46 @@ def _read_folder(folder: Path) -> Adapter:
     return adapter
 
 
+def _check_contents(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Head and biases must be what the config says they are. Raises UserError."""
+    mapping = config.get("auto_mapping")
+    model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    for kind in (config.get("task_type"), model_class):
+        if _OTHER_HEADS.search(str(kind)) and not all(name.startswith(_ENCODERS) for name in state):
+            raise UserError(f"{folder}: was trained for {shown(kind)}; its head is not one of a sequence classifier.")
+    biases = any(name.startswith(_ENCODERS) and name.endswith(".bias") for name in state)
+    if config.get("bias") not in (None, "none") and not biases:
+        raise UserError(f"{folder}: {CONFIG} says bias={config['bias']}, and the file holds no biases of the encoder.")
+
+
+def _targets(config: dict[str, Any]) -> list[str] | str | None:
+    """The layers that an `adapter_config.json` means, as names or, where it leaves some out, as one pattern."""
+    targets, layers, excluded = (config.get(k) for k in ("target_modules", "layers_to_transform", "exclude_modules"))
+    if targets in (None, "all-linear") or (layers in (None, []) and not excluded):
+        return None if targets == "all-linear" else targets
+    patterns = [names if isinstance(names, str) else _any_of(names) for names in (targets, excluded or [])]
+    where = config.get("layers_pattern") or ["[^.]*"]
+    stacks = "|".join([where] if isinstance(where, str) else where)
+    numbers = "|".join(map(str, layers if isinstance(layers, list) else [layers]))
+    within = rf"(?=(?:|.*?\.)(?:{stacks})\.(?:{numbers})\.)" if layers not in (None, []) else ""
+    return f"(?!(?:{patterns[1]})$){within}(?:{patterns[0]})" if excluded else f"{within}(?:{patterns[0]})"
+
+
+def _any_of(names: list[str]) -> str:
+    """A pattern of the modules whose names, or the ends of whose names, are these."""
+    return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+
+
 def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
     """What is read of a run's metadata must be of the kind that runs write. Raises UserError."""
     labels, metrics = metadata.get("labels", []), metadata.get("metrics", {})
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise UserError(f"{path}: labels is {str(labels)[:60]!r}; expected a list of names.")
+        raise UserError(f"{path}: labels is {shown(labels)}; expected a list of names.")
     if not isinstance(metrics, dict) or not all(isinstance(value, (int, float)) for value in metrics.values()):
-        raise UserError(f"{path}: metrics is {str(metrics)[:60]!r}; expected names with numbers.")
-    for key in ("task", "base_model", "base_fingerprint"):
-        if not isinstance(metadata.get(key, ""), str):
-            raise UserError(f"{path}: {key} is {str(metadata[key])[:60]!r}; expected a string.")
+        raise UserError(f"{path}: metrics is {shown(metrics)}; expected names with numbers.")
+    for key in ("task", "base_model", "base_fingerprint", "base_revision"):
+        if not isinstance(metadata.get(key, ""), str) and not (key == "base_revision" and metadata[key] is None):
+            raise UserError(f"{path}: {key} is {shown(metadata[key])}; expected a string.")
 
 
 def _is_measure(value: Any, types: Any) -> bool:
@@ -427,18 +467,31 @@ def _check_peft_config(path: Path, config: dict[str, Any]) -> None:
     if isinstance(kind, str) and kind in _METHODS:
         return
     if kind not in (_LORA, _LORA_FROZEN_RELATIVE_QUERY):
-        raise UserError(f"{path}: peft_type is {kind!r}; of PEFT's kinds only LORA can be read.")
+        raise UserError(f"{path}: peft_type is {shown(kind)}; of PEFT's kinds only LORA can be read.")
     p = config.get("lora_dropout") or 0.0
     if not isinstance(p, (int, float)) or not 0 <= p <= 1:
-        raise UserError(f"{path}: lora_dropout is {str(p)[:40]!r}; expected a number from 0 to 1.")
+        raise UserError(f"{path}: lora_dropout is {shown(p)}; expected a number from 0 to 1.")
     for key, types in (("r", int), ("lora_alpha", (int, float))):
         if not _is_measure(config.get(key), types):  # without one PEFT would take its default of 8
-            raise UserError(f"{path}: {key} is {str(config.get(key))[:40]!r}; expected a positive number.")
-    targets, patterns = config.get("target_modules"), []
-    if isinstance(targets, str):
-        patterns.append(("target_modules", targets))
-    elif targets is not None and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
-        raise UserError(f"{path}: target_modules is neither a list of names nor a pattern.")
+            raise UserError(f"{path}: {key} is {shown(config.get(key))}; expected a positive number.")
+    patterns = []
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        names = config.get(key)
+        if isinstance(names, str):
+            patterns.append((key, names))
+        elif names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise UserError(f"{path}: {key} is neither a list of names nor a pattern.")
+        elif key == "layers_pattern":
+            patterns += [(key, name) for name in names or []]
+    numbers = config.get("layers_to_transform")
+    numbers = numbers if isinstance(numbers, list) else [numbers or 0]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise UserError(
+            f"{path}: layers_to_transform is {shown(config['layers_to_transform'])}; expected layer numbers."
+        )
+    for key, values in (("use_rslora", (None, False, True)), ("bias", (None, "none", "all", "lora_only"))):
+        if config.get(key) not in values or type(config.get(key)) is int:
+            raise UserError(f"{path}: {key} is {shown(config[key])}; expected {', '.join(map(str, values[1:]))}.")
     for key in ("rank_pattern", "alpha_pattern"):
         given = config.get(key) or {}
         if not isinstance(given, dict) or not all(_is_measure(value, (int, float)) for value in given.values()):
@@ -448,13 +501,13 @@ def _check_peft_config(path: Path, config: dict[str, Any]) -> None:
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as e:
-            raise UserError(f"{path}: {key}: {pattern[:60]!r} is no pattern ({e}).") from e
+            raise UserError(f"{path}: {key}: {shown(pattern)} is no pattern ({shown(e)}).") from e
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in _STARTS:  # PiSSA, OLoRA and others change the base weights
-        raise UserError(f"{path}: init_lora_weights={start!r} is not supported: it changes the base model's weights.")
+        raise UserError(f"{path}: init_lora_weights={shown(start)} is not supported: it changes the base weights.")
     for key, value in config.items():
         if value and key not in _HONOURED | _NEUTRAL:
-            raise UserError(f"{path}: {key}={value!r} is not supported.")
+            raise UserError(f"{path}: {shown(key)}={shown(value)} is not supported.")
 
 
 def head_label_count(state: dict[str, Tensor], model: Any) -> int | None:
@@ -545,6 +598,8 @@ def attach_adapter(model: Any, adapter: Adapter, lora_alpha: float | None, allow
         )
     if dropped:
         notes.append(f"{adapter.source}: its classifier is for other labels and is left behind; a new one starts.")
+    if note := _without_pooler(model, adapter, allow_new_head)[1]:
+        notes.append(note)
     copy_into(model, state)
     mark_trainable(model)
     for name in adapter.state:
@@ -624,6 +679,28 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
     return dropped
 
 
+def _without_pooler(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[list[str], str]:
+    """What of the head an adapter leaves to the model, and a line on it: PEFT saves no pooler of a DeBERTa by default.
+
+    Its classifier is right on the pooler that PEFT had: the base checkpoint's, or one drawn at random that is lost.
+    Raises UserError where it is lost, and training does not start here.
+    """
+    head = head_names(model)
+    pooler = [name for name in head if name.startswith("pooler.")]
+    has_head = any(name in adapter.state for name in head)
+    if not pooler or not has_head or not adapter.source.is_dir() or any(name in adapter.state for name in pooler):
+        return [], ""
+    if all(getattr(model.get_parameter(name), "_is_hf_initialized", False) for name in pooler):  # it was in a file
+        return pooler, f"{adapter.source}: holds no pooler; its classifier reads the base checkpoint's, as PEFT's did."
+    lost = f"{adapter.source}: its classifier was trained on a pooler that PEFT drew at random and did not save"
+    if allow_new_head:
+        return head, f"{lost}; the head starts anew."
+    raise UserError(
+        f"{lost}, and the base model has none.\nGive the fine-tuned model it was trained from, or train it again in "
+        'PEFT with modules_to_save=["classifier", "pooler"].\nTraining (--do_train) can start from it, with a new head.'
+    )
+
+
 def _matched(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors to copy into a model and the names left behind, all checked. Raises UserError."""
     source, state = adapter.source, dict(adapter.state)
@@ -640,8 +717,11 @@ def _matched(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[dict[s
         dropped = [name for name in head if name in state and name.startswith("classifier.")]
         for name in dropped:
             del state[name]
+    left, _ = _without_pooler(model, adapter, allow_new_head)
+    for name in left:
+        state.pop(name, None)
     headless = allow_new_head and not any(name in state for name in head)
-    required = wanted + ([] if headless else [name for name in head if name not in dropped])
+    required = wanted + ([] if headless else [name for name in head if name not in (*dropped, *left)])
     missing = [name for name in required if name not in state]
     # A folder may hold trained biases and whole modules beside LoRA and head; a published file never does.
     more = source.is_dir() and adapter.method not in ("bitfit", "head")

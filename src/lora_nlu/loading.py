@@ -73,8 +73,8 @@ def load_model(name: str, config: Any, needs_head: bool, **hub: Any) -> tuple[An
     """The model of `config` with the weights of `name` in fp32, what trains in it marked; and lines worth saying.
 
     What a method adds and a head that the checkpoint lacks are drawn from torch's global generator. Raises UserError if
-    weights are not finite, the encoder's are missing or misshapen, LoRA matrices would be left out, or with `needs_head`
-    the head is.
+    weights are not finite, the encoder's are missing or misshapen, LoRA matrices would be left out, or the head is and
+    `needs_head`.
     """
     verbosity, notes = transformers.logging.get_verbosity(), []
     transformers.logging.set_verbosity_error()  # what is missing is checked and said below

@@ -293,6 +293,42 @@ def test_an_adapter_of_pefts_own_evaluates_to_pefts_own_answers(run, tiny_debert
     assert written == answers and len(set(answers)) == 2
 
 
+def test_a_peft_adapter_without_a_pooler_needs_a_base_that_has_one_and_training_can_start_from_it(
+    call, run, tiny_deberta, glue, tmp_path
+):
+    torch.manual_seed(5)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_deberta, num_labels=2)
+    shutil.copytree(tiny_deberta, tmp_path / "tuned")
+    base.save_pretrained(tmp_path / "tuned")
+    settings = LoraConfig(task_type="SEQ_CLS", r=3, lora_alpha=5, target_modules=["query_proj", "value_proj"])
+    theirs = get_peft_model(base, settings).eval()  # modules_to_save: classifier, score
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "peft")
+    flags = ["--task_name", "rte", "--glue_dir", glue, "--max_seq_length", "200", "--lora_path", tmp_path / "peft"]
+    outcome = run(*flags, "--do_eval", "--output_dir", tmp_path / "refused")
+    assert outcome.code == 1 and "did not save" in outcome.err and '["classifier", "pooler"]' in outcome.err
+
+    tuned = ["--model_name_or_path", tmp_path / "tuned", *flags]
+    outcome = succeeded(call(*tuned, "--do_eval", "--do_predict", "--output_dir", tmp_path / "eval"))
+    assert "its classifier reads the base checkpoint's" in outcome.out
+    rows = [line.split("\t") for line in (glue / "RTE" / "dev.tsv").read_text().splitlines()[1:]]
+    labels = torch.tensor([["entailment", "not_entailment"].index(row[3]) for row in rows])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_deberta)
+    with torch.no_grad():
+        batch = tokenizer([r[1] for r in rows], [r[2] for r in rows], padding=True, return_tensors="pt")
+        loss = torch.nn.functional.cross_entropy(theirs(**batch).logits, labels).item()
+    assert read(tmp_path / "eval" / "eval_results.json")["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+    short = ["--do_train", "--max_steps", "2", "--do_eval"]
+    outcome = succeeded(run(*flags, *short, "--output_dir", tmp_path / "new_head"))
+    assert "the head starts anew" in outcome.out
+    outcome = succeeded(call(*tuned, *short, "--output_dir", tmp_path / "old_head"))
+    assert {"pooler.dense.weight", "classifier.weight"} <= {*trained_flat(tmp_path / "old_head")}
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
