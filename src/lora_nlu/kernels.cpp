@@ -64,10 +64,17 @@ struct Dropout {
   }
 };
 
-// Memory that is its holder's alone, aligned for vectors.
+// Bytes of [rows, columns] floats, a multiple of 64; sizes beyond any machine's memory are all as one that is.
+inline size_t bytes_of(i64 rows, i64 columns) {
+  constexpr size_t TOO_MUCH = size_t{1} << 57;  // the sum of a few still fits
+  const auto exact = static_cast<unsigned __int128>(rows) * static_cast<unsigned __int128>(columns) * 4;
+  return exact < TOO_MUCH ? (static_cast<size_t>(exact) + 63) / 64 * 64 : TOO_MUCH;
+}
+
+// Memory that is its holder's alone, aligned for vectors; null where there is not enough.
 struct Buffer {
   char* data = nullptr;
-  explicit Buffer(size_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))) {}
+  explicit Buffer(size_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64)))) {}
   ~Buffer() { std::free(data); }
   Buffer(const Buffer&) = delete;
 };
@@ -75,10 +82,9 @@ struct Buffer {
 struct Slices {  // hands out consecutive parts of a buffer, or only counts them
   char* next;
   size_t used = 0;
-  float* floats(i64 n) {
-    const size_t bytes = (n * 4 + 63) / 64 * 64;
-    float* p = reinterpret_cast<float*>(next + used);
-    used += bytes;
+  float* floats(i64 rows, i64 columns = 1) {
+    float* p = next ? reinterpret_cast<float*>(next + used) : nullptr;
+    used += bytes_of(rows, columns);
     return p;
   }
 };
@@ -262,14 +268,14 @@ struct Sequence {  // one head of one sequence
       for (i64 j = L; j < Lp; j++) s[i * Lp + j] = -INFINITY;
   }
 
-  i64 band_size() const { return a.relative_key || a.relative_query ? BAND * padded(BAND + std::max(L, M)) : 0; }
+  i64 band_columns() const { return a.relative_key || a.relative_query ? padded(BAND + std::max(L, M)) : 0; }
   i64 dropout_row(i64 i) const { return (q_row + i) * a.heads + head; }
 
   size_t forward(char* memory, float* out, float* lse) const {
     Slices slices{memory};
-    float *q = slices.floats(M * Dp), *k = slices.floats(L * Dp), *v = slices.floats(L * Dp);
-    float *kt = slices.floats(Dp * Lp), *s = slices.floats(M * Lp), *o = slices.floats(M * Dp);
-    float* band = slices.floats(band_size());
+    float *q = slices.floats(M, Dp), *k = slices.floats(L, Dp), *v = slices.floats(L, Dp);
+    float *kt = slices.floats(Dp, Lp), *s = slices.floats(M, Lp), *o = slices.floats(M, Dp);
+    float* band = slices.floats(BAND, band_columns());
     uint16_t* bits = reinterpret_cast<uint16_t*>(slices.floats(Lp));
     if (!memory) return slices.used;
     const i64 H = a.heads * D;
@@ -300,11 +306,11 @@ struct Sequence {  // one head of one sequence
   size_t backward(char* memory, const float* lse, const float* grad, float* grad_q, float* grad_k,
                   float* grad_v) const {
     Slices slices{memory};
-    float *q = slices.floats(M * Dp), *k = slices.floats(L * Dp), *v = slices.floats(L * Dp);
-    float *kt = slices.floats(Dp * Lp), *vt = slices.floats(Dp * Lp), *g = slices.floats(M * Dp);
-    float *s = slices.floats(M * Lp), *ds = slices.floats(M * Lp);
-    float *dq = slices.floats(M * Dp), *dk = slices.floats(L * Dp), *dv = slices.floats(L * Dp);
-    float* band = slices.floats(band_size());
+    float *q = slices.floats(M, Dp), *k = slices.floats(L, Dp), *v = slices.floats(L, Dp);
+    float *kt = slices.floats(Dp, Lp), *vt = slices.floats(Dp, Lp), *g = slices.floats(M, Dp);
+    float *s = slices.floats(M, Lp), *ds = slices.floats(M, Lp);
+    float *dq = slices.floats(M, Dp), *dk = slices.floats(L, Dp), *dv = slices.floats(L, Dp);
+    float* band = slices.floats(BAND, band_columns());
     float* kept = slices.floats(Lp);  // what dropout multiplies a row of probabilities by
     uint16_t* bits = reinterpret_cast<uint16_t*>(slices.floats(Lp));
     if (!memory) return slices.used;
@@ -365,9 +371,10 @@ struct Tables {  // the relative tables of all heads and views: rows padded to D
   float *rows[2], *columns[2];
 
   Tables(Attention& a, const float* key, const float* query, int threads)
-      : memory(key || query ? size(a) * 2 * sizeof(float) : 64) {
+      : memory(key || query ? 2 * size(a) : 0) {
     const float* from[2] = {key, query};
     const i64 D = a.head_size, Dp = padded(D), R = 2 * a.longest - 1, Rp = padded(R + W), n = a.heads * a.views;
+    if (!memory.data) return;
     float* next = reinterpret_cast<float*>(memory.data);
     for (int t = 0; t < 2; t++) {
       rows[t] = columns[t] = nullptr;
@@ -391,7 +398,7 @@ struct Tables {  // the relative tables of all heads and views: rows padded to D
 
   static size_t size(const Attention& a) {
     const i64 Dp = padded(a.head_size), R = 2 * a.longest - 1;
-    return a.heads * a.views * Dp * (R + padded(R + W)) + W;
+    return bytes_of(a.heads * a.views * Dp, R + padded(R + W)) + bytes_of(W, 1);
   }
 };
 
@@ -399,79 +406,99 @@ struct Tables {  // the relative tables of all heads and views: rows padded to D
 
 extern "C" {
 
+// Each returns 0, or 1 where there is not enough memory; the results are then not to be read.
+
 // y [N, H] = dropout(x)
-void dropout(const float* x, float* y, i64 N, i64 H, u64 seed, i64 threshold, i64 threads) {
+int dropout(const float* x, float* y, i64 N, i64 H, u64 seed, i64 threshold, i64 threads) {
   const Dropout dropout(seed, H, threshold);
-#pragma omp parallel num_threads(threads)
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    Buffer bits((H + 4) * 2);
+    Buffer bits(bytes_of(H / 2 + 2, 1));
+    failed = !bits.data;
 #pragma omp for
     for (i64 i = 0; i < N; i++)
-      dropout.apply(i, H, x + i * H, y + i * H, reinterpret_cast<uint16_t*>(bits.data));
+      if (!failed) dropout.apply(i, H, x + i * H, y + i * H, reinterpret_cast<uint16_t*>(bits.data));
   }
+  return failed;
 }
 
 // y [N, O] += s u up with u [N, R] = x down; x [N, I]; down [I, R] and up [R, O] by strides (row, column); O a multiple
 // of W.
-void add_low_rank(const float* x, const float* down, i64 down_row, i64 down_column, const float* up, i64 up_row,
-                  i64 up_column, float* y, float* u, i64 N, i64 I, i64 O, i64 R, float s, i64 threads) {
+int add_low_rank(const float* x, const float* down, i64 down_row, i64 down_column, const float* up, i64 up_row,
+                 i64 up_column, float* y, float* u, i64 N, i64 I, i64 O, i64 R, float s, i64 threads) {
   const i64 Rp = padded(R);
   constexpr i64 BLOCK = 4 * ROWS;
-  Buffer memory((I * Rp + R * O) * 4);
+  Buffer memory(bytes_of(I, Rp) + bytes_of(R, O));
+  if (!memory.data) return 1;
   float *d = reinterpret_cast<float*>(memory.data), *v = d + I * Rp;
+  int failed = 0;
   for (i64 i = 0; i < I; i++)
     for (i64 r = 0; r < Rp; r++) d[i * Rp + r] = r < R ? down[i * down_row + r * down_column] : 0;
   for (i64 r = 0; r < R; r++)
     for (i64 o = 0; o < O; o++) v[r * O + o] = s * up[r * up_row + o * up_column];
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    Buffer block(BLOCK * Rp * 4);
+    Buffer block(bytes_of(BLOCK, Rp));
     float* t = reinterpret_cast<float*>(block.data);
+    failed = !t;
 #pragma omp for
     for (i64 i = 0; i < N; i += BLOCK) {
+      if (failed) continue;
       const i64 rows = std::min(BLOCK, N - i);
       multiply(rows, Rp, I, x + i * I, I, 1, d, Rp, t, Rp, false);
       multiply(rows, O, R, t, Rp, 1, v, O, y + i * O, O, true);
       for (i64 r = 0; r < rows; r++) std::copy(t + r * Rp, t + r * Rp + R, u + (i + r) * R);
     }
   }
+  return failed;
 }
 
 // out [Q, A D] and lse [Q, A]; q [Q, ...], k and v [N, ...] by their strides; relative tables [V, 2 S - 1, A, D] or null.
-void attention(const float* q, i64 q_stride, const float* k, i64 k_stride, const float* v, i64 v_stride,
-               const float* relative_key, const float* relative_query, i64 views, const i64* q_starts,
-               const i64* k_starts, const i64* view_of, i64 sequences, i64 heads, i64 head_size, i64 longest,
-               float scale, u64 seed, i64 threshold, i64 threads, float* out, float* lse) {
+int attention(const float* q, i64 q_stride, const float* k, i64 k_stride, const float* v, i64 v_stride,
+              const float* relative_key, const float* relative_query, i64 views, const i64* q_starts,
+              const i64* k_starts, const i64* view_of, i64 sequences, i64 heads, i64 head_size, i64 longest,
+              float scale, u64 seed, i64 threshold, i64 threads, float* out, float* lse) {
   Attention a{q, k, v, q_stride, k_stride, v_stride, nullptr, nullptr, nullptr, nullptr, views, q_starts, k_starts,
               view_of, sequences, heads, head_size, longest, scale, seed, threshold};
   Tables tables(a, relative_key, relative_query, threads);
+  if (!tables.memory.data) return 1;
   const size_t bytes = most(a, [&](const Sequence& s) { return s.forward(nullptr, out, lse); });
-#pragma omp parallel num_threads(threads)
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     Buffer memory(bytes);
+    failed = !memory.data;
 #pragma omp for schedule(dynamic)
-    for (i64 i = sequences * heads - 1; i >= 0; i--) Sequence(a, i / heads, i % heads).forward(memory.data, out, lse);
+    for (i64 i = sequences * heads - 1; i >= 0; i--)
+      if (!failed) Sequence(a, i / heads, i % heads).forward(memory.data, out, lse);
   }
+  return failed;
 }
 
-void attention_backward(const float* q, i64 q_stride, const float* k, i64 k_stride, const float* v, i64 v_stride,
-                        const float* relative_key, const float* relative_query, i64 views, const i64* q_starts,
-                        const i64* k_starts, const i64* view_of, i64 sequences, i64 heads, i64 head_size, i64 longest,
-                        float scale, u64 seed, i64 threshold, i64 threads, const float* lse,
-                        const float* grad, float* grad_q, float* grad_k, float* grad_v) {
+int attention_backward(const float* q, i64 q_stride, const float* k, i64 k_stride, const float* v, i64 v_stride,
+                       const float* relative_key, const float* relative_query, i64 views, const i64* q_starts,
+                       const i64* k_starts, const i64* view_of, i64 sequences, i64 heads, i64 head_size, i64 longest,
+                       float scale, u64 seed, i64 threshold, i64 threads, const float* lse,
+                       const float* grad, float* grad_q, float* grad_k, float* grad_v) {
   Attention a{q, k, v, q_stride, k_stride, v_stride, nullptr, nullptr, nullptr, nullptr, views, q_starts, k_starts,
               view_of, sequences, heads, head_size, longest, scale, seed, threshold};
   Tables tables(a, relative_key, relative_query, threads);
+  if (!tables.memory.data) return 1;
   const auto run = [&](const Sequence& s, char* memory) {
     return s.backward(memory, lse, grad, grad_q, grad_k, grad_v);
   };
   const size_t bytes = most(a, [&](const Sequence& s) { return run(s, nullptr); });
-#pragma omp parallel num_threads(threads)
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     Buffer memory(bytes);
+    failed = !memory.data;
 #pragma omp for schedule(dynamic)
-    for (i64 i = sequences * heads - 1; i >= 0; i--) run(Sequence(a, i / heads, i % heads), memory.data);
+    for (i64 i = sequences * heads - 1; i >= 0; i--)
+      if (!failed) run(Sequence(a, i / heads, i % heads), memory.data);
   }
+  return failed;
 }
 
 i64 vector_width() { return W; }

@@ -26,23 +26,71 @@ from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cpp")
+CPU, PLAIN = torch.device("cpu"), (Tensor, nn.Parameter)  # other types may hold their numbers elsewhere
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 
 
 def is_fp32_on_cpu(x: Tensor) -> bool:
     """Whether torch's own operations on `x` can be replaced by those of this file."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or type(x) not in (Tensor, nn.Parameter):
+    if x.dtype is not torch.float32 or not x.is_cpu or type(x) not in PLAIN:
         return False
     return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+
+
+# --------------------------------------------------------------------------------- what is handed to compiled code
+# It reads memory where it is told to, so everything it gets passes one of these three.
+
+
+def check(name: str, x: Tensor, device: torch.device, *shape: int) -> None:
+    """Raise ValueError unless x has this shape, on this device."""
+    if x.shape != shape or x.device != device:
+        raise ValueError(f"{name}: wanted {list(shape)} on {device}, got {list(x.shape)} on {x.device}.")
+
+
+def memory(name: str, x: Tensor, *shape: int, dtype: torch.dtype = torch.float32, strided: bool = False) -> Tensor:
+    """x, its numbers one row after another in the CPU's memory; with `strided` as its strides say.
+
+    Raises ValueError unless it has this shape and dtype, on the CPU.
+    """
+    if x.dtype is not dtype or type(x) not in PLAIN:
+        raise ValueError(f"{name}: wanted a plain {dtype} tensor, got {type(x).__name__}, {x.dtype}.")
+    check(name, x, CPU, *shape)
+    if x.is_neg():  # what torch negates when it reads it
+        x = x.resolve_neg()
+    x = x if strided else x.contiguous()
+    if x.numel() and not x.data_ptr():
+        raise ValueError(f"{name}: wanted {list(shape)} in memory, and its memory was given back.")
+    return x
+
+
+def is_dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether x W^T + b are fp32 on a CPU, of fitting sizes and not empty; if not, torch computes it or says why not.
+
+    Raises ValueError if they are on several devices, which torch doesn't always see.
+    """
+    fits = is_fp32_on_cpu(x) and x.numel() > 0 and x.dim() > 0
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is not None:
+            if other.device != x.device:
+                raise ValueError(f"{name}: wanted on {x.device}, where the input is, got on {other.device}.")
+            fits = fits and other.dtype is torch.float32 and type(other) in PLAIN
+    if not fits:
+        return False
+    shape = weight.shape
+    return len(shape) == 2 and 0 < shape[0] and shape[1] == x.shape[-1] and (bias is None or bias.shape == shape[:1])
 
 
 # ------------------------------------------------------------------------------------------------- dense products
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: x [N, I], weight [O, I] (or a transposed view), bias [O] to [N, O]. Not differentiable."""
+    """x W^T + b: x [N, I], weight [O, I], bias [O] to [N, O], all of any strides. Not differentiable.
+
+    Raises ValueError for several devices, torch's errors for sizes and dtypes that don't fit.
+    """
     # Below AVX-512 oneDNN is slow on a transposed view
-    if is_fp32_on_cpu(x) and has_onednn() and x.numel() and (weight.is_contiguous() or has_avx512()):
+    if is_dense_product(x, weight, bias) and has_onednn() and (weight.is_contiguous() or has_avx512()):
+        bias = None if bias is None else bias.contiguous()  # of a bias oneDNN reads no strides
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -78,8 +126,8 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b: x [..., I], weight [O, I], bias [O] to [..., O]."""
-    if is_fp32_on_cpu(x) and weight.dtype == torch.float32:
+    """x W^T + b: x [..., I], weight [O, I], bias [O] to [..., O]. Raises as `product`."""
+    if is_dense_product(x, weight, bias):
         return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -159,6 +207,12 @@ def _threads() -> Any:
     return _int(torch.get_num_threads())
 
 
+def _run(name: str, *arguments: Any) -> None:
+    """Call a compiled function. Raises MemoryError if there is none for what it keeps beside its result."""
+    if getattr(library(), name)(*arguments):
+        raise MemoryError(f"{name}: not enough memory for what it keeps beside its result.")
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
@@ -172,10 +226,10 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def run(x: Tensor, p: float, seed: int) -> Tensor:
-        x = x.contiguous()
+        x = memory("dropout's input", x, *x.shape)
         y, width = torch.empty_like(x), x.shape[-1]
         sizes = (_int(x.numel() // width), _int(width), ctypes.c_uint64(seed), _int(threshold(p)), _threads())
-        library().dropout(_address(x), _address(y), *sizes)
+        _run("dropout", _address(x), _address(y), *sizes)
         return y
 
 
@@ -201,15 +255,22 @@ def product_with_update(
     """x W^T + b + s x down up, and x down where it came about. Not differentiable.
 
     x [N, I], weight [O, I], bias [O], down [I, R], up [R, O] to [N, O] and [N, R]. The compiled kernel adds the update
-    to the product in one pass; without it the update is folded into the weight, one matmul instead of three.
+    to the product in one pass; without it the update is folded into the weight, one matmul instead of three. Raises
+    ValueError for other shapes or several devices, MemoryError.
     """
+    rows, size = x.shape
+    out, rank = weight.shape[0], down.shape[-1]
+    for name, matrix, shape in (("weight", weight, (out, size)), ("down", down, (size, rank)), ("up", up, (rank, out))):
+        check(name, matrix, x.device, *shape)
     tensors = (x, weight, down, up)
     if not all(map(is_fp32_on_cpu, tensors)) or not library() or weight.shape[0] % library().vector_width():
         return product(x, torch.addmm(weight, up.t(), down.t(), alpha=s), bias), None
-    x, y, u = x.contiguous(), product(x, weight, bias), x.new_empty(x.shape[0], down.shape[1])
+    x, u = memory("x", x, rows, size), x.new_empty(rows, rank)
+    y = memory("product", product(x, weight, bias), rows, out)
+    down, up = memory("down", down, size, rank, strided=True), memory("up", up, rank, out, strided=True)
     strided = [part for w in (down, up) for part in (_address(w), *map(_int, w.stride()))]
-    sizes = map(_int, (*x.shape, y.shape[1], down.shape[1]))
-    library().add_low_rank(_address(x), *strided, _address(y), _address(u), *sizes, ctypes.c_float(s), _threads())
+    sizes = map(_int, (rows, size, out, rank))
+    _run("add_low_rank", _address(x), *strided, _address(y), _address(u), *sizes, ctypes.c_float(s), _threads())
     return y, u
 
 
@@ -219,11 +280,18 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor | None, ...],
         places: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
     ) -> Tensor:  # fmt: skip
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        tables = tuple(None if x is None else x.detach().contiguous() for x in relative)
+        rows, width = key.shape[0], query.shape[-1]
+        if heads < 1 or width % heads:
+            raise ValueError(f"attention: wanted a multiple of {heads} heads as the width, got {width}.")
+        query = memory("query", query, query.shape[0], width)
+        key, value = memory("key", key, rows, width), memory("value", value, rows, width)
+        views = next((x.shape[0] for x in relative if x is not None), 1)
+        shape = (views, 2 * longest - 1, width)
+        tables = tuple(None if x is None else memory("relative table", x.detach(), *shape) for x in relative)
+        places = _Attention.checked_places(places, query.shape[0], rows, longest, views)
         out, lse = torch.empty_like(query), query.new_empty(query.shape[0], heads)
         ctx.settings = (tables, places, longest, heads, scale, p, seed)
-        library().attention(*_Attention.arguments(query, key, value, *ctx.settings), _address(out), _address(lse))
+        _run("attention", *_Attention.arguments(query, key, value, *ctx.settings), _address(out), _address(lse))
         ctx.save_for_backward(query, key, value, lse)
         return out
 
@@ -231,13 +299,30 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, lse = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad = memory("attention's gradient", grad, *query.shape)
         grads = [torch.empty_like(x) for x in (query, key, value)]
-        library().attention_backward(
-            *_Attention.arguments(query, key, value, *ctx.settings),
-            *map(_address, (lse, grad, *grads)),
-        )
+        arguments = _Attention.arguments(query, key, value, *ctx.settings)
+        _run("attention_backward", *arguments, *map(_address, (lse, grad, *grads)))
         return *grads, None, None, None, None, None, None, None
+
+    @staticmethod
+    def checked_places(places: tuple[Tensor, ...], queries: int, keys: int, longest: int, views: int) -> Any:
+        """What `PackedBatch.starts` gives, as C reads it.
+
+        Raises ValueError unless every row is in one sequence, of up to `longest` keys and one query or one a key.
+        """
+        count = places[2].numel()
+        sizes = (count + 1, count + 1, count)
+        places = tuple(memory("places", x, n, dtype=torch.int64) for x, n in zip(places, sizes, strict=True))
+        q, k, of = (x.tolist() for x in places)
+        lengths = zip(q, q[1:], k, k[1:], strict=False)
+        fit = all(0 < n - m <= longest and b - a in (1, n - m) for a, b, m, n in lengths)
+        if not fit or (q[0], q[-1], k[0], k[-1]) != (0, queries, 0, keys) or not all(0 <= v < views for v in of):
+            raise ValueError(
+                f"attention: wanted sequences of 1 to {longest} rows that share {queries} query and {keys} key rows, "
+                f"in {views} views, got them to start at {q[:9]} and {k[:9]}, in views {of[:9]}."
+            )
+        return places
 
     @staticmethod
     def arguments(
@@ -261,10 +346,11 @@ def attention(
     Args:    query [Q, H], key and value [N, H], packed; `scale` times q . k; dropout p. relative_key, relative_query
              [V, 2 S - 1, H] without gradient: the tables by descending and ascending distance (modeling_deberta_v2).
     Returns: [Q, H].
+    Raises:  ValueError for tensors that don't belong together, MemoryError.
     """
     relative = (relative_key, relative_query)
     trains = any(x is not None and x.requires_grad and torch.is_grad_enabled() for x in relative)
-    if trains or packed.key_mask is not None or threshold(p) >= 65536 or not kernels_for(query):
+    if trains or packed.key_mask is not None or not 0 <= threshold(p) < 65536 or not kernels_for(query):
         return None
     seed = draw_seed() if p else 0
     views = next((x.shape[0] for x in relative if x is not None), 1)

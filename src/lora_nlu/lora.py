@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lora_nlu.kernels import Linear, dropout, linear, product, product_with_update
+from lora_nlu.kernels import Linear, check, dropout, linear, product, product_with_update
 
 # The dense layers of an encoder layer as --lora_target_modules names them: the paper's W_q, W_k, W_v, W_o, and the two
 # of the feed-forward.
@@ -95,19 +95,31 @@ class LoRALinear(Linear):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] -> [..., O]. Raises RuntimeError when a merged layer is asked to train."""
+        """x [..., I] -> [..., O].
+
+        Raises RuntimeError when a merged layer is asked to train, ValueError for matrices of other shapes.
+        """
         if self.merged:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("A merged LoRALinear can't train: its lora_A and lora_B are unused. Call unmerge().")
             return linear(x, self.weight, self.bias)
+        self.check_shapes()
         seen = dropout(x, self.lora_dropout, self.training)
-        if seen is x and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+        is_fp32 = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        if seen is x and is_fp32 and x.numel():
             return _LoRALinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
         update = F.linear(F.linear(seen, self.lora_A), self.lora_B)
         return linear(x, self.weight, self.bias) + self.scaling * update
 
+    def check_shapes(self) -> None:
+        """Raise ValueError unless lora_A [R, I] and lora_B [O, R] are of the weight's sizes, on its device."""
+        (out, size), rank, device = self.weight.shape, self.lora_A.shape[0], self.weight.device
+        check("lora_A", self.lora_A, device, rank, size)
+        check("lora_B", self.lora_B, device, out, rank)
+
     @torch.no_grad()
     def _add_update(self, sign: int) -> None:
+        self.check_shapes()
         # B A in fp32 whatever the weight's dtype; one rounding at the end.
         update = (sign * self.scaling) * (self.lora_B.float() @ self.lora_A.float())
         self.weight.copy_(self.weight.float() + update)

@@ -14,6 +14,8 @@ import transformers
 
 from lora_nlu.errors import UsageError, UserError
 
+_NO_MEMORY = re.compile("DefaultCPUAllocator|bad_alloc|Cannot allocate memory")  # how torch says it, in a RuntimeError
+
 # seconds in which a launcher ends the processes that are left when one has ended
 ERROR_OF_ALL, ERROR_OF_ANOTHER = 3, 10
 
@@ -63,7 +65,14 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
             "same step; in evaluation, a smaller --per_device_eval_batch_size. docs/scaling.md has more.",
             1,
         )
-    except RuntimeError as e:
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, MemoryError) or _NO_MEMORY.search(str(e)):
+            fail(
+                f"there is not enough memory ({(str(e) or type(e).__name__).splitlines()[0][:150]}).\n"
+                "Take a smaller --per_device_train_batch_size and as many times the --gradient_accumulation_steps: the "
+                "same step; a smaller --per_device_eval_batch_size; a smaller --max_seq_length.",
+                1,
+            )
         if not lost_process(e):
             raise
         time.sleep(ERROR_OF_ANOTHER)  # its own error comes first
