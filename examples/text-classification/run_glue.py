@@ -6,7 +6,7 @@
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,17 @@ import torch
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 from transformers.integrations import deepspeed, is_tensorboard_available
 
-from lora_nlu import adapters, data, loading, processes, runs
+from lora_nlu import adapters, data, labels, loading, processes, runs
 from lora_nlu.errors import UsageError, UserError
-from lora_nlu.flags import check_args, check_smoothing, parse, parse_layers, parse_targets, set_best_metric
+from lora_nlu.flags import (
+    check_args,
+    check_smoothing,
+    parse,
+    parse_layers,
+    parse_names,
+    parse_targets,
+    set_best_metric,
+)
 from lora_nlu.lora import LoRALinear
 from lora_nlu.methods import ADAPTER_TYPES, SETTINGS, set_method
 from lora_nlu.metrics import compute_metrics
@@ -80,6 +88,10 @@ class DataArguments:
     train_file: str | None = flag("CSV, TSV or JSON lines with a text column (or two) and 'label'")
     validation_file: str | None = flag("The same, to evaluate on")
     test_file: str | None = flag("The same, to predict; 'label' not needed")
+    labels: str | None = flag(
+        "Label names in id order, such as negative,positive: of a trained head that records none, or for training on "
+        "files of your own (default there: sorted)"
+    )
 
 
 @dataclass
@@ -154,9 +166,17 @@ def hub_settings(model_args: ModelArguments) -> dict[str, Any]:
 
 
 def prepare_model(
-    model_args: ModelArguments, args: RunArguments, config: Any, adapter: adapters.Adapter | None, task: str
+    model_args: ModelArguments,
+    args: RunArguments,
+    config: Any,
+    adapter: adapters.Adapter | None,
+    task: str,
+    base_labels: tuple[str, ...] | None,
 ) -> tuple[Any, Any, str]:
-    """The model with its LoRA settings, weights and adapter, its tokenizer and base fingerprint. Raises UserError."""
+    """The model with its LoRA settings, weights and adapter, its tokenizer and base fingerprint. Raises UserError.
+
+    config says what the model is to tell, base_labels what a head of the base model tells, if known.
+    """
     name, hub = model_args.model_name_or_path, hub_settings(model_args)
     method = {setting: getattr(model_args, setting) for setting in SETTINGS}
     method["lora_target_modules"] = parse_targets(model_args.lora_target_modules)
@@ -168,9 +188,12 @@ def prepare_model(
     config.lora_relative_query = bool(model_args.lora_relative_query)
     if model_args.lora_relative_query and config.model_type != "deberta-v2":
         raise UsageError(f"--lora_relative_query: a {config.model_type} model has no relative positions.")
+    wanted = labels.config_labels(config)
+    keeps_head = adapter is None or adapters.head_rows(adapter, wanted) is None  # an adapter's head replaces it
     set_seed(args.seed)  # A and the head are drawn while loading
     deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would read weights in pieces; it cuts a whole model up as well
-    model, notes = loading.load_model(name, config, needs_head=not args.do_train and adapter is None, **hub)
+    needs_head = not args.do_train and adapter is None
+    model, notes = loading.load_model(name, config, needs_head, base_labels, keeps_head, **hub)
     if args.deepspeed:
         deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
     say(args, *notes)
@@ -178,7 +201,7 @@ def prepare_model(
     tokenizer = loading.load_tokenizer(model_args.tokenizer_name or name, config.vocab_size, **hub)
     loading.set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
     if adapter:
-        say(args, *adapters.attach_adapter(model, adapter, model_args.lora_alpha, allow_new_head=args.do_train))
+        say(args, *adapters.attach_adapter(model, adapter, model_args.lora_alpha, args.do_train, wanted))
         say(args, f"Loaded {adapter.source}: {contents(adapter, model_args)}.")
         for module in model.modules():
             if isinstance(module, LoRALinear):
@@ -216,6 +239,57 @@ def load_adapter(model_args: ModelArguments, config: Any) -> adapters.Adapter | 
     return adapter
 
 
+def trained_head(
+    model_args: ModelArguments, data_args: DataArguments, args: RunArguments, config: Any, adapter: Any
+) -> labels.Head:
+    """The head that the run starts from or evaluates, with the names of its labels where they are recorded or given.
+
+    Raises UsageError or UserError if --labels fits neither it nor the task.
+    """
+    if adapter and adapter.label_count:
+        head = labels.Head(str(adapter.source), adapter.labels, adapter.label_count)
+    else:
+        head = labels.Head(model_args.model_name_or_path, labels.recorded_labels(config), config.num_labels)
+    if head.labels is None and head.count == 1:
+        head = replace(head, labels=())  # one output is a number
+    names = parse_names("labels", data_args.labels)
+    if names is None:
+        return head
+    if data_args.task_name and labels.rows_by_name(names, told := TASKS[data_args.task_name].labels) is None:
+        raise UsageError(f"--labels: {data_args.task_name} has {labels.listed(told)}; name these, in the head's order.")
+    return head.named(names, names_new_labels=args.do_train and not data_args.task_name)
+
+
+def read_examples(
+    model_args: ModelArguments, data_args: DataArguments, args: RunArguments, head: labels.Head
+) -> tuple[data.Examples, labels.Head]:
+    """The examples that the flags ask for, and the head with the names of what it is taken to tell.
+
+    Raises UserError for what can't be read, and for examples whose labels a head that isn't trained here doesn't tell.
+    """
+    splits = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    wanted, task = [split for split, is_wanted in splits.items() if is_wanted], data_args.task_name
+    files = {split: getattr(data_args, f"{split}_file") for split in splits}
+    known = parse_names("labels", data_args.labels) if args.do_train else head.labels
+    if known is None and not task and wanted == ["test"]:
+        head.check_ids(None)
+    place = (data_args.glue_dir, model_args.cache_dir, model_args.token)
+    absent = ""
+    with args.main_process_first(desc="loading the examples"):
+        examples = data.load_examples(task, place[0], files, wanted, known, *place[1:])
+        if task == "mnli" and args.do_predict:
+            examples, absent = data.with_diagnostics(examples, *place)
+    if known is None and not task and not args.do_train:
+        say(args, head.check_ids(examples.labels))
+        head = replace(head, labels=examples.labels)
+    if not args.do_train:
+        labels.check_labels(head.source, head.labels, examples.labels)
+    say(args, *([f"No predictions for the diagnostic set (AX): {absent}"] if absent else []))
+    limits = {"train": data_args.max_train_samples, "valid": data_args.max_eval_samples}
+    limits["test"] = data_args.max_predict_samples
+    return data.first_rows(examples, {s: limits.get(s[:5], limits.get(s[:4])) for s in examples.splits}), head
+
+
 def main(argv: list[str]) -> None:
     model_args, data_args, args = parse_args(argv)
     if args.process_index == 0:
@@ -230,27 +304,15 @@ def main(argv: list[str]) -> None:
     adapter = load_adapter(model_args, config)
     if adapter and (trained_on := adapter.metadata.get("task", task)) != task:
         say(args, f"{adapter.source}: was trained on {trained_on}; this is {task}.")
-    trained = adapter.labels if adapter else loading.recorded_labels(config)  # what a model not trained here tells
-    known = None if args.do_train else trained
+    base_labels, head = labels.recorded_labels(config), trained_head(model_args, data_args, args, config, adapter)
+    examples, head = read_examples(model_args, data_args, args, head)
+    if adapter and adapter.label_count:
+        adapter = adapters.with_labels(adapter, head.labels)
+    else:
+        base_labels = head.labels
+    labels.set_labels(config, examples.labels)
 
-    wanted = [s for s, do in (("train", args.do_train), ("validation", args.do_eval), ("test", args.do_predict)) if do]
-    files = {s: getattr(data_args, f"{s}_file") for s in ("train", "validation", "test")}
-    with args.main_process_first(desc="loading the examples"):
-        examples = data.load_examples(
-            data_args.task_name, data_args.glue_dir, files, wanted, known, model_args.cache_dir, model_args.token
-        )
-        absent = ""
-        if task == "mnli" and args.do_predict:
-            place = (data_args.glue_dir, model_args.cache_dir, model_args.token)
-            examples, absent = data.with_diagnostics(examples, *place)
-    say(args, *([f"No predictions for the diagnostic set (AX): {absent}"] if absent else []))
-    limits = {"train": data_args.max_train_samples, "valid": data_args.max_eval_samples}
-    limits["test"] = data_args.max_predict_samples
-    examples = data.first_rows(examples, {s: limits.get(s[:5], limits.get(s[:4])) for s in examples.splits})
-    loading.check_labels(adapter.source if adapter else name, known, examples.labels)
-    loading.set_labels(config, examples.labels)
-
-    model, tokenizer, base = prepare_model(model_args, args, config, adapter, task)
+    model, tokenizer, base = prepare_model(model_args, args, config, adapter, task, base_labels)
     max_length, limit = data_args.max_seq_length, loading.longest_input(config)
     if max_length > limit:
         say(args, f"--max_seq_length {max_length} is more than the model's {limit} positions; using {limit}.")

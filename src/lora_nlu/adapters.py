@@ -15,7 +15,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lora_nlu.errors import UserError, shown
 from lora_nlu.files import appearing, read_json, text_for_weights, write_json
+from lora_nlu.labels import check_labels, head_order, last_layer, listed, placeholders, recorded_labels
 from lora_nlu.lora import LoRALinear, lora_places, set_lora_
 from lora_nlu.methods import describe_method, mark_trainable, set_bottlenecks_
 from lora_nlu.sharded import copy_into
@@ -87,6 +88,12 @@ class Adapter:
         """Label names in id order, () for regression, None where the file doesn't record them."""
         names = self.metadata.get("labels")
         return None if names is None else tuple(names)
+
+    @property
+    def label_count(self) -> int | None:
+        """Rows of the head's last layer; None where there is no head."""
+        last = last_layer(self.state)
+        return None if last is None else len(torch.atleast_1d(self.state[f"{last}.weight"]))
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -510,10 +517,16 @@ def _check_peft_config(path: Path, config: dict[str, Any]) -> None:
             raise UserError(f"{path}: {shown(key)}={shown(value)} is not supported.")
 
 
-def head_label_count(state: dict[str, Tensor], model: Any) -> int | None:
-    """Rows of the saved head's last layer: its number of labels; None if the file has no head."""
-    last = [name for name in head_names(model) if name in state and name.endswith("weight")]
-    return state[last[-1]].shape[0] if last else None
+def head_rows(adapter: Adapter, labels: Sequence[str]) -> list[int] | None:
+    """For each of `labels` the row of an adapter's head that tells it; None if it has no head for them."""
+    if adapter.label_count is None:
+        return None
+    return head_order(adapter.source, adapter.label_count, adapter.labels, labels)[0]
+
+
+def with_labels(adapter: Adapter, labels: Sequence[str] | None) -> Adapter:
+    """The adapter with these label names recorded, if any."""
+    return adapter if labels is None else replace(adapter, metadata=adapter.metadata | {"labels": [*labels]})
 
 
 def head_names(model: Any) -> list[str]:
@@ -571,11 +584,18 @@ def _other_reading(adapter: Adapter) -> UserError:
     )
 
 
-def attach_adapter(model: Any, adapter: Adapter, lora_alpha: float | None, allow_new_head: bool) -> list[str]:
+def attach_adapter(
+    model: Any,
+    adapter: Adapter,
+    lora_alpha: float | None,
+    allow_new_head: bool,
+    labels: Sequence[str] | None = None,
+) -> list[str]:
     """Give a model the layers of an adapter, whatever its method, and its tensors; for LoRA in DeBERTa its reading too.
 
-    `lora_alpha` is for a LoRA file that doesn't know its own. What the file holds trains, with the method's part and
-    the head. Returns lines worth saying. Otherwise as `load_adapter`; on an error in the tensors the layers stay.
+    `lora_alpha` is for a LoRA file that doesn't know its own; `labels` (in id order) for a model whose config doesn't
+    record what it is to tell. What the file holds trains, with the method's part and the head. Returns lines worth
+    saying. Otherwise as `load_adapter`; on an error in the tensors the layers stay.
     """
     layers: dict[str, tuple[int, float]] = {}
     if adapter.method == "lora":
@@ -584,7 +604,7 @@ def attach_adapter(model: Any, adapter: Adapter, lora_alpha: float | None, allow
         set_bottlenecks_(model, adapter.method, adapter.adapter_size)
     else:
         setattr(model.config, {"bitfit": "apply_bitfit", "head": "head_only"}[adapter.method], True)
-    state, dropped = _matched(model, adapter, allow_new_head)
+    state, _, said_of_head = _matched(model, adapter, allow_new_head, labels)
     made_for, base = adapter.metadata.get("base_fingerprint"), base_fingerprint(model)
     if made_for is not None and made_for != base:
         raise UserError(
@@ -596,10 +616,7 @@ def attach_adapter(model: Any, adapter: Adapter, lora_alpha: float | None, allow
         notes.append(
             f"{adapter.source}: its base weights hold the update already (merged, then saved); it counts once."
         )
-    if dropped:
-        notes.append(f"{adapter.source}: its classifier is for other labels and is left behind; a new one starts.")
-    if note := _without_pooler(model, adapter, allow_new_head)[1]:
-        notes.append(note)
+    notes += said_of_head
     copy_into(model, state)
     mark_trainable(model)
     for name in adapter.state:
@@ -669,12 +686,13 @@ def check_values(adapter: Adapter) -> None:
 def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str]:
     """Copy an adapter into a model that has its layers; every tensor must have its place and every place its tensor.
 
-    The one exception, with `allow_new_head` (training starts from another task's adapter): a `classifier` for another
-    number of labels is left behind, and the model's fresh one stays, as the reference implementation does. That is
-    RoBERTa's whole head; DeBERTa keeps the `pooler` trained with it.
+    Rows of the head go by label name where the adapter and the model's config record names. The one exception, with
+    `allow_new_head` (training starts from another task's adapter): a `classifier` for other labels, or another number
+    of them, is left behind, and the model's own stays, as the reference implementation does for another number. That
+    is RoBERTa's whole head; DeBERTa keeps the `pooler` trained with it.
     Returns the names left behind. Raises UserError naming key and shapes; the model is unchanged then.
     """
-    state, dropped = _matched(model, adapter, allow_new_head)
+    state, dropped, _ = _matched(model, adapter, allow_new_head)
     copy_into(model, state)
     return dropped
 
@@ -701,25 +719,48 @@ def _without_pooler(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple
     )
 
 
-def _matched(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors to copy into a model and the names left behind, all checked. Raises UserError."""
-    source, state = adapter.source, dict(adapter.state)
-    parameters = dict(model.named_parameters())
-    head, dropped = head_names(model), []
+def _ordered_head(
+    model: Any, adapter: Adapter, labels: Sequence[str] | None, allow_new_head: bool
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """An adapter's tensors, its head's rows in the order of `labels`; names left behind and lines worth saying.
+
+    labels: None for those that the model's config records. A classifier for others is left behind, or refused
+    (UserError) without `allow_new_head`.
+    """
+    source, state, count, n = adapter.source, dict(adapter.state), adapter.label_count, model.config.num_labels
+    if count is None:
+        return state, [], []
+    trained, wanted = adapter.labels, recorded_labels(model.config) if labels is None else tuple(labels)
+    if trained is not None and count != (len(trained) or 1):
+        raise UserError(f"{source}: its head has {count} rows, {METADATA} names {listed(trained)}: not of one run.")
+    if not allow_new_head and count != n:
+        raise UserError(f"{source}: its head has {count} labels, this task {n}: another task's adapter.")
+    if not allow_new_head and wanted is not None:
+        check_labels(source, trained, wanted)
+    by_name = wanted is not None
+    rows, note = head_order(source, count, trained if by_name else None, placeholders(n) if wanted is None else wanted)
+    if rows is None:
+        dropped = [name for name in head_names(model) if name in state and name.startswith("classifier.")]
+        return {name: tensor for name, tensor in state.items() if name not in dropped}, dropped, [note]
+    for name, tensor in adapter.state.items():
+        if name.rpartition(".")[0] == last_layer(state) and len(torch.atleast_1d(tensor)) == count:
+            state[name] = tensor[rows]
+    return state, [], [note] if note and by_name else []
+
+
+def _matched(
+    model: Any, adapter: Adapter, allow_new_head: bool, labels: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """The tensors to copy into a model, the names left behind and lines worth saying. Raises UserError."""
+    source, head, parameters = adapter.source, head_names(model), dict(model.named_parameters())
+    state, dropped, notes = _ordered_head(model, adapter, labels, allow_new_head)
     trained = _TRAINED.get(adapter.method)
     wanted = [name for name in parameters if trained and trained.search(name) and name not in head]
-    labels = head_label_count(state, model)
-    if labels is not None and labels != model.config.num_labels:
-        if not allow_new_head:
-            raise UserError(
-                f"{source}: its head has {labels} labels, this task {model.config.num_labels}: another task's adapter."
-            )
-        dropped = [name for name in head if name in state and name.startswith("classifier.")]
-        for name in dropped:
-            del state[name]
-    left, _ = _without_pooler(model, adapter, allow_new_head)
+    left, note = _without_pooler(model, adapter, allow_new_head)
     for name in left:
         state.pop(name, None)
+    if note:
+        notes = [note] if any(name.startswith("classifier.") for name in left) else [*notes, note]
     headless = allow_new_head and not any(name in state for name in head)
     required = wanted + ([] if headless else [name for name in head if name not in (*dropped, *left)])
     missing = [name for name in required if name not in state]
@@ -748,7 +789,7 @@ def _matched(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[dict[s
             hint = "It is another base model's adapter." if same else f"Give --lora_r {rank}."
             raise UserError(f"{source}: {key}.\n{hint}")
     check_values(adapter)
-    return state, dropped
+    return state, dropped, notes
 
 
 def _is_target(adapter: Adapter, name: str) -> bool:

@@ -30,6 +30,7 @@ from lora_nlu.adapters import (
 )
 from lora_nlu.errors import UserError
 from lora_nlu.files import appearing, publish, write_text
+from lora_nlu.labels import placeholders, set_labels
 from lora_nlu.lora import LoRALinear
 from lora_nlu.tasks import TASKS
 
@@ -105,14 +106,12 @@ def write_merged(adapter: Adapter, base: str, folder: Path) -> None:
     if adapter.adapter_size is not None:
         raise UserError(f"{adapter.source}: bottleneck adapters are layers of their own; no plain model has them.")
     config = loading.load_config(base)
-    last = [n for n in published_order(adapter) if n.startswith("classifier.") and n.endswith("weight")]
-    if not last:
+    count = adapter.label_count
+    if count is None:
         raise UserError(f"{adapter.source}: has no classification head to put into a merged model.")
-    count = adapter.state[last[-1]].shape[0]
-    placeholders = () if count == 1 else tuple(f"LABEL_{i}" for i in range(count))
-    labels = placeholders if adapter.labels is None else adapter.labels
-    loading.set_labels(config, labels)
-    model, _ = loading.load_model(base, config, needs_head=False)
+    unnamed = () if count == 1 else placeholders(count)
+    set_labels(config, unnamed if adapter.labels is None else adapter.labels)
+    model, _ = loading.load_model(base, config, needs_head=False, keeps_head=False)
     attach_adapter(model, adapter, None, allow_new_head=False)
     state, settings = merged_state(model)
     config = model.config

@@ -1,5 +1,6 @@
 """A command line, or a JSON file of flags, to dataclasses, checked; flags of 2021 are translated."""
 
+import csv
 import difflib
 import json
 import math
@@ -118,6 +119,16 @@ def parse_layers(text: str | None, count: int) -> list[int] | None:
     return sorted(numbers)
 
 
+def parse_names(flag: str, text: str | None) -> tuple[str, ...] | None:
+    """`a,b,c` to names without blanks around them; one that holds a comma stands in quotes. Raises UsageError."""
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in next(csv.reader([text], skipinitialspace=True), []))
+    if not names or "" in names or len({*names}) < len(names):
+        raise UsageError(f"--{flag} {text}: give different names with commas between them.")
+    return names
+
+
 def check_compiler(backend: str | None, on_cpu: bool) -> None:
     """torch.compile must know its backend, and find the compiler that it would start. Raises UsageError."""
     if backend and backend not in torch._dynamo.list_backends(exclude_tags=()):
@@ -146,6 +157,9 @@ def check_args(model_args: Any, data_args: Any, args: Any) -> None:
         for wanted, file in (("train", "train_file"), ("eval", "validation_file"), ("predict", "test_file")):
             if getattr(args, f"do_{wanted}") and not getattr(data_args, file):
                 raise UsageError(f"--do_{wanted} needs --{file}.")
+    label_names = parse_names("labels", data_args.labels)
+    if label_names is not None and len(label_names) < 2:
+        raise UsageError(f"--labels {data_args.labels}: give two names or more; a regression has none.")
     if absent := [name for name in args.report_to if name not in (there := get_available_reporting_integrations())]:
         raise UsageError(f"--report_to {absent[0]}: not installed here. Choose from: {', '.join(['none', *there])}.")
     check_compiler(args.torch_compile_backend, args.use_cpu)

@@ -1,16 +1,19 @@
 """From a checkpoint folder or Hub id to our model and its tokenizer, checked against what is asked of them."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from lora_nlu.adapters import head_names, not_finite
 from lora_nlu.errors import UserError, shown
 from lora_nlu.files import text_for_weights
+from lora_nlu.labels import check_labels, config_labels, head_order, last_layer
 from lora_nlu.methods import mark_trainable
 from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
@@ -40,28 +43,6 @@ def load_config(name: str, **hub: Any) -> Any:
     return config
 
 
-def recorded_labels(config: Any) -> tuple[str, ...] | None:
-    """Label names in id order that a fine-tuned model's config records, () for regression, None for placeholders."""
-    names = tuple(label for _, label in sorted(config.id2label.items()))
-    if len(names) == 1:
-        return ()
-    return None if names == tuple(f"LABEL_{i}" for i in range(len(names))) else names
-
-
-def check_labels(source: object, trained: tuple[str, ...] | None, asked: tuple[str, ...]) -> None:
-    """The examples' labels must be those that `source` was trained to tell, where it says. Raises UserError."""
-    if trained is not None and [label.lower() for label in trained] != [label.lower() for label in asked]:
-        said, wanted = (", ".join(names) or "a number (regression)" for names in (trained, asked))
-        raise UserError(f"{source}: was trained to tell {said}; the examples have {wanted}.")
-
-
-def set_labels(config: Any, labels: tuple[str, ...]) -> None:
-    """Write label names (() for regression) into a config."""
-    config.num_labels = len(labels) or 1
-    if labels:
-        config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
-
-
 def longest_input(config: Any) -> float:
     """How many tokens the position table has room for; infinity for a DeBERTa, which has none."""
     if config.model_type == "roberta":
@@ -69,9 +50,19 @@ def longest_input(config: Any) -> float:
     return config.max_position_embeddings if config.position_biased_input else math.inf
 
 
-def load_model(name: str, config: Any, needs_head: bool, **hub: Any) -> tuple[Any, list[str]]:
+def load_model(
+    name: str,
+    config: Any,
+    needs_head: bool,
+    trained_labels: Sequence[str] | None = None,
+    keeps_head: bool = True,
+    **hub: Any,
+) -> tuple[Any, list[str]]:
     """The model of `config` with the weights of `name` in fp32, what trains in it marked; and lines worth saying.
 
+    trained_labels: what the head in the checkpoint tells, in id order; None where nothing records it. Its rows are put
+    in the order of the config's labels, and a head for others starts anew. Not so without `keeps_head`: an adapter
+    brings another.
     What a method adds and a head that the checkpoint lacks are drawn from torch's global generator. Raises UserError if
     weights are not finite, the encoder's are missing or misshapen, LoRA matrices would be left out, or the head is and
     `needs_head`.
@@ -113,10 +104,32 @@ def load_model(name: str, config: Any, needs_head: bool, **hub: Any) -> tuple[An
         raise UserError(
             f"{name} has no trained head for these labels. Train (--do_train), or give an adapter with --lora_path."
         )
-    if report["mismatched_keys"]:
-        notes.append(f"{name}: its head is for other labels and is left behind; the head starts anew.")
+    if needs_head:
+        check_labels(name, trained_labels, config_labels(config))
+    if keeps_head:
+        notes += _order_head_(model, name, trained_labels, report)
     mark_trainable(model)
     return model, notes
+
+
+@torch.no_grad()
+def _order_head_(model: Any, name: str, trained: Sequence[str] | None, report: dict[str, Any]) -> list[str]:
+    """Put the rows of a checkpoint's head in the order of the model's labels, or draw it anew; lines worth saying."""
+    last = last_layer(model.state_dict())
+    if f"{last}.weight" in report["missing_keys"]:
+        return [] if trained is None else [f"{name}: has no trained head; a new one starts."]
+    shapes = {key: shape for key, shape, _ in report["mismatched_keys"]}
+    count = shapes.get(f"{last}.weight", [model.config.num_labels])[0]
+    rows, note = head_order(name, count, trained, config_labels(model.config))
+    if rows is None:
+        for layer in model.classifier.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=model.config.initializer_range)
+                nn.init.zeros_(layer.bias)
+    else:
+        for parameter in model.get_submodule(last).parameters():
+            parameter.copy_(parameter[rows])
+    return [note] if note else []
 
 
 def set_two_views(model: Any, tokenizer: Any, reg_loss_wgt: float, masking_prob: float) -> None:

@@ -1,0 +1,132 @@
+"""The labels that a classification head tells: recorded by name, compared by name, its rows put in order by name.
+
+Names are compared stripped and case-blind; () stands for a regression, None for a head that records no names.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_nlu.errors import UserError
+from lora_nlu.tasks import TASKS
+
+
+def placeholders(count: int) -> tuple[str, ...]:
+    """The names that transformers' configs have where nobody gave any."""
+    return tuple(f"LABEL_{i}" for i in range(count))
+
+
+def config_labels(config: Any) -> tuple[str, ...]:
+    """Label names of a config in id order, placeholders or not; () for regression."""
+    names = tuple(label for _, label in sorted(config.id2label.items()))
+    return () if len(names) == 1 else names
+
+
+def recorded_labels(config: Any) -> tuple[str, ...] | None:
+    """Label names in id order that a fine-tuned model's config records, () for regression, None for placeholders."""
+    names = config_labels(config)
+    return None if names and names == placeholders(len(names)) else names
+
+
+def set_labels(config: Any, labels: tuple[str, ...]) -> None:
+    """Write label names (() for regression) into a config."""
+    config.num_labels = len(labels) or 1
+    if labels:
+        config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+
+
+def listed(labels: Sequence[str] | None) -> str:
+    return "labels without names" if labels is None else ", ".join(labels) or "a number (regression)"
+
+
+def same_name(label: str) -> str:
+    """What is equal for names that differ only in case or in blanks around them."""
+    return label.strip().casefold()
+
+
+def rows_by_name(trained: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
+    """For each of the `wanted` labels its place among those a head was `trained` to tell; None if they are others."""
+    for key in (str, same_name):  # names that only case tells apart are still told apart
+        places = {key(label): i for i, label in enumerate(trained)}
+        rows = [places.get(key(label)) for label in wanted]
+        if len(places) == len(trained) == len(wanted) and {*rows} == {*range(len(trained))}:
+            return [row for row in rows if row is not None] or [0]  # a regression has one row
+    return None
+
+
+def check_labels(source: object, trained: Sequence[str] | None, wanted: Sequence[str]) -> None:
+    """The examples' labels must be those that `source` was trained to tell, where it says. Raises UserError."""
+    if trained is not None and rows_by_name(trained, wanted) is None:
+        raise UserError(f"{source}: was trained to tell {listed(trained)}; the examples have {listed(wanted)}.")
+
+
+def head_order(
+    source: object, count: int, trained: Sequence[str] | None, wanted: Sequence[str]
+) -> tuple[list[int] | None, str]:
+    """For each of the `wanted` labels the row of a head of `count` rows that tells it, None if it is for other labels.
+
+    Where nothing is recorded rows are taken as they stand. The second value is a line worth saying, or "".
+    """
+    n = len(wanted) or 1
+    rows = list(range(n)) if trained is None else rows_by_name(trained, wanted)
+    if count != n or rows is None:
+        said = f"It has {count} rows" if trained is None else f"It tells {listed(trained)}"
+        left = f"{source}: its classifier is for other labels and is left behind; a new one starts."
+        return None, f"{left} {said}; the examples have {listed(wanted)}."
+    if trained is None:
+        guess = f"{source}: records no label names; its head is taken to tell {listed(wanted)}, in this order."
+        return rows, f"{guess} If it doesn't, name its labels in id order: --labels." if wanted else ""
+    if rows != list(range(n)):
+        return rows, f"{source}: its head tells {listed(trained)}; its rows are put in the order {listed(wanted)}."
+    return rows, ""
+
+
+def last_layer(names: Iterable[str]) -> str | None:
+    """The head's last layer, whose rows are the labels, by the names of its parameters; None if it is not there."""
+    layers = ("classifier.out_proj", "classifier")  # RoBERTa's, DeBERTa's
+    return next((layer for layer in layers if f"{layer}.weight" in {*names}), None)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head that a run starts from or evaluates: whose it is, its labels (None: not recorded), its rows."""
+
+    source: str
+    labels: tuple[str, ...] | None
+    count: int
+
+    def named(self, names: Sequence[str], names_new_labels: bool) -> "Head":
+        """The head with the names that --labels gives, where it records none.
+
+        names_new_labels: the flag is for the labels that training on one's own files starts, which may be others than
+        the head's; their order may not contradict it. Raises UserError if the flag doesn't fit the head.
+        """
+        if self.labels is None:
+            if len(names) == self.count:
+                return replace(self, labels=tuple(names))
+            if names_new_labels:
+                return self
+            raise UserError(f"{self.source}: its head has {self.count} outputs, --labels names {len(names)}.")
+        if [*map(same_name, names)] == [*map(same_name, self.labels)]:
+            return self
+        if names_new_labels and rows_by_name(self.labels, names) is None:
+            return self
+        raise UserError(
+            f"{self.source}: was trained to tell {listed(self.labels)}, but --labels says {listed(names)}.\n"
+            "Leave --labels out: the names are recorded."
+        )
+
+    def check_ids(self, wanted: Sequence[str] | None) -> str:
+        """Of a head without names only labels that are its ids can be told, without a guess; returns a line saying so.
+
+        wanted: labels of one's own examples in id order; None where the examples have none. Raises UserError.
+        """
+        if wanted is not None and tuple(wanted) in (tuple(map(str, range(self.count))), placeholders(self.count)):
+            return f"{self.source}: records no label names; {listed(wanted)} are taken for its ids."
+        orders = [f"{task.name} {','.join(task.labels)}" for task in TASKS.values() if len(task.labels) == self.count]
+        known = f"; GLUE's: {'; '.join(orders)}" if orders else ""
+        raise UserError(
+            f"{self.source}: doesn't record which labels its {self.count} outputs tell; a guess gives wrong answers.\n"
+            f"Name them in id order with --labels{known}.\n"
+            "If it has no trained head yet, train first (--do_train)."
+        )
