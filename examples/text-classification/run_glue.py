@@ -170,7 +170,6 @@ def prepare_model(
     args: RunArguments,
     config: Any,
     adapter: adapters.Adapter | None,
-    task: str,
     base_labels: tuple[str, ...] | None,
 ) -> tuple[Any, Any, str]:
     """The model with its LoRA settings, weights and adapter, its tokenizer and base fingerprint. Raises UserError.
@@ -184,7 +183,6 @@ def prepare_model(
     if adapter:  # it brings its own layers
         method |= {"apply_lora": False, "apply_adapter": False}
     set_method(config, method)
-    config.finetuning_task, config.cls_dropout = task, model_args.cls_dropout
     config.lora_relative_query = bool(model_args.lora_relative_query)
     if model_args.lora_relative_query and config.model_type != "deberta-v2":
         raise UsageError(f"--lora_relative_query: a {config.model_type} model has no relative positions.")
@@ -198,7 +196,8 @@ def prepare_model(
         deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
     say(args, *notes)
     base = adapters.base_fingerprint(model)
-    tokenizer = loading.load_tokenizer(model_args.tokenizer_name or name, config.vocab_size, **hub)
+    tokenizer, notes = loading.load_tokenizer(model_args.tokenizer_name or name, config, **hub)
+    say(args, *notes)
     loading.set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
     if adapter:
         say(args, *adapters.attach_adapter(model, adapter, model_args.lora_alpha, args.do_train, wanted))
@@ -310,9 +309,9 @@ def main(argv: list[str]) -> None:
         adapter = adapters.with_labels(adapter, head.labels)
     else:
         base_labels = head.labels
-    labels.set_labels(config, examples.labels)
+    loading.set_task(config, task, examples.labels, model_args.cls_dropout)
 
-    model, tokenizer, base = prepare_model(model_args, args, config, adapter, task, base_labels)
+    model, tokenizer, base = prepare_model(model_args, args, config, adapter, base_labels)
     max_length, limit = data_args.max_seq_length, loading.longest_input(config)
     if max_length > limit:
         say(args, f"--max_seq_length {max_length} is more than the model's {limit} positions; using {limit}.")

@@ -120,7 +120,7 @@ def write_merged(adapter: Adapter, base: str, folder: Path) -> None:
     for name, value in settings.items():
         setattr(config, name, value)
     config.architectures = [type(model).__name__]
-    tokenizer = loading.load_tokenizer(base, config.vocab_size)
+    tokenizer, _ = loading.load_tokenizer(base, config)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -29,10 +29,10 @@ def recorded_labels(config: Any) -> tuple[str, ...] | None:
 
 
 def set_labels(config: Any, labels: tuple[str, ...]) -> None:
-    """Write label names (() for regression) into a config."""
-    config.num_labels = len(labels) or 1
-    if labels:
-        config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    """Write label names (() for regression), and the loss that goes with them, into a config."""
+    names = labels or placeholders(1)
+    config.id2label, config.label2id = dict(enumerate(names)), {label: i for i, label in enumerate(names)}
+    config.problem_type = "single_label_classification" if labels else "regression"
 
 
 def listed(labels: Sequence[str] | None) -> str:

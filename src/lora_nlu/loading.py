@@ -9,11 +9,12 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from lora_nlu.adapters import head_names, not_finite
 from lora_nlu.errors import UserError, shown
 from lora_nlu.files import text_for_weights
-from lora_nlu.labels import check_labels, config_labels, head_order, last_layer
+from lora_nlu.labels import check_labels, config_labels, head_order, last_layer, set_labels
 from lora_nlu.methods import mark_trainable
 from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
@@ -35,12 +36,26 @@ def load_config(name: str, **hub: Any) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError) as e:
-        said = f"--model_name_or_path {name}: neither a folder with a config.json nor a model the Hub gives."
-        raise UserError(f"{said}\n({_reason(e)})") from e
+    except Exception as e:  # what a setting that makes no sense is called has many names
+        said = "neither a folder with a config.json nor a model the Hub gives"
+        if Path(name, "config.json").is_file():
+            said = "its config.json can't be used"
+        raise UserError(f"--model_name_or_path {name}: {said}.\n({_reason(e)})") from e
     if config.model_type not in MODELS:
         raise UserError(f"--model_name_or_path {name}: a {config.model_type!r} model; supported: {', '.join(MODELS)}.")
+    config._attn_implementation = "eager"  # as transformers calls the models' own; the file may ask for another
     return config
+
+
+def set_task(config: Any, task: str, labels: tuple[str, ...], cls_dropout: float | None) -> None:
+    """Set what the task and the flags decide in a config, whatever its checkpoint was saved with.
+
+    What stays is the architecture. The head's dropout is `cls_dropout`, without it the model's hidden_dropout_prob.
+    """
+    set_labels(config, labels)
+    config.finetuning_task, config.cls_dropout, config.classifier_dropout = task, cls_dropout, None
+    config.output_hidden_states = config.output_attentions = False
+    config.return_dict = True
 
 
 def longest_input(config: Any) -> float:
@@ -136,6 +151,8 @@ def set_two_views(model: Any, tokenizer: Any, reg_loss_wgt: float, masking_prob:
     """Turn R-Drop, and with `masking_prob` cutoff, on or off. Raises UserError without a token that stands for none."""
     config = model.config
     config.reg_loss_wgt, config.masking_prob = reg_loss_wgt, masking_prob
+    for name in ("unk_token_id", "special_token_ids"):
+        config.__dict__.pop(name, None)
     if masking_prob:
         if tokenizer.unk_token_id is None:
             raise UserError("--masking_prob: the tokenizer has no unknown token to put in the place of others.")
@@ -143,14 +160,27 @@ def set_two_views(model: Any, tokenizer: Any, reg_loss_wgt: float, masking_prob:
         config.special_token_ids = sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id})
 
 
-def load_tokenizer(name: str, vocab_size: int, **hub: Any) -> Any:
-    """The tokenizer of a folder or Hub id. Raises UserError if there is none or it has more tokens than the model."""
+def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
+    """The tokenizer of a folder or Hub id, set for a model of `config`; and lines worth saying.
+
+    Whatever it was saved with, it pads and cuts on the right, up to the model's own limit. Raises UserError if there is
+    none, if it has more tokens than the model, or no token to pad with.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     except (OSError, ValueError, ImportError) as e:
         raise UserError(f"No tokenizer in {name} ({_reason(e)}). Give --tokenizer_name.") from e
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where the files are missing
         raise UserError(f"No tokenizer in {name} (it has no vocabulary). Give --tokenizer_name.")
-    if len(tokenizer) > vocab_size:
-        raise UserError(f"The tokenizer of {name} has {len(tokenizer)} tokens, the model only {vocab_size}.")
-    return tokenizer
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"The tokenizer of {name} has {len(tokenizer)} tokens, the model only {config.vocab_size}.")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"The tokenizer of {name} has no padding token: set pad_token in its tokenizer_config.json.")
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = int(min(longest_input(config), VERY_LARGE_INTEGER))
+    names, notes = tokenizer.model_input_names, []
+    if "token_type_ids" in names and config.type_vocab_size == 1:
+        names = [input_name for input_name in names if input_name != "token_type_ids"]
+        notes.append(f"{name}: the tokenizer tells two texts apart by token_type_ids, the model can't: left out.")
+    tokenizer.model_input_names = names if "attention_mask" in names else [*names, "attention_mask"]
+    return tokenizer, notes

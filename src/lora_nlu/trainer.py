@@ -176,6 +176,8 @@ class AdapterTrainer(Trainer):
         self.metadata = metadata
         super().__init__(*args, **kwargs)
         self.add_callback(_OwnDropout)
+        # transformers writes the tokenizer's into the config, from which RoBERTa counts positions once it is loaded
+        self._pad_token_id = self.model.config.pad_token_id
         self.saves_part = trains_a_part(kwargs["model"])
         self._training_since: float | None = None
         self._spent: float | None = None  # seconds of training before this process, once known
@@ -448,6 +450,7 @@ class AdapterTrainer(Trainer):
             )
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        self.model.config.pad_token_id = self._pad_token_id
         if not resume_from_checkpoint or not self.is_deepspeed_enabled or not self.saves_part:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
@@ -493,6 +496,11 @@ class AdapterTrainer(Trainer):
             super()._load_best_model()
 
     # ----------------------------------------------------------------------------------------------- evaluation
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but the predictions are the logits alone, also where a config asks for hidden states."""
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        return loss, logits[0] if isinstance(logits, tuple) else logits, labels
 
     def evaluation_loop(
         self,
