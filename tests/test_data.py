@@ -25,13 +25,14 @@ from transformers import (
 
 from lora_nlu.data import (
     Examples,
-    first_rows,
+    choose_rows,
+    describe,
     load_examples,
     load_files,
     load_glue_folder,
     token_count,
-    tokenize,
 )
+from lora_nlu.data import tokenize as tokenize_and_say
 from lora_nlu.errors import UserError
 from lora_nlu.tasks import TASKS
 
@@ -369,9 +370,12 @@ def test_one_text_column_of_any_name_and_string_labels_in_alphabetical_order(tmp
     assert_table(examples.splits["train"], ["fine", "awful", "so-so"], None, [1, 0, 2])
 
 
-def test_two_text_columns_keep_the_order_in_which_they_stand(tmp_path):
-    examples = own(tmp_path, "a.csv", "b,label,a\nfirst,x,second\nthird,y,fourth\n")
+def test_two_text_columns_that_are_named_keep_the_order_of_their_names(tmp_path):
+    path = write(tmp_path / "a.csv", "b,label,a\nfirst,x,second\nthird,y,fourth\n")
+    examples = load_files({"train": str(path)}, None, ("b", "a"))
     assert_table(examples.splits["train"], ["first", "third"], ["second", "fourth"], [0, 1])
+    examples = load_files({"train": str(path)}, None, ("a", "b"))
+    assert_table(examples.splits["train"], ["second", "fourth"], ["first", "third"], [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -514,7 +518,7 @@ def test_a_missing_file_and_a_folder_in_its_place_are_refused_by_name(tmp_path):
 
 def test_columns_that_could_all_be_text_are_listed(tmp_path):
     message = refusal(own, tmp_path, "a.csv", "title,body,author,label\n1,2,3,x\n")
-    assert all(column in message for column in ("title", "body", "author", "sentence1"))
+    assert all(column in message for column in ("title", "body", "author", "--text_columns", "--label_column"))
 
 
 def train_and(folder: Path, split: str, train: str, other: str, known: tuple | None = None) -> Examples:
@@ -550,13 +554,14 @@ def test_a_test_file_needs_no_labels_and_those_it_has_are_not_read(tmp_path):
 def test_all_files_are_read_by_the_columns_of_the_first(tmp_path):
     examples = train_and(tmp_path, "test", "text,label\nA,x\nB,y\n", "text,author,year\nC,me,1999\n")
     assert_table(examples.splits["test"], ["C"], None, None)
-    examples = train_and(tmp_path, "test", "ask,say,label\nA,B,x\nC,D,y\n", "say,ask\nF,E\n")
+    examples = train_and(tmp_path, "test", "question,sentence,label\nA,B,x\nC,D,y\n", "sentence,question\nF,E\n")
     assert_table(examples.splits["test"], ["E"], ["F"], None)
 
 
 def test_pairs_in_one_file_and_single_texts_in_the_other_are_refused(tmp_path):
-    message = refusal(train_and, tmp_path, "test", "ask,say,label\nA,B,x\nC,D,y\n", "sentence\nE\n")
-    assert message.startswith(f"{tmp_path / 'test.csv'}:1: ") and "ask, say" in message
+    pairs = "premise,hypothesis,label\nA,B,x\nC,D,y\n"
+    message = refusal(train_and, tmp_path, "test", pairs, "sentence\nE\n")
+    assert message.startswith(f"{tmp_path / 'test.csv'}:2: ") and "premise, hypothesis" in message
 
 
 def test_known_labels_set_the_ids_and_none_others_are_taken(tmp_path):
@@ -566,7 +571,10 @@ def test_known_labels_set_the_ids_and_none_others_are_taken(tmp_path):
 
 
 def test_the_known_labels_need_not_all_occur(tmp_path):
-    assert own(tmp_path, "a.csv", "text,label\nA,x\n", ["x", "y"]).splits["train"][:]["label"] == [0]
+    path = write(tmp_path / "a.csv", "text,label\nA,x\n")
+    assert load_files({"validation": str(path)}, ["x", "y"]).splits["validation"][:]["label"] == [0]
+    assert own(tmp_path, "b.csv", "text,label\nA,x\nB,z\n", ["x", "y", "z"]).splits["train"][:]["label"] == [0, 2]
+    assert "nothing to learn" in refusal(own, tmp_path, "c.csv", "text,label\nA,x\n", ["x", "y"])
 
 
 def test_known_labels_of_a_regression_make_whole_numbers_floats(tmp_path):
@@ -588,6 +596,11 @@ def test_load_examples_reads_only_the_wanted_files(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ tokenising
+
+
+def tokenize(*arguments: object, **settings: object) -> dict[str, Dataset]:
+    return tokenize_and_say(*arguments, **settings)[0]
+
 
 WORDS = "the cat sat on a mat while dogs ran far away from it".split()
 
@@ -672,7 +685,7 @@ def test_what_the_tokenizer_did_before_changes_neither_ids_nor_cache(tmp_path, r
 
 
 def own_file(folder: Path, text: str) -> Examples:
-    return own(folder, "train.csv", f"text,label\n{text},x\nthe cat,y\n")
+    return own(folder, "train.csv", f"text,label\n{text},x\nthe cat,y\nthe dogs,x\n")
 
 
 def test_a_second_call_reads_the_cached_file_and_overwrite_cache_makes_it_anew(tmp_path, roberta):
@@ -697,7 +710,27 @@ def test_changed_text_length_rows_or_tokenizer_make_another_cache(tmp_path, robe
     assert files_after(own_file(tmp_path, "a cat"), roberta, 32) == 2
     assert files_after(own_file(tmp_path, "a cat"), roberta, 4) == 3
     assert files_after(own_file(tmp_path, "a cat"), deberta, 4) == 4
-    assert files_after(first_rows(own_file(tmp_path, "a cat"), {"train": 1}), deberta, 4) == 5
+    assert files_after(choose_rows(own_file(tmp_path, "a cat"), {"train": 2}), deberta, 4) == 5
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("family", ["roberta", "deberta"])
+def test_texts_cut_at_the_longest_length_are_counted_in_one_line_a_split_also_from_the_cache(
+    family, pairs, tmp_path, request
+):
+    tokenizer, examples = request.getfixturevalue(family), texts(30, pairs)
+    rows = examples.splits["train"][:]
+    lengths = [len(ids) for ids in tokenizer(rows["text"], rows.get("text_pair")).input_ids]
+    for longest in (sorted(lengths)[10], sorted(lengths)[20]):
+        cut = sum(length > longest for length in lengths)
+        assert 0 < cut < 30
+        said = (
+            f"train: {cut} of 30 examples are cut at --max_seq_length {longest}; the longest has {max(lengths)} tokens."
+        )
+        for _ in range(2):  # the second time from the cache
+            assert tokenize_and_say(examples, tokenizer, longest, str(tmp_path))[1] == [said]
+    assert len(cache_files(tmp_path)) == 2
+    assert tokenize_and_say(examples, tokenizer, max(lengths), str(tmp_path))[1] == []
 
 
 def test_truncation_from_the_left_is_another_cache_than_from_the_right(tmp_path, deberta):
@@ -777,12 +810,187 @@ def test_two_processes_that_tokenise_at_once_both_get_the_whole_table(tmp_path, 
     assert len(cache_files(tmp_path)) == 1 and not list(tmp_path.rglob("*tmp*"))  # and nothing half-written stays
 
 
-def test_first_rows_keeps_the_first_of_each_split_and_all_without_a_limit():
-    table = Dataset.from_dict({"text": list("abcde"), "label": [0, 1, 0, 1, 0]})
-    examples = Examples({"train": table, "validation": table, "test": table}, ("0", "1"))
-    limited = first_rows(examples, {"train": 2, "validation": None, "test": 99})
-    assert limited.splits["train"][:]["text"] == ["a", "b"]
-    assert limited.splits["validation"][:]["text"] == limited.splits["test"][:]["text"] == list("abcde")
-    assert len(first_rows(examples, {}).splits["train"]) == 5 and limited.labels == ("0", "1")
-    assert len(first_rows(examples, {"train": 0}).splits["train"]) == 0
+def of_two_classes(labels: list[int]) -> Examples:
+    table = Dataset.from_dict({"text": [str(i) for i in range(len(labels))], "label": labels})
+    return Examples({"train": table, "validation": table, "test": table.remove_columns("label")}, ("neg", "pos"))
+
+
+def test_choose_rows_keeps_the_first_of_each_split_and_all_without_a_limit():
+    examples = of_two_classes([0, 1, 0, 1, 0])
+    limited = choose_rows(examples, {"train": 2, "validation": None, "test": 99})
+    assert limited.splits["train"][:]["text"] == ["0", "1"] and limited.rows["train"] == 5
+    assert limited.splits["validation"][:]["text"] == limited.splits["test"][:]["text"] == list("01234")
+    assert len(choose_rows(examples, {}).splits["train"]) == 5 and limited.labels == ("neg", "pos")
     assert len(examples.splits["train"]) == 5
+
+
+def test_a_seed_draws_rows_that_keep_their_order_and_never_test_rows():
+    examples = of_two_classes([0, 1] * 50)
+    limits = {"train": 20, "validation": 20, "test": 20}
+    drawn = [choose_rows(examples, limits, seed) for seed in (0, 0, 1)]
+    rows = [[int(text) for text in part.splits["train"][:]["text"]] for part in drawn]
+    assert rows[0] == rows[1] == sorted(rows[0]) != rows[2] and len({*rows[0]}) == 20 and rows[0] != [*range(20)]
+    assert all(part.splits["test"][:]["text"] == [str(i) for i in range(20)] for part in drawn)
+    assert choose_rows(examples, {}, 3).splits["train"][:]["text"] == examples.splits["train"][:]["text"]
+
+
+@pytest.mark.parametrize("split, flag", [("train", "--max_train_samples"), ("validation", "--max_eval_samples")])
+def test_a_chosen_part_of_a_sorted_set_with_a_single_class_is_refused_naming_the_flag_that_draws(split, flag):
+    examples = of_two_classes([0] * 50 + [1] * 50)
+    message = refusal(choose_rows, examples, {split: 10})
+    assert message.startswith(f"{split}: ") and "'neg'" in message and "neg 50, pos 50" in message
+    assert "--sample_seed" in message and flag in message
+    drawn = choose_rows(examples, {split: 10}, 0)
+    assert {*drawn.splits[split][:]["label"]} == {0, 1}
+    assert choose_rows(examples, {"test": 10}).rows == {"train": 100, "validation": 100, "test": 100}
+    alone = choose_rows(of_two_classes([1] * 50), {split: 10})  # the whole set has no more
+    assert len(alone.splits[split]) == 10
+
+
+def test_a_part_that_lacks_a_class_says_which_in_the_line_of_counts():
+    table = Dataset.from_dict({"text": list("abcdef"), "label": [0, 0, 1, 1, 2, 2]})
+    examples = Examples({"train": table}, ("x", "y", "z"), {"train": ("text", "label")})
+    (line,) = describe(choose_rows(examples, {"train": 4}))
+    assert line == "train: 4 rows (the first of 6), text in 'text', labels in 'label': x 2, y 2; none of z."
+    (line,) = describe(choose_rows(examples, {"train": 5}, 0), 0)
+    assert "5 rows (drawn of 6)" in line
+
+
+# ------------------------------------------------------------------------------------------- which columns are read
+
+GUESSES = {  # columns of real files whose text was guessed: (header, two rows)
+    "SetFit's": ("text,label,label_text", "fine,1,positive", "awful,0,negative"),
+    "pandas' index": ("Unnamed: 0,text,label", "0,fine,1", "1,awful,0"),
+    "an id": ("review_id,text,label", "r1,fine,1", "r2,awful,0"),
+    "a split": ("text,split,label", "fine,train,1", "awful,train,0"),
+    "an author": ("text,author,label", "fine,me,1", "awful,you,0"),
+    "a title": ("title,body,label", "a,fine,1", "b,awful,0"),
+    "two known pairs": ("premise,hypothesis,question,sentence,label", "a,b,c,d,1", "e,f,g,h,0"),
+    "half a known pair": ("sentence1,text,label", "a,b,1", "c,d,0"),
+}
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+@pytest.mark.parametrize("what", GUESSES)
+def test_columns_of_which_one_would_have_to_guess_are_refused_until_text_columns_names_them(what, form, tmp_path):
+    header, *rows = (line.split(",") for line in GUESSES[what])
+    if form == "csv":
+        path = write(tmp_path / "a.csv", "".join(",".join(line) + "\n" for line in (header, *rows)))
+    else:
+        path = write(tmp_path / "a.jsonl", json_lines(*(dict(zip(header, row, strict=True)) for row in rows)))
+    message = refusal(load_files, {"train": str(path)}, None)
+    assert message.startswith(f"{path}: ") and ", ".join(header) in message
+    assert "--text_columns" in message and "--label_column" in message
+    named = [column for column in header if column not in ("label", "label_text")][-2:]
+    examples = load_files({"train": str(path)}, None, named)
+    columns = [[row[header.index(column)] for row in rows] for column in named]
+    assert_table(examples.splits["train"], columns[0], columns[1] if named[1:] else None, [1, 0])
+    assert describe(examples)[0].startswith(
+        f"train: 2 rows, text in {' and '.join(map(repr, named))}, labels in 'label'"
+    )
+
+
+def test_label_column_names_another_column_and_what_is_left_is_the_text(tmp_path):
+    path = write(tmp_path / "a.csv", "review,sentiment\nfine,good\nawful,bad\n")
+    message = refusal(load_files, {"train": str(path)}, None)
+    assert message.startswith(f"{path}:2: no column 'label'; has review, sentiment") and "--label_column" in message
+    examples = load_files({"train": str(path)}, None, None, "sentiment")
+    assert_table(examples.splits["train"], ["fine", "awful"], None, [1, 0])
+    assert describe(examples) == ["train: 2 rows, text in 'review', labels in 'sentiment': bad 1, good 1."]
+    message = refusal(load_files, {"train": str(path)}, None, None, "mood")
+    assert "no column 'mood'" in message and "--label_column" in message
+
+
+def test_a_column_that_text_columns_names_must_be_in_every_file(tmp_path):
+    train = write(tmp_path / "train.csv", "text,author,label\nA,me,x\nB,you,y\n")
+    test = write(tmp_path / "test.csv", "sentence\nC\n")
+    message = refusal(load_files, {"train": str(train)}, None, ("body",))
+    assert message.startswith(f"{train}:2: no column 'body'; has text, author, label") and "--text_columns" in message
+    message = refusal(load_files, {"train": str(train), "test": str(test)}, None, ("text",))
+    assert message.startswith(f"{test}:2: no column 'text'; has sentence")
+    one = write(tmp_path / "one.csv", "text,label\nA,x\nB,y\n")
+    message = refusal(load_files, {"train": str(one), "test": str(test)}, None)
+    assert message.startswith(f"{test}:2: no column 'text'")  # not another that stands alone
+
+
+LEAKS = {
+    "a label's name": ("text,label,label_text", "{i},0,negative", "{i},1,positive"),
+    "a label's number": ("text,label,code", "{i},no,0", "{i},yes,1"),
+    "one answer per label": ("text,label,answer", "{i},b,it is so", "{i},a,it is not"),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("what", LEAKS)
+def test_a_text_column_with_one_value_per_label_is_refused_by_name(what, split, tmp_path):
+    header, *rows = LEAKS[what]
+    column = header.split(",")[-1]
+    content = header + "\n" + "".join(row.format(i=i) + "\n" for i in range(3) for row in rows)
+    path = write(tmp_path / "a.csv", content)
+    for columns in ((column,), ("text", column)):
+        message = refusal(load_files, {split: str(path)}, None, columns)
+        assert message.startswith(f"{path}: column {column!r}") and "--text_columns" in message
+    assert load_files({split: str(path)}, None, ("text",)).columns[split] == ("text", "label")
+
+
+def test_few_rows_mixed_values_and_numbers_are_no_leak(tmp_path):
+    few = "text,label\n" + "good,1\nbad,0\n" * 2
+    mixed = "text,label\n" + "good,1\nbad,0\n" * 3 + "bad,1\n"
+    numbers = "text,label\n" + "good,1.5\nbad,0\n" * 3
+    same = "text,label\n" + "good,1\ngood,0\n" * 3
+    for content in (few, mixed, numbers, same):
+        assert own(tmp_path, "a.csv", content).columns["train"] == ("text", "label")
+
+
+def test_every_split_has_a_line_of_its_columns_labels_and_counts(tmp_path):
+    for _, _, file, lines, *_ in LAYOUTS:
+        write(tmp_path / file, tsv(*lines))
+    examples = load_examples("mnli", str(tmp_path), {}, ["train", "validation", "test"])
+    assert describe(examples) == [
+        "train: 3 rows, text in 'sentence1' and 'sentence2', labels in 'gold_label': "
+        "entailment 1, neutral 1, contradiction 1.",
+        *[f"validation_{kind}: 1 rows, text in 'sentence1' and 'sentence2', labels in 'gold_label': contradiction 1; "
+          "none of entailment, neutral." for kind in ("matched", "mismatched")],
+        *[f"test_{kind}: 1 rows, text in 'sentence1' and 'sentence2'." for kind in ("matched", "mismatched")],
+    ]  # fmt: skip
+    (line,) = describe(load_examples("stsb", str(tmp_path), {}, ["train"]))
+    assert line == "train: 2 rows, text in 'sentence1' and 'sentence2', labels in 'score': numbers from 0.5 to 5."
+    many = "text,label\n" + "".join(f"t{i % 7},c{i % 40:02}\n" for i in range(120))
+    (line,) = describe(own(tmp_path, "a.csv", many))
+    assert line.endswith("c10 3, c11 3 and 28 more.")
+
+
+def test_labels_that_differ_in_blanks_or_case_alone_are_said_with_their_counts(tmp_path):
+    content = "text,label\n" + "".join(f"t{i},{label}\n" for i, label in enumerate(["Pos", "pos ", "neg", "pos "]))
+    examples = own(tmp_path, "a.csv", content)
+    assert examples.labels == ("Pos", "neg", "pos ")
+    (note,) = examples.notes
+    assert note.startswith(f"{tmp_path / 'a.csv'}: ") and "'Pos' (1 rows), 'pos ' (2 rows)" in note
+    assert describe(examples)[0] == note
+
+
+def test_a_label_that_differs_from_a_known_one_in_blanks_or_case_alone_is_read_as_it_and_said(tmp_path):
+    path = write(tmp_path / "a.csv", "text,label\nA,POSITIVE\nB,negative \nC,positive\n")
+    examples = load_files({"validation": str(path)}, ("positive", "Negative"))
+    assert examples.splits["validation"][:]["label"] == [0, 1, 0] and examples.labels == ("positive", "Negative")
+    assert examples.notes == (
+        f"{path}: label 'POSITIVE' (1 rows) is read as 'positive'.",
+        f"{path}: label 'negative ' (1 rows) is read as 'Negative'.",
+    )
+    path = write(tmp_path / "b.csv", "text,label\nA,POS\n")
+    assert f"{path}:2: " in refusal(load_files, {"validation": str(path)}, ("Pos", "pos"))  # it may be either
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+@pytest.mark.parametrize("length", [131_072, 131_073, 2_000_000])
+def test_a_cell_of_any_length_is_read(name, length, tmp_path):
+    mark = "\t" if name == "a.tsv" else ","
+    content = f"text{mark}label\n{'x' * length}{mark}y\nshort{mark}n\n"
+    assert [len(text) for text in own(tmp_path, name, content).splits["train"][:]["text"]] == [length, 5]
+
+
+def test_a_long_cell_in_quotes_keeps_its_lines_and_an_open_quote_is_still_refused(tmp_path):
+    text = "one, line\n" * 30_000
+    assert own(tmp_path, "a.csv", f'text,label\n"{text}",y\nshort,n\n').splits["train"][0]["text"] == text
+    message = refusal(own, tmp_path, "b.csv", f'text,label\nshort,n\n"{text}')
+    assert message.startswith(f"{tmp_path / 'b.csv'}:") and "broken or cut line" in message

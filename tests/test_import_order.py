@@ -32,7 +32,7 @@ ALLOWED = {
         "convert",
     },  # the last one as a program only: python -m lora_nlu.adapters
     "convert": {"adapters", "labels", "loading", "lora", "tasks", "errors", "files"},
-    "data": {"tasks", "errors"},
+    "data": {"labels", "tasks", "errors"},
     "flags": {"errors", "files", "lora", "metrics"},
     "loading": {"adapters", "labels", "modeling_roberta", "modeling_deberta_v2", "methods", "errors", "files"},
     "processes": {"errors"},

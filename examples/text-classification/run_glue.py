@@ -85,9 +85,12 @@ class DataArguments:
     max_train_samples: int | None = flag("Train on the first so many examples")
     max_eval_samples: int | None = flag("Evaluate on the first so many examples (of each set)")
     max_predict_samples: int | None = flag("Predict the first so many examples (of each set)")
+    sample_seed: int | None = flag("Draw the rows of --max_train_samples and --max_eval_samples by this seed instead")
     train_file: str | None = flag("CSV, TSV or JSON lines with a text column (or two) and 'label'")
     validation_file: str | None = flag("The same, to evaluate on")
     test_file: str | None = flag("The same, to predict; 'label' not needed")
+    text_columns: str | None = flag("Columns of your files that hold the text, one or two: --text_columns a,b")
+    label_column: str | None = flag("Column of your files that holds the labels; default: label")
     labels: str | None = flag(
         "Label names in id order, such as negative,positive: of a trained head that records none, or for training on "
         "files of your own (default there: sorted)"
@@ -272,10 +275,10 @@ def read_examples(
     known = parse_names("labels", data_args.labels) if args.do_train else head.labels
     if known is None and not task and wanted == ["test"]:
         head.check_ids(None)
-    place = (data_args.glue_dir, model_args.cache_dir, model_args.token)
-    absent = ""
+    place, texts = (data_args.glue_dir, model_args.cache_dir, model_args.token), data_args.text_columns
+    columns, absent = (parse_names("text_columns", texts), data_args.label_column), ""
     with args.main_process_first(desc="loading the examples"):
-        examples = data.load_examples(task, place[0], files, wanted, known, *place[1:])
+        examples = data.load_examples(task, place[0], files, wanted, known, *place[1:], *columns)
         if task == "mnli" and args.do_predict:
             examples, absent = data.with_diagnostics(examples, *place)
     if known is None and not task and not args.do_train:
@@ -286,7 +289,10 @@ def read_examples(
     say(args, *([f"No predictions for the diagnostic set (AX): {absent}"] if absent else []))
     limits = {"train": data_args.max_train_samples, "valid": data_args.max_eval_samples}
     limits["test"] = data_args.max_predict_samples
-    return data.first_rows(examples, {s: limits.get(s[:5], limits.get(s[:4])) for s in examples.splits}), head
+    limits = {split: limits.get(split[:5], limits.get(split[:4])) for split in examples.splits}
+    examples = data.choose_rows(examples, limits, data_args.sample_seed)
+    say(args, *data.describe(examples, data_args.sample_seed))
+    return examples, head
 
 
 def main(argv: list[str]) -> None:
@@ -317,7 +323,9 @@ def main(argv: list[str]) -> None:
         say(args, f"--max_seq_length {max_length} is more than the model's {limit} positions; using {limit}.")
         max_length = int(limit)
     with args.main_process_first(desc="tokenising"):
-        tables = data.tokenize(examples, tokenizer, max_length, model_args.cache_dir, data_args.overwrite_cache)
+        cache = (model_args.cache_dir, data_args.overwrite_cache)
+        tables, cut = data.tokenize(examples, tokenizer, max_length, *cache)
+    say(args, *cut)
 
     names = TASKS[task].metrics if task in TASKS else ("pearson", "mse") if examples.is_regression else ("accuracy",)
     check_smoothing(args, examples.is_regression)
@@ -326,6 +334,8 @@ def main(argv: list[str]) -> None:
     known_of_base = {"base_model": name, "base_fingerprint": base, "started_from": adapter_path}
     decided = {"max_seq_length": max_length, "train_samples": len(tables.get("train", ()))}
     decided |= {key: getattr(model_args, key) for key in ("cls_dropout", "reg_loss_wgt", "masking_prob")}
+    if data_args.sample_seed is not None and decided["train_samples"] < examples.rows.get("train", 0):
+        decided["sample_seed"] = data_args.sample_seed
     padding = "max_length" if data_args.pad_to_max_length else "longest"
     trainer = AdapterTrainer(
         model=model,

@@ -9,8 +9,10 @@ import hashlib
 import io
 import json
 import math
+import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ import huggingface_hub
 from datasets import Dataset
 
 from lora_nlu.errors import UserError
+from lora_nlu.labels import same_name
 from lora_nlu.tasks import TASKS, Task
 
 HUB_DATASET = "nyu-mll/glue"
 HUB_TIMEOUT_S = 5
 LABEL = "label"
+_LENGTH = "tokens_uncut"  # of the tokenised tables on disk: an example's tokens before truncation
 _PAIRS = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -36,10 +40,18 @@ _ROW_NUMBERS = {"idx", "id", "index", ""}
 
 @dataclass(frozen=True)
 class Examples:
-    """Tables by split name, and what their labels mean: `labels` in id order, () for regression."""
+    """Tables by split name, and what their labels mean: `labels` in id order, () for regression.
+
+    columns: of each split, the names that its file gives the columns read: text, or a pair, then the label if it is.
+    rows:    of each split, how many there were before some were chosen (`choose_rows`).
+    notes:   lines worth saying of what was read.
+    """
 
     splits: dict[str, Dataset]
     labels: tuple[str, ...]
+    columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def is_regression(self) -> bool:
@@ -111,6 +123,11 @@ def _glue_lines(path: Path, task: Task, text: str) -> Iterator[tuple[int, list[s
         yield number, fields
 
 
+def _glue_columns(task: Task, with_labels: bool) -> tuple[str, ...]:
+    """The columns of a task's file that are read: text, or a pair, then the label."""
+    return (*(task.text_columns or task.text), *([task.label_column] if with_labels else []))
+
+
 def read_glue_file(path: Path, task: Task, with_labels: bool) -> Dataset:
     """Read one file of the standard GLUE download.
 
@@ -119,9 +136,7 @@ def read_glue_file(path: Path, task: Task, with_labels: bool) -> Dataset:
     """
     content = _read(path)
     lines = _glue_lines(path, task, _decode(path, content))
-    wanted = list(task.text_columns or task.text)
-    if with_labels:
-        wanted.append(task.label_column)
+    wanted = _glue_columns(task, with_labels)
     if with_labels and task.headerless:
         header = list(task.headerless)
         first = content.split(b"\n", 1)[0].count(b"\t") + 1
@@ -180,12 +195,12 @@ def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str]) -> Exampl
             datasets.logging.get_logger(__name__).warning(
                 f"{path} has {len(tables[split])} examples; the published file has {task.rows[split]}."
             )
-    return Examples(tables, task.labels)
+    return Examples(tables, task.labels, {s: _glue_columns(task, not s.startswith("test")) for s in splits})
 
 
 def load_glue_hub(task: Task, splits: Sequence[str], cache_dir: str | None, token: str | None) -> Examples:
     """Load the splits of a task from the Hub's `nyu-mll/glue`, or from the local cache of an earlier download."""
-    tables = {}
+    tables, columns = {}, {}
     for split in splits:
         try:
             table = datasets.load_dataset(HUB_DATASET, task.name, split=split, cache_dir=cache_dir, token=token)
@@ -195,9 +210,9 @@ def load_glue_hub(task: Task, splits: Sequence[str], cache_dir: str | None, toke
                 f"Give a local copy: --glue_dir FOLDER with {task.files[split][0]} in it."
             ) from e
         keep = [*task.text, LABEL] if not split.startswith("test") else list(task.text)
-        table = table.select_columns(keep)
+        table, columns[split] = table.select_columns(keep), tuple(keep)
         tables[split] = table.rename_columns(dict(zip(task.text, ("text", "text_pair"), strict=False)))
-    return Examples(tables, task.labels)
+    return Examples(tables, task.labels, columns)
 
 
 # ----------------------------------------------------------------------------------------------- files of one's own
@@ -214,6 +229,7 @@ def _own_rows(path: Path, content: bytes) -> list[_Row]:
 
 def _csv_rows(path: Path, text: str) -> Iterator[_Row]:
     """CSV as spreadsheets write it; TSV unquoted, as GLUE's files are. The first line names the columns."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the reader's own limit is 131,072 characters a cell
     tabs = path.suffix == ".tsv"
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
     reader = csv.reader(io.StringIO(text, newline=""), **options)
@@ -247,25 +263,58 @@ def _json_rows(path: Path, text: str) -> Iterator[_Row]:
         yield _Row(fields, f"{path}:{number}")
 
 
-def _text_columns(path: Path, columns: Sequence[str]) -> tuple[str, ...]:
-    """The one or two columns to read: a known pair, or all that is left beside the label and row numbers."""
-    for pair in _PAIRS:
-        if set(pair) <= set(columns):
-            return pair
-    texts = tuple(c for c in columns if c != LABEL and c.lower() not in _ROW_NUMBERS)
-    if not 1 <= len(texts) <= 2:
-        raise UserError(
-            f"{path}: found columns {', '.join(columns)}; which hold the text?\n"
-            "Keep one text column or two beside 'label', or name a pair 'sentence1' and 'sentence2'."
-        )
-    return texts
+def _text_columns(path: Path, columns: Sequence[str], label_column: str) -> tuple[str, ...]:
+    """The one or two columns to read: the one known pair, or the one column beside the label and row numbers."""
+    candidates = tuple(c for c in columns if c != label_column and c.lower() not in _ROW_NUMBERS)
+    pairs = [pair for pair in _PAIRS if {*pair} <= {*candidates}]
+    if len(pairs) == 1:
+        return pairs[0]
+    if not pairs and len(candidates) == 1:
+        return candidates
+    raise UserError(
+        f"{path}: found columns {', '.join(columns)}; which hold the text?\n"
+        "Name one, or two for pairs: --text_columns a or --text_columns a,b. "
+        f"The labels are read from {label_column!r} (--label_column)."
+    )
 
 
-def _label_values(rows: Sequence[_Row]) -> list[str] | list[float]:
+def _check_columns(path: Path, rows: Sequence[_Row], texts: Sequence[str], label_column: str | None) -> None:
+    """Every row must have the columns that are read, and strings for texts. Raises UserError naming file and line."""
+    for row in rows:
+        if label_column is not None and label_column not in row.fields:
+            raise UserError(
+                f"{row.where}: no column {label_column!r}; has {', '.join(row.fields)}.\n"
+                "Name the column of the labels: --label_column."
+            )
+        if missing := [column for column in texts if column not in row.fields]:
+            raise UserError(
+                f"{row.where}: no column {', '.join(map(repr, missing))}; has {', '.join(row.fields)}.\n"
+                f"In all files the text is read from {', '.join(texts)} (--text_columns)."
+            )
+        if bad := [column for column in texts if not isinstance(row.fields[column], str)]:
+            raise UserError(f"{row.where}: {bad[0]!r} is {row.fields[bad[0]]!r}; it must be a string.")
+
+
+def _check_leak(path: Path, rows: Sequence[_Row], texts: Sequence[str], labels: Sequence[Any]) -> None:
+    """A text column that has one value for each label is the label in other words. Raises UserError naming it."""
+    names = {*labels}
+    if len(names) < 2 or len(rows) < 3 * len(names):
+        return
+    for column in texts:
+        values = {(label, row.fields[column]) for label, row in zip(labels, rows, strict=True)}
+        if len(values) == len(names) == len({text for _, text in values}):
+            told = "; ".join(f"{text[:40]!r} for {label}" for label, text in sorted(values)[:3])
+            raise UserError(
+                f"{path}: column {column!r} has one value for each label ({told}): it tells the label.\n"
+                "Name the columns of the text: --text_columns."
+            )
+
+
+def _label_values(rows: Sequence[_Row], column: str) -> list[str] | list[float]:
     """Labels as class names (strings), or as floats if every one is a number and not every one an integer."""
     written = []
     for row in rows:
-        value = row.fields[LABEL]
+        value = row.fields[column]
         if isinstance(value, bool):
             value = str(value).lower()
         empty = value is None or (isinstance(value, float) and not math.isfinite(value))
@@ -282,7 +331,7 @@ def _label_values(rows: Sequence[_Row]) -> list[str] | list[float]:
         if not all(_is_integer(value) for value in written):
             for row, number in zip(rows, numbers, strict=True):
                 if not math.isfinite(number):
-                    raise UserError(f"{row.where}: the label is {row.fields[LABEL]!r}, which is not finite.")
+                    raise UserError(f"{row.where}: the label is {row.fields[column]!r}, which is not finite.")
             return numbers
     return [str(value) for value in written]
 
@@ -301,16 +350,22 @@ def _is_integer(value: Any) -> bool:
         return False
 
 
-def load_files(files: dict[str, str], known_labels: Sequence[str] | None) -> Examples:
+def load_files(
+    files: dict[str, str],
+    known_labels: Sequence[str] | None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str = LABEL,
+) -> Examples:
     """Read train, validation and test files of one's own (CSV, TSV, JSON lines).
 
-    Text is in a column of any name, or a pair of columns; `label` holds class names or integers (classification) or
-    other numbers (regression). Class ids follow `known_labels` (those of a saved adapter; () means regression) or the
-    sorted labels of the training file; without either, of the validation file. Raises UserError naming file and line.
+    Text is in the one or two `text_columns`; without them, in a pair of known names or in the one column beside the
+    label and row numbers. `label_column` holds class names or integers (classification) or other numbers (regression).
+    Class ids follow `known_labels` (those of a trained head or of --labels; () means regression) or the sorted labels
+    of the training file; without either, of the validation file. Raises UserError naming file and line.
     """
     rows: dict[str, list[_Row]] = {}
     digests: dict[str, str] = {}
-    texts: dict[str, tuple[str, ...]] = {}
+    texts = tuple(text_columns or ())
     for split, name in files.items():
         path = Path(name)
         content = _read(path)
@@ -318,56 +373,82 @@ def load_files(files: dict[str, str], known_labels: Sequence[str] | None) -> Exa
         rows[split] = _own_rows(path, content)
         if not rows[split]:
             raise UserError(f"{path}: no examples, only a header.")
-        columns = list(rows[split][0].fields)
-        first = next(iter(texts.values()), None)  # the first file says which columns, and in which order
-        texts[split] = first if first and set(first) <= set(columns) else _text_columns(path, columns)
-        if first and len(texts[split]) != len(first):
-            raise UserError(f"{path}:1: text in {', '.join(texts[split])}; in the other files in {', '.join(first)}.")
-        needed = {*texts[split], LABEL} if split != "test" else set(texts[split])
-        for row in rows[split]:
-            if missing := needed - set(row.fields):
-                raise UserError(
-                    f"{row.where}: no column {', '.join(map(repr, sorted(missing)))}; has {', '.join(columns)}."
-                )
-            if bad := [c for c in texts[split] if not isinstance(row.fields[c], str)]:
-                raise UserError(f"{row.where}: {bad[0]!r} is {row.fields[bad[0]]!r}; it must be a string.")
-    labels = {split: _label_values(rows[split]) for split in rows if split != "test"}
+        has_labels = split != "test"
+        if not texts:  # the first file says which columns, and in which order
+            if has_labels:
+                _check_columns(path, rows[split][:1], (), label_column)
+            texts = _text_columns(path, list(rows[split][0].fields), label_column)
+        _check_columns(path, rows[split], texts, label_column if has_labels else None)
+    labels = {split: _label_values(rows[split], label_column) for split in rows if split != "test"}
     if known_labels is None and not labels:
         raise UserError("The labels are unknown: give --train_file, or --lora_path with an adapter that records them.")
-    if known_labels is None:
-        reference = labels.get("train") or labels["validation"]
-        names = () if isinstance(reference[0], float) else tuple(sorted(set(map(str, reference)), key=_label_order))
-        if len(names) == 1:
-            raise UserError(
-                f"{files.get('train') or files['validation']}: every label is {names[0]!r}; nothing to learn."
-            )
-    else:
+    reference = labels.get("train") or labels.get("validation") or []
+    if known_labels is not None:
         names = tuple(known_labels)
-    ids = {name: i for i, name in enumerate(names)}
-    tables = {}
-    for split in files:
+    else:
+        names = () if isinstance(reference[0], float) else tuple(sorted({*map(str, reference)}, key=_label_order))
+    if names and len({*reference}) == 1 and ("train" in labels or known_labels is None):
+        raise UserError(
+            f"{files.get('train') or files['validation']}: every label is {str(reference[0])!r}; nothing to learn."
+        )
+    ids, notes = {name: i for i, name in enumerate(names)}, []
+    tables, columns = {}, {}
+    for split, file in files.items():
+        columns[split] = texts
         table: dict[str, list] = {
             name: [row.fields[column] for row in rows[split]]
-            for name, column in zip(("text", "text_pair"), texts[split], strict=False)
+            for name, column in zip(("text", "text_pair"), texts, strict=False)
         }
         if split in labels:
+            columns[split] = (*texts, label_column)
+            if ids:
+                _check_leak(Path(file), rows[split], texts, labels[split])
+                notes += _odd_spellings(file, list(map(str, labels[split])), ids)
             table[LABEL] = [
                 _own_label(value, ids, row.where) for value, row in zip(labels[split], rows[split], strict=True)
             ]
-        suffix = Path(files[split]).suffix  # the same bytes are other examples in CSV and TSV
-        tables[split] = _from_columns(table, f"{split} {names} {texts[split]} {suffix} {digests[split]}")
-    return Examples(tables, names)
+        suffix = Path(file).suffix  # the same bytes are other examples in CSV and TSV
+        tables[split] = _from_columns(table, f"{split} {names} {columns[split]} {suffix} {digests[split]}")
+    return Examples(tables, names, columns, notes=tuple(notes))
+
+
+def _odd_spellings(file: str, labels: Sequence[str], ids: dict[str, int]) -> list[str]:
+    """Lines on labels of a file that differ from others, or from the known ones, in blanks or case alone."""
+    counts, lines = Counter(labels), []
+    groups: dict[str, list[str]] = {}
+    for label in counts:
+        groups.setdefault(same_name(label), []).append(label)
+    for label, count in counts.items():
+        if label not in ids and (name := _known_as(label, ids)) is not None:
+            lines.append(f"{file}: label {label!r} ({count} rows) is read as {name!r}.")
+    for alike in groups.values():
+        if len(apart := [label for label in alike if label in ids]) > 1:
+            said = ", ".join(f"{label!r} ({counts[label]} rows)" for label in apart)
+            lines.append(f"{file}: labels that differ in blanks or case alone are taken for different ones: {said}.")
+    return lines
+
+
+def _known_as(label: str, ids: dict[str, int]) -> str | None:
+    """The known name that a label of a file means: itself, or the only one that differs in blanks or case alone."""
+    if label in ids:
+        return label
+    near = [name for name in ids if same_name(name) == same_name(label)]
+    return near[0] if len(near) == 1 else None
 
 
 def _label_order(name: str) -> tuple[int, int, str]:
-    return (0, int(name), name) if _is_integer(name) else (1, 0, name)
+    """Numbers by value, transformers' LABEL_0, LABEL_1, ... by number, other names by letters."""
+    if _is_integer(name):
+        return 0, int(name), name
+    number = name.removeprefix("LABEL_")
+    return (1, int(number), name) if number != name and _is_integer(number) else (2, 0, name)
 
 
 def _own_label(value: object, ids: dict[str, int], where: str) -> int | float:
     if ids:
-        if str(value) not in ids:
+        if (name := _known_as(str(value), ids)) is None:
             raise UserError(f"{where}: label {str(value)!r} was not among the training labels: {', '.join(ids)}.")
-        return ids[str(value)]
+        return ids[name]
     try:
         number = _number(value)
     except ValueError as e:
@@ -380,39 +461,104 @@ def _own_label(value: object, ids: dict[str, int], where: str) -> int | float:
 # ------------------------------------------------------------------------------------------------------ tokenising
 
 
-def first_rows(examples: Examples, limits: dict[str, int | None]) -> Examples:
-    """The first `limits[split]` examples of each split; None or no entry keeps all."""
-    tables = {
-        split: table.select(range(min(limit, len(table)))) if (limit := limits.get(split)) is not None else table
-        for split, table in examples.splits.items()
-    }
-    return replace(examples, splits=tables)
+def choose_rows(examples: Examples, limits: dict[str, int | None], seed: int | None = None) -> Examples:
+    """The first `limits[split]` examples of each split; None or no entry keeps all.
+
+    With a seed, those of all but the test splits are drawn by it instead; their order stays. Raises UserError if a part
+    holds a single class of several.
+    """
+    tables = {}
+    for split, table in examples.splits.items():
+        limit = limits.get(split)
+        if limit is not None and limit < len(table):
+            is_drawn = seed is not None and not split.startswith("test")
+            numbers = sorted(random.Random(seed).sample(range(len(table)), limit)) if is_drawn else range(limit)
+            part = table.select(numbers)
+            if not examples.is_regression and LABEL in part.column_names:
+                _check_classes(examples, split, part, "drawn" if is_drawn else "first")
+            table = part
+        tables[split] = table
+    return replace(examples, splits=tables, rows={split: len(table) for split, table in examples.splits.items()})
+
+
+def _check_classes(examples: Examples, split: str, part: Dataset, which: str) -> None:
+    """A part with a single class teaches and measures nothing, where the set has more. Raises UserError."""
+    there, all_there = (_class_counts(table, examples) for table in (part, examples.splits[split]))
+    if len(there) < 2 <= len(all_there):
+        flag = f"--max_{'train' if split == 'train' else 'eval'}_samples"
+        raise UserError(
+            f"{split}: the {which} {len(part)} of {len(examples.splits[split])} rows all have the label "
+            f"{next(iter(there), '')!r}; the set has {_listed(all_there)}.\n"
+            f"Draw them with {'another' if which == 'drawn' else 'a'} --sample_seed N, or give a larger {flag}."
+        )
+
+
+def _class_counts(table: Dataset, examples: Examples) -> dict[str, int]:
+    """How many rows of a table each label has that occurs in it, in id order."""
+    counts = Counter(table.with_format("numpy")[LABEL][:].tolist())
+    return {name: counts[i] for i, name in enumerate(examples.labels) if counts[i]}
+
+
+def _listed(counts: dict[str, int], most: int = 12) -> str:
+    """Labels with their counts, the first of them where they are many."""
+    said = [f"{name} {count}" for name, count in counts.items()]
+    return ", ".join(said[:most]) + (f" and {len(said) - most} more" if len(said) > most else "")
+
+
+def describe(examples: Examples, seed: int | None = None) -> list[str]:
+    """A line on each split: its rows, the columns they were read from, and how many have which label."""
+    lines = list(examples.notes)
+    for split, table in examples.splits.items():
+        rows, columns = examples.rows.get(split, len(table)), examples.columns.get(split, ())
+        chosen = f"the first of {rows}" if seed is None or split.startswith("test") else f"drawn of {rows}"
+        texts = " and ".join(map(repr, columns[: len(table.column_names) - (LABEL in table.column_names)]))
+        line = f"{split}: {len(table)} rows{f' ({chosen})' if len(table) < rows else ''}, text in {texts}"
+        if LABEL in table.column_names:
+            line += f", labels in {columns[-1]!r}: "
+            if examples.is_regression:
+                numbers = table.with_format("numpy")[LABEL][:]
+                line += f"numbers from {numbers.min():g} to {numbers.max():g}"
+            else:
+                counts = _class_counts(table, examples)
+                line += _listed(counts)
+                if absent := [name for name in examples.labels if name not in counts]:
+                    line += f"; none of {', '.join(absent[:12])}" + " ..." * (len(absent) > 12)
+        lines.append(f"{line}.")
+    return lines
 
 
 def tokenize(
     examples: Examples, tokenizer: Any, max_length: int, cache_dir: str | None = None, overwrite_cache: bool = False
-) -> dict[str, Dataset]:
+) -> tuple[dict[str, Dataset], list[str]]:
     """Encode text to input_ids (and token_type_ids, attention_mask, label), truncated to `max_length`, unpadded.
 
-    Cached in `cache_dir` (or the datasets library's) under a name made of text, tokenizer and length; written to a
-    temporary name first, so several processes may share it. Raises UserError if the tokenizer doesn't know the text.
+    Returns the tables and a line for each split of which texts were cut. Cached in `cache_dir` (or the datasets
+    library's) under a name made of text, tokenizer and length; written to a temporary name first, so several processes
+    may share it. Raises UserError if the tokenizer doesn't know the text.
     """
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "lora_nlu")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.backend_tokenizer.no_truncation()  # what it did before must not show in the identity
     tokenizer.backend_tokenizer.no_padding()
     settings = f"{tokenizer.__class__.__name__} {tokenizer.truncation_side} {tokenizer.model_input_names}"
-    identity = f"{settings} {tokenizer.backend_tokenizer.to_str()} {max_length}"
+    identity = f"{settings} {tokenizer.backend_tokenizer.to_str()} {max_length} {_LENGTH}"
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        return tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
+        pairs = batch.get("text_pair")
+        encoded = tokenizer(batch["text"], pairs, truncation=True, max_length=max_length)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        if full := [i for i, length in enumerate(lengths) if length >= max_length]:  # these may have been longer
+            columns = [[column[i] for i in full] for column in (batch["text"], pairs) if column]
+            for i, ids in zip(full, tokenizer(*columns, verbose=False)["input_ids"], strict=True):
+                lengths[i] = len(ids)
+        return {**encoded, _LENGTH: lengths}
 
-    encoded = {}
+    encoded, notes = {}, []
     for split, table in examples.splits.items():
         _check_vocabulary(table, tokenizer, split)
         key = hashlib.sha256(f"{table._fingerprint} {len(table)} {identity}".encode()).hexdigest()[:32]
         texts = [name for name in table.column_names if name != LABEL]
-        encoded[split] = table.map(
+        tokens = table.map(
             encode,
             batched=True,
             remove_columns=texts,
@@ -421,7 +567,12 @@ def tokenize(
             new_fingerprint=key,
             desc=f"Tokenising {split}",
         )
-    return encoded
+        lengths = tokens.with_format("numpy")[_LENGTH][:]
+        if cut := int((lengths > max_length).sum()):
+            said = f"{split}: {cut} of {len(lengths)} examples are cut at --max_seq_length {max_length}"
+            notes.append(f"{said}; the longest has {lengths.max()} tokens.")
+        encoded[split] = tokens.remove_columns(_LENGTH)
+    return encoded, notes
 
 
 def _check_vocabulary(table: Dataset, tokenizer: Any, split: str) -> None:
@@ -450,13 +601,16 @@ def load_examples(
     known_labels: Sequence[str] | None = None,
     cache_dir: str | None = None,
     token: str | None = None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
 ) -> Examples:
-    """Load what a run needs: `wanted` of train, validation, test, of a GLUE task or from `files`.
+    """Load what a run needs: `wanted` of train, validation, test, of a GLUE task or from `files` and their columns.
 
     Raises UserError if a wanted split is not to be had.
     """
     if task_name is None:
-        return load_files({split: files[split] for split in wanted}, known_labels)
+        own = {split: files[split] for split in wanted}
+        return load_files(own, known_labels, text_columns, label_column or LABEL)
     task = TASKS[task_name]
     for split in wanted:
         if not task.splits[split]:
@@ -478,4 +632,5 @@ def with_diagnostics(
         diagnostics = load_examples("ax", glue_dir, {}, ["test"], cache_dir=cache_dir, token=token)
     except UserError as e:
         return examples, str(e).splitlines()[0]
-    return replace(examples, splits=examples.splits | {"test_ax": diagnostics.splits["test"]}), ""
+    splits = examples.splits | {"test_ax": diagnostics.splits["test"]}
+    return replace(examples, splits=splits, columns=examples.columns | {"test_ax": diagnostics.columns["test"]}), ""

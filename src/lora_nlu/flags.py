@@ -157,6 +157,16 @@ def check_args(model_args: Any, data_args: Any, args: Any) -> None:
         for wanted, file in (("train", "train_file"), ("eval", "validation_file"), ("predict", "test_file")):
             if getattr(args, f"do_{wanted}") and not getattr(data_args, file):
                 raise UsageError(f"--do_{wanted} needs --{file}.")
+    texts, label_column = parse_names("text_columns", data_args.text_columns), data_args.label_column
+    for flag, value in (("text_columns", texts), ("label_column", label_column)):
+        if value is not None and data_args.task_name:
+            raise UsageError(f"--{flag}: {data_args.task_name} has columns of its own; this is for files of your own.")
+    if texts and len(texts) > 2:
+        raise UsageError(f"--text_columns {data_args.text_columns}: give one column, or two for pairs.")
+    if texts and (label_column or "label") in texts:
+        raise UsageError(f"--text_columns {data_args.text_columns}: {label_column or 'label'} is the column of labels.")
+    if data_args.sample_seed is not None and not (data_args.max_train_samples or data_args.max_eval_samples):
+        raise UsageError("--sample_seed has no effect without --max_train_samples or --max_eval_samples.")
     label_names = parse_names("labels", data_args.labels)
     if label_names is not None and len(label_names) < 2:
         raise UsageError(f"--labels {data_args.labels}: give two names or more; a regression has none.")
@@ -172,6 +182,7 @@ def check_args(model_args: Any, data_args: Any, args: Any) -> None:
         (model_args, 1, math.inf, ("adapter_size",)),
         (data_args, 1, math.inf, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
         (data_args, 4, math.inf, ("max_seq_length",)),
+        (data_args, 0, math.inf, ("sample_seed",)),
         (args, 1, math.inf, counts),
         (args, 0, math.inf, ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps")),
         (args, 0, math.inf, ("seed", "dataloader_num_workers", "logging_steps", "eval_steps", "save_steps")),
@@ -279,6 +290,8 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
             new = []  # was a switch: the token of `hf auth login`, which is used anyway
         elif name in RENAMED:
             new = [f"--{RENAMED[name]}", *values]
+        elif name == "task_name" and values and values[0] != (task := values[0].lower().replace("-", "")):
+            new = ["--task_name", task, *values[1:]]  # papers and the GLUE server write MRPC, SST-2
         elif name in SWITCHES:
             new = [] if values and values[0].lower() in _FALSE else SWITCHES[name]
         elif name in DROPPED:
