@@ -405,8 +405,7 @@ def test_whatever_peft_trained_gives_the_same_logits_here_and_saved_again_in_pef
     assert_close(logits(PeftModel.from_pretrained(fresh(theirs_class), str(tmp_path / "ours"))), want)
 
 
-@pytest.mark.parametrize("adjusted", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "adjusted"), [("roberta", True), ("roberta", False), ("deberta", True)])
 def test_an_eva_folder_of_pefts_own_gives_the_same_logits(kind, adjusted, tmp_path):
     new_config, names, heads = KINDS[kind]
     ours, theirs = (model_class(new_config()) for model_class in CLASSIFIERS[new_config().model_type])
@@ -420,7 +419,7 @@ def test_an_eva_folder_of_pefts_own_gives_the_same_logits(kind, adjusted, tmp_pa
     model = get_peft_model(theirs, LoraConfig(task_type=TaskType.SEQ_CLS, r=R, lora_alpha=ALPHA, **settings))
     rows = None if kind == "roberta" else lambda read, batch, name: read[0].flatten(0, -2)  # the relative query too
     more = {"prepare_layer_inputs_fn": rows} if rows else {}
-    batches = [ragged_batch([17, 3, 30, 9], seed=seed) for seed in range(12)]
+    batches = [ragged_batch([17, 3, 30, 9], seed=seed) for seed in range(5)]
     initialize_lora_eva_weights(model, batches, show_progress_bar=False, **more)
     train_at_random_(model)
     model.eval().save_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """Adapters in other forms: they compute the same, what a form can't say is refused, nothing is written over."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,17 @@ import pytest
 import torch
 import transformers
 from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_config, tiny_deberta_config
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from lora_nlu.adapters import attach_adapter, base_fingerprint, read_adapter, save_adapter
+from lora_nlu.adapters import LAYERS, attach_adapter, base_fingerprint, read_adapter, save_adapter
 from lora_nlu.convert import main
 from lora_nlu.errors import UserError
 from lora_nlu.lora import LoRALinear, mark_only_lora_as_trainable, merge_lora_
+from lora_nlu.methods import mark_trainable
 
 R, ALPHA = 4, 6
 LABELS = ["yes", "no", "perhaps"]
@@ -150,7 +152,8 @@ def test_inspect_tells_layers_rank_alpha_labels_base_metric_size_and_what_is_not
     table = {name: value.strip() for name, value in table.items()}
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    assert code == 0 and table["layers with LoRA"] == "4" and table["rank"] == "4" and table["alpha"] == "6"
+    assert code == 0 and table["layers with LoRA"] == "2" and table["modules with LoRA"] == "4: query, value"
+    assert table["rank"] == "4" and table["alpha"] == "6"
     assert table["parameters"] == f"{count:,}, {lora:,} of them in the encoder" and table["not finite"] == "none"
     assert table["labels"] == "yes, no, perhaps" and table["base model"] == str(base) and table["accuracy"] == "0.8750"
     assert int(table["bytes"].replace(",", "")) == sum(path.stat().st_size for path in adapter.iterdir())
@@ -181,6 +184,7 @@ def test_what_is_not_finite_is_not_converted(to, value, case, tmp_path, capsys):
         (["convert", "{file}", "{new}", "--to", "peft"], "Give --lora_alpha"),
         (["convert", "{file}", "{new}", "--to", "merged", "--lora_alpha", "6"], "give --base"),
         (["convert", "{adapter}", "{new}", "--to", "bin", "--lora_alpha", "7"], "lora_alpha 6, not 7"),
+        (["convert", "{adapter}", "{new}", "--to", "merged", "--lora_alpha", "7"], "lora_alpha 6, not 7"),
         (["convert", "{adapter}", "{new}", "--to", "merged", "--base", "{adapter}"], "neither a folder with a config"),
         (["inspect", "{new}"], "no such file or folder"),
     ],
@@ -232,6 +236,396 @@ def test_metadata_of_another_kind_than_runs_write_is_refused(content, tmp_path, 
     save_adapter(model, tmp_path, content)
     code, _, err = said(capsys, "inspect", tmp_path)
     assert code == 1 and next(iter(content)) in err and err.strip().count("\n") < 3, err
+
+
+def table(out: str) -> dict[str, str]:
+    """What inspect printed, by the first column."""
+    return {name: value.strip() for name, value in (line.strip().split("  ", 1) for line in out.splitlines())}
+
+
+def inspected(capsys, source: Path) -> dict[str, str]:
+    code, out, err = said(capsys, "inspect", source)
+    assert code == 0, err
+    return table(out)
+
+
+# ------------------------------------------------------------------------------------------- other models' adapters
+
+SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+OTHERS = {
+    "bert": (transformers.BertForSequenceClassification, transformers.BertConfig, ["query", "value"]),
+    "deberta": (transformers.DebertaForSequenceClassification, transformers.DebertaConfig, ["in_proj"]),
+    "model": (transformers.LlamaForSequenceClassification, transformers.LlamaConfig, ["q_proj", "v_proj"]),
+    "encoder": (transformers.RobertaModel, transformers.RobertaConfig, ["query", "value"]),
+}
+
+
+@pytest.fixture(params=OTHERS)
+def other(request, tmp_path) -> tuple[str, Path]:
+    """The first part of the names in a PEFT folder of a model that isn't here, and the folder."""
+    model_class, config_class, targets = OTHERS[request.param]
+    model = get_peft_model(
+        model_class(config_class(**SMALL)), LoraConfig(r=R, lora_alpha=ALPHA, target_modules=targets)
+    )
+    model.save_pretrained(tmp_path / "peft")
+    return request.param, tmp_path / "peft"
+
+
+def test_inspect_says_that_no_model_here_reads_another_models_adapter(other, capsys):
+    name, folder = other
+    said_of_it = inspected(capsys, folder)["model"]
+    assert said_of_it.startswith(f"none here: no RoBERTa or DeBERTa-V2 has {name}."), said_of_it
+
+
+@pytest.mark.parametrize("to", ["peft", "bin", "merged"])
+def test_another_models_adapter_is_not_converted(to, other, tmp_path, capsys):
+    name, folder = other
+    code, _, err = said(capsys, "convert", folder, tmp_path / "new", "--to", to)
+    assert code == 1 and f"no RoBERTa or DeBERTa-V2 has {name}." in err and not (tmp_path / "new").exists()
+
+
+def test_a_published_file_of_a_bert_or_of_two_models_at_once_is_told_as_such(tmp_path, capsys):
+    place = "{}.encoder.layer.0.attention.self.{}.lora_{}"
+
+    def file(path: Path, *layers: tuple[str, str]) -> Path:
+        shapes = {"A": (R, 32), "B": (32, R)}
+        torch.save({place.format(*layer, m): torch.ones(shapes[m]) for layer in layers for m in shapes}, path)
+        return path
+
+    bert = file(tmp_path / "bert.bin", ("bert", "query"), ("bert", "value"))
+    both = file(tmp_path / "both.bin", ("roberta", "query"), ("bert", "value"))
+    mixed = file(tmp_path / "mixed.bin", ("roberta", "query_proj"), ("roberta", "value_proj"))
+    for path, layer in ((bert, "bert."), (both, "bert."), (mixed, "roberta.encoder.layer.0.attention.self.query_proj")):
+        assert f"none here: no RoBERTa or DeBERTa-V2 has {layer}" in inspected(capsys, path)["model"]
+        for to in ("peft", "bin", "merged"):
+            code, _, err = said(capsys, "convert", path, tmp_path / "new", "--to", to, "--lora_alpha", ALPHA)
+            assert code == 1 and f"has {layer}" in err and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [tiny_config(), tiny_deberta_config(), tiny_deberta_config(share_att_key=False, embedding_size=16)],
+    ids=["roberta", "deberta", "deberta with more layers"],
+)
+def test_the_layers_that_count_as_known_are_the_linear_layers_of_the_models_encoder(config):
+    model = CLASSIFIERS[config.model_type][0](config)
+    prefix = model.base_model_prefix
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(f"{prefix}.")}
+    assert len(linear) >= 12 and all(LAYERS[prefix].fullmatch(name) for name in linear)
+
+
+def test_an_adapter_tells_which_of_the_models_it_is_for(case, capsys):
+    model, _, adapter = case
+    names = {"roberta": "RoBERTa", "deberta-v2": "DeBERTa-V2"}
+    assert inspected(capsys, adapter)["model"] == names[model.config.model_type]
+
+
+# ------------------------------------------------------------------------------------------------------ --base MODEL
+
+
+def anonymous(adapter: Path, to: Path) -> Path:
+    """A copy of an adapter folder as PEFT writes it: with no word of a run."""
+    shutil.copytree(adapter, to)
+    (to / "run_metadata.json").unlink()
+    config = json.loads((to / "adapter_config.json").read_text())
+    (to / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    return to
+
+
+def test_a_base_that_is_given_is_recorded_with_its_fingerprint(case, tmp_path, capsys):
+    model, base, adapter = case
+    source = anonymous(adapter, tmp_path / "source")
+    assert inspected(capsys, source)["base model"] == "unknown"
+    code, _, err = said(capsys, "convert", source, tmp_path / "new", "--to", "peft", "--base", base)
+    assert code == 0, err
+    rows = inspected(capsys, tmp_path / "new")
+    assert rows["base model"] == str(base) and rows["base fingerprint"] == base_fingerprint(model)
+    assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    assert "for base (a local model)" in (tmp_path / "new" / "README.md").read_text()
+    other = randomise_(fresh(base), seed=8)
+    with pytest.raises(UserError, match="was trained on another base model"):
+        attach_adapter(other, read_adapter(str(tmp_path / "new")), None, allow_new_head=False)
+
+
+@pytest.mark.parametrize("to", ["peft", "merged"])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hidden_size": 64}, "another base model's adapter"),
+        ({"num_hidden_layers": 1}, "2 in the file, 1 in the"),
+        ({"num_hidden_layers": 3}, "2 in the file, 3 in the"),
+    ],
+    ids=str,
+)
+def test_a_base_that_the_adapter_does_not_fit_is_refused(settings, words, to, case, tmp_path, capsys):
+    model, _, adapter = case
+    source = anonymous(adapter, tmp_path / "source")
+    kind = "roberta" if model.config.model_type == "roberta" else "deberta"
+    config = CONFIGS[kind](**settings)
+    CLASSIFIERS[config.model_type][1](config).save_pretrained(tmp_path / "other")
+    code, _, err = said(capsys, "convert", source, tmp_path / "new", "--to", to, "--base", tmp_path / "other")
+    assert code == 1 and words in err and not (tmp_path / "new").exists(), err
+
+
+def test_a_base_with_another_fingerprint_or_of_another_kind_is_refused(case, tmp_path, capsys):
+    _, base, adapter = case
+    theirs = randomise_(fresh(base, theirs=True), seed=9)
+    theirs.save_pretrained(tmp_path / "other")
+    transformers.BertModel(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path / "bert")
+    for other, words in (("other", "was trained on another base model"), ("bert", "a 'bert' model")):
+        code, _, err = said(capsys, "convert", adapter, tmp_path / "new", "--to", "peft", "--base", tmp_path / other)
+        assert code == 1 and words in err and "--model_name_or_path" not in err.split("\n")[0], err
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_base_on_a_hub_that_cant_be_reached_is_recorded_and_said_not_to_be_checked(
+    case, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    _, _, adapter = case
+    code, out, err = said(capsys, "convert", adapter, tmp_path / "new", "--to", "peft", "--base", "someone/a-base")
+    assert code == 0 and "--base someone/a-base: recorded, but can't be had here" in out, err
+    assert inspected(capsys, tmp_path / "new")["base model"] == "someone/a-base"
+    assert "base_model: someone/a-base" in (tmp_path / "new" / "README.md").read_text()
+    for base in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
+        code, _, err = said(capsys, "convert", adapter, tmp_path / "no", "--to", "peft", "--base", base)
+        assert code == 1 and f"--base {base}: neither a folder" in err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["{adapter}", "--to", "bin", "--base", "{base}"], "--base: a .bin records no base model"),
+        (["{bitfit}", "--to", "peft", "--lora_alpha", "6"], "--lora_alpha: {bitfit} holds bitfit, which has none"),
+        (["{bitfit}", "--to", "merged", "--lora_alpha", "6"], "--lora_alpha: {bitfit} holds bitfit, which has none"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_flag_that_means_nothing_for_a_form_ends_with_code_2(argv, words, case, tmp_path, capsys):
+    _, base, adapter = case
+    places = {"adapter": adapter, "base": base, "bitfit": trained_by(tmp_path / "bitfit", apply_bitfit=True)[1]}
+    source, *flags = (word.format(**places) for word in argv)
+    code, _, err = said(capsys, "convert", source, tmp_path / "new", *flags)
+    assert code == 2 and words.format(**places) in err and not (tmp_path / "new").exists()
+
+
+def test_the_base_that_only_a_peft_config_names_is_read(case, tmp_path, capsys):
+    model, base, adapter = case
+    source = anonymous(adapter, tmp_path / "source")
+    config = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    assert inspected(capsys, source)["base model"] == str(base)
+    assert said(capsys, "convert", source, tmp_path / "peft", "--to", "peft")[0] == 0
+    assert "unnamed base model" not in (tmp_path / "peft" / "README.md").read_text()
+    assert said(capsys, "convert", source, tmp_path / "merged", "--to", "merged")[0] == 0  # no --base
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert_close(logits(theirs), logits(model))
+
+
+# ----------------------------------------------------------------------------------------- what inspect and cards say
+
+
+def trained_by(folder: Path, kind: str = "roberta", **settings: object) -> tuple[nn.Module, Path]:
+    """A model with a method's part at random, and the folder it was saved in."""
+    config = CONFIGS[kind](**settings)
+    model = randomise_(CLASSIFIERS[config.model_type][0](config))
+    mark_trainable(model)
+    save_adapter(model, folder, {"base_model": "someone/a-base"})
+    return model, folder
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({"head_only": True}, {"method": "head"}),
+        ({"apply_bitfit": True}, {"method": "bitfit", "biases": None}),
+        (
+            {"apply_adapter": True, "adapter_type": "houlsby", "adapter_size": 5},
+            {"method": "houlsby", "adapter size": "5", "layers with adapters": "2", "adapters": "4"},
+        ),
+        (
+            {"apply_adapter": True, "adapter_type": "pfeiffer", "adapter_size": 3},
+            {"method": "pfeiffer", "adapter size": "3", "layers with adapters": "2", "adapters": "2"},
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) and "method" not in value else "",
+)
+def test_inspect_of_the_other_methods_counts_what_they_train(settings, rows, kind, tmp_path, capsys):
+    model, folder = trained_by(tmp_path / "adapter", kind, **settings)
+    got = inspected(capsys, folder)
+    encoder = {n: p for n, p in model.base_model.named_parameters() if p.requires_grad}
+    total, within = (sum(p.numel() for p in ps if p.requires_grad) for ps in (model.parameters(), encoder.values()))
+    assert got["parameters"] == f"{total:,}, {within:,} of them in the encoder"
+    assert "layers with LoRA" not in got and "alpha" not in got
+    for name, value in rows.items():
+        assert got[name] == (value or f"{within:,} in {len(encoder)} tensors")
+    if rows["method"] != "bitfit":
+        assert "biases" not in got
+
+
+def test_several_alphas_and_ranks_and_rslora_are_all_said(tmp_path, capsys):
+    settings = {
+        "rank_pattern": {"value": 2},
+        "alpha_pattern": {r"layer\.1\..*": 4.5},
+        "use_rslora": True,
+        "bias": "all",
+    }
+    lora = LoraConfig(task_type="SEQ_CLS", r=R, lora_alpha=ALPHA, target_modules=["query", "value"], **settings)
+    get_peft_model(transformers.RobertaForSequenceClassification(tiny_config()), lora).save_pretrained(tmp_path)
+    rows = inspected(capsys, tmp_path)
+    assert rows["alpha"] == "4.5, 6" and rows["rank"] == "2, 4" and rows["scaling"] == "alpha / sqrt(rank) (rslora)"
+    assert rows["layers with LoRA"] == "2" and rows["modules with LoRA"] == "4: query, value"
+    assert rows["biases"].endswith("tensors")
+    code, _, err = said(capsys, "convert", tmp_path, tmp_path / "lora.bin", "--to", "bin")
+    assert code == 1 and "has several (or rslora)" in err
+
+
+def test_layers_are_counted_apart_from_the_modules_in_them(tmp_path, capsys):
+    """RoBERTa-base's published file: 12 layers, 24 modules, 48 matrices."""
+    trained_by(tmp_path, apply_lora=True, lora_r=2, lora_alpha=4, num_hidden_layers=12)
+    rows = inspected(capsys, tmp_path)
+    assert rows["layers with LoRA"] == "12" and rows["modules with LoRA"] == "24: query, value"
+
+
+def test_the_alpha_that_a_bin_is_to_be_read_with_is_that_of_the_layers(case, tmp_path, capsys):
+    """A pattern may give every layer another alpha than lora_alpha."""
+    model, base, adapter = case
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    pattern = {"(query|value)(_proj)?": ALPHA}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 50, "alpha_pattern": pattern}))
+    code, out, err = said(capsys, "convert", adapter, tmp_path / "lora.bin", "--to", "bin")
+    if getattr(model, "frozen_relative_query", None) is False:
+        assert code == 1
+        return
+    assert code == 0 and f"say --lora_alpha {ALPHA}." in out, err
+    again = fresh(base)
+    attach_adapter(again, read_adapter(str(tmp_path / "lora.bin")), ALPHA, allow_new_head=False)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_what_a_bin_has_no_place_for_is_not_left_out_in_silence(tmp_path, capsys):
+    model = randomise_(CLASSIFIERS["roberta"][0](tiny_config(apply_lora=True, lora_r=R, lora_alpha=ALPHA)))
+    mark_only_lora_as_trainable(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith("bias"))
+    save_adapter(model, tmp_path / "adapter", {})
+    code, _, err = said(capsys, "convert", tmp_path / "adapter", tmp_path / "lora.bin", "--to", "bin")
+    assert code == 1 and "no place for roberta." in err and "bias, which was trained too" in err
+    assert not (tmp_path / "lora.bin").exists()
+
+
+@pytest.mark.parametrize("case", ["roberta", "deberta"], indirect=True)
+@pytest.mark.parametrize("alpha", [[], ["--lora_alpha", ALPHA]], ids=["no alpha", "alpha"])
+def test_a_bin_is_rewritten_in_order_and_in_fp32_without_its_alpha(alpha, case, tmp_path, capsys):
+    model, _, _ = case
+    want = {n: p.detach().bfloat16() for n, p in model.named_parameters() if p.requires_grad}
+    torch.save({f"module.{n}": want[n] for n in reversed(want)}, tmp_path / "old.bin")
+    code, out, err = said(capsys, "convert", tmp_path / "old.bin", tmp_path / "new.bin", "--to", "bin", *alpha)
+    assert code == 0, err
+    assert ("say --lora_alpha 6" if alpha else "whoever reads it must") in out
+    state = torch.load(tmp_path / "new.bin", weights_only=True)
+    assert [*state] == [*want] and all(torch.equal(state[n], want[n].float()) for n in want)
+
+
+def test_a_bin_still_needs_its_alpha_where_that_is_stored_or_used(case, tmp_path, capsys):
+    model, base, _ = case
+    torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, tmp_path / "old.bin")
+    for to in (["peft"], ["merged", "--base", base]):
+        code, _, err = said(capsys, "convert", tmp_path / "old.bin", tmp_path / "new", "--to", *to)
+        assert code == 1 and "Give --lora_alpha" in err and not (tmp_path / "new").exists()
+
+
+def test_the_bytes_are_those_of_the_file_that_is_read_whatever_its_name(case, tmp_path, capsys):
+    model, _, adapter = case
+    weights = adapter / "adapter_model.safetensors"
+    torch.save(load_file(weights), adapter / "adapter_model.bin")
+    weights.unlink()
+    assert int(inspected(capsys, adapter)["bytes"].replace(",", "")) == sum(p.stat().st_size for p in adapter.iterdir())
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    size = (tmp_path / "pytorch_model.bin").stat().st_size
+    assert inspected(capsys, tmp_path)["bytes"] == f"{size:,}"
+
+
+def test_a_whole_checkpoint_whose_base_weights_were_compared_with_none_says_so(case, tmp_path, capsys):
+    model, base, _ = case
+    torch.save(model.state_dict(), tmp_path / "whole.bin")
+    flags = ["--to", "peft", "--lora_alpha", ALPHA]
+    code, out, err = said(capsys, "convert", tmp_path / "whole.bin", tmp_path / "one", *flags)
+    assert code == 0 and "not compared with any" in out, err
+    if getattr(model, "frozen_relative_query", True):  # a .bin is read as the reference trained it
+        code, out, err = said(capsys, "convert", tmp_path / "whole.bin", tmp_path / "two", *flags, "--base", base)
+        assert code == 0 and "not compared" not in out, err
+    theirs = randomise_(fresh(base, theirs=True), seed=9)
+    theirs.save_pretrained(tmp_path / "other")
+    code, _, err = said(
+        capsys, "convert", tmp_path / "whole.bin", tmp_path / "no", *flags, "--base", tmp_path / "other"
+    )
+    assert code == 1 and "base weights are not this model's" in err
+
+
+HOSTILE = "\x1b[31mred\x07\n| a | b |\n---\n\u202e" + "x" * 1_000_000
+
+
+@pytest.mark.parametrize("case", ["roberta"], indirect=True)
+@pytest.mark.parametrize("where", ["labels", "task", "base_model", "base_fingerprint", "metrics", "base_model_name"])
+def test_what_a_foreign_file_says_is_escaped_and_cut_before_it_is_printed(where, case, tmp_path, capsys):
+    _, _, adapter = case
+    if where == "base_model_name":
+        (adapter / "run_metadata.json").unlink()
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": HOSTILE}))
+    else:
+        value = {"labels": [HOSTILE, "no", "perhaps"], "metrics": {HOSTILE: 10**400}}.get(where, HOSTILE)
+        metadata = json.loads((adapter / "run_metadata.json").read_text())
+        (adapter / "run_metadata.json").write_text(json.dumps(metadata | {where: value}))
+    code, out, err = said(capsys, "inspect", adapter)
+    printed = out + err
+    assert code == 0 and len(printed) < 10_000 and all(c.isprintable() or c == "\n" for c in printed)
+    assert said(capsys, "convert", adapter, tmp_path / "new", "--to", "peft")[0] == 0
+    text = (tmp_path / "new" / "README.md").read_text()
+    assert len(text) < 10_000 and all(c.isprintable() or c == "\n" for c in text)
+    assert text.split("---\n")[1].count("\n") < 12, "it got into the card's header"
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.replace("\\|", "").count("|") == 3 for line in rows), "it broke the card's table"
+
+
+@pytest.mark.parametrize("case", ["roberta"], indirect=True)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("peft_type", HOSTILE),
+        ("init_lora_weights", HOSTILE),
+        (HOSTILE, HOSTILE),
+        ("bias", HOSTILE),
+        ("lora_alpha", HOSTILE),
+        ("target_modules", HOSTILE + "("),
+        ("rank_pattern", {HOSTILE + "(": 2}),
+        ("use_rslora", HOSTILE),
+        ("layers_to_transform", HOSTILE),
+        ("base_model_name_or_path", [HOSTILE]),
+        ("task_type", "TOKEN_CLS" + HOSTILE),
+    ],
+    ids=lambda value: str(value)[:20].encode("unicode_escape").decode(),
+)
+def test_what_a_foreign_config_says_is_escaped_and_cut_in_the_refusal(key, value, case, capsys):
+    _, _, adapter = case
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+    code, _, err = said(capsys, "inspect", adapter)
+    assert code == 1 and len(err) < 1000 and all(c.isprintable() or c == "\n" for c in err), err[:2000]
+    assert err.strip().count("\n") < 3
+
+
+def test_a_cards_command_names_a_base_that_others_have_or_leaves_its_place_open(case, tmp_path, capsys):
+    _, base, adapter = case
+    assert said(capsys, "convert", adapter, tmp_path / "local", "--to", "peft")[0] == 0
+    text = (tmp_path / "local" / "README.md").read_text()
+    assert str(base.parent) not in text and "--model_name_or_path BASE_MODEL " in text and "base_model:" not in text
+    assert said(capsys, "convert", anonymous(adapter, tmp_path / "a"), tmp_path / "none", "--to", "peft")[0] == 0
+    text = (tmp_path / "none" / "README.md").read_text()
+    assert "for an unnamed base model on an unnamed task" in text and "| labels | unknown |" in text
+    assert "--model_name_or_path BASE_MODEL " in text
 
 
 def test_the_program_is_started_as_the_readme_says(case):

@@ -37,6 +37,15 @@ _LORA, _LORA_FROZEN_RELATIVE_QUERY = "LORA", "LORA_FROZEN_RELATIVE_QUERY"  # pef
 _METHODS = {"BITFIT": "bitfit", "HOULSBY": "houlsby", "PFEIFFER": "pfeiffer", "HEAD": "head"}  # and none of these
 _PEFT_PREFIX = "base_model.model."
 _ENCODERS = ("roberta.", "deberta.")
+_DENSE = r"(attention\.output|intermediate|output)\.dense"
+# The layers that can have an update, by the first part of their names
+LAYERS = {
+    "roberta": re.compile(rf"roberta\.encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|{_DENSE})"),
+    "deberta": re.compile(
+        rf"deberta\.encoder\.layer\.\d+\.(attention\.self\.(query|key|value|pos_key|pos_query)_proj|{_DENSE})"
+        r"|deberta\.embeddings\.embed_proj"
+    ),
+}
 # Settings of an adapter_config.json that are read, and those that change nothing in what a trained adapter computes.
 _HONOURED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
 _NEUTRAL = {
@@ -106,22 +115,26 @@ class Adapter:
         """Width of the bottleneck, where there is one."""
         return next((t.shape[0] for name, t in self.state.items() if name.endswith(".adapter_A.weight")), None)
 
-    def layers(self, lora_alpha: float | None = None) -> dict[str, tuple[int, float]]:
-        """(rank, scaling) of each layer with an update; `lora_alpha` is for a file that doesn't know its own.
+    def alphas(self, lora_alpha: float | None = None) -> dict[str, float]:
+        """The alpha of each layer with an update; `lora_alpha` is for a file that doesn't know its own.
 
-        Raises UserError without either.
+        Raises UserError without either, or if they contradict each other.
         """
-        known = self.lora_alpha if self.lora_alpha is not None else lora_alpha
-        if known is None:
+        if self.lora_alpha is None and lora_alpha is None:
             raise UserError(
                 f"{self.source} doesn't say which lora_alpha it was trained with; another one gives wrong answers.\n"
                 "Give --lora_alpha: 16 for the published RoBERTa files, 32 for the published DeBERTa ones."
             )
-        layers = {}
-        for name, rank in self.ranks.items():
-            alpha = _by_pattern(self.alpha_pattern, name, known)
-            layers[name] = (rank, alpha / (math.sqrt(rank) if self.use_rslora else rank))
-        return layers
+        if None not in (self.lora_alpha, lora_alpha) and self.lora_alpha != lora_alpha:
+            raise UserError(f"{self.source}: was trained with lora_alpha {self.lora_alpha:g}, not {lora_alpha:g}.")
+        known = lora_alpha if self.lora_alpha is None else self.lora_alpha
+        return {name: _by_pattern(self.alpha_pattern, name, known) for name in self.ranks}
+
+    def layers(self, lora_alpha: float | None = None) -> dict[str, tuple[int, float]]:
+        """(rank, scaling) of each layer with an update; `lora_alpha` and errors as `alphas` has them."""
+        ranks, alphas = self.ranks, self.alphas(lora_alpha)
+        roots = {name: math.sqrt(rank) if self.use_rslora else rank for name, rank in ranks.items()}
+        return {name: (rank, alphas[name] / roots[name]) for name, rank in ranks.items()}
 
 
 def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
@@ -228,6 +241,12 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
 def encoder_prefix(adapter: Adapter) -> str:
     """`roberta` or `deberta`: the first part of the names of its layers; "" for a head alone."""
     return next((prefix for name in adapter.state if (prefix := name.split(".")[0]) in ("roberta", "deberta")), "")
+
+
+def foreign_layer(adapter: Adapter) -> str | None:
+    """A layer with an update that none of the models here has, or not the one that has the others; None if all fit."""
+    known = LAYERS.get(encoder_prefix(adapter))
+    return next((name for name in adapter.ranks if known is None or not known.fullmatch(name)), None)
 
 
 def _most_common(values: Iterable[Any]) -> Any:
@@ -372,12 +391,20 @@ def _read_file(path: Path) -> Adapter:
     return Adapter(path, kept, frozen_relative_query=frozen, base_weights=weights)
 
 
+def weights_in(source: Path) -> Path:
+    """The file with an adapter's tensors: itself, or in its folder. Raises UserError if there is none."""
+    is_adapter = (source / CONFIG).is_file()
+    names = (WEIGHTS, _OLD_WEIGHTS) if is_adapter else (_WHOLE,)
+    for path in [source] if source.is_file() else [source / name for name in names]:
+        if path.is_file():
+            return path
+    raise UserError(f"{source}: holds no {CONFIG} with {WEIGHTS} (or {_OLD_WEIGHTS}).")
+
+
 def _read_folder(folder: Path) -> Adapter:
-    if not (folder / CONFIG).is_file() and (folder / _WHOLE).is_file():
-        return _complete(_read_file(folder / _WHOLE))
-    weights = next((folder / name for name in (WEIGHTS, _OLD_WEIGHTS) if (folder / name).is_file()), None)
-    if weights is None or not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: holds no {CONFIG} with {WEIGHTS} (or {_OLD_WEIGHTS}).")
+    weights = weights_in(folder)
+    if weights.name == _WHOLE:
+        return _complete(_read_file(weights))
     config = read_json(folder / CONFIG)
     _check_peft_config(folder / CONFIG, config)
     metadata = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
@@ -393,7 +420,6 @@ def _read_folder(folder: Path) -> Adapter:
         state[name] = tensor
     if named := config.get("base_model_name_or_path"):
         metadata = {"base_model": named, "base_revision": config.get("revision")} | metadata
-        _check_metadata(folder / CONFIG, metadata)
     if config["peft_type"] in _METHODS:
         return _complete(Adapter(folder, state, metadata=metadata, method=_METHODS[config["peft_type"]]))
     _check_contents(folder, config, state)
@@ -496,6 +522,9 @@ def _check_peft_config(path: Path, config: dict[str, Any]) -> None:
         raise UserError(
             f"{path}: layers_to_transform is {shown(config['layers_to_transform'])}; expected layer numbers."
         )
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key) or "", str):
+            raise UserError(f"{path}: {key} is {shown(config[key])}; expected a string.")
     for key, values in (("use_rslora", (None, False, True)), ("bias", (None, "none", "all", "lora_only"))):
         if config.get(key) not in values or type(config.get(key)) is int:
             raise UserError(f"{path}: {key} is {shown(config[key])}; expected {', '.join(map(str, values[1:]))}.")
@@ -506,6 +535,8 @@ def _check_peft_config(path: Path, config: dict[str, Any]) -> None:
         patterns += [(key, _ENDING.format(pattern)) for pattern in given]
     for key, pattern in patterns:
         try:
+            if len(pattern) > 10_000:
+                raise re.error("too long")
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as e:
             raise UserError(f"{path}: {key}: {shown(pattern)} is no pattern ({shown(e)}).") from e

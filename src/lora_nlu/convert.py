@@ -5,8 +5,10 @@ python -m lora_nlu.adapters convert SOURCE DESTINATION --to {peft,bin,merged} [-
 """
 
 import argparse
+import re
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +21,21 @@ from lora_nlu import loading
 from lora_nlu.adapters import (
     CONFIG,
     METADATA,
-    WEIGHTS,
     Adapter,
     attach_adapter,
+    base_fingerprint,
     check_values,
     encoder_prefix,
+    foreign_layer,
     not_finite,
     read_adapter,
+    weights_in,
     write_adapter,
 )
-from lora_nlu.errors import UserError
+from lora_nlu.errors import UsageError, UserError, shown
 from lora_nlu.files import appearing, publish, write_text
 from lora_nlu.labels import placeholders, set_labels
-from lora_nlu.lora import LoRALinear
+from lora_nlu.lora import LoRALinear, lora_places
 from lora_nlu.tasks import TASKS
 
 CARD = "README.md"
@@ -43,6 +47,8 @@ _TITLES = {
     "pfeiffer": "Pfeiffer adapters",
     "head": "A classification head",
 }
+_MODELS = {"roberta": "RoBERTa", "deberta": "DeBERTa-V2"}
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def published_order(adapter: Adapter) -> list[str]:
@@ -60,7 +66,8 @@ def write_published(adapter: Adapter, path: Path) -> None:
     """Write one flat fp32 state dict in the published layout. Raises UserError for what that layout can't say."""
     if adapter.method != "lora":
         raise UserError(f"{adapter.source}: holds {adapter.method}; the published layout is LoRA's: use peft.")
-    if len({scaling * rank for rank, scaling in adapter.layers().values()}) > 1 or adapter.use_rslora:
+    several = adapter.lora_alpha is not None and len({*adapter.alphas().values()}) > 1
+    if several or adapter.use_rslora:
         raise UserError(f"{adapter.source}: a .bin knows no alpha, and this adapter has several (or rslora): use peft.")
     shared = encoder_prefix(adapter) == "deberta"
     if shared and not adapter.frozen_relative_query:
@@ -71,6 +78,9 @@ def write_published(adapter: Adapter, path: Path) -> None:
     names = {name.rpartition(".")[2] for name in adapter.ranks}
     if names != ({"query_proj", "value_proj"} if shared else {"query", "value"}):
         raise UserError(f"{adapter.source}: a .bin has LoRA on query and value, this adapter on {', '.join(names)}.")
+    more = [name for name in adapter.state if name.startswith(f"{encoder_prefix(adapter)}.") and ".lora_" not in name]
+    if more:
+        raise UserError(f"{adapter.source}: a .bin has no place for {more[0]}, which was trained too: use peft.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with appearing(path) as partial:
         torch.save({name: adapter.state[name].float() for name in published_order(adapter)}, partial)
@@ -101,18 +111,50 @@ def merged_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, settings
 
 
-def write_merged(adapter: Adapter, base: str, folder: Path) -> None:
-    """Write a plain Hub model: config, weights with the update in them, tokenizer. transformers loads it without us."""
+def on_base(adapter: Adapter, base: str) -> tuple[Any, Adapter, list[str]]:
+    """The model of a folder or Hub id with an adapter in it, the adapter with that base recorded, lines worth saying.
+
+    Raises UserError if there is no such model, with an OSError as its cause where the Hub doesn't give it, or if the
+    adapter isn't one of it, by names, shapes, fingerprint or weights.
+    """
+    known = adapter.metadata
+    hub = {"revision": known["base_revision"]} if base == known.get("base_model") and known.get("base_revision") else {}
+    count = adapter.label_count
+    unnamed = () if count == 1 else placeholders(count or 0)
+    try:
+        config = loading.load_config(base, **hub)
+        if count is not None:
+            set_labels(config, unnamed if adapter.labels is None else adapter.labels)
+        model, _ = loading.load_model(base, config, needs_head=False, keeps_head=False, **hub)
+    except UserError as e:
+        raise UserError(str(e).replace("--model_name_or_path", "--base")) from e.__cause__
+    of_base: dict[str, Any] = {"base_model": base, "base_fingerprint": base_fingerprint(model)}
+    of_base |= {} if hub else {"base_revision": getattr(config, "_commit_hash", None)}
+    notes = attach_adapter(model, adapter, None, allow_new_head=count is None)
+    return model, replace(adapter, metadata=known | of_base), notes
+
+
+def with_base(adapter: Adapter, base: str) -> tuple[Adapter, list[str]]:
+    """The adapter with this base model recorded, and lines worth saying. Raises UserError if it isn't one of that."""
+    try:
+        return on_base(adapter, base)[1:]
+    except UserError as e:
+        if not isinstance(e.__cause__, OSError) or not _looks_like_hub_id(base):
+            raise
+    unchecked = f"--base {base}: recorded, but can't be had here: whether the adapter is one of it was not checked."
+    return replace(adapter, metadata=adapter.metadata | {"base_model": base, "base_revision": None}), [unchecked]
+
+
+def write_merged(adapter: Adapter, base: str, folder: Path) -> list[str]:
+    """Write a plain Hub model: config, weights with the update in them, tokenizer. transformers loads it without us.
+
+    Returns lines worth saying. Errors as `on_base`.
+    """
     if adapter.adapter_size is not None:
         raise UserError(f"{adapter.source}: bottleneck adapters are layers of their own; no plain model has them.")
-    config = loading.load_config(base)
-    count = adapter.label_count
-    if count is None:
+    if adapter.label_count is None:
         raise UserError(f"{adapter.source}: has no classification head to put into a merged model.")
-    unnamed = () if count == 1 else placeholders(count)
-    set_labels(config, unnamed if adapter.labels is None else adapter.labels)
-    model, _ = loading.load_model(base, config, needs_head=False, keeps_head=False)
-    attach_adapter(model, adapter, None, allow_new_head=False)
+    model, _, notes = on_base(adapter, base)
     state, settings = merged_state(model)
     config = model.config
     for name in ("lora_relative_query", "apply_bitfit", "head_only"):
@@ -132,13 +174,14 @@ def write_merged(adapter: Adapter, base: str, folder: Path) -> None:
         publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return notes
 
 
 def card(adapter: Adapter) -> str:
     """The adapter folder's README.md in the Hub's format: who reads it, what it was trained on, its figure."""
     known = adapter.metadata
-    task, base, metrics = known.get("task"), known.get("base_model"), known.get("metrics") or {}
-    is_hub_id = bool(base) and not Path(str(base)).exists() and not str(base).startswith(("/", "."))
+    task, base, metrics = known.get("task"), str(known.get("base_model") or ""), known.get("metrics") or {}
+    is_hub_id = _looks_like_hub_id(base)
     in_peft = adapter.method == "lora" and not adapter.frozen_relative_query
     head = ["---", f"library_name: {'peft' if in_peft else 'lora-nlu'}"]
     head += [f"base_model: {base}"] if is_hub_id else []
@@ -152,12 +195,16 @@ def card(adapter: Adapter) -> str:
         _MARK,
         "",
     ]
-    name = base if is_hub_id else Path(str(base)).name if base else "an unnamed base model"
-    lines = [f"# {_TITLES[adapter.method]} for {name} on {task or 'an unnamed task'}", ""]
-    facts = dict(_facts(adapter)) | {"base model": name}  # not a path of this machine
-    lines += [f"| {key} | {value} |" for key, value in [("", ""), ("---", "---"), *facts.items()]]
+    local = f"{shown(Path(base).name)} (a local model)" if base else "an unnamed base model"  # no path of this machine
+    name = base if is_hub_id else local
+    lines = [f"# {_TITLES[adapter.method]} for {name} on {shown(task or 'an unnamed task')}", ""]
+    facts = dict(_facts(adapter)) | {"base model": name}
+    cells = {key: value.replace("|", "\\|") for key, value in facts.items()}
+    lines += [f"| {key} | {value} |" for key, value in [("", ""), ("---", "---"), *cells.items()]]
     door = "lora_path" if adapter.method == "lora" else "adapter_path"
-    flags = f"--model_name_or_path {name} --{door} THIS_FOLDER --do_eval --output_dir OUT"
+    flags = (
+        f"--model_name_or_path {base if is_hub_id else 'BASE_MODEL'} --{door} THIS_FOLDER --do_eval --output_dir OUT"
+    )
     lines += ["", "Evaluate it with lora-nlu:", "", "```bash", "python examples/text-classification/run_glue.py \\"]
     lines += [
         f"  --task_name {task} {flags}" if task in TASKS else f"  --validation_file FILE {flags}",
@@ -171,8 +218,12 @@ def card(adapter: Adapter) -> str:
         lines += [f"PEFT has no {adapter.method} and refuses to load this folder.", ""]
     if metrics:
         lines += ["Measured on the validation set when it was trained:", ""]
-        lines += [f"- {name.removeprefix('eval_')}: {value:.4f}" for name, value in metrics.items()]
+        lines += [f"- {name}: {value}" for name, value in _figures(metrics)]
     return "\n".join([*head, *lines, ""])
+
+
+def _looks_like_hub_id(base: str) -> bool:
+    return _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
 
 
 def write_card(folder: Path) -> None:
@@ -182,78 +233,110 @@ def write_card(folder: Path) -> None:
         write_text(path, card(read_adapter(str(folder))))
 
 
+def _figures(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    """Metrics as name and value."""
+    values = {name: shown(value, 20) if abs(value) > 1e9 else f"{value:.4f}" for name, value in metrics.items()}
+    return [(shown(name.removeprefix("eval_"), 40), value) for name, value in values.items()]
+
+
 def _facts(adapter: Adapter) -> list[tuple[str, str]]:
     """What is known of an adapter, as name and value."""
     known, ranks, prefix = adapter.metadata, adapter.ranks, encoder_prefix(adapter)
-    within = sum(t.numel() for name, t in adapter.state.items() if prefix and name.startswith(f"{prefix}."))
+    encoder = {name: t for name, t in adapter.state.items() if prefix and name.startswith(f"{prefix}.")}
     total = sum(tensor.numel() for tensor in adapter.state.values())
     broken = not_finite(adapter.state)
-    labels = adapter.labels
-    alpha = "unknown: the file doesn't say" if adapter.lora_alpha is None else f"{adapter.lora_alpha:g}"
+    labels, foreign = adapter.labels, foreign_layer(adapter)
+    model = _MODELS.get(prefix, "unknown: a head alone")
     rows = [
-        ("base model", str(known.get("base_model", "unknown"))),
-        ("base fingerprint", str(known.get("base_fingerprint", "unknown"))),
-        ("task", str(known.get("task", "unknown"))),
+        ("model", f"none here: no RoBERTa or DeBERTa-V2 has {foreign}" if foreign else model),
+        ("base model", known.get("base_model", "unknown")),
+        ("base fingerprint", known.get("base_fingerprint", "unknown")),
+        ("task", known.get("task", "unknown")),
         ("labels", "unknown" if labels is None else ", ".join(labels) or "a number (regression)"),
         ("method", adapter.method),
     ]
-    if adapter.adapter_size is not None:
-        rows.append(("adapter size", str(adapter.adapter_size)))
     if ranks:
-        alpha += (" (rslora)" if adapter.use_rslora else "") + (", others by pattern" * bool(adapter.alpha_pattern))
+        alphas = sorted({*adapter.alphas().values()}) if adapter.lora_alpha is not None else []
         rows += [
-            ("layers with LoRA", str(len(ranks))),
-            ("modules", ", ".join(sorted({name.rpartition(".")[2] for name in ranks}))),
-            ("rank", ", ".join(map(str, sorted(set(ranks.values()))))),
-            ("alpha", alpha),
+            ("layers with LoRA", _layer_count(ranks)),
+            ("modules with LoRA", f"{len(ranks)}: {', '.join(lora_places(ranks)[0])}"),
+            ("rank", ", ".join(map(str, sorted({*ranks.values()})))),
+            ("alpha", ", ".join(f"{alpha:g}" for alpha in alphas) or "unknown: the file doesn't say"),
         ]
+        rows += [("scaling", "alpha / sqrt(rank) (rslora)")] if adapter.use_rslora else []
     if ranks and prefix == "deberta":
         rows.append(("relative query", "frozen" if adapter.frozen_relative_query else "with LoRA, as in PEFT"))
+    if adapter.adapter_size is not None:
+        places = [name for name in encoder if name.endswith(".adapter_A.weight")]
+        rows += [
+            ("adapter size", str(adapter.adapter_size)),
+            ("layers with adapters", _layer_count(places)),
+            ("adapters", str(len(places))),
+        ]
+    biases = [n for n in encoder if n.endswith("bias") and ".adapter_" not in n]
+    rows += [("biases", f"{sum(encoder[n].numel() for n in biases):,} in {len(biases)} tensors")] if biases else []
+    within = sum(tensor.numel() for tensor in encoder.values())
     rows += [
         ("parameters", f"{total:,}, {within:,} of them in the encoder"),
         ("not finite", f"{len(broken)} tensors, {broken[0]} first" if broken else "none"),
     ]
-    return rows
+    return [(name, shown(value, 2000)) for name, value in rows]
+
+
+def _layer_count(names: Iterable[str]) -> str:
+    return str(len({match.group(1) for name in names if (match := re.search(r"\.(\d+)\.", name))}))
 
 
 def inspect(adapter: Adapter) -> str:
     """A table of what is in an adapter."""
-    files = (
-        [adapter.source]
-        if adapter.source.is_file()
-        else [adapter.source / name for name in (WEIGHTS, CONFIG, METADATA)]
-    )
+    source = adapter.source
+    files = [source] if source.is_file() else [weights_in(source), source / CONFIG, source / METADATA]
     size = sum(path.stat().st_size for path in files if path.is_file())
-    metrics = adapter.metadata.get("metrics") or {}
-    rows = [("source", str(adapter.source)), ("bytes", f"{size:,}"), *_facts(adapter)]
-    rows += [(name.removeprefix("eval_"), f"{value:.4f}") for name, value in metrics.items()]
+    rows = [("source", shown(source, 2000)), ("bytes", f"{size:,}"), *_facts(adapter)]
+    rows += _figures(adapter.metadata.get("metrics") or {})
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
 def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | None, base: str | None) -> str:
-    """Write `adapter` in another form; returns a line on what was written. Raises UserError."""
+    """Write `adapter` in another form; returns lines on what was written.
+
+    Raises UserError for what can't be, UsageError for a flag that means nothing there.
+    """
+    source = adapter.source
     if destination.exists() and (destination.is_file() or any(destination.iterdir())):
         raise UserError(f"{destination}: is there already. Give another destination; nothing is written over.")
+    if base and to == "bin":
+        raise UsageError("--base: a .bin records no base model; leave it out, or write --to peft.")
+    if lora_alpha is not None and adapter.method != "lora":
+        raise UsageError(f"--lora_alpha: {source} holds {adapter.method}, which has none; leave it out.")
+    if foreign := foreign_layer(adapter):
+        raise UserError(f"{source}: no model here reads it: no RoBERTa or DeBERTa-V2 has {foreign}.")
     check_values(adapter)
-    if None not in (adapter.lora_alpha, lora_alpha) and adapter.lora_alpha != lora_alpha:
-        raise UserError(f"{adapter.source}: was trained with lora_alpha {adapter.lora_alpha:g}, not {lora_alpha:g}.")
-    if adapter.method == "lora":
-        adapter.layers(lora_alpha)  # says so where neither knows the alpha
+    if adapter.method == "lora" and (to != "bin" or lora_alpha is not None):
+        adapter.alphas(lora_alpha)  # says so where neither knows the alpha, or they differ
     if adapter.lora_alpha is None:
         adapter = replace(adapter, lora_alpha=lora_alpha)
+    notes = []
+    if adapter.base_weights and not base and to != "merged":
+        notes.append(f"{source}: a whole model's checkpoint; its base weights are left out, not compared with any.")
     if to == "bin":
         write_published(adapter, destination)
-        return f"{destination}: published layout. It doesn't know its alpha: say --lora_alpha {adapter.lora_alpha:g}."
-    if to == "peft":
-        write_adapter(adapter, destination)
-        write_card(destination)
-        return f"{destination}: {'PEFT' if adapter.method == 'lora' else adapter.method} folder with a model card."
-    base = base or adapter.metadata.get("base_model")
-    if not base:
-        raise UserError(f"{adapter.source} doesn't say its base model: give --base MODEL.")
-    write_merged(adapter, base, destination)
-    return f"{destination}: a plain model; load it with transformers' from_pretrained."
+        alpha = None if adapter.lora_alpha is None else next(iter(adapter.alphas().values()))
+        said = "whoever reads it must" if alpha is None else f"say --lora_alpha {alpha:g}"
+        return "\n".join([f"{destination}: published layout. It doesn't know its alpha: {said}.", *notes])
+    if to == "merged":
+        base = base or adapter.metadata.get("base_model")
+        if not base:
+            raise UserError(f"{source} doesn't say its base model: give --base MODEL.")
+        notes += write_merged(adapter, base, destination)
+        return "\n".join([f"{destination}: a plain model; load it with transformers' from_pretrained.", *notes])
+    if base:
+        adapter, notes = with_base(adapter, base)
+    write_adapter(adapter, destination)
+    write_card(destination)
+    kind = "PEFT" if adapter.method == "lora" else adapter.method
+    return "\n".join([f"{destination}: {kind} folder with a model card.", *notes])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -266,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     converted.add_argument("destination", type=Path)
     converted.add_argument("--to", required=True, choices=["peft", "bin", "merged"])
     converted.add_argument("--lora_alpha", type=float, help="for a file that doesn't know its own")
-    converted.add_argument("--base", help="the base model to merge into, if not the one recorded")
+    converted.add_argument("--base", help="the base model to merge into or to record, if not the one recorded")
     args = parser.parse_args(argv)
     try:
         adapter = read_adapter(args.source)
@@ -276,5 +359,5 @@ def main(argv: list[str] | None = None) -> int:
             print(convert(adapter, args.destination.absolute(), args.to, args.lora_alpha, args.base))
     except (UserError, OSError) as e:
         print(f"lora_nlu.adapters: error: {e}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(e, UsageError) else 1
     return 0
