@@ -275,6 +275,17 @@ def test_labels_that_are_the_ids_themselves_need_no_names_and_it_is_said(nameles
     assert outcome.code == 1 and "--labels" in outcome.err
 
 
+def test_a_task_is_judged_by_a_head_without_names_in_the_tasks_own_order_and_it_is_said(nameless, call, glue, tmp_path):
+    flags = ["--task_name", "rte", "--glue_dir", glue, *nameless, "--max_seq_length", "64", "--do_eval"]
+    outcome = succeeded(call(*flags, "--output_dir", tmp_path / "o"))
+    line = said(outcome, "records no label names", "entailment, not_entailment, in this order")
+    assert str(nameless[1]) in line and "--labels" in line
+    turned = succeeded(call(*flags, "--labels", "not_entailment,entailment", "--output_dir", tmp_path / "turned"))
+    said(turned, "put in the order entailment, not_entailment")
+    one, other = (read(tmp_path / name / "eval_results.json")["eval_accuracy"] for name in ("o", "turned"))
+    assert one == pytest.approx(1 - other)
+
+
 def test_a_published_mnli_file_is_read_in_the_tasks_own_order_which_is_said_or_in_the_order_of_labels(
     call, glue, tmp_path
 ):
