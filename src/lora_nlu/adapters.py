@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lora_nlu.errors import UserError, shown
 from lora_nlu.files import appearing, read_json, text_for_weights, write_json
 from lora_nlu.labels import check_labels, head_order, last_layer, listed, placeholders, recorded_labels
-from lora_nlu.lora import LoRALinear, lora_places, set_lora_
+from lora_nlu.lora import LoRALinear, lora_places, set_lora_, unmerge_lora_, unmerged_parameters
 from lora_nlu.methods import describe_method, mark_trainable, set_bottlenecks_
 from lora_nlu.sharded import copy_into
 
@@ -146,8 +146,11 @@ def _by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def trained_state(model: Any, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The parameters of `model` that train, from `state_dict` where a distributed engine has gathered one."""
-    state = model.state_dict() if state_dict is None else state_dict
+    """The parameters of `model` that train, from `state_dict` where a distributed engine has gathered one.
+
+    A merged model's are those of the unmerged one.
+    """
+    state = unmerged_parameters(model) if state_dict is None else state_dict
     return {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -265,16 +268,17 @@ def _alpha(layer: LoRALinear) -> float:
 def base_fingerprint(model: Any) -> str:
     """A hash of the encoder's frozen weights, from up to 64 numbers of each tensor: milliseconds for 1.5B parameters.
 
-    The same in fp32 and bf16. It tells one checkpoint from another, not from a copy with a few numbers changed.
+    The same in fp32 and bf16, merged or not. It tells one checkpoint from another, not from a copy with a few numbers
+    changed.
     """
     samples, names = [], []
-    for name, parameter in sorted(model.base_model.named_parameters()):
+    for name, parameter in sorted(unmerged_parameters(model.base_model).items()):
         if not _ADDED.search(name):
-            numbers = parameter.detach().reshape(-1)
+            numbers = parameter.reshape(-1)
             samples.append(numbers[:: max(1, numbers.numel() // 64)][:64].to(torch.bfloat16))
             names.append(f"{name} {list(parameter.shape)}")
-    numbers = torch.cat(samples).view(torch.int16).cpu().numpy().tobytes()
-    return hashlib.sha256("\n".join(names).encode() + numbers).hexdigest()[:16]
+    sampled = torch.cat(samples).view(torch.int16).cpu().numpy().tobytes()
+    return hashlib.sha256("\n".join(names).encode() + sampled).hexdigest()[:16]
 
 
 def read_adapter(path: str, flag: str = "", **hub: Any) -> Adapter:
@@ -628,6 +632,7 @@ def attach_adapter(
     record what it is to tell. What the file holds trains, with the method's part and the head. Returns lines worth
     saying. Otherwise as `load_adapter`; on an error in the tensors the layers stay.
     """
+    unmerge_lora_(model)
     layers: dict[str, tuple[int, float]] = {}
     if adapter.method == "lora":
         layers = _attach_lora(model, adapter, lora_alpha)
@@ -720,10 +725,11 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
     Rows of the head go by label name where the adapter and the model's config record names. The one exception, with
     `allow_new_head` (training starts from another task's adapter): a `classifier` for other labels, or another number
     of them, is left behind, and the model's own stays, as the reference implementation does for another number. That
-    is RoBERTa's whole head; DeBERTa keeps the `pooler` trained with it.
+    is RoBERTa's whole head; DeBERTa keeps the `pooler` trained with it. A merged model is unmerged first.
     Returns the names left behind. Raises UserError naming key and shapes; the model is unchanged then.
     """
     state, dropped, _ = _matched(model, adapter, allow_new_head)
+    unmerge_lora_(model)
     copy_into(model, state)
     return dropped
 

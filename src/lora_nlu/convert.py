@@ -35,7 +35,7 @@ from lora_nlu.adapters import (
 from lora_nlu.errors import UsageError, UserError, shown
 from lora_nlu.files import appearing, publish, write_text
 from lora_nlu.labels import placeholders, set_labels
-from lora_nlu.lora import LoRALinear, lora_places
+from lora_nlu.lora import LoRALinear, lora_places, unmerged_parameters
 from lora_nlu.tasks import TASKS
 
 CARD = "README.md"
@@ -89,25 +89,24 @@ def write_published(adapter: Adapter, path: Path) -> None:
 def merged_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict without LoRA that gives the same logits in transformers' own class, and what its config must say.
 
-    A DeBERTa whose relative query is frozen gets projections of its own for the relative embeddings, copied from the
-    base: with `share_att_key` false, `pos_query_proj` and `pos_key_proj` are what `query_proj` and `key_proj` were.
+    The model may be merged or not, and stays so. A DeBERTa whose relative query is frozen gets projections of its own
+    for the relative embeddings, copied from the base: with `share_att_key` false, `pos_query_proj` and `pos_key_proj`
+    are what `query_proj` and `key_proj` were.
     """
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    state = {name: tensor for name, tensor in unmerged_parameters(model).items() if ".lora_" not in name}
     settings: dict[str, Any] = {}
     if getattr(model, "frozen_relative_query", False):
         settings["share_att_key"] = False
         pairs = [("p2c", "query_proj", "pos_query_proj"), ("c2p", "key_proj", "pos_key_proj")]
-        for name, module in model.named_modules():
+        for name, _ in model.named_modules():
             if name.endswith(".attention.self"):
                 for kind, source, target in pairs:
                     if kind in model.config.pos_att_type:
-                        layer = getattr(module, source)
-                        state[f"{name}.{target}.weight"] = layer.weight.detach().clone()
-                        state[f"{name}.{target}.bias"] = layer.bias.detach().clone()
+                        for part in ("weight", "bias"):
+                            state[f"{name}.{target}.{part}"] = state[f"{name}.{source}.{part}"].clone()
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            update = module.scaling * (module.lora_B.detach().float() @ module.lora_A.detach().float())
-            state[f"{name}.weight"] = (module.weight.detach().float() + update).to(module.weight.dtype)
+            state[f"{name}.weight"] = module.merged_weight().detach()
     return state, settings
 
 

@@ -54,6 +54,16 @@ class _LoRALinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
 
 
+def with_update(weight: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """weight [O, I] + s B A in the weight's dtype: the product in fp32 whatever that is, one rounding at the end."""
+    return (weight.float() + s * (B.float() @ A.float())).to(weight.dtype)
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written to; -1 where torch doesn't count."""
+    return -1 if x.is_inference() else x._version
+
+
 class LoRALinear(Linear):
     """`nn.Linear` with a trainable low-rank update: y = x W^T + b + (lora_alpha / r) x A^T B^T.
 
@@ -62,9 +72,16 @@ class LoRALinear(Linear):
     the x that the update reads; the reference has none.
 
     In fp32 the update is part of the product. In half precision and under autocast the low-rank path
-    runs beside the frozen one, because a small B A would be rounded away in the sum. A merged layer's state dict holds
-    `weight` with the update in it and no `lora_*`, so a file never counts the update twice.
+    runs beside the frozen one, because a small B A would be rounded away in the sum.
+
+    A merged layer's state dict holds `weight` with the update in it and no `lora_*`, so a file never counts the update
+    twice. While merged, a layer also keeps the weight [O, I] as it was, and what went into it: `unmerge` takes that out
+    again, whatever became of the matrices. Loading other matrices or another weight unmerges first.
     """
+
+    weight_before: Any  # a Tensor while merged, else None
+    merged_A: Any
+    merged_B: Any
 
     def __init__(
         self,
@@ -81,7 +98,10 @@ class LoRALinear(Linear):
         self.r = r
         self.scaling = lora_alpha / r
         self.lora_dropout = lora_dropout
-        self.merged = False
+        for name in ("weight_before", "merged_A", "merged_B"):  # buffers: they follow when the layer moves
+            self.register_buffer(name, None, persistent=False)
+        self.merged_scaling = 0.0
+        self._left: dict[str, tuple[Tensor, int]] = {}  # parameters and their versions when they were merged
         self.lora_A = nn.Parameter(torch.empty(r, in_features))
         self.lora_B = nn.Parameter(torch.empty(out_features, r))
         self.weight.requires_grad_(False)
@@ -94,12 +114,20 @@ class LoRALinear(Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` holds the update."""
+        return self.weight_before is not None
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O].
 
-        Raises RuntimeError when a merged layer is asked to train, ValueError for matrices of other shapes.
+        Raises RuntimeError for a merged layer that is asked to train or whose matrices are others than it merged,
+        ValueError for matrices of other shapes.
         """
         if self.merged:
+            if not torch.compiler.is_compiling() and not self._holds_its_update():
+                raise RuntimeError("lora_A, lora_B or scaling of a merged LoRALinear changed. Call unmerge() first.")
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("A merged LoRALinear can't train: its lora_A and lora_B are unused. Call unmerge().")
             return linear(x, self.weight, self.bias)
@@ -118,41 +146,99 @@ class LoRALinear(Linear):
         check("lora_B", self.lora_B, device, out, rank)
 
     @torch.no_grad()
-    def _add_update(self, sign: int) -> None:
-        self.check_shapes()
-        # B A in fp32 whatever the weight's dtype; one rounding at the end.
-        update = (sign * self.scaling) * (self.lora_B.float() @ self.lora_A.float())
-        self.weight.copy_(self.weight.float() + update)
-        self.merged = sign > 0
-
     def merge(self) -> None:
-        """Add (alpha / r) B A to `weight` in place, once; a second call does nothing."""
-        if not self.merged:
-            self._add_update(+1)
+        """Put (alpha / r) B A, as they are now, into `weight` in place, once; a second call does nothing."""
+        if self.merged and self._holds_its_update():
+            return
+        self.unmerge()
+        merged = self.merged_weight()
+        self.weight_before, self.merged_scaling = self.weight.detach().clone(), self.scaling
+        self.merged_A, self.merged_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        self.weight.copy_(merged)
+        self._left = {name: (x, _version(x)) for name, x in self.named_parameters()}
 
+    @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the update out of `weight` again, exact to one rounding of its dtype; without a merge, do nothing."""
+        """Take out of `weight` what `merge` put in; without a merge, do nothing."""
         if self.merged:
-            self._add_update(-1)
+            self.weight.copy_(self.frozen_weight())
+            self.weight_before = self.merged_A = self.merged_B = None
+            self._left = {}
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The weight [O, I] with the update, merged or not."""
+        if self.merged:
+            return self.weight
+        self.check_shapes()
+        return with_update(self.weight, self.lora_A, self.lora_B, self.scaling)
 
     def frozen_weight(self) -> Tensor:
-        """The weight [O, I] without the update, merged or not."""
+        """The weight [O, I] without the update, merged or not; to a rounding if `weight` was written to in between."""
         if not self.merged:
             return self.weight
-        return (self.weight.float() - self.scaling * (self.lora_B.float() @ self.lora_A.float())).to(self.weight.dtype)
+        if self._untouched("weight"):
+            return self.weight_before
+        return with_update(self.weight, self.merged_A, self.merged_B, -self.merged_scaling)
+
+    def _untouched(self, *names: str) -> bool:
+        """Whether these parameters are the tensors that were merged, and nobody has written to them since."""
+        left = ((getattr(self, name), *self._left[name]) for name in names)
+        return all(now is then and _version(now) == version >= 0 for now, then, version in left)
+
+    def _holds_its_update(self) -> bool:
+        """Whether the matrices and scaling of a merged layer are those in its weight."""
+        if self.scaling != self.merged_scaling:
+            return False
+        if not self._untouched("lora_A", "lora_B"):
+            if not (is_same(self.lora_A, self.merged_A) and is_same(self.lora_B, self.merged_B)):
+                return False
+            self._left |= {name: (x, _version(x)) for name, x in self.named_parameters() if name != "weight"}
+        return True
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             del destination[prefix + "lora_A"], destination[prefix + "lora_B"]
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "lora_A" in state_dict:
-            self.merged = False  # what came with its own matrices does not hold them in the weight
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, *lists: Any
+    ) -> None:
+        arguments = (state_dict, prefix, local_metadata, strict, missing_keys, *lists)
+        names = [f"{prefix}{name}" for name in ("lora_A", "lora_B")]
+        weight = state_dict.get(f"{prefix}weight")
+        is_alone = weight is not None and not any(name in state_dict for name in names)
+        if is_alone and self.merged and is_same(weight, self.weight):  # what this layer saved
+            super()._load_from_state_dict(*arguments)
+            self._left["weight"] = (self.weight, _version(self.weight))
+            missing_keys[:] = [name for name in missing_keys if name not in names]
+            return
+        if weight is not None or any(name in state_dict for name in names):
+            self.unmerge()
+        if is_alone and self._is_merged(weight):
+            lists[-1].append(
+                f"{prefix}weight holds the update of {names[0]} and lora_B already: it is of a merged model, and the "
+                "update would count twice. Load it into a model without LoRA, or load the adapter alone."
+            )
+            return
+        super()._load_from_state_dict(*arguments)
+
+    @torch.no_grad()
+    def _is_merged(self, weight: Tensor) -> bool:
+        """Whether a weight is nearer to what this unmerged layer's would be merged than to what it is."""
+        if weight.shape != self.weight.shape or weight.is_meta or self.weight.is_meta:
+            return False
+        weight = weight.to(self.weight).float()
+        apart = ((weight - other.float()).norm() for other in (self.merged_weight(), self.weight))
+        return bool(next(apart) < 0.5 * next(apart))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, merged={self.merged}"
+
+
+def is_same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, in y's dtype."""
+    return x.shape == y.shape and not x.is_meta and not y.is_meta and torch.equal(x.to(y), y)
 
 
 def lora_linear(config: Any, target: str, layer: int, in_features: int, out_features: int) -> nn.Linear:
@@ -199,8 +285,8 @@ def lora_rank(config: Any) -> int:
 def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
     """Give exactly these linear layers of `model`, by name, an update of (rank, scaling); the others get or keep none.
 
-    Weights and biases stay the parameters they were; the matrices start anew. Raises KeyError for a name that is no
-    linear layer of the model.
+    What was merged is unmerged. Weights and biases stay the parameters they were; the matrices start anew. Raises
+    KeyError for a name that is no linear layer of the model.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if unknown := sorted(set(layers) - set(linear)):
@@ -208,6 +294,8 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
     for name, old in linear.items():
         if name not in layers and not isinstance(old, LoRALinear):
             continue
+        if isinstance(old, LoRALinear):
+            old.unmerge()
         sizes, has_bias = (old.in_features, old.out_features), old.bias is not None
         with torch.device("meta"):  # its parameters are those of the old one; only the matrices are new
             rank, scaling = layers.get(name, (0, 0.0))
@@ -249,6 +337,15 @@ def unmerge_lora_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.unmerge()
+
+
+def unmerged_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of `model` by name, detached; weights without their updates, merged or not."""
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear) and module.merged:
+            state[f"{name}.weight"] = module.frozen_weight().detach()
+    return state
 
 
 class ParameterCounts(NamedTuple):
