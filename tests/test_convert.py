@@ -23,6 +23,7 @@ from lora_nlu.errors import UserError
 from lora_nlu.lora import LoRALinear, mark_only_lora_as_trainable, merge_lora_
 from lora_nlu.methods import mark_trainable
 
+ROOT = Path(__file__).parents[1]
 R, ALPHA = 4, 6
 LABELS = ["yes", "no", "perhaps"]
 CONFIGS = {"roberta": tiny_config, "deberta": tiny_deberta_config}
@@ -61,6 +62,13 @@ def fresh(base: Path, theirs: bool = False) -> nn.Module:
     """The base model as it lies on disk, ours or transformers' own."""
     config = transformers.AutoConfig.from_pretrained(base)
     return CLASSIFIERS[config.model_type][theirs].from_pretrained(base, config=config)
+
+
+def fresh_theirs(base: Path, labels: int) -> nn.Module:
+    """transformers' RoBERTa of a folder with a head for as many labels."""
+    return transformers.RobertaForSequenceClassification.from_pretrained(
+        base, num_labels=labels, ignore_mismatched_sizes=True
+    )
 
 
 def said(capsys, *argv: object) -> tuple[int, str, str]:
@@ -626,6 +634,43 @@ def test_a_cards_command_names_a_base_that_others_have_or_leaves_its_place_open(
     text = (tmp_path / "none" / "README.md").read_text()
     assert "for an unnamed base model on an unnamed task" in text and "| labels | unknown |" in text
     assert "--model_name_or_path BASE_MODEL " in text
+
+
+SNIPPET = next(block for block in (ROOT / "README.md").read_text().split("```python\n") if "read_adapter" in block)
+
+
+@pytest.mark.parametrize("case", ["roberta"], indirect=True)
+@pytest.mark.parametrize("kind", ["folder", "bin", "regression"])
+def test_the_readmes_python_runs_on_a_folder_and_on_a_published_file_and_is_right(kind, case, tmp_path, capsys):
+    model, base, adapter = case
+    code, path = SNIPPET.split("```")[0], adapter
+    if kind == "bin":
+        path = tmp_path / "mnli.bin"
+        assert said(capsys, "convert", adapter, path, "--to", "bin")[0] == 0
+        line = next(line for line in code.splitlines() if line.startswith("# a published .bin knows neither: "))
+        said_there = line.partition(": ")[2].replace('"mnli.bin"', f'"{path}"').replace("16", str(ALPHA))
+        code = code.replace(line, said_there)
+    elif kind == "regression":
+        model = randomise_(
+            CLASSIFIERS["roberta"][0](tiny_config(apply_lora=True, lora_r=R, lora_alpha=5, num_labels=1))
+        )
+        mark_only_lora_as_trainable(model)
+        path = tmp_path / "scores"
+        save_adapter(model, path, {"labels": []})
+        encoder = {n: t for n, t in model.state_dict().items() if n.startswith("roberta.") and "lora_" not in n}
+        theirs = transformers.RobertaForSequenceClassification(tiny_config())
+        theirs.load_state_dict(encoder, strict=False)
+        theirs.roberta.save_pretrained(base)
+    assert '"roberta-base"' in code and '"output/roberta_base_rte"' in code
+    names: dict = {}
+    exec(code.replace('"output/roberta_base_rte"', f'"{path}"').replace('"roberta-base"', f'"{base}"'), names)
+    with torch.no_grad():
+        want = model.eval()(**names["batch"]).logits
+        theirs = PeftModel.from_pretrained(fresh_theirs(base, want.shape[1]), str(path if kind != "bin" else adapter))
+        assert_close(theirs.eval()(**names["batch"]).logits, want)
+    assert torch.equal(names["logits"], want)
+    labels = {"folder": LABELS, "bin": ["entailment", "neutral", "contradiction"]}.get(kind)
+    assert capsys.readouterr().out.splitlines()[-1] == (labels[want.argmax()] if labels else str(names["logits"]))
 
 
 def test_the_program_is_started_as_the_readme_says(case):
