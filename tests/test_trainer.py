@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from helpers import randomise_, tiny_config
+from helpers import assert_same_gradients, ragged_batch, randomise_, tiny_config, tiny_deberta_config, twins
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
+from transformers.integrations.neftune import activate_neftune, deactivate_neftune
 
 from lora_nlu.adapters import CONFIG, METADATA, WEIGHTS
 from lora_nlu.errors import UserError
@@ -305,6 +306,33 @@ def test_the_steps_that_a_gradient_scaler_skips_are_no_divergence(tmp_path):
     assert scaler.get_scale() < 2.0**127, "no step was skipped: the test proves nothing"
     assert trainer.state.global_step == STEPS
     assert not torch.equal(parameters(trainer)["classifier.dense.weight"], before["classifier.dense.weight"])
+
+
+@pytest.mark.parametrize("lengths", [[9, 4, 1, 7], [5, 5]], ids=["padded", "equal lengths"])
+@pytest.mark.parametrize("config", [tiny_config(), tiny_deberta_config()], ids=lambda config: config.model_type)
+def test_neftunes_noise_is_transformers_own_number_by_number(config, lengths):
+    """Uniform within alpha / sqrt(S H), S the longest of the batch, padding included; none in evaluation."""
+    ours, theirs = twins(config)
+    batch = ragged_batch(lengths, pad=config.pad_token_id) | {"labels": torch.zeros(len(lengths), dtype=torch.long)}
+    losses = {}
+    for model in (ours, theirs):
+        for alpha in (0.0, 5.0):
+            hook = activate_neftune(model, alpha)
+            torch.manual_seed(3)
+            losses[model, alpha] = model(**batch).loss
+            deactivate_neftune(model, hook)
+        losses[model, 5.0].backward()
+    for alpha in (0.0, 5.0):
+        torch.testing.assert_close(losses[ours, alpha], losses[theirs, alpha], rtol=1e-5, atol=0)
+    assert (losses[ours, 5.0] - losses[ours, 0.0]).abs() > 1e-3
+    assert_same_gradients(ours, theirs)
+    rows: list[Tensor] = []
+    hook, bound = activate_neftune(ours, 5.0), 5 / (max(lengths) * config.hidden_size) ** 0.5
+    ours.get_input_embeddings().register_forward_hook(lambda module, inputs, out: rows.append(out))
+    ours(**batch)
+    noise = rows[0] - ours.get_input_embeddings().weight[batch["input_ids"]]
+    assert 0.99 * bound < noise.abs().max() <= 1.00001 * bound
+    deactivate_neftune(ours, hook)
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", WEIGHTS])

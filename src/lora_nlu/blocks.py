@@ -22,6 +22,18 @@ from lora_nlu.regularization import classification_loss, cutoff, two_view_losses
 Given = Tensor | None
 
 
+def embed_words(embedding: nn.Embedding, input_ids: Any, inputs_embeds: Any, packed: PackedBatch) -> Tensor:
+    """Rows [N, H] of ids [B, S] or embeddings [B, S, H], one of them None.
+
+    A hook on the embedding, such as NEFTune's, expects [B, S, H]: with one the whole grid is embedded.
+    """
+    if inputs_embeds is not None:
+        return packed.pack(inputs_embeds)
+    if embedding._forward_hooks:
+        return packed.pack(embedding(input_ids))
+    return embedding(packed.pack(input_ids))
+
+
 def embed_types(embedding: nn.Embedding, token_type_ids: Given, packed: PackedBatch) -> Tensor:
     """Embeddings [N, H] of token types [B, S] or [1, S]; without any, [H], that of type 0, for every token."""
     if token_type_ids is None:

@@ -26,7 +26,16 @@ import torch
 from torch import Tensor, nn
 from transformers import DebertaV2Config, PreTrainedModel
 
-from lora_nlu.blocks import Encoded, EncoderLayer, Given, PackedEncoder, SequenceClassifier, activation, embed_types
+from lora_nlu.blocks import (
+    Encoded,
+    EncoderLayer,
+    Given,
+    PackedEncoder,
+    SequenceClassifier,
+    activation,
+    embed_types,
+    embed_words,
+)
 from lora_nlu.kernels import Dropout, Linear, attention, linear
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
@@ -89,7 +98,7 @@ class DebertaV2Embeddings(nn.Module):
         Raises ValueError if a sequence is longer than the position table, where there is one.
         """
         shape = (packed.batch, packed.length)
-        rows = self.word_embeddings(packed.pack(input_ids)) if inputs_embeds is None else packed.pack(inputs_embeds)
+        rows = embed_words(self.word_embeddings, input_ids, inputs_embeds, packed)
         if self.position_embeddings is not None:
             limit = self.position_embeddings.num_embeddings
             places = torch.arange(packed.length, device=rows.device) if position_ids is None else position_ids

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, RobertaConfig
 
-from lora_nlu.blocks import Encoded, EncoderLayer, Given, PackedEncoder, SequenceClassifier, embed_types
+from lora_nlu.blocks import Encoded, EncoderLayer, Given, PackedEncoder, SequenceClassifier, embed_types, embed_words
 from lora_nlu.kernels import Dropout, attention
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
@@ -95,7 +95,7 @@ class RobertaEmbeddings(nn.Module):
         shape, device = (packed.batch, packed.length), packed.first_rows.device
         if position_ids is None:
             position_ids = self.positions(input_ids, *shape, device)
-        words = self.word_embeddings(packed.pack(input_ids)) if inputs_embeds is None else packed.pack(inputs_embeds)
+        words = embed_words(self.word_embeddings, input_ids, inputs_embeds, packed)
         positions = self.position_embeddings(packed.pack(position_ids.expand(shape)))
         types = embed_types(self.token_type_embeddings, token_type_ids, packed)
         return self.dropout(self.LayerNorm(words + types + positions))  # [N, H]
