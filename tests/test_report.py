@@ -267,6 +267,20 @@ def test_a_diverged_run_is_left_out_by_name_and_in_no_median(tmp_path, file, bro
     assert f"left out, diverged ({why}): {tmp_path / '2'}" in refusal(tmp_path / "2")
 
 
+def test_settings_at_their_default_that_older_versions_did_not_record_divide_no_line(tmp_path):
+    """Two seeds of an older version and one of this are one line; a setting that is not at its default has its own."""
+    write_seeds(tmp_path, "cola", (0.6, 0.7))
+    more = {"neftune_noise_alpha": None, "lr_scheduler_kwargs": None, "dataloader_drop_last": False}
+    for seed, settings in ((2, more), (0, more | {"neftune_noise_alpha": 5.0})):
+        folder = write_run(tmp_path / f"new_{seed}", "cola", seed, (0.5, 0.65), **settings)
+        run = json.loads((folder / "run.json").read_text())
+        run["left_at_default"] = [name for name, value in more.items() if settings[name] == value]
+        write(folder / "run.json", run)
+    line = "LoRA r=8 (neftune_noise_alpha not recorded)"
+    assert sorted(names(tmp_path)) == ["LoRA r=8 (neftune_noise_alpha 5.0)", line]
+    assert values(read(tmp_path), line)["CoLA Matthews"].startswith("65.0 ")
+
+
 def test_a_run_that_stopped_where_it_diverged_is_left_out_by_name(tmp_path):
     write_run(tmp_path / "a", "cola", 0)
     run = write_run(tmp_path / "b", "cola", 1, state="stopped")

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 from transformers.integrations.neftune import activate_neftune, deactivate_neftune
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from lora_nlu.adapters import CONFIG, METADATA, WEIGHTS
 from lora_nlu.errors import UserError
@@ -306,6 +308,31 @@ def test_the_steps_that_a_gradient_scaler_skips_are_no_divergence(tmp_path):
     assert scaler.get_scale() < 2.0**127, "no step was skipped: the test proves nothing"
     assert trainer.state.global_step == STEPS
     assert not torch.equal(parameters(trainer)["classifier.dense.weight"], before["classifier.dense.weight"])
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in OptimizerNames])
+def test_every_optimizer_is_made_or_its_flag_and_what_it_lacks_are_named(kind, tmp_path):
+    try:
+        new_trainer(tmp_path, optim=kind).create_optimizer()
+    except UserError as e:
+        assert str(e).startswith(f"--optim {kind}: ") and "\n" not in str(e)
+        assert kind not in ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop")
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
+def test_every_schedule_is_made_or_its_flag_and_the_argument_that_it_lacks_are_named(kind, tmp_path):
+    lacking = {"cosine_with_min_lr": "min_lr", "cosine_warmup_with_min_lr": "min_lr"}
+    lacking |= {"warmup_stable_decay": "num_decay_steps"}
+    settings = {"lr_scheduler_type": kind, "eval_strategy": "steps", "metric_for_best_model": "loss"}
+    trainer = new_trainer(tmp_path, **settings)
+    trainer.create_optimizer()
+    if kind in lacking:
+        with pytest.raises(UserError, match=f"--lr_scheduler_type {kind} with .*{lacking[kind]}"):
+            trainer.create_scheduler(STEPS)
+        settings["lr_scheduler_kwargs"] = {lacking[kind]: 1}
+    trainer = new_trainer(tmp_path, **settings)
+    trainer.create_optimizer()
+    assert trainer.create_scheduler(STEPS)
 
 
 @pytest.mark.parametrize("lengths", [[9, 4, 1, 7], [5, 5]], ids=["padded", "equal lengths"])

@@ -104,6 +104,10 @@ class RunArguments(TrainingArguments):
     overwrite_output_dir: bool = flag("Start afresh: remove the output folder's checkpoints and results first", False)
     logging_dir: str | None = flag("Where TensorBoard logs go")
     log_on_each_node: bool = flag("Print losses and scores once a machine, not once", False)
+    early_stopping_patience: int | None = flag(
+        "Stop after so many evaluations in a row without a better --metric_for_best_model (default: the task's first)"
+    )
+    early_stopping_threshold: float = flag("By how much a better one must be better", 0.0)
     logging_nan_inf_filter: bool = flag("Accepted; training stops at a loss that is not finite, and logs it", False)
 
     def __post_init__(self) -> None:

@@ -172,6 +172,17 @@ def check_args(model_args: Any, data_args: Any, args: Any) -> None:
         raise UsageError(f"--labels {data_args.labels}: give two names or more; a regression has none.")
     if absent := [name for name in args.report_to if name not in (there := get_available_reporting_integrations())]:
         raise UsageError(f"--report_to {absent[0]}: not installed here. Choose from: {', '.join(['none', *there])}.")
+    if args.use_liger_kernel:
+        raise UsageError(
+            "--use_liger_kernel: Liger has no kernels for these models, which have their own. Leave it out."
+        )
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if getattr(args, name) and not args.dataloader_num_workers:
+            raise UsageError(
+                f"--{name} has no effect without --dataloader_num_workers 1 or more. Leave it out, or add it."
+            )
+    check_accelerator(args)
+    check_early_stopping(args)
     check_compiler(args.torch_compile_backend, args.use_cpu)
     counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     for group, least, below, names in (
@@ -183,7 +194,8 @@ def check_args(model_args: Any, data_args: Any, args: Any) -> None:
         (data_args, 1, math.inf, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
         (data_args, 4, math.inf, ("max_seq_length",)),
         (data_args, 0, math.inf, ("sample_seed",)),
-        (args, 1, math.inf, counts),
+        (args, 1, math.inf, (*counts, "early_stopping_patience")),
+        (args, 0, math.inf, ("early_stopping_threshold",)),
         (args, 0, math.inf, ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps")),
         (args, 0, math.inf, ("seed", "dataloader_num_workers", "logging_steps", "eval_steps", "save_steps")),
     ):
@@ -199,6 +211,33 @@ def check_args(model_args: Any, data_args: Any, args: Any) -> None:
         raise UsageError("--label_smoothing_factor replaces the loss that --reg_loss_wgt adds to: give one of them.")
     if model_args.lora_alpha is not None and not 0 < model_args.lora_alpha < math.inf:
         raise UsageError(f"--lora_alpha {model_args.lora_alpha}: must be above 0.")
+
+
+def check_accelerator(args: Any) -> None:
+    """A step's examples must stay the same in any number of processes, and on resuming. Raises UsageError."""
+    config = args.accelerator_config
+    changed = {
+        "split_batches": config.split_batches,
+        "dispatch_batches": config.dispatch_batches,
+        "even_batches": not config.even_batches,
+        "use_seedable_sampler": not config.use_seedable_sampler,
+    }
+    if args.do_train and any(changed.values()):
+        names = ", ".join(name for name, is_changed in changed.items() if is_changed)
+        raise UsageError(f"--accelerator_config: {names} would change which examples a step has. Leave it out.")
+    if "num_steps" in (config.gradient_accumulation_kwargs or {}):
+        raise UsageError("--accelerator_config: num_steps is --gradient_accumulation_steps. Give that flag instead.")
+
+
+def check_early_stopping(args: Any) -> None:
+    """Stopping early needs evaluations to judge by. Raises UsageError."""
+    patience, threshold = args.early_stopping_patience, args.early_stopping_threshold
+    if patience is None and threshold:
+        raise UsageError("--early_stopping_threshold has no effect without --early_stopping_patience. Add it.")
+    if patience is not None and args.eval_strategy == "no":
+        raise UsageError(
+            "--early_stopping_patience counts evaluations while training: add --eval_strategy epoch or steps."
+        )
 
 
 def check_method(m: Any) -> None:
@@ -238,7 +277,8 @@ def set_best_metric(args: Any, names: tuple[str, ...]) -> list[str]:
     known = ["loss", *names, *(["combined_score"] if len(names) > 1 and "mse" not in names else [])]
     metric, direction = args.best_metric_flags
     schedule = args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-    if metric is None and (schedule or args.load_best_model_at_end or args.save_strategy == "best"):
+    stops = args.early_stopping_patience is not None
+    if metric is None and (schedule or stops or args.load_best_model_at_end or args.save_strategy == "best"):
         metric = names[0] if names else "loss"
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise UsageError(f"--metric_for_best_model {metric}: not evaluated here. Choose from: {', '.join(known)}.")

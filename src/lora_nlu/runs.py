@@ -10,12 +10,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import MISSING, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 import lora_nlu
 from lora_nlu import adapters
@@ -49,12 +52,75 @@ _RESULTS = (
 # What a method trains in the encoder, as the closing table calls it
 _PARTS = {"lora": "LoRA", "bitfit": "biases", "houlsby": "adapters", "pfeiffer": "adapters"}
 
-# TrainingArguments that decide what a run ends with, whatever it prints, saves or runs on
-_DECIDING = (
-    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs",
-    "max_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor",
-    "fp16", "bf16", "train_sampling_strategy",
-)  # fmt: skip
+# What a run prints, saves and uploads, where it runs, how it evaluates: without effect on what it ends with, but for
+# the draws of dropout, on which the number of processes has an effect as well. Every other field of RunArguments
+# decides, one that a newer transformers brings too. The batch of a device counts as `examples_a_step`.
+WITHOUT_EFFECT = frozenset(
+    """
+    output_dir overwrite_output_dir logging_dir do_train do_eval do_predict resume_from_checkpoint local_rank
+    per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size average_tokens_across_devices
+    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
+    torch_compile torch_compile_backend torch_compile_mode use_cache torch_empty_cache_steps full_determinism use_cpu
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
+    log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+    trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug
+    eval_strategy eval_steps eval_delay eval_on_start prediction_loss_only eval_do_concat_batches
+    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics
+    save_strategy save_steps save_only_model save_on_each_node save_total_limit enable_jit_checkpoint
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    restore_callback_states_from_checkpoint remove_unused_columns dataloader_num_workers dataloader_pin_memory
+    dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
+    fsdp fsdp_config deepspeed
+    """.split()
+)
+# but where a checkpoint or the learning rate goes by the evaluations, their schedule decides
+SCHEDULE = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps")
+# what run.json has always recorded, at its default or not
+_ALWAYS_RECORDED = frozenset(
+    """
+    seed data_seed learning_rate lr_scheduler_type warmup_steps weight_decay num_train_epochs max_steps optim adam_beta1
+    adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor fp16 bf16 train_sampling_strategy
+    """.split()
+)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it, the same in every run."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, AcceleratorConfig):  # those left at their default say nothing
+        standard = AcceleratorConfig().to_dict()
+        return {name: x for name, x in value.to_dict().items() if x != standard[name]} or None
+    if isinstance(value, dict):
+        return {str(name): _plain(x) for name, x in sorted(value.items())}
+    if isinstance(value, list | tuple):
+        return [_plain(x) for x in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def deciding_settings(args: Any) -> dict[str, Any]:
+    """The settings that decide what a run ends with, by name, as plain JSON; args: TrainingArguments."""
+    names = [field.name for field in fields(args) if field.name not in WITHOUT_EFFECT]
+    goes_by_evaluations = (
+        args.load_best_model_at_end
+        or getattr(args, "early_stopping_patience", None) is not None
+        or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    )
+    settings = {name: _plain(getattr(args, name)) for name in [*names, *SCHEDULE * goes_by_evaluations]}
+    each = args.per_device_train_batch_size
+    settings["examples_a_step"] = each * args.gradient_accumulation_steps * args.world_size
+    if args.dataloader_drop_last:
+        settings["examples_a_batch"] = each * args.world_size
+    if args.neftune_noise_alpha is not None:  # its noise depends on a batch's longest sequence
+        settings["examples_a_device"] = each
+    return settings
+
+
+def left_at_default(args: Any, settings: dict[str, Any]) -> list[str]:
+    """Those of these settings that are at their default and that older versions did not record."""
+    standard = {field.name: _plain(field.default) for field in fields(args) if field.default is not MISSING}
+    return [n for n, x in settings.items() if n not in _ALWAYS_RECORDED and n in standard and standard[n] == x]
 
 
 def run_metadata(
@@ -66,7 +132,7 @@ def run_metadata(
     run ends with.
     """
     config, layers = model.config, [module for module in model.modules() if isinstance(module, LoRALinear)]
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings = deciding_settings(args)
     return {
         "task": task,
         "labels": list(labels),
@@ -79,7 +145,8 @@ def run_metadata(
         },
         "method": describe_method(model),
         "parameters": count_parameters(model)._asdict(),
-        "hyperparameters": {name: getattr(args, name) for name in _DECIDING} | {"examples_a_step": batch} | decided,
+        "hyperparameters": settings | decided,
+        "left_at_default": left_at_default(args, settings),
         "versions": {module.__name__: module.__version__ for module in (lora_nlu, torch, transformers)},
     }
 
@@ -170,7 +237,8 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for key in ("task", "labels", "base_fingerprint", "lora", "method", "hyperparameters"):
         one, other = earlier.get(key, now[key]), now[key]  # an older version recorded less
         if isinstance(one, dict) and isinstance(other, dict):
-            changed = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+            names = one if key == "hyperparameters" else {**one, **other}  # an older version recorded fewer of these
+            changed = [name for name in names if one.get(name) != other.get(name)]
             differences += [f"{name} {one.get(name)}, now {other.get(name)}" for name in changed]
         elif one != other:
             differences.append(f"{key} {one}, now {other}")
@@ -256,6 +324,8 @@ def _train(trainer: AdapterTrainer, overwrite: bool) -> None:
         last = whole_checkpoints(args.output_dir)
         kept = f"{last[-1]} is whole: the same command resumes from it" if last else "No checkpoint was due yet"
         raise UserError(f"interrupted at step {trainer.state.global_step}. {kept}.") from e
+    if trainer.state.global_step < trainer.state.max_steps:
+        say(args, f"Stopped early, at step {trainer.state.global_step} of {trainer.state.max_steps}.")
     trainer.rotate(folder)  # a run killed between its last save and the rotation had none since
     trainer.save_model()
     seconds, samples = seconds_trained(trainer.state.log_history), len(trainer.train_dataset)

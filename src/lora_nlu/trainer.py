@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.utils.data import SequentialSampler
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
@@ -59,6 +59,16 @@ def whole_checkpoints(output_dir: str) -> list[Path]:
         if whole:
             found.append((int(step), path))
     return [path for _, path in sorted(found)]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _value(choice: Any) -> str:
+    """What a person typed for one of transformers' enumerations."""
+    return getattr(choice, "value", choice)
 
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
@@ -108,9 +118,8 @@ def _damage_said(checkpoint: str | None) -> Iterator[None]:
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as e:
         if isinstance(e, UserError | torch.OutOfMemoryError) or lost_process(e):
             raise
-        reason = str(e).splitlines()[0][:100] if str(e) else type(e).__name__
         raise UserError(
-            f"{checkpoint}: damaged, can't be resumed from ({reason}).\n"
+            f"{checkpoint}: damaged, can't be resumed from ({first_line(e)}).\n"
             "Remove this folder; the same command then takes the checkpoint before it, or starts anew."
         ) from e
 
@@ -147,6 +156,13 @@ class _OwnDropout(TrainerCallback):
             torch.manual_seed(seed_from(args.seed, args.process_index))
 
 
+class _EarlyStopping(EarlyStoppingCallback):
+    """transformers', but a run that was interrupted after the evaluation that ended it does not train on."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
 class _ByLength(LengthGroupedSampler):
     """transformers', but drawn from seed and epoch, as the plain order is: alike in all processes, and on resuming."""
 
@@ -178,6 +194,9 @@ class AdapterTrainer(Trainer):
         self.add_callback(_OwnDropout)
         # transformers writes the tokenizer's into the config, from which RoBERTa counts positions once it is loaded
         self._pad_token_id = self.model.config.pad_token_id
+        if (patience := getattr(self.args, "early_stopping_patience", None)) is not None:
+            self.add_callback(_EarlyStopping(patience, self.args.early_stopping_threshold))
+            self.args.restore_callback_states_from_checkpoint = True  # how often it has waited already
         self.saves_part = trains_a_part(kwargs["model"])
         self._training_since: float | None = None
         self._spent: float | None = None  # seconds of training before this process, once known
@@ -199,6 +218,8 @@ class AdapterTrainer(Trainer):
             state.distributed_type, self.is_fsdp_enabled = DistributedType.FSDP, True
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_training_stop:
+            return
         if self._by_length:  # which a resumed run's loader would not tell
             self._by_length.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
@@ -214,6 +235,25 @@ class AdapterTrainer(Trainer):
         if isinstance(sampler, BatchRebalanceSampler):
             sampler.seed = seed  # transformers has one order for all seeds
         return sampler
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As transformers'. Raises UserError where its package is absent or --optim_args are not its own."""
+        try:
+            return super().create_optimizer(model)
+        except (ImportError, ValueError, TypeError, NotImplementedError) as e:
+            raise UserError(f"--optim {_value(self.args.optim)}: {first_line(e)}") from e
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Raises UserError where --lr_scheduler_kwargs are missing or not the schedule's own."""
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except (ValueError, TypeError, KeyError, ArithmeticError) as e:
+            kind = _value(self.args.lr_scheduler_type)
+            settings = self.args.lr_scheduler_kwargs or {}
+            raise UserError(
+                f"--lr_scheduler_type {kind} with --lr_scheduler_kwargs {json.dumps(settings)}: {first_line(e)}.\n"
+                """Give its arguments as JSON, such as --lr_scheduler_kwargs '{"num_decay_steps": 100}'."""
+            ) from e
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Tensor]:
         """The micro-batches of this process for one step, and the number of examples that all processes have in it.
@@ -547,7 +587,10 @@ class AdapterTrainer(Trainer):
             config = replace(self.accelerator.dataloader_config, **_EVALUATION_BATCHES)
             with _replaced(self.args, **_EVALUATION), _replaced(self.accelerator, dataloader_config=config):
                 return super()._get_dataloader(*args, **kwargs)
-        loader = super()._get_dataloader(*args, **kwargs)
+        try:
+            loader = super()._get_dataloader(*args, **kwargs)
+        except ValueError as e:
+            raise UserError(f"the flags --dataloader_... do not fit each other: {first_line(e)}") from e
         if not len(loader):
             batch = self.args.train_batch_size * self.args.world_size
             raise UserError(
