@@ -93,6 +93,19 @@ def test_a_merged_model_loads_into_transformers_own_class_with_the_same_logits(c
         assert getattr(config, "share_att_key", None) in (None, True)
 
 
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_a_merged_model_has_the_loss_of_its_own_labels_whatever_the_base_was_trained_for(
+    case, tmp_path, capsys, problem
+):
+    _, base, adapter = case
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"problem_type": problem}))
+    assert said(capsys, "convert", adapter, tmp_path / "merged", "--to", "merged")[0] == 0
+    assert (
+        json.loads((tmp_path / "merged" / "config.json").read_text())["problem_type"] == "single_label_classification"
+    )
+
+
 def test_the_published_form_has_the_references_keys_order_and_dtype_and_gives_the_same_logits(case, tmp_path, capsys):
     model, base, adapter = case
     file = tmp_path / "lora.bin"

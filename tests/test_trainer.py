@@ -377,3 +377,22 @@ def test_predictions_keep_the_examples_order_when_training_groups_by_length(tmp_
     torch.testing.assert_close(
         grouped.predict(examples(24)).predictions, plain.predict(examples(24)).predictions, rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize(
+    "setting", [{"output_hidden_states": True}, {"output_attentions": True}, {"return_dict": False}]
+)
+def test_training_and_evaluation_read_the_logits_also_where_the_config_asks_for_more(tmp_path, setting):
+    """A model used from Python keeps what its config asks for; run_glue.py sets these for its tasks."""
+    results = []
+    for settings in ({}, setting):
+        trainer = new_trainer(tmp_path / str(len(results)), max_steps=2)
+        for name, value in settings.items():
+            setattr(trainer.model.config, name, value)
+        evaluated, predicted = trainer.evaluate(), trainer.predict(examples(5, seed=2))
+        results.append((evaluated["eval_loss"], evaluated["eval_accuracy"], predicted.predictions.tolist()))
+        assert trainer.train().training_loss > 0.1
+    output = trainer.model(**collate(examples(2).to_list()))
+    assert isinstance(output, tuple) if "return_dict" in setting else len(output) == 3
+    assert results[0][:2] == pytest.approx(results[1][:2], rel=1e-5)
+    torch.testing.assert_close(torch.tensor(results[0][2]), torch.tensor(results[1][2]), rtol=1e-5, atol=1e-6)

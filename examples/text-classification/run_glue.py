@@ -46,7 +46,7 @@ class ModelArguments:
     config_name: str | None = flag("Folder or Hub id of the configuration, if another")
     tokenizer_name: str | None = flag("Folder or Hub id of the tokenizer, if another")
     cache_dir: str | None = flag("Where downloads and tokenised data are kept")
-    use_fast_tokenizer: bool = flag("Accepted; tokenizers are always fast ones", True)
+    use_fast_tokenizer: bool = flag("Accepted; a tokenizer is a fast one wherever it has that form", True)
     model_revision: str = flag("Branch, tag or commit of the Hub model", "main")
     token: str | None = flag("Access token for private Hub models")
     apply_lora: bool = flag("Train LoRA in the query and value projections, and the head; freeze the rest", False)
@@ -154,7 +154,7 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
     """Flags, or one JSON file of them, to the three groups. Raises UsageError."""
     (model_args, data_args, args), notes = parse(argv, (ModelArguments, DataArguments, RunArguments))
     if not model_args.use_fast_tokenizer:
-        notes.append("--use_fast_tokenizer false: tokenizers are always fast ones now.")
+        notes.append("--use_fast_tokenizer false: a tokenizer is a fast one wherever it has that form.")
     if args.logging_nan_inf_filter:
         notes.append("--logging_nan_inf_filter: nothing is filtered; training stops at a loss that is not finite.")
         args.logging_nan_inf_filter = False

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -538,10 +539,8 @@ def tokenize(
     """
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "lora_nlu")
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.backend_tokenizer.no_truncation()  # what it did before must not show in the identity
-    tokenizer.backend_tokenizer.no_padding()
     settings = f"{tokenizer.__class__.__name__} {tokenizer.truncation_side} {tokenizer.model_input_names}"
-    identity = f"{settings} {tokenizer.backend_tokenizer.to_str()} {max_length} {_LENGTH}"
+    identity = f"{settings} {_tokenizer_identity(tokenizer)} {max_length} {_LENGTH}"
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         pairs = batch.get("text_pair")
@@ -573,6 +572,18 @@ def tokenize(
             notes.append(f"{said}; the longest has {lengths.max()} tokens.")
         encoded[split] = tokens.remove_columns(_LENGTH)
     return encoded, notes
+
+
+def _tokenizer_identity(tokenizer: Any) -> str:
+    """What decides the tokens: a fast tokenizer's own description, or the files that one in Python saves."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()  # what it did before must not show
+        tokenizer.backend_tokenizer.no_padding()
+        return tokenizer.backend_tokenizer.to_str()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())]
+    return f"{digests} emojis in words {getattr(tokenizer, 'demojizer', None) is not None}"
 
 
 def _check_vocabulary(table: Dataset, tokenizer: Any, split: str) -> None:

@@ -1,5 +1,6 @@
 """From a checkpoint folder or Hub id to our model and its tokenizer, checked against what is asked of them."""
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,6 +161,23 @@ def set_two_views(model: Any, tokenizer: Any, reg_loss_wgt: float, masking_prob:
         config.special_token_ids = sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id})
 
 
+def _keep_files(tokenizer: Any) -> None:
+    """Let a tokenizer written in Python save the vocabulary files that it read.
+
+    BertweetTokenizer's own way drops a column of the merges, and who loads them gets other tokens.
+    """
+    kinds = {name: getattr(tokenizer, kind, None) for kind, name in tokenizer.vocab_files_names.items()}
+    contents = {name: Path(path).read_bytes() for name, path in kinds.items() if path and Path(path).is_file()}
+
+    def save_vocabulary(folder: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        paths = {Path(folder, f"{filename_prefix}-" * bool(filename_prefix) + name): name for name in contents}
+        for path, name in paths.items():
+            path.write_bytes(contents[name])
+        return tuple(map(str, paths))
+
+    tokenizer.save_vocabulary = save_vocabulary
+
+
 def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
     """The tokenizer of a folder or Hub id, set for a model of `config`; and lines worth saying.
 
@@ -168,7 +186,7 @@ def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
-    except (OSError, ValueError, ImportError) as e:
+    except Exception as e:  # what transformers meets in missing or damaged files has many names
         raise UserError(f"No tokenizer in {name} ({_reason(e)}). Give --tokenizer_name.") from e
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where the files are missing
         raise UserError(f"No tokenizer in {name} (it has no vocabulary). Give --tokenizer_name.")
@@ -176,11 +194,16 @@ def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
         raise UserError(f"The tokenizer of {name} has {len(tokenizer)} tokens, the model only {config.vocab_size}.")
     if tokenizer.pad_token_id is None:
         raise UserError(f"The tokenizer of {name} has no padding token: set pad_token in its tokenizer_config.json.")
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = int(min(longest_input(config), VERY_LARGE_INTEGER))
     names, notes = tokenizer.model_input_names, []
     if "token_type_ids" in names and config.type_vocab_size == 1:
         names = [input_name for input_name in names if input_name != "token_type_ids"]
         notes.append(f"{name}: the tokenizer tells two texts apart by token_type_ids, the model can't: left out.")
     tokenizer.model_input_names = names if "attention_mask" in names else [*names, "attention_mask"]
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = int(min(longest_input(config), VERY_LARGE_INTEGER))
+    if not tokenizer.is_fast:
+        _keep_files(tokenizer)
+        logging.getLogger("transformers.tokenization_python").setLevel(logging.ERROR)  # a warning for each pair it cuts
+        if getattr(tokenizer, "normalization", False) and tokenizer.demojizer is None:
+            notes.append(f"{name}: emojis stay as they are; its tokenizer puts them in words with: pip install emoji==0.6.0")
     return tokenizer, notes

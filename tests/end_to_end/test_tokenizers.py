@@ -1,0 +1,151 @@
+"""Checkpoints whose tokenizer is not RoBERTa's own: BERT's, and those that transformers has in Python alone."""
+
+import json
+import string
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from runs import NOUNS, VERBS, Outcome
+from test_run_glue import read, scores, succeeded
+from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification
+
+from lora_nlu.data import Examples, tokenize
+from lora_nlu.loading import load_tokenizer
+
+RUN = ["--max_seq_length", "48", "--learning_rate", "1e-2", "--save_strategy", "no"]
+WORDS = [*NOUNS, *VERBS, "the", "and", "surely", "never"]
+
+
+def write_base(folder: Path, tokenizer_class: str, vocab_size: int, **settings) -> Path:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = RobertaConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=66,
+        initializer_range=0.2,
+        **shape | {"type_vocab_size": 1} | settings,
+    )
+    torch.manual_seed(0)
+    RobertaForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert_words(tmp_path_factory) -> Path:
+    """A RoBERTa with one token type and padding token 1; the tokenizer is BERT's, whose padding token is 0."""
+    folder = tmp_path_factory.mktemp("bert")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    return write_base(folder, "BertTokenizer", len(vocabulary))
+
+
+def write_python(folder: Path, tokenizer_class: str) -> Path:
+    """A tokenizer by characters and a few merges, in the files that fairseq's have."""
+    pieces = [*(f"{c}@@" for c in string.ascii_lowercase), *string.ascii_lowercase, "th@@", "the", "cat"]
+    (folder / "vocab.txt").write_text("".join(f"{piece} 1\n" for piece in pieces))
+    (folder / "bpe.codes").write_text("t h 10\nth e</w> 9\nc a 8\nca t</w> 7\n")
+    return write_base(folder, tokenizer_class, len(pieces) + 5)
+
+
+@pytest.fixture(scope="module", params=["BertweetTokenizer", "PhobertTokenizer"])
+def in_python(request, tmp_path_factory) -> Path:
+    return write_python(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def run(call, glue, tmp_path) -> Callable[..., tuple[Path, Outcome]]:
+    """Full fine-tuning on RTE's pairs, or what other flags say; the output folder and how it ended."""
+
+    def start(base: Path, name: str, *flags: object) -> tuple[Path, Outcome]:
+        examples = ["--model_name_or_path", base, "--task_name", "rte", "--glue_dir", glue]
+        return tmp_path / name, succeeded(call(*examples, *RUN, *flags, "--output_dir", tmp_path / name))
+
+    return start
+
+
+def test_a_roberta_with_one_token_type_takes_pairs_of_a_bert_tokenizer_without_types_and_says_so(run, bert_words):
+    trained, outcome = run(bert_words, "o", "--do_train", "--max_steps", 4, "--do_eval", "--do_predict")
+    assert outcome.out.count("the tokenizer tells two texts apart by token_type_ids, the model can't: left out.") == 1
+    _, again = run(trained, "again", "--do_eval", "--do_predict")
+    assert scores(trained.parent / "again" / "eval_results.json") == scores(trained / "eval_results.json")
+    assert "left out" in again.out
+
+
+def test_the_model_trained_with_another_padding_token_is_transformers_own(run, bert_words, glue):
+    """While training, transformers wrote the tokenizer's padding token into the config: positions then moved."""
+    trained, _ = run(bert_words, "o", "--do_train", "--max_steps", 4, "--do_eval")
+    assert read(trained / "config.json")["pad_token_id"] == 1
+    tokenizer, model = AutoTokenizer.from_pretrained(trained), RobertaForSequenceClassification.from_pretrained(trained)
+    rows = [line.split("\t") for line in (glue / "RTE" / "dev.tsv").read_text().splitlines()[1:]]
+    losses = []
+    for _, one, two, label in rows:
+        ids = tokenizer(one, two, truncation=True, max_length=48, return_token_type_ids=False, return_tensors="pt")
+        with torch.no_grad():
+            losses.append(model.eval()(**ids, labels=torch.tensor([model.config.label2id[label]])).loss.item())
+    assert read(trained / "eval_results.json")["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize(("types", "kept"), [(1, False), (2, True)])
+def test_token_types_are_left_out_only_where_the_model_has_one(bert_words, types, kept):
+    config = RobertaConfig(vocab_size=99, max_position_embeddings=66, type_vocab_size=types)
+    tokenizer, notes = load_tokenizer(str(bert_words), config)
+    assert ("token_type_ids" in tokenizer("the cat", "the dog")) == kept and bool(notes) != kept
+
+
+def test_a_tokenizer_in_python_trains_evaluates_and_is_saved_as_it_was(run, in_python):
+    """transformers' own way of saving BertweetTokenizer loses half of its merges."""
+    trained, outcome = run(in_python, "o", "--do_train", "--max_steps", 4, "--do_eval", "--do_predict")
+    assert "overflowing tokens" not in outcome.out
+    for name in ("vocab.txt", "bpe.codes"):
+        assert (trained / name).read_bytes() == (in_python / name).read_bytes()
+    again, _ = run(trained, "again", "--do_eval", "--do_predict")
+    assert scores(again / "eval_results.json") == scores(trained / "eval_results.json")
+    predictions = "predict_results_rte.tsv"
+    assert (again / predictions).read_bytes() == (trained / predictions).read_bytes()
+
+
+def test_tokens_of_a_tokenizer_in_python_are_its_own_and_kept_by_its_files(in_python, tmp_path):
+    config = RobertaConfig(vocab_size=99, max_position_embeddings=66, type_vocab_size=1)
+    texts = ["the cat and the dog", "never surely"]
+    for n, codes in enumerate(
+        ["t h 10\nth e</w> 9\nc a 8\nca t</w> 7\n", "c a 8\n", "t h 10\nth e</w> 9\nc a 8\nca t</w> 7\n"]
+    ):
+        base = tmp_path / str(n)
+        base.mkdir()
+        for name in ("vocab.txt", "tokenizer_config.json", "config.json"):
+            (base / name).write_bytes((in_python / name).read_bytes())
+        (base / "bpe.codes").write_text(codes)
+        tokenizer, notes = load_tokenizer(str(base), config)
+        examples = Examples(
+            {"train": Dataset.from_dict({"text": texts, "text_pair": texts[::-1], "label": [0, 1]})}, ("a", "b")
+        )
+        got = tokenize(examples, tokenizer, 64, str(tmp_path / "cache"))[0]["train"]
+        want = AutoTokenizer.from_pretrained(base)(texts, texts[::-1])
+        assert got["input_ids"][:] == want["input_ids"] and got.column_names == ["label", "input_ids", "attention_mask"]
+        assert not notes
+
+
+def test_a_tokenizer_in_python_without_its_files_is_refused_by_name(call, glue, tmp_path):
+    base = write_python(tmp_path, "PhobertTokenizer")
+    (base / "bpe.codes").unlink()
+    flags = ["--model_name_or_path", base, "--task_name", "rte", "--glue_dir", glue, "--do_train"]
+    outcome = call(*flags, "--output_dir", tmp_path / "o")
+    assert outcome.code == 1 and f"No tokenizer in {base}" in outcome.err and "--tokenizer_name" in outcome.err
+
+
+def test_emojis_that_stay_as_they_are_are_said(tmp_path, monkeypatch):
+    base = write_python(tmp_path, "BertweetTokenizer")
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "BertweetTokenizer", "normalization": true}')
+    monkeypatch.setitem(sys.modules, "emoji", None)
+    _, notes = load_tokenizer(
+        str(base),
+        SimpleNamespace(
+            vocab_size=99, type_vocab_size=1, model_type="roberta", max_position_embeddings=66, pad_token_id=1
+        ),
+    )
+    assert len(notes) == 1 and "pip install emoji" in notes[0]
