@@ -205,5 +205,5 @@ def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
         _keep_files(tokenizer)
         logging.getLogger("transformers.tokenization_python").setLevel(logging.ERROR)  # a warning for each pair it cuts
         if getattr(tokenizer, "normalization", False) and tokenizer.demojizer is None:
-            notes.append(f"{name}: emojis stay as they are; its tokenizer puts them in words with: pip install emoji==0.6.0")
+            notes.append(f"{name}: emojis stay as they are; in words only with: pip install emoji==0.6.0")
     return tokenizer, notes
