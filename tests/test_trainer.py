@@ -396,3 +396,65 @@ def test_training_and_evaluation_read_the_logits_also_where_the_config_asks_for_
     assert isinstance(output, tuple) if "return_dict" in setting else len(output) == 3
     assert results[0][:2] == pytest.approx(results[1][:2], rel=1e-5)
     torch.testing.assert_close(torch.tensor(results[0][2]), torch.tensor(results[1][2]), rtol=1e-5, atol=1e-6)
+
+
+def resume(checkpoint: Path, tmp_path: Path) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        new_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+    return caught.value
+
+
+@pytest.fixture
+def good(uninterrupted, tmp_path) -> Path:
+    return Path(shutil.copytree(uninterrupted[0] / "checkpoint-8", tmp_path / "checkpoint-8"))
+
+
+@pytest.mark.parametrize("change", ["a group less", "a tensor less"])
+def test_an_optimizer_state_of_other_tensors_is_no_damage_and_the_checkpoint_is_called_good(change, good, tmp_path):
+    state = torch.load(good / "optimizer.pt", weights_only=True)
+    if change == "a group less":
+        state["param_groups"].pop()
+    else:
+        state["param_groups"][0]["params"].pop()
+    torch.save(state, good / "optimizer.pt")
+    error = resume(good, tmp_path)
+    assert isinstance(error, UserError) and "of other tensors than those that train here" in str(error)
+    assert "The checkpoint is good" in str(error) and "emove" not in str(error) and "damaged" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+        PermissionError(13, "Permission denied", "optimizer.pt"),
+        OSError(5, "Input/output error"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("place", ["optimizer", "random state"])
+def test_a_fault_that_is_no_files_keeps_its_own_message_on_resuming(place, error, good, tmp_path, monkeypatch):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    if place == "optimizer":
+        monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", fail)
+    else:
+        monkeypatch.setattr(torch.random, "set_rng_state", fail)
+    assert resume(good, tmp_path) is error
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "scheduler.pt"])
+def test_a_file_that_holds_something_else_is_named_as_damaged(file, good, tmp_path):
+    (good / file).write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    error = resume(good, tmp_path)
+    assert isinstance(error, UserError) and f"checkpoint-8/{file}: damaged" in str(error)
+    assert f"Remove the folder {good}" in str(error)
+
+
+def test_a_whole_models_file_that_is_damaged_is_named(tmp_path):
+    new_trainer(tmp_path, lora=False, max_steps=4).train()
+    path = tmp_path / "checkpoint-4" / "model.safetensors"
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+    with pytest.raises(UserError, match=r"checkpoint-4/model\.safetensors: damaged"):
+        new_trainer(tmp_path, lora=False, max_steps=8).train(resume_from_checkpoint=str(path.parent))

@@ -1,10 +1,13 @@
 """How a program ends that may be one of several processes, and which of them says why."""
 
+import errno
 import gc
 import logging
 import re
+import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +19,8 @@ from lora_nlu.errors import UsageError, UserError
 
 _NO_MEMORY = re.compile("DefaultCPUAllocator|bad_alloc|Cannot allocate memory")  # how torch says it, in a RuntimeError
 
+_NETWORK = ("aiohttp", "datasets", "fsspec", "httpx", "huggingface_hub", "requests", "ssl", "urllib", "urllib3")
+
 # seconds in which a launcher ends the processes that are left when one has ended
 ERROR_OF_ALL, ERROR_OF_ANOTHER = 3, 10
 
@@ -24,6 +29,20 @@ def lost_process(error: BaseException) -> bool:
     """Whether an error says no more than that another process of the run is gone."""
     gone = isinstance(error, RuntimeError) and re.search("gloo|[Cc]onnection (closed|reset)", str(error))
     return isinstance(error, torch.distributed.DistError) or bool(gone)
+
+
+def _failed(error: OSError) -> str:
+    """What failed: the file, the network, writing, or else the line that says no more."""
+    said = error.strerror or (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if error.filename:
+        return f"{said}: {error.filename}"
+    package = type(error).__module__.partition(".")[0]
+    if isinstance(error, ConnectionError | TimeoutError | socket.gaierror) or package in _NETWORK:
+        return f"the network, or a server, failed: {said}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return f"{said}, while writing"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{said} ({type(error).__name__} in {frame.name}, {frame.filename}:{frame.lineno})"
 
 
 def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str, str]) -> None:
@@ -57,7 +76,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
             sys.exit(1)  # the first says it
         fail(e, 1)
     except OSError as e:
-        fail(f"{e.strerror or e}: {e.filename or 'while writing results'}. What was saved before is untouched.", 1)
+        fail(f"{_failed(e)}. What was saved before is untouched.", 1)
     except torch.OutOfMemoryError as e:
         fail(
             f"the GPU's memory is full ({str(e).splitlines()[0][:150]}).\n"

@@ -327,12 +327,14 @@ def _train(trainer: AdapterTrainer, overwrite: bool) -> None:
     if trainer.state.global_step < trainer.state.max_steps:
         say(args, f"Stopped early, at step {trainer.state.global_step} of {trainer.state.max_steps}.")
     trainer.rotate(folder)  # a run killed between its last save and the rotation had none since
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # an upload comes last: its failure must lose nothing
     seconds, samples = seconds_trained(trainer.state.log_history), len(trainer.train_dataset)
     measured = {"train_seconds": seconds, "train_samples": samples, **peak_memory_gib()}
     trainer.save_metrics("train", result.metrics | measured)
     trainer.save_state()
     record(trainer, trained=True)
+    if args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=args.hub_revision)
 
 
 def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> dict[str, float]:

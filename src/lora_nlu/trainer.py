@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from errno import EINVAL
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
+from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler, safe_globals
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_nlu import adapters
@@ -110,18 +111,41 @@ def clear_leftovers(output_dir: str) -> None:
         shutil.rmtree(Path(output_dir, name), ignore_errors=True)
 
 
+def _damaged_file(checkpoint: Path) -> tuple[Path, Exception] | None:
+    """The first of a checkpoint's files that can't be read for what is in it, and why; None if all can."""
+    for path in sorted([*checkpoint.glob("*.pt*"), *checkpoint.glob("*.safetensors")]):
+        try:
+            with safe_globals():
+                load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        except Exception as e:
+            if not isinstance(e, OSError) or e.errno in (None, EINVAL):  # how torch calls a file that is cut
+                return path, e
+    return None
+
+
 @contextmanager
 def _damage_said(checkpoint: str | None) -> Iterator[None]:
-    """Turn what torch raises for a file it can't read into a UserError."""
+    """Say of what fails while a checkpoint is loaded whether a file is damaged or other tensors train.
+
+    Raises UserError for these two; every other error, of the GPU, of a disk or of permissions, stays what it is.
+    """
     try:
         yield
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        if isinstance(e, UserError | torch.OutOfMemoryError) or lost_process(e):
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as e:
+        if isinstance(e, UserError | torch.OutOfMemoryError) or lost_process(e) or not checkpoint:
             raise
-        raise UserError(
-            f"{checkpoint}: damaged, can't be resumed from ({first_line(e)}).\n"
-            "Remove this folder; the same command then takes the checkpoint before it, or starts anew."
-        ) from e
+        if damaged := _damaged_file(Path(checkpoint)):
+            raise UserError(
+                f"{damaged[0]}: damaged, can't be resumed from ({first_line(damaged[1])}).\n"
+                f"Remove the folder {checkpoint}; the same command then takes the checkpoint before it, or starts anew."
+            ) from e
+        if isinstance(e, ValueError | KeyError):
+            raise UserError(
+                f"{checkpoint}: its optimizer's state is of other tensors than those that train here "
+                f"({first_line(e)}).\nThe checkpoint is good: resume it with the flags that it was trained with, or "
+                "take another --output_dir."
+            ) from e
+        raise
 
 
 # An evaluation scores every row once, in order and all of them together, whatever the flags say of training's batches.
@@ -362,6 +386,18 @@ class AdapterTrainer(Trainer):
                 "Log in with `hf auth login`, or leave the flag out and upload the output folder later: hf upload."
             ) from e
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'. Raises UserError if the upload fails; what was trained is saved by then."""
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except Exception as e:  # as above
+            if isinstance(e, UserError) or lost_process(e):
+                raise
+            raise UserError(
+                f"--push_to_hub: the upload to the Hub failed ({first_line(e)}).\nThe run is complete in "
+                f"{self.args.output_dir}. Upload it later: hf upload {self.hub_model_id} {self.args.output_dir}"
+            ) from e
+
     # ------------------------------------------------------------------------------------------------- writing
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -502,7 +538,8 @@ class AdapterTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         is_adapter = Path(resume_from_checkpoint, adapters.WEIGHTS).is_file()
         if not is_adapter and not self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with _damage_said(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         with made_whole(self.model):
             if is_adapter:
@@ -520,6 +557,10 @@ class AdapterTrainer(Trainer):
             read = partial(torch.load, map_location="cpu", weights_only=True)
             load_optimizer_state(self.optimizer, read(Path(checkpoint, OPTIMIZER_NAME)))
             self.lr_scheduler.load_state_dict(read(Path(checkpoint, SCHEDULER_NAME)))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _damage_said(checkpoint):
+            super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint and processes_of(checkpoint) != self.args.world_size:  # dropout draws anew, each process its own

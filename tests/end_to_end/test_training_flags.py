@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -478,3 +479,23 @@ def test_flags_of_engines_compilers_and_the_hub_are_parsed(name, run_glue, tmp_p
 def test_what_would_change_the_examples_of_a_step_unseen_is_refused(settings, call, glue, tmp_path):
     outcome = call(*rte(glue, tmp_path / "o", "--do_train", *SHORT, "--accelerator_config", settings))
     assert outcome.code == 2 and outcome.err.startswith("--accelerator_config: ")
+
+
+def test_an_upload_that_fails_loses_nothing_and_says_how_to_repeat_it(call, glue, tmp_path, monkeypatch):
+    """The Hub gives a repository and then breaks the connection."""
+
+    class Hub:
+        def create_repo(self, *args: object, **kwargs: object) -> object:
+            return SimpleNamespace(repo_id="me/run")
+
+        def upload_folder(self, *args: object, **kwargs: object) -> None:
+            raise ConnectionError("Connection reset by peer")
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
+    flags = rte(glue, tmp_path / "o", "--do_train", *SHORT, "--push_to_hub", "--hub_strategy", "end")
+    outcome = call(*flags)
+    assert outcome.code == 1 and "the upload to the Hub failed (Connection reset by peer)" in outcome.err
+    assert f"hf upload me/run {tmp_path / 'o'}" in outcome.err
+    assert read(tmp_path / "o" / "run.json")["trained"] and (tmp_path / "o" / WEIGHTS).is_file()
+    assert read(tmp_path / "o" / "train_results.json")["train_samples"] == 48
+    assert "already trained" in succeeded(call(*flags)).out
