@@ -255,8 +255,8 @@ def save_base(kind: str, folder: Path, seed: int = 5, **settings: Any) -> Path:
     """transformers' own classifier, of 3 layers unless said, every parameter random, as a folder with a tokenizer."""
     config = CONFIGS[kind](**{"num_hidden_layers": 3, **settings})
     randomise_(CLASSIFIERS[kind][1](config), seed).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "[PAD]": 2}, "[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
     return folder
 
 
