@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import huggingface_hub
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -18,8 +19,11 @@ from helpers import (
     tiny_config,
     tiny_deberta_config,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import EvaConfig, LoraConfig, PeftModel, TaskType, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import config as lora_config
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -491,6 +495,73 @@ def test_matrices_that_are_missing_are_named_whatever_way_the_config_says_which_
     save_file({name: t for name, t in tensors.items() if name not in gone}, tmp_path / WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match="lacks roberta.encoder.layer.1.attention.self.query.lora_A"):
         attach_adapter(RobertaForSequenceClassification(tiny_config()), read_adapter(str(tmp_path)), None, False)
+
+
+NAMES = ["query", "value", "dense", "output.dense", "attention.self.query", "0.attention.output.dense", "layer", "1"]
+chosen = st.lists(st.sampled_from(NAMES), min_size=1, max_size=3)
+patterns = st.sampled_from([r".*layer\.1\..*", ".*(query|value)", r"roberta\.encoder\.layer\.0\..*dense", "query"])
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@given(
+    targets=chosen | patterns,
+    excluded=st.none() | st.just([]) | chosen | patterns,
+    layers=st.none() | st.just([]) | st.integers(0, 2) | st.lists(st.integers(0, 2), max_size=2),
+    stack=st.none() | st.sampled_from(["layer", "block", ["layer"], ["block", "layer"], [], "encoder.layer", "lay.*"]),
+)
+def test_the_layers_that_a_config_means_are_those_that_peft_would_change(targets, excluded, layers, stack):
+    if isinstance(targets, str):  # PEFT refuses a pattern with these
+        layers = stack = None
+    stack = None if layers is None else stack
+    said = {"target_modules": targets, "exclude_modules": excluded, "layers_to_transform": layers}
+    config = LoraConfig(**said, layers_pattern=stack)
+    adapter = adapters.Adapter(Path(), {}, targets=adapters._targets(said | {"layers_pattern": stack}))
+    for name, module in RobertaForSequenceClassification(tiny_config()).named_modules():
+        if isinstance(module, nn.Linear) and name.startswith("roberta."):
+            theirs = check_target_module_exists(config, name)
+            assert adapters._is_target(adapter, name) == (
+                bool(theirs) and type(theirs).__name__ != "_ExcludedModule"
+            ), name
+
+
+@pytest.mark.parametrize("alpha", [0, -6, float("nan"), float("inf"), 1e300])
+def test_an_alpha_that_is_no_scaling_is_refused(alpha, tmp_path):
+    adapter = read_adapter(str(published(tmp_path / "mnli.bin", trained(lora_model()))))
+    with pytest.raises(UserError, match="expected a positive number"):
+        attach_adapter(RobertaForSequenceClassification(tiny_config()), adapter, alpha, allow_new_head=False)
+
+
+def test_an_alpha_that_contradicts_the_folders_is_refused_from_python_too(saved):
+    with pytest.raises(UserError, match="was trained with lora_alpha 6, not 7"):
+        attach_adapter(RobertaForSequenceClassification(tiny_config()), read_adapter(str(saved[1])), 7, False)
+
+
+def test_two_tensors_for_one_place_are_refused(saved, tmp_path):
+    state = trained(lora_model())
+    twice = published(tmp_path / "twice.bin", state | {f"module.{HEAD[0]}": state[HEAD[0]] + 1})
+    assert "tensors twice" in refused(twice)
+    copied(saved[1], tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    key = "base_model.model.classifier.modules_to_save.out_proj.bias"
+    again = tensors["base_model.model.classifier.out_proj.bias"]
+    save_file(tensors | {key: again.clone()}, tmp_path / WEIGHTS, {"format": "pt"})
+    assert read_adapter(str(tmp_path)).state.keys() == state.keys()  # PEFT does so with bias="all"
+    save_file(tensors | {key: again + 1}, tmp_path / WEIGHTS, {"format": "pt"})
+    assert "two different tensors are for classifier.out_proj.bias" in refused(tmp_path)
+
+
+def test_a_base_that_is_only_named_is_compared_by_its_name_and_the_difference_is_said(saved, tmp_path):
+    def notes(named: str | None, given: str) -> list[str]:
+        copied(saved[1], tmp_path, base_model_name_or_path=named)
+        (tmp_path / METADATA).unlink()
+        model = RobertaForSequenceClassification(tiny_config())
+        model.config.name_or_path = given
+        return attach_adapter(model, read_adapter(str(tmp_path)), None, allow_new_head=False)
+
+    (note,) = notes("roberta-base", "someone/roberta-for-tweets")
+    assert "names roberta-base as its base model" in note and "someone/roberta-for-tweets" in note
+    assert notes("roberta-base", "roberta-base") == notes(None, "roberta-base") == notes("roberta-base", "") == []
+    assert notes(f"{tmp_path}/x/../base", str(tmp_path / "base")) != [] and notes("a/b", "./a/b") == []
 
 
 @pytest.mark.parametrize("kind", ["TOKEN_CLS", "QUESTION_ANS", None])

@@ -16,7 +16,7 @@ from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 from transformers.integrations import deepspeed, is_tensorboard_available
 
 from lora_nlu import adapters, data, labels, loading, processes, runs
-from lora_nlu.errors import UsageError, UserError
+from lora_nlu.errors import UsageError, UserError, shown
 from lora_nlu.flags import (
     check_args,
     check_smoothing,
@@ -312,7 +312,7 @@ def main(argv: list[str]) -> None:
     config = loading.load_config(model_args.config_name or name, **hub_settings(model_args))
     adapter = load_adapter(model_args, config)
     if adapter and (trained_on := adapter.metadata.get("task", task)) != task:
-        say(args, f"{adapter.source}: was trained on {trained_on}; this is {task}.")
+        say(args, f"{adapter.source}: was trained on {shown(trained_on)}; this is {task}.")
     base_labels, head = labels.recorded_labels(config), trained_head(model_args, data_args, args, config, adapter)
     examples, head = read_examples(model_args, data_args, args, head)
     if adapter and adapter.label_count:

@@ -128,6 +128,8 @@ class Adapter:
         if None not in (self.lora_alpha, lora_alpha) and self.lora_alpha != lora_alpha:
             raise UserError(f"{self.source}: was trained with lora_alpha {self.lora_alpha:g}, not {lora_alpha:g}.")
         known = lora_alpha if self.lora_alpha is None else self.lora_alpha
+        if not _is_measure(known, (int, float)):
+            raise UserError(f"{self.source}: --lora_alpha {known} is no scaling; expected a positive number.")
         return {name: _by_pattern(self.alpha_pattern, name, known) for name in self.ranks}
 
     def layers(self, lora_alpha: float | None = None) -> dict[str, tuple[int, float]]:
@@ -383,7 +385,10 @@ def check_archive(path: Path) -> None:
 
 def _read_file(path: Path) -> Adapter:
     """A published file, or the reference implementation's checkpoint of a whole model: LoRA and head of it."""
-    state = {name.removeprefix("module."): tensor for name, tensor in load_file_safely(path).items()}
+    tensors = load_file_safely(path)
+    state = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    if len(state) < len(tensors):
+        raise UserError(f"{path}: holds some tensors twice, with and without 'module.' before their names.")
     layers = [name.removesuffix(".lora_A") for name in state if name.endswith(".lora_A")]
     encoder = f"{layers[0].split('.')[0]}." if layers else ""
     base = {name for name in state if layers and name.startswith(encoder) and not _LORA_KEY.search(name)}
@@ -413,7 +418,7 @@ def _read_folder(folder: Path) -> Adapter:
     _check_peft_config(folder / CONFIG, config)
     metadata = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
     _check_metadata(folder / METADATA, metadata)
-    state = {}
+    state: dict[str, Tensor] = {}
     for key, tensor in load_file_safely(weights).items():
         if ".original_module." in key:
             continue  # PEFT's copy of a head that it replaced
@@ -421,6 +426,8 @@ def _read_folder(folder: Path) -> Adapter:
         name = re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)
         if ".lora_" in name and not _LORA_KEY.search(name):
             raise UserError(f"{weights}: {key}: a kind of LoRA tensor that is not supported.")
+        if name in state and not torch.equal(state[name], tensor):  # PEFT writes a head's biases twice with bias="all"
+            raise UserError(f"{weights}: two different tensors are for {name}, {key} is the second.")
         state[name] = tensor
     if named := config.get("base_model_name_or_path"):
         metadata = {"base_model": named, "base_revision": config.get("revision")} | metadata
@@ -641,13 +648,18 @@ def attach_adapter(
     else:
         setattr(model.config, {"bitfit": "apply_bitfit", "head": "head_only"}[adapter.method], True)
     state, _, said_of_head = _matched(model, adapter, allow_new_head, labels)
-    made_for, base = adapter.metadata.get("base_fingerprint"), base_fingerprint(model)
+    named, made_for = (adapter.metadata.get(key) for key in ("base_model", "base_fingerprint"))
+    base = base_fingerprint(model)
     if made_for is not None and made_for != base:
         raise UserError(
-            f"{adapter.source}: was trained on another base model: {adapter.metadata.get('base_model')}, fingerprint "
-            f"{made_for}; this one has {base}.\nGive that model as --model_name_or_path."
+            f"{adapter.source}: was trained on another base model: {shown(named)}, fingerprint {shown(made_for)}; "
+            f"this one has {base}.\nGive that model as --model_name_or_path."
         )
-    notes = []
+    notes, given = [], model.config.name_or_path
+    if made_for is None and named and given and Path(named).absolute() != Path(given).absolute():
+        notes.append(
+            f"{adapter.source}: names {shown(named)} as its base model, without a fingerprint; it is put on {given}."
+        )
     if adapter.base_weights and base_holds_update(model, adapter, layers):
         notes.append(
             f"{adapter.source}: its base weights hold the update already (merged, then saved); it counts once."

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora_nlu.errors import UserError
+from lora_nlu.errors import UserError, shown
 from lora_nlu.tasks import TASKS
 
 
@@ -36,7 +36,7 @@ def set_labels(config: Any, labels: tuple[str, ...]) -> None:
 
 
 def listed(labels: Sequence[str] | None) -> str:
-    return "labels without names" if labels is None else ", ".join(labels) or "a number (regression)"
+    return "labels without names" if labels is None else shown(", ".join(labels), 1000) or "a number (regression)"
 
 
 def same_name(label: str) -> str:
