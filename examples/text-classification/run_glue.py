@@ -189,8 +189,7 @@ def prepare_model(
     method["lora_layers"] = parse_layers(model_args.lora_layers, config.num_hidden_layers)
     if adapter:  # it brings its own layers
         method |= {"apply_lora": False, "apply_adapter": False}
-    set_method(config, method)
-    config.lora_relative_query = bool(model_args.lora_relative_query)
+    saved = set_method(config, method)
     if model_args.lora_relative_query and config.model_type != "deberta-v2":
         raise UsageError(f"--lora_relative_query: a {config.model_type} model has no relative positions.")
     wanted = labels.config_labels(config)
@@ -199,6 +198,7 @@ def prepare_model(
     deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would read weights in pieces; it cuts a whole model up as well
     needs_head = not args.do_train and adapter is None
     model, notes = loading.load_model(name, config, needs_head, base_labels, keeps_head, **hub)
+    loading.check_method(model, name, saved)
     if args.deepspeed:
         deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
     say(args, *notes)

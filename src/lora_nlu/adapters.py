@@ -162,7 +162,7 @@ def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tenso
     if not layers:
         method = describe_method(model)["name"]
         return Adapter(Path(), trained_state(model, state_dict), metadata=metadata, method=method)
-    alphas = {name: _alpha(layer) for name, layer in layers.items()}
+    alphas = {name: layer.lora_alpha for name, layer in layers.items()}
     alpha = _most_common(alphas.values())
     # A short name stands for every module that ends in it: only if all of those have an update.
     short = sorted({name.rpartition(".")[2] for name in layers})
@@ -259,11 +259,9 @@ def _most_common(values: Iterable[Any]) -> Any:
     return max(every, key=every.count)
 
 
-def _alpha(layer: LoRALinear) -> float:
-    """The alpha that divided by the rank is the layer's scaling to the last bit."""
-    alpha = layer.scaling * layer.r
-    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0))
-    return next((value for value in near if value / layer.r == layer.scaling), alpha)
+def is_added(name: str) -> bool:
+    """Whether a parameter of this name is what LoRA or a bottleneck adds to an encoder."""
+    return _ADDED.search(name) is not None
 
 
 @torch.no_grad()
@@ -275,7 +273,7 @@ def base_fingerprint(model: Any) -> str:
     """
     samples, names = [], []
     for name, parameter in sorted(unmerged_parameters(model.base_model).items()):
-        if not _ADDED.search(name):
+        if not is_added(name):
             numbers = parameter.reshape(-1)
             samples.append(numbers[:: max(1, numbers.numel() // 64)][:64].to(torch.bfloat16))
             names.append(f"{name} {list(parameter.shape)}")

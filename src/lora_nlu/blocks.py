@@ -4,6 +4,7 @@ Dim letters: B sequences, S longest of them, N real tokens, Q query rows (N, or 
 A heads, C labels.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, SequenceClassifierOutput
 
+from lora_nlu.errors import UserError
 from lora_nlu.kernels import Dropout
-from lora_nlu.lora import lora_linear
+from lora_nlu.lora import LoRALinear, describe_lora_, is_loaded, lora_linear
 from lora_nlu.methods import bottleneck
 from lora_nlu.packing import PackedBatch
 from lora_nlu.regularization import classification_loss, cutoff, two_view_losses
@@ -89,6 +91,32 @@ class Intermediate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.dense(x))
+
+
+class Checkpoints:
+    """Saving and loading of both models: what a method adds is never lost in between."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; the config says where LoRA is. Raises UserError where it can't (`lora.describe_lora_`)."""
+        describe_lora_(self)
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers'. Raises UserError if LoRA or bottlenecks of the checkpoint find no place, or half of it."""
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        name = model.name_or_path
+        left = sorted(key for key in report["unexpected_keys"] if re.search(r"\.(lora|adapter)_", key))
+        if left:
+            raise UserError(
+                f"{name}: holds {left[0]} and {len(left) - 1} more tensors of an adapter that have no place in this "
+                "model and would be left out.\nGive the settings it was trained with (--apply_lora --lora_r R "
+                "--lora_alpha A), or the plain base model, and the adapter as --lora_path (adapters.attach_adapter)."
+            )
+        for layer, module in model.named_modules():
+            if isinstance(module, LoRALinear) and is_loaded(module.lora_A) != is_loaded(module.lora_B):
+                raise UserError(f"{name}: holds one of {layer}.lora_A and lora_B alone: it is damaged.")
+        return (model, report) if output_loading_info else model
 
 
 class EncoderLayer(GradientCheckpointingLayer):

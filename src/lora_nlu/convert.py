@@ -36,6 +36,7 @@ from lora_nlu.errors import UsageError, UserError, shown
 from lora_nlu.files import appearing, publish, write_text
 from lora_nlu.labels import placeholders, set_labels
 from lora_nlu.lora import LoRALinear, lora_places, unmerged_parameters
+from lora_nlu.methods import set_method
 from lora_nlu.tasks import TASKS
 
 CARD = "README.md"
@@ -122,6 +123,7 @@ def on_base(adapter: Adapter, base: str) -> tuple[Any, Adapter, list[str]]:
     unnamed = () if count == 1 else placeholders(count or 0)
     try:
         config = loading.load_config(base, **hub)
+        set_method(config, {})  # an adapter of its own would be replaced: it is refused
         if count is not None:
             set_labels(config, unnamed if adapter.labels is None else adapter.labels)
         model, _ = loading.load_model(base, config, needs_head=False, keeps_head=False, **hub)

@@ -12,10 +12,11 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from lora_nlu.adapters import head_names, not_finite
+from lora_nlu.adapters import head_names, is_added, not_finite
 from lora_nlu.errors import UserError, shown
 from lora_nlu.files import text_for_weights
 from lora_nlu.labels import check_labels, config_labels, head_order, last_layer, set_labels
+from lora_nlu.lora import is_loaded
 from lora_nlu.methods import mark_trainable
 from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
@@ -80,8 +81,8 @@ def load_model(
     in the order of the config's labels, and a head for others starts anew. Not so without `keeps_head`: an adapter
     brings another.
     What a method adds and a head that the checkpoint lacks are drawn from torch's global generator. Raises UserError if
-    weights are not finite, the encoder's are missing or misshapen, LoRA matrices would be left out, or the head is and
-    `needs_head`.
+    weights are not finite, the encoder's are missing or misshapen, an adapter in them would be left out, or the head is
+    missing and `needs_head`.
     """
     verbosity, notes = transformers.logging.get_verbosity(), []
     transformers.logging.set_verbosity_error()  # what is missing is checked and said below
@@ -89,6 +90,8 @@ def load_model(
         model, report = MODELS[config.model_type].from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **hub
         )
+    except UserError:
+        raise
     except Exception as e:  # what torch meets in a damaged file has many names
         for path in sorted(Path(name).glob("*.safetensors")) or sorted(Path(name).glob("pytorch_model*.bin")):
             if text := text_for_weights(path):
@@ -108,13 +111,8 @@ def load_model(
             "first.\nIts training diverged, or the file is damaged; take another checkpoint."
         )
     if unexpected := sorted(report["unexpected_keys"]):
-        if any(".lora_" in key for key in unexpected):
-            raise UserError(
-                f"--model_name_or_path {name}: holds LoRA matrices ({unexpected[0]}, ...) and they would be left out.\n"
-                "Give the plain base model there, and the adapter with --apply_lora --lora_path."
-            )
         notes.append(f"{name}: {len(unexpected)} weights have no place in the model: {', '.join(unexpected[:3])} ...")
-    if needs_head and getattr(config, "apply_adapter", False):
+    if needs_head and getattr(config, "apply_adapter", False) and not own_adapter(model):
         raise UserError("--apply_adapter: new adapters are untrained. Train (--do_train), or give --adapter_path.")
     if new and needs_head:
         raise UserError(
@@ -126,6 +124,34 @@ def load_model(
         notes += _order_head_(model, name, trained_labels, report)
     mark_trainable(model)
     return model, notes
+
+
+def own_adapter(model: Any) -> list[str]:
+    """Names of the LoRA matrices and bottlenecks that a model has of its checkpoint."""
+    return [name for name, parameter in model.named_parameters() if is_added(name) and is_loaded(parameter)]
+
+
+def check_method(model: Any, name: str, saved: dict[str, Any]) -> None:
+    """Raise UserError if LoRA or bottlenecks that a model has of its checkpoint were saved with other settings.
+
+    saved: those of the checkpoint's config, by name; the model's config has the flags'.
+    """
+    config, own = model.config, own_adapter(model)
+    if not own:
+        return
+    deciding = ["lora_alpha", "lora_relative_query"] if ".lora_" in own[0] else ["adapter_type"]
+    for setting in deciding:
+        was, now = saved.get(setting) or False, getattr(config, setting, None) or False
+        if was is False and setting != "lora_relative_query":
+            raise UserError(
+                f"--model_name_or_path {name}: holds {own[0]}, and its config.json doesn't say with which "
+                f"{setting} it was trained.\nGive the plain base model there, and this as --lora_path."
+            )
+        if was != now:
+            raise UserError(
+                f"--model_name_or_path {name}: holds {own[0]}, trained with {setting} {was}; by the flags it "
+                f"is {now}.\n{'Give' if was else 'Leave out'} --{setting}{'' if was in (True, False) else f' {was}'}."
+            )
 
 
 @torch.no_grad()

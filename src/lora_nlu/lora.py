@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lora_nlu.errors import UserError
 from lora_nlu.kernels import Linear, check, dropout, linear, product, product_with_update
 
 # The dense layers of an encoder layer as --lora_target_modules names them: the paper's W_q, W_k, W_v, W_o, and the two
@@ -113,6 +114,13 @@ class LoRALinear(Linear):
         # torch.nn.init, not .data: transformers guards these functions so that loaded tensors are left alone.
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+
+    @property
+    def lora_alpha(self) -> float:
+        """The alpha that divided by the rank is the layer's scaling to the last bit."""
+        alpha = self.scaling * self.r
+        near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0))
+        return next((value for value in near if value / self.r == self.scaling), alpha)
 
     @property
     def merged(self) -> bool:
@@ -236,6 +244,11 @@ class LoRALinear(Linear):
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, merged={self.merged}"
 
 
+def is_loaded(parameter: Tensor) -> bool:
+    """Whether `from_pretrained` found a parameter in the checkpoint."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
 def is_same(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors hold the same numbers, in y's dtype."""
     return x.shape == y.shape and not x.is_meta and not y.is_meta and torch.equal(x.to(y), y)
@@ -280,6 +293,37 @@ def lora_places(names: Iterable[str]) -> tuple[list[str], list[int]]:
 def lora_rank(config: Any) -> int:
     """`config.lora_r` where `config.apply_lora` is set, else 0: a checkpoint's config knows neither."""
     return (getattr(config, "lora_r", 0) or 0) if getattr(config, "apply_lora", False) else 0
+
+
+def describe_lora_(model: Any) -> None:
+    """Write into the config of `model` what `lora_linear` makes its layers of, where it says otherwise.
+
+    A merged model's weights hold all there is to say. Raises UserError for LoRA that a config can't say.
+    """
+    config = model.config
+    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: module for name, module in every.items() if isinstance(module, LoRALinear)}
+    if not layers and lora_rank(config):
+        config.apply_lora = False
+    if all(module.merged for module in layers.values()):
+        return
+    targets, numbers = lora_places(layers)
+    meant = {name for name in every if target_of(name) in targets and {*lora_places([name])[1]} & {*numbers}}
+    kinds = {(module.r, module.lora_alpha, module.lora_dropout) for module in layers.values()}
+    if len(kinds) > 1 or meant != {*layers} or not {*targets} <= {*TARGETS}:
+        raise UserError(
+            "config.json has room for one rank, alpha and dropout, in the same places of each layer; this model's "
+            "LoRA is otherwise, and would be lost.\nSave it with adapters.save_adapter, or after lora.merge_lora_."
+        )
+    r, alpha, p = kinds.pop()
+    config.apply_lora, config.lora_r, config.lora_alpha = True, r, alpha
+    for name, value, default in (
+        ("lora_target_modules", targets, [*DEFAULT_TARGETS]),
+        ("lora_layers", numbers, [*range(config.num_hidden_layers)]),
+        ("lora_dropout", p, 0.0),
+    ):
+        if value != default or getattr(config, name, None) is not None:
+            setattr(config, name, value)
 
 
 def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:

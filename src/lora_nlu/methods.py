@@ -22,17 +22,18 @@ from lora_nlu.lora import LoRALinear, lora_places, mark_only_lora_as_trainable
 
 ADAPTER_TYPES = ("houlsby", "pfeiffer")
 SETTINGS = (
-    "apply_lora", "lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "lora_dropout", "apply_bitfit",
-    "apply_adapter", "adapter_type", "adapter_size", "head_only",
+    "apply_lora", "lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "lora_dropout", "lora_relative_query",
+    "apply_bitfit", "apply_adapter", "adapter_type", "adapter_size", "head_only",
 )  # fmt: skip
 
 
-def set_method(config: Any, settings: dict[str, Any]) -> None:
-    """Give a config these `SETTINGS`, and no other that its checkpoint may have been saved with."""
+def set_method(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Give a config these `SETTINGS`, and no other that its checkpoint was saved with; those are returned."""
+    saved = {name: config.__dict__.pop(name) for name in SETTINGS if name in config.__dict__}
     for name in SETTINGS:
-        config.__dict__.pop(name, None)
         if settings.get(name):
             setattr(config, name, settings[name])
+    return saved
 
 
 class Bottleneck(nn.Module):

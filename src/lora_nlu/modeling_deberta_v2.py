@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import DebertaV2Config, PreTrainedModel
 
 from lora_nlu.blocks import (
+    Checkpoints,
     Encoded,
     EncoderLayer,
     Given,
@@ -384,7 +385,7 @@ def check_config(config: Any) -> None:
         raise ValueError(f"This DeBERTa-V2 can't honour its config: {'; '.join(wrong)}.")
 
 
-class DebertaV2PreTrainedModel(PreTrainedModel):
+class DebertaV2PreTrainedModel(Checkpoints, PreTrainedModel):
     """What both models share: configuration class, loading, initialisation."""
 
     config_class = DebertaV2Config

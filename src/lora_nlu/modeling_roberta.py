@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, RobertaConfig
 
-from lora_nlu.blocks import Encoded, EncoderLayer, Given, PackedEncoder, SequenceClassifier, embed_types, embed_words
+from lora_nlu.blocks import (
+    Checkpoints,
+    Encoded,
+    EncoderLayer,
+    Given,
+    PackedEncoder,
+    SequenceClassifier,
+    embed_types,
+    embed_words,
+)
 from lora_nlu.kernels import Dropout, attention
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
@@ -156,7 +165,7 @@ class RobertaPooler(nn.Module):
         return torch.tanh(self.dense(first))
 
 
-class RobertaPreTrainedModel(PreTrainedModel):
+class RobertaPreTrainedModel(Checkpoints, PreTrainedModel):
     """What both models share: configuration class, loading, initialisation."""
 
     config_class = RobertaConfig

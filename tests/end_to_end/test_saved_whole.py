@@ -1,0 +1,112 @@
+"""A whole model with what was trained in it, as the base of a run: loaded as it was or refused; never dropped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import LORA, Outcome
+from test_deberta import text, tiny_deberta  # noqa: F401 (fixtures)
+from test_run_glue import scores, succeeded
+from transformers import AutoTokenizer
+
+from lora_nlu.adapters import attach_adapter, read_adapter
+from lora_nlu.labels import set_labels
+from lora_nlu.loading import load_config, load_model
+
+STEPS = ["--max_steps", "4", "--learning_rate", "1e-2"]
+PFEIFFER = ["--apply_adapter", "--adapter_type", "pfeiffer", "--adapter_size", "4"]
+HOULSBY = ["--apply_adapter", "--adapter_type", "houlsby", "--adapter_size", "4"]
+
+
+@pytest.fixture(scope="module")
+def whole(call, glue, tiny_model, tiny_deberta, tmp_path_factory) -> Any:  # noqa: F811
+    """By kind and flags: the folder of a run's adapter, and the model saved whole by save_pretrained."""
+    done: dict[tuple[str, ...], tuple[Path, Path]] = {}
+
+    def make(kind: str, *flags: str) -> tuple[Path, Path]:
+        key = (kind, *flags)
+        if key not in done:
+            base, folder = (tiny_deberta if kind == "deberta" else tiny_model), tmp_path_factory.mktemp("whole")
+            succeeded(run(call, glue, base, folder / "run", "--do_train", "--do_eval", *STEPS, *flags))
+            config = load_config(str(base))
+            set_labels(config, ("entailment", "not_entailment"))
+            torch.manual_seed(0)
+            model, _ = load_model(str(base), config, needs_head=False)
+            attach_adapter(model, read_adapter(str(folder / "run")), None, allow_new_head=False)
+            model.save_pretrained(folder / "model")
+            AutoTokenizer.from_pretrained(base).save_pretrained(folder / "model")
+            done[key] = folder / "run", folder / "model"
+        return done[key]
+
+    return make
+
+
+def run(call: Any, glue: Path, model: Path, output: Path, *flags: object) -> Outcome:
+    data = ["--task_name", "rte", "--glue_dir", glue, "--max_seq_length", "64", "--output_dir", output]
+    return call("--model_name_or_path", model, *data, *flags)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        ("roberta", [*LORA]),
+        ("roberta", [*LORA, "--lora_target_modules", "dense,output", "--lora_layers", "1"]),
+        ("deberta", [*LORA]),
+        ("deberta", [*LORA, "--lora_relative_query"]),
+        ("roberta", PFEIFFER),
+        ("deberta", HOULSBY),
+    ],
+    ids=str,
+)
+def test_with_the_flags_it_was_trained_with_a_whole_model_scores_what_its_adapter_did(
+    kind, flags, whole, call, glue, tmp_path
+):
+    trained, model = whole(kind, *flags)
+    succeeded(run(call, glue, model, tmp_path / "o", "--do_eval", *flags))
+    assert scores(tmp_path / "o" / "eval_results.json") == pytest.approx(
+        scores(trained / "eval_results.json"), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("work", [["--do_eval"], ["--do_train", *STEPS]], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    ("kind", "trained_with", "flags", "said"),
+    [
+        ("roberta", LORA, [], "left out"),
+        ("roberta", LORA, ["--apply_lora", "--lora_r", "4", "--lora_alpha", "16"], "Give --lora_alpha 8"),
+        ("roberta", LORA, ["--apply_lora", "--lora_r", "2", "--lora_alpha", "8"], "not of config.json's shape"),
+        ("roberta", LORA, [*LORA, "--lora_layers", "1"], "left out"),
+        ("roberta", LORA, HOULSBY, "left out"),
+        ("deberta", [*LORA, "--lora_relative_query"], LORA, "Give --lora_relative_query."),
+        ("deberta", LORA, [*LORA, "--lora_relative_query"], "Leave out --lora_relative_query."),
+        ("roberta", PFEIFFER, [], "left out"),
+        ("roberta", PFEIFFER, LORA, "left out"),
+        ("roberta", PFEIFFER, HOULSBY, "Give --adapter_type pfeiffer"),
+    ],
+    ids=str,
+)
+def test_with_other_flags_a_whole_model_is_refused(kind, trained_with, flags, said, work, whole, call, glue, tmp_path):
+    _, model = whole(kind, *trained_with)
+    outcome = run(call, glue, model, tmp_path / "o", *work, *flags)
+    assert outcome.code == 1 and str(model) in outcome.err and said in outcome.err
+
+
+def test_a_whole_model_that_does_not_say_its_alpha_is_refused(whole, call, glue, tmp_path):
+    _, model = whole("roberta", *LORA)
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for path in model.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    config = json.loads((copy / "config.json").read_text())
+    del config["lora_alpha"], config["apply_lora"]
+    (copy / "config.json").write_text(json.dumps(config))
+    outcome = run(call, glue, copy, tmp_path / "o", "--do_eval", *LORA)
+    assert outcome.code == 1 and "doesn't say with which lora_alpha" in outcome.err
+
+
+def test_an_adapter_on_a_whole_model_with_another_one_is_refused(whole, call, glue, tmp_path):
+    trained, model = whole("roberta", *LORA)
+    outcome = run(call, glue, model, tmp_path / "o", "--do_eval", "--lora_path", trained)
+    assert outcome.code == 1 and "left out" in outcome.err
