@@ -502,6 +502,13 @@ chosen = st.lists(st.sampled_from(NAMES), min_size=1, max_size=3)
 patterns = st.sampled_from([r".*layer\.1\..*", ".*(query|value)", r"roberta\.encoder\.layer\.0\..*dense", "query"])
 
 
+ENCODER_LINEAR = [
+    name
+    for name, module in RobertaForSequenceClassification(tiny_config()).named_modules()
+    if isinstance(module, nn.Linear) and name.startswith("roberta.")
+]
+
+
 @hypothesis.settings(max_examples=300, deadline=None)
 @given(
     targets=chosen | patterns,
