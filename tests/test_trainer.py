@@ -444,6 +444,16 @@ def test_a_fault_that_is_no_files_keeps_its_own_message_on_resuming(place, error
     assert resume(good, tmp_path) is error
 
 
+def test_too_little_memory_to_read_a_checkpoint_is_not_called_damage(good, tmp_path, monkeypatch):
+    error = RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    assert resume(good, tmp_path) is error
+
+
 @pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "scheduler.pt"])
 def test_a_file_that_holds_something_else_is_named_as_damaged(file, good, tmp_path):
     (good / file).write_bytes(b"version https://git-lfs.github.com/spec/v1")

@@ -31,6 +31,11 @@ def lost_process(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or bool(gone)
 
 
+def no_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory (of the machine, not of a GPU)."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
+
+
 def _failed(error: OSError) -> str:
     """What failed: the file, the network, writing, or else the line that says no more."""
     said = error.strerror or (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -85,7 +90,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
             1,
         )
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, MemoryError) or _NO_MEMORY.search(str(e)):
+        if no_memory(e):
             fail(
                 f"there is not enough memory ({(str(e) or type(e).__name__).splitlines()[0][:150]}).\n"
                 "Take a smaller --per_device_train_batch_size and as many times the --gradient_accumulation_steps: the "

@@ -35,7 +35,7 @@ from lora_nlu import adapters
 from lora_nlu.errors import UserError
 from lora_nlu.files import publish, write_json
 from lora_nlu.methods import trains_a_part
-from lora_nlu.processes import lost_process
+from lora_nlu.processes import lost_process, no_memory
 from lora_nlu.regularization import classification_loss
 from lora_nlu.sharded import copy_into, load_optimizer_state, made_whole, optimizer_state, parameters
 
@@ -132,7 +132,7 @@ def _damage_said(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as e:
-        if isinstance(e, UserError | torch.OutOfMemoryError) or lost_process(e) or not checkpoint:
+        if isinstance(e, UserError | torch.OutOfMemoryError) or lost_process(e) or no_memory(e) or not checkpoint:
             raise
         if damaged := _damaged_file(Path(checkpoint)):
             raise UserError(
