@@ -409,7 +409,7 @@ def test_whatever_peft_trained_gives_the_same_logits_here_and_saved_again_in_pef
     assert_close(logits(PeftModel.from_pretrained(fresh(theirs_class), str(tmp_path / "ours"))), want)
 
 
-@pytest.mark.parametrize(("kind", "adjusted"), [("roberta", True), ("roberta", False), ("deberta", True)])
+@pytest.mark.parametrize(("kind", "adjusted"), [("roberta", False), ("deberta", True)])
 def test_an_eva_folder_of_pefts_own_gives_the_same_logits(kind, adjusted, tmp_path):
     new_config, names, heads = KINDS[kind]
     ours, theirs = (model_class(new_config()) for model_class in CLASSIFIERS[new_config().model_type])
@@ -418,7 +418,7 @@ def test_an_eva_folder_of_pefts_own_gives_the_same_logits(kind, adjusted, tmp_pa
         "target_modules": [names["query"], names["value"], "output.dense"],
         "modules_to_save": heads,
         "init_lora_weights": "eva",
-        "eva_config": EvaConfig(rho=2.0, adjust_scaling_factors=adjusted),
+        "eva_config": EvaConfig(rho=2.0, tau=0.5, adjust_scaling_factors=adjusted),
     }
     model = get_peft_model(theirs, LoraConfig(task_type=TaskType.SEQ_CLS, r=R, lora_alpha=ALPHA, **settings))
     rows = None if kind == "roberta" else lambda read, batch, name: read[0].flatten(0, -2)  # the relative query too
