@@ -661,7 +661,7 @@ def test_the_readmes_python_runs_on_a_folder_and_on_a_published_file_and_is_righ
         path = tmp_path / "mnli.bin"
         assert said(capsys, "convert", adapter, path, "--to", "bin")[0] == 0
         line = next(line for line in code.splitlines() if line.startswith("# a published .bin knows neither: "))
-        said_there = line.partition(": ")[2].replace('"mnli.bin"', f'"{path}"').replace("16", str(ALPHA))
+        said_there = line.partition(": ")[2].replace("), 16", f"), {ALPHA}").replace("mnli.bin", str(path))
         code = code.replace(line, said_there)
     elif kind == "regression":
         model = randomise_(
