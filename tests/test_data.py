@@ -12,7 +12,7 @@ import datasets
 import huggingface_hub
 import pandas as pd
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Value, concatenate_datasets
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
@@ -27,6 +27,7 @@ from lora_nlu.data import (
     Examples,
     choose_rows,
     describe,
+    digest,
     load_examples,
     load_files,
     load_glue_folder,
@@ -711,6 +712,35 @@ def test_changed_text_length_rows_or_tokenizer_make_another_cache(tmp_path, robe
     assert files_after(own_file(tmp_path, "a cat"), roberta, 4) == 3
     assert files_after(own_file(tmp_path, "a cat"), deberta, 4) == 4
     assert files_after(choose_rows(own_file(tmp_path, "a cat"), {"train": 2}), deberta, 4) == 5
+
+
+def test_the_digest_of_training_data_is_of_every_id_token_type_and_label_in_order(tmp_path, deberta):
+    table = tokenize(texts(20, pairs=True), deberta, 64, str(tmp_path))["train"]
+    rows = table.to_dict()
+
+    def of(changed: dict[str, list]) -> str:
+        return digest(Dataset.from_dict(changed))
+
+    assert len(digest(table)) == 16 and digest(table) == of(rows)
+    in_pieces = concatenate_datasets([table.select(range(7)), table.select(range(7, 20))])
+    drawn = concatenate_datasets([table, table]).select([*range(5), *range(25, 40)])  # by row numbers
+    floats = table.cast_column("label", Value("float64"))
+    alike = {digest(t) for t in (in_pieces, drawn, floats, table.remove_columns("attention_mask"))}
+    assert alike == {digest(table)}
+    flipped = {**rows, "label": [1 - label for label in rows["label"]]}
+    one_id = {**rows, "input_ids": [*rows["input_ids"][:-1], [7, *rows["input_ids"][-1][1:]]]}
+    types = {**rows, "token_type_ids": [[0] * len(row) for row in rows["token_type_ids"]]}
+    turned = {name: column[::-1] for name, column in rows.items()}
+    rest = {name: column for name, column in rows.items() if name != "token_type_ids"}
+    cuts = [Dataset.from_dict({"input_ids": ids}) for ids in ([[1, 2], [3]], [[1], [2, 3]])]
+    others = {of(x) for x in (rows, flipped, one_id, types, turned, rest)} | {digest(table.select(range(19)))}
+    assert len(others | {digest(table) for table in cuts}) == 9
+
+
+def test_scores_of_the_hub_and_of_a_file_have_one_digest():
+    ids = {"input_ids": [[1], [2]]}
+    file, hub = (Dataset.from_dict(ids | {"label": [3.8, 0.2]}) for _ in range(2))
+    assert digest(file) == digest(hub.cast_column("label", Value("float32")))
 
 
 @pytest.mark.parametrize("pairs", [False, True])

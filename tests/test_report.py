@@ -288,6 +288,28 @@ def test_a_run_that_stopped_where_it_diverged_is_left_out_by_name(tmp_path):
     assert f"left out, diverged (loss nan): {run}" in said(read(tmp_path))
 
 
+def test_a_run_that_recorded_that_it_diverged_is_left_out_for_that_reason_of_report_and_submission(tmp_path):
+    write_run(tmp_path / "a", "cola", 0)
+    run = write_run(tmp_path / "b", "cola", 1, state="begun")
+    known = json.loads((run / "run.json").read_text())
+    assert f"unfinished: {run}, no checkpoint yet" in said(read(tmp_path))
+    write(run / "run.json", known | {"diverged": "the loss is nan at step 12"})
+    assert f"left out, diverged (the loss is nan at step 12): {run}" in said(read(tmp_path))
+    assert [one.figures.diverged for one in find_runs([run])] == ["the loss is nan at step 12"]
+
+
+def test_the_training_data_divide_no_line_and_are_no_setting_but_other_ones_in_a_line_are_said(tmp_path):
+    for task in ("cola", "rte"):
+        for seed, data in enumerate(({"train_data": f"{task}1"}, {}, {"train_data": f"{task}1"})):
+            write_run(tmp_path / f"{task}_{seed}", task, seed, (0.5,), **data)
+    text = read(tmp_path)
+    assert names(tmp_path) == ["LoRA r=8"] and "train_data" not in text and "examples that differ" not in text
+    other = write_run(tmp_path / "rte_3", "rte", 3, (0.5,), train_data="rte2")
+    assert names(tmp_path) == ["LoRA r=8"]
+    line = f"in one line, but trained on examples that differ: {tmp_path / 'rte_2'}, {other}"
+    assert line in said(read(tmp_path))
+
+
 def test_the_figure_by_which_a_submission_chooses_is_the_reports_last(tmp_path):
     """One function reads both; the report says the rule."""
     for seed, figures in enumerate([(0.9, 0.6), (0.8, 0.7)]):

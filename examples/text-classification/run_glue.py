@@ -337,6 +337,10 @@ def main(argv: list[str]) -> None:
     say(args, *(best if args.do_train else []))
     known_of_base = {"base_model": name, "base_fingerprint": base, "started_from": adapter_path}
     decided = {"max_seq_length": max_length, "train_samples": len(tables.get("train", ()))}
+    if "train" in tables:
+        decided["train_data"] = data.digest(tables["train"])
+    if data_args.train_file and args.do_train:
+        known_of_base["train_file"] = Path(data_args.train_file).name
     decided |= {key: getattr(model_args, key) for key in ("cls_dropout", "reg_loss_wgt", "masking_prob")}
     if data_args.sample_seed is not None and decided["train_samples"] < examples.rows.get("train", 0):
         decided["sample_seed"] = data_args.sample_seed

@@ -19,6 +19,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import numpy as np
 from datasets import Dataset
 
 from lora_nlu.errors import UserError
@@ -602,6 +603,23 @@ def _check_vocabulary(table: Dataset, tokenizer: Any, split: str) -> None:
 def token_count(table: Dataset) -> int:
     """Real tokens of a tokenised table."""
     return sum(len(row) for row in table["input_ids"])
+
+
+def digest(table: Dataset) -> str:
+    """16 hex digits that stand for a tokenised table: its input_ids, token_type_ids where there, and labels, in order.
+
+    The same wherever the table was read from, however it is stored: scores count as the float32 that the loss takes.
+    """
+    sha = hashlib.sha256()
+    for name in (name for name in ("input_ids", "token_type_ids", LABEL) if name in table.column_names):
+        chunks = table.select_columns(name).with_format("arrow")[:][name].chunks
+        kind = np.float32 if name == LABEL else np.int32
+        parts = [chunks if name == LABEL else [chunk.flatten() for chunk in chunks]]
+        parts += [] if name == LABEL else [[chunk.value_lengths() for chunk in chunks]]
+        sha.update(name.encode())
+        for part in (chunk for column in parts for chunk in column):
+            sha.update(np.ascontiguousarray(part.to_numpy(zero_copy_only=False), dtype=kind).data)
+    return sha.hexdigest()[:16]
 
 
 def load_examples(

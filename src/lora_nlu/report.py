@@ -48,7 +48,7 @@ class Run:
     """What one output folder says; figures in percent.
 
     base:      the base model's fingerprint; its name, `model`, may be another's too.
-    settings:  all that decided the result but the seed, as hashable items.
+    settings:  all that decided the result but the seed and the training data, as hashable items.
     paper:     the paper's line for the same method and settings, where it has this task.
     history:   (step, figure) of every evaluation while training.
     best:      the highest of them and of the one after training; MNLI's are all on the matched set.
@@ -72,6 +72,7 @@ class Run:
     memory_gib: float | None
     rank: int | None
     targets: str
+    train_data: str | None
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def read_run(folder: Path, known: dict[str, Any], figures: Figures) -> Run:
     if key in ("lora", NO_START) and lora["ranks"] != [LORA_RANKS.get(model)]:
         key = None
     paper = next((line for line in PAPER if (line.model, line.method) == (model, key)), None)
-    unsaid = {"seed", "data_seed", *known.get("left_at_default", ())}  # which older runs did not record
+    unsaid = {"seed", "data_seed", "train_data", *known.get("left_at_default", ())}  # which older runs did not record
     settings = {name: value for name, value in hyper.items() if name not in unsaid} | {
         "scaling": ", ".join(f"{scaling:g}" for scaling in lora["scalings"]),
         "lora_relative_query": lora["lora_relative_query"],
@@ -131,7 +132,7 @@ def read_run(folder: Path, known: dict[str, Any], figures: Figures) -> Run:
         "trained, not evaluated" if known.get("trained") else reached,
         measured.get("train_seconds"), measured.get("peak_gpu_memory_gib", measured.get("peak_memory_gib")),
         lora["ranks"][0] if method["name"] == "lora" and len(lora["ranks"]) == 1 else None,
-        ", ".join(method.get("targets", [])),
+        ", ".join(method.get("targets", [])), hyper.get("train_data"),
     )  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def name_method(method: dict[str, Any], lora: dict[str, Any], hyper: dict[str, A
 
 
 def collect(given: Sequence[Path]) -> tuple[list[Cell], list[str]]:
-    """The cells of all tables, in the paper's order of tasks, and lines on what is not there. Raises UserError."""
+    """The cells of all tables, in the paper's order of tasks, and lines worth saying. Raises UserError."""
     runs: dict[Path, Run] = {}
     absent = []
     for start in given:
@@ -190,6 +191,10 @@ def collect(given: Sequence[Path]) -> tuple[list[Cell], list[str]]:
             done = tuple(run for run in same if run.last is not None)
             unfinished = tuple(run for run in same if run.last is None)
             cells.append(Cell(model, f"{method} ({said})" if said else method, task, done, unfinished))
+            by_data = {run.train_data: run.folder for run in same if run.train_data}  # older versions recorded none
+            if len(by_data) > 1:
+                two = ", ".join(map(str, by_data.values()))
+                absent.append(f"in one line, but trained on examples that differ: {two}")
     places = [*REPORTED, *(name for name in TASKS if name not in REPORTED)]
     cells.sort(key=lambda cell: (cell.model, places.index(cell.task)))
     return cells, absent

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
@@ -31,6 +31,7 @@ from lora_nlu.methods import describe_method
 from lora_nlu.metrics import greater_is_better, predicted
 from lora_nlu.trainer import (
     AdapterTrainer,
+    Diverged,
     clear_leftovers,
     processes_of,
     remove_checkpoint,
@@ -48,6 +49,9 @@ _RESULTS = (
     adapters.CONFIG,
     adapters.METADATA,
 )
+
+# What the difference of a setting means that says nothing by itself
+_MEANING = {"train_data": ": the training examples differ"}
 
 # What a method trains in the encoder, as the closing table calls it
 _PARTS = {"lora": "LoRA", "bitfit": "biases", "houlsby": "adapters", "pfeiffer": "adapters"}
@@ -239,7 +243,7 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if isinstance(one, dict) and isinstance(other, dict):
             names = one if key == "hyperparameters" else {**one, **other}  # an older version recorded fewer of these
             changed = [name for name in names if one.get(name) != other.get(name)]
-            differences += [f"{name} {one.get(name)}, now {other.get(name)}" for name in changed]
+            differences += [f"{n} {one.get(n)}, now {other.get(n)}{_MEANING.get(n, '')}" for n in changed]
         elif one != other:
             differences.append(f"{key} {one}, now {other}")
     return differences
@@ -324,6 +328,10 @@ def _train(trainer: AdapterTrainer, overwrite: bool) -> None:
         last = whole_checkpoints(args.output_dir)
         kept = f"{last[-1]} is whole: the same command resumes from it" if last else "No checkpoint was due yet"
         raise UserError(f"interrupted at step {trainer.state.global_step}. {kept}.") from e
+    except Diverged as e:
+        with suppress(OSError):  # where several processes meet it, another may be writing the same
+            write_json(folder / RUN, trainer.metadata | {"diverged": e.what})
+        raise
     if trainer.state.global_step < trainer.state.max_steps:
         say(args, f"Stopped early, at step {trainer.state.global_step} of {trainer.state.max_steps}.")
     trainer.rotate(folder)  # a run killed between its last save and the rotation had none since

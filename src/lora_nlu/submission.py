@@ -58,7 +58,7 @@ class Figures:
                predictions; MNLI's on both sets together. None for a run that was not evaluated.
     first_set: the same, MNLI's on the matched set alone.
     history:   (step, epoch, figure) of every evaluation while training, MNLI's on the matched set.
-    diverged:  the loss, or another figure, that is not finite, and its value; "" where all are.
+    diverged:  where training stopped for it, or the figure that is not finite, and its value; "" where all are.
     """
 
     last: float | None
@@ -100,7 +100,8 @@ def read_figures(folder: Path, known: dict[str, Any]) -> Figures:
         value if isinstance(value, int | float) and math.isfinite(value) else None
         for value in (evaluated.get(f"{metric}_overall", evaluated.get(metric)), evaluated.get(metric))
     )
-    return Figures(last, first_set, tuple(history), " ".join(map(str, broken[0])) if broken else "")
+    diverged = str(known.get("diverged") or (" ".join(map(str, broken[0])) if broken else ""))
+    return Figures(last, first_set, tuple(history), diverged)
 
 
 @dataclass(frozen=True)

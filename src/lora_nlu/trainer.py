@@ -72,6 +72,14 @@ def _value(choice: Any) -> str:
     return getattr(choice, "value", choice)
 
 
+class Diverged(UserError):
+    """Training left the finite numbers; `what` says where, in a few words."""
+
+    def __init__(self, message: str, what: str):
+        super().__init__(message)
+        self.what = what
+
+
 def is_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every number in these tensors is finite (of FSDP2's, in this process's part). Waits for the GPU once."""
     parts = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
@@ -336,13 +344,14 @@ class AdapterTrainer(Trainer):
             super().log({"loss": loss})
             raise self._diverged(self.state.global_step + 1, f"the loss is {loss}")
 
-    def _diverged(self, step: int, what: str) -> UserError:
+    def _diverged(self, step: int, what: str) -> Diverged:
         advice = ["Lower --learning_rate"]
         advice += ["take --bf16 instead of --fp16"] if self.args.fp16 else []
         advice += [] if self.args.max_grad_norm else ["leave --max_grad_norm at 1"]
         last = last_finite_checkpoint(self.args.output_dir)
         kept = f"The last checkpoint with finite tensors is {last}" if last else "No checkpoint was saved before"
-        return UserError(f"training diverged at step {step}: {what}.\n{' or '.join(advice)}. {kept}.")
+        message = f"training diverged at step {step}: {what}.\n{' or '.join(advice)}. {kept}."
+        return Diverged(message, f"{what} at step {step}")
 
     def _check_trained(self, tensors: dict[str, Tensor]) -> None:
         """Raise UserError if a trained tensor is not finite: it must be neither scored nor saved."""

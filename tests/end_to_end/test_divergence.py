@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_run_glue import read, rte, succeeded
 from transformers import AutoTokenizer
 
+from lora_nlu.errors import UserError
 from lora_nlu.trainer import is_finite, last_finite_checkpoint
 
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -20,7 +21,8 @@ HUGE = ["--learning_rate", "1e30", "--warmup_steps", 0, "--max_grad_norm", 0]
 
 
 def assert_nothing_trained(folder: Path) -> None:
-    assert "trained" not in read(folder / "run.json")
+    run = read(folder / "run.json")
+    assert "trained" not in run and re.fullmatch(r".+ is (nan|inf|no longer finite) at step \d+", run["diverged"])
     left = {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")}
     assert left == {"run.json"}
     for path in folder.rglob("*.safetensors"):
@@ -82,6 +84,7 @@ def test_the_last_checkpoint_with_finite_tensors_is_named_and_resumed_from(poiso
     assert f"finite tensors is {tmp_path / 'o' / 'checkpoint-4'}" in outcome.err
     again = call(*flags)
     assert "Resuming from" in again.out and again.err == outcome.err
+    assert read(tmp_path / "o" / "run.json")["diverged"] == "the loss is nan at step 5"
     # an older version's checkpoint, saved full of NaN, is not named
     path = tmp_path / "o" / "checkpoint-4" / "adapter_model.safetensors"
     state = load_file(path)
@@ -108,6 +111,24 @@ def test_logits_that_are_not_finite_are_no_score_and_no_prediction(poisoned, cal
         outcome = call(*flags, do, file, poisoned[3], "--output_dir", tmp_path / do)
         assert outcome.code == 1 and "not finite for 1 of 40 examples, the first is number 19" in outcome.err
         assert [path.name for path in (tmp_path / do).iterdir()] == ["run.json"]
+
+
+def test_a_run_that_is_taken_up_or_begun_afresh_no_longer_counts_as_diverged(poisoned, call, tmp_path, monkeypatch):
+    flags = [*poisoned, *SHORT[:-1], "--output_dir", tmp_path / "o"]
+    assert call(*flags).code == 1
+    seen = []
+
+    def look(*args, **kwargs):
+        seen.append(read(tmp_path / "o" / "run.json"))
+        raise UserError("seen")
+
+    monkeypatch.setattr("lora_nlu.runs.AdapterTrainer.train", look)
+    for more in ([], ["--overwrite_output_dir"]):
+        assert "diverged" in read(tmp_path / "o" / "run.json")
+        assert call(*flags, *more).err == "seen" and "diverged" not in seen[-1]
+        monkeypatch.undo()
+        assert call(*flags).code == 1
+        monkeypatch.setattr("lora_nlu.runs.AdapterTrainer.train", look)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
