@@ -945,7 +945,7 @@ def test_evaluation_refuses_a_missing_head_and_a_head_for_another_number_of_labe
     state = trained(lora_model())
     headless = published(tmp_path / "headless.bin", {name: t for name, t in state.items() if "lora_" in name})
     message = refused(headless)
-    assert "lacks" in message and "classifier.dense.weight" in message
+    assert "lacks" in message and "classifier.dense.weight" in message and "--do_train" in message
     assert load_adapter(lora_model(), read_adapter(str(headless)), allow_new_head=True) == []
     three = published(tmp_path / "three.bin", state)
     for labels in (2, 1):

@@ -206,7 +206,7 @@ def test_what_is_not_finite_is_not_converted(to, value, case, tmp_path, capsys):
         (["convert", "{file}", "{new}", "--to", "merged", "--lora_alpha", "6"], "give --base"),
         (["convert", "{adapter}", "{new}", "--to", "bin", "--lora_alpha", "7"], "lora_alpha 6, not 7"),
         (["convert", "{adapter}", "{new}", "--to", "merged", "--lora_alpha", "7"], "lora_alpha 6, not 7"),
-        (["convert", "{adapter}", "{new}", "--to", "merged", "--base", "{adapter}"], "neither a folder with a config"),
+        (["convert", "{adapter}", "{new}", "--to", "merged", "--base", "{adapter}"], "is an adapter"),
         (["inspect", "{new}"], "no such file or folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

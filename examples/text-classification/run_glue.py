@@ -199,6 +199,8 @@ def prepare_model(
     needs_head = not args.do_train and adapter is None
     model, notes = loading.load_model(name, config, needs_head, base_labels, keeps_head, **hub)
     loading.check_method(model, name, saved)
+    if needs_head:
+        check_is_trained(model_args, args, saved, bool(loading.own_adapter(model)))
     if args.deepspeed:
         deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
     say(args, *notes)
@@ -213,6 +215,26 @@ def prepare_model(
             if isinstance(module, LoRALinear):
                 module.lora_dropout = model_args.lora_dropout or 0.0
     return model, tokenizer, base
+
+
+def check_is_trained(model_args: ModelArguments, args: RunArguments, saved: dict[str, Any], has_own: bool) -> None:
+    """Raise UsageError for a method's flag where nothing trains and nothing that it trained is given.
+
+    saved: the method's settings in the base's config; has_own: whether the base holds LoRA or adapters of its own.
+    """
+    m = model_args
+    asked = {"apply_lora": m.apply_lora and m.lora_r, "apply_adapter": m.apply_adapter}
+    asked |= {"apply_bitfit": m.apply_bitfit and not saved.get("apply_bitfit")}
+    asked |= {"head_only": m.head_only and not saved.get("head_only")}
+    flag = next((flag for flag, is_asked in asked.items() if is_asked), None)
+    if flag is None or (flag in ("apply_lora", "apply_adapter") and has_own):
+        return
+    door = "lora_path" if flag == "apply_lora" else "adapter_path"
+    folder = args.output_dir if Path(args.output_dir, adapters.CONFIG).is_file() else "FOLDER"
+    raise UsageError(
+        f"--{flag} says what trains, and nothing trains here (--do_train) or is given that was trained.\n"
+        f"Give it: --{door} {folder}. Or leave --{flag} out: {m.model_name_or_path} is evaluated as it is."
+    )
 
 
 def contents(adapter: adapters.Adapter, model_args: ModelArguments) -> str:
@@ -359,7 +381,7 @@ def main(argv: list[str]) -> None:
     if args.do_train:
         runs.train(trainer, args.overwrite_output_dir)
     else:
-        runs.record_if_new(trainer)
+        runs.record_evaluation(trainer, adapter_path or name)
     metrics = runs.evaluate(trainer, tables, names[0]) if args.do_eval else {}
     if args.do_train:
         runs.describe(trainer, metrics, names[0])

@@ -312,7 +312,7 @@ def _complete(adapter: Adapter) -> Adapter:
         return adapter
     layers = {name.rpartition(".")[0]: None for name in adapter.state if _LORA_KEY.search(name)}
     if not layers:
-        raise UserError(f"{adapter.source}: no LoRA matrices (keys ending in lora_A, lora_B) in it.")
+        raise UserError(f"{adapter.source}: {_instead_of_lora(adapter.state)}")
     for layer in layers:
         pair = [f"{layer}.lora_A", f"{layer}.lora_B"]
         for name in pair:
@@ -322,6 +322,15 @@ def _complete(adapter: Adapter) -> Adapter:
         if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
             raise UserError(f"{adapter.source}: {pair[0]} is {A} and {pair[1]} is {B}; expected [r, in] and [out, r].")
     return adapter
+
+
+def _instead_of_lora(names: Iterable[str]) -> str:
+    """What a file holds that has no LoRA matrices by our names, and what to do with it."""
+    if any(name.startswith(_PEFT_PREFIX) for name in names):
+        return f"holds PEFT's keys, which say nothing of rank and alpha. Give the folder with its {CONFIG}."
+    if any(name.endswith(".word_embeddings.weight") for name in names):
+        return "is a whole model, without LoRA. Give it as --model_name_or_path."
+    return "no LoRA matrices (keys ending in lora_A, lora_B) in it."
 
 
 def load_file_safely(path: Path) -> dict[str, Tensor]:
@@ -405,6 +414,8 @@ def weights_in(source: Path) -> Path:
     for path in [source] if source.is_file() else [source / name for name in names]:
         if path.is_file():
             return path
+    if (source / "config.json").is_file() and [*source.glob("model*.safetensors")]:
+        raise UserError(f"{source}: is a whole model, no adapter. Give it as --model_name_or_path.")
     raise UserError(f"{source}: holds no {CONFIG} with {WEIGHTS} (or {_OLD_WEIGHTS}).")
 
 
@@ -847,6 +858,17 @@ def _is_target(adapter: Adapter, name: str) -> bool:
 
 
 def _other_model(adapter: Adapter, model: Any, missing: list[str], unexpected: list[str]) -> UserError:
+    if not unexpected and missing and {*missing} == {*head_names(model)}:
+        kind = "LoRA" if adapter.method == "lora" else adapter.method
+        return UserError(
+            f"{adapter.source}: holds {kind} and no classifier: train one from it (--do_train).\n"
+            f"(It lacks {missing[0]} and {len(missing) - 1} others.)"
+        )
+    if all(name.startswith(("encoder.", "embeddings.")) for name in adapter.state):
+        return UserError(
+            f"{adapter.source}: was made on a bare encoder (its keys lack '{model.base_model_prefix}.'), and holds no "
+            f"classifier.\nMake it in PEFT on the model with a classifier: {type(model).__name__}."
+        )
     lists = (("lacks", missing), ("has but the model lacks", unexpected))
     said = "; ".join(f"{verb} {', '.join(names[:3])}{' ...' if names[3:] else ''}" for verb, names in lists if names)
     return UserError(

@@ -61,6 +61,11 @@ def folders_with(name: str, start: Path) -> list[Path]:
     return sorted(found)
 
 
+def is_training(known: dict[str, Any]) -> bool:
+    """Whether a run.json is of a run that trained, or began to: an evaluation or a prediction leaves one as well."""
+    return bool(known.get("trained") or known.get("hyperparameters", {}).get("train_samples"))
+
+
 def text_for_weights(path: Path) -> str | None:
     """What is wrong with a file of weights that is empty or text, and the remedy; None for any other file."""
     with path.open("rb") as file:

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from lora_nlu.adapters import head_names, is_added, not_finite
+from lora_nlu.adapters import CONFIG, head_names, is_added, not_finite
 from lora_nlu.errors import UserError, shown
-from lora_nlu.files import text_for_weights
+from lora_nlu.files import read_json, text_for_weights
 from lora_nlu.labels import check_labels, config_labels, head_order, last_layer, set_labels
 from lora_nlu.lora import is_loaded
 from lora_nlu.methods import mark_trainable
@@ -39,6 +39,14 @@ def load_config(name: str, **hub: Any) -> Any:
     try:
         config = AutoConfig.from_pretrained(name, **hub)
     except Exception as e:  # what a setting that makes no sense is called has many names
+        if Path(name, CONFIG).is_file() and not Path(name, "config.json").is_file():
+            settings = read_json(Path(name, CONFIG))
+            flag = "lora_path" if "LORA" in str(settings.get("peft_type")) else "adapter_path"
+            base = shown(settings.get("base_model_name_or_path") or "the model it was trained from")
+            raise UserError(
+                f"--model_name_or_path {name}: is an adapter.\n"
+                f"Give it as --{flag}, and its base ({base}) as --model_name_or_path."
+            ) from e
         said = "neither a folder with a config.json nor a model the Hub gives"
         if Path(name, "config.json").is_file():
             said = "its config.json can't be used"
@@ -112,8 +120,6 @@ def load_model(
         )
     if unexpected := sorted(report["unexpected_keys"]):
         notes.append(f"{name}: {len(unexpected)} weights have no place in the model: {', '.join(unexpected[:3])} ...")
-    if needs_head and getattr(config, "apply_adapter", False) and not own_adapter(model):
-        raise UserError("--apply_adapter: new adapters are untrained. Train (--do_train), or give --adapter_path.")
     if new and needs_head:
         raise UserError(
             f"{name} has no trained head for these labels. Train (--do_train), or give an adapter with --lora_path."

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lora_nlu.errors import UserError
-from lora_nlu.files import folders_with, read_json, write_text
+from lora_nlu.files import folders_with, is_training, read_json, write_text
 from lora_nlu.submission import Figures, read_figures, read_state, write_submission
 from lora_nlu.tasks import LORA_RANKS, PAPER, REPORTED, TASKS, Published
 
@@ -228,11 +228,6 @@ def differences(several: Sequence[tuple[tuple[str, str], ...]]) -> dict[tuple[tu
         settings: ", ".join(f"{name} {known.get(name, 'not recorded')}" for name in differing)
         for settings, known in each.items()
     }
-
-
-def is_training(known: dict[str, Any]) -> bool:
-    """Whether a run trained, or began to: an evaluation or a prediction leaves a run.json as well."""
-    return bool(known.get("trained") or known.get("hyperparameters", {}).get("train_samples"))
 
 
 def spread(figures: Sequence[float]) -> str:

@@ -25,7 +25,7 @@ from lora_nlu import adapters
 from lora_nlu.convert import write_card
 from lora_nlu.data import token_count
 from lora_nlu.errors import UserError
-from lora_nlu.files import read_json, write_json, write_text
+from lora_nlu.files import is_training, read_json, write_json, write_text
 from lora_nlu.lora import LoRALinear, count_parameters
 from lora_nlu.methods import describe_method
 from lora_nlu.metrics import greater_is_better, predicted
@@ -41,10 +41,11 @@ from lora_nlu.trainer import (
 
 RUN = "run.json"  # marks an output folder as a run of ours
 _LEFT_BEHIND = re.compile(r"\..*\.partial|\.saving|\.removing")  # of ours, by a process that was killed
+_SCORED = ("eval*_results.json", "predict_results_*.tsv")  # written once a run has trained, if it does
 _RESULTS = (
     "trainer_state.json",
     "*_results.json",
-    "predict_results_*.tsv",
+    *_SCORED,
     adapters.WEIGHTS,
     adapters.CONFIG,
     adapters.METADATA,
@@ -185,10 +186,28 @@ def record(trainer: AdapterTrainer, **more: Any) -> None:
         write_json(Path(trainer.args.output_dir, RUN), trainer.metadata | more)
 
 
-def record_if_new(trainer: AdapterTrainer) -> None:
-    """Mark the folder of an evaluation or prediction as ours; what a training run wrote stays."""
-    if not Path(trainer.args.output_dir, RUN).is_file():
+def record_evaluation(trainer: AdapterTrainer, evaluated: str) -> None:
+    """Record in the folder of an evaluation or prediction what is evaluated; what a training run wrote stays.
+
+    evaluated: the adapter, or else the model. Raises UserError in the folder of a run that trained, if it isn't what
+    that run ended with or its task is another: the figures there are taken for the run's.
+    """
+    folder, now = Path(trainer.args.output_dir), trainer.metadata
+    (earlier,) = broadcast_object_list([_recorded(folder)])
+    if not is_training(earlier):
         record(trainer)
+        return
+    task, method = earlier.get("task"), earlier.get("method", {}).get("name")
+    if folder.resolve() != Path(evaluated).resolve() or task != now["task"]:
+        flag = {"full": "model_name_or_path", "lora": "lora_path"}.get(method, "adapter_path")
+        raise UserError(
+            f"--output_dir {folder} is of a run that trained on {task}; the results of {evaluated} on {now['task']} "
+            f"would be taken for that run's.\nChoose another --output_dir; what was trained there is --{flag} {folder}."
+        )
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    return read_json(folder / RUN) if (folder / RUN).is_file() else {}
 
 
 def _wait_for(path: Path, content: str, args: Any) -> None:
@@ -261,10 +280,15 @@ def _check_same_run(source: str, earlier: dict[str, Any], now: dict[str, Any]) -
 def _to_do(trainer: AdapterTrainer) -> tuple[str | None, bool]:
     """The checkpoint to resume from, if any, and whether all is done. Raises UserError if another run left either."""
     folder = Path(trainer.args.output_dir)
-    earlier = read_json(folder / RUN) if (folder / RUN).is_file() else trainer.metadata
+    earlier = _recorded(folder) or trainer.metadata
     checkpoint = _find_checkpoint(trainer.args.output_dir, trainer.args.resume_from_checkpoint)
     if checkpoint or "trained" in earlier:
         _check_same_run(str(folder), earlier, trainer.metadata)
+    elif results := [path.name for name in _SCORED for path in sorted(folder.glob(name))]:
+        raise UserError(
+            f"--output_dir {folder} holds results that another model gave ({results[0]}), to be taken for this run's.\n"
+            "Choose another folder, or --overwrite_output_dir to remove them first."
+        )
     if checkpoint and Path(checkpoint, adapters.METADATA).is_file():  # it may be another folder's
         _check_same_run(checkpoint, read_json(Path(checkpoint, adapters.METADATA)), trainer.metadata)
     if checkpoint and "trained" not in earlier:

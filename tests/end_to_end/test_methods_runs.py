@@ -341,7 +341,7 @@ def test_a_folder_that_is_not_there_is_named_with_the_flag_that_gave_it(flag, re
 
 def test_new_adapters_in_a_trained_model_are_not_evaluated_as_if_they_were_trained(trained, refused):
     # they are no identity, as LoRA with B = 0 is
-    refused(1, "--do_eval", *HOULSBY, "--model_name_or_path", trained("full")[0])
+    refused(2, "--do_eval", *HOULSBY, "--model_name_or_path", trained("full")[0])
 
 
 @pytest.mark.parametrize("method", ["houlsby", "lora elsewhere"])

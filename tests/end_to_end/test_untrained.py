@@ -1,0 +1,156 @@
+"""What was never trained is not scored as if it had been, and no other model's results are taken for a run's."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from runs import LORA, contents
+from test_run_glue import read, rte, scores, succeeded
+from transformers import RobertaForSequenceClassification, RobertaModel
+
+from lora_nlu.adapters import read_adapter
+
+SHORT = ["--max_seq_length", "64", "--learning_rate", "1e-2"]
+METHODS = {
+    "lora": LORA,
+    "bitfit": ["--apply_bitfit"],
+    "houlsby": ["--apply_adapter", "--adapter_type", "houlsby", "--adapter_size", "4"],
+    "head": ["--head_only"],
+    "full": [],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(call, glue, tmp_path_factory) -> Any:
+    """By method: the output folder of a short run, evaluated and predicted."""
+    done: dict[str, Path] = {}
+
+    def make(method: str) -> Path:
+        if method not in done:
+            done[method] = tmp_path_factory.mktemp("trained") / method
+            flags = [*METHODS[method], *SHORT, "--max_steps", "3", "--do_train", "--do_eval", "--do_predict"]
+            succeeded(call(*on_rte(glue, done[method], *flags)))
+        return done[method]
+
+    return make
+
+
+def on_rte(glue: Path, output: Path, *flags: object) -> list[object]:
+    return ["--task_name", "rte", "--glue_dir", glue, "--output_dir", output, *flags]
+
+
+@pytest.mark.parametrize("work", ["--do_eval", "--do_predict"])
+@pytest.mark.parametrize("method", ["lora", "bitfit", "houlsby", "head"])
+def test_a_method_without_what_it_trained_is_not_evaluated(method, work, trained, call, glue, tmp_path):
+    flags = ["--model_name_or_path", trained("full"), *METHODS[method], *SHORT]
+    outcome = call(*on_rte(glue, tmp_path / "o", *flags, work))
+    door = "--lora_path" if method == "lora" else "--adapter_path"
+    assert outcome.code == 2 and f"Give it: {door} FOLDER" in outcome.err, outcome.err
+    assert f"leave {METHODS[method][0]} out" in outcome.err
+    assert not list((tmp_path / "o").glob("*"))
+    shutil.copy(trained(method) / "adapter_config.json", tmp_path / "o")
+    shutil.copy(trained("full") / "run.json", tmp_path / "o")
+    known = {k: v for k, v in read(tmp_path / "o" / "run.json").items() if k not in ("trained", "hyperparameters")}
+    (tmp_path / "o" / "run.json").write_text(json.dumps(known))
+    assert f"Give it: {door} {tmp_path / 'o'}." in call(*on_rte(glue, tmp_path / "o", *flags, work)).err
+
+
+def test_a_fine_tuned_model_without_a_methods_flags_is_evaluated(trained, call, glue, tmp_path):
+    for flags in ([], ["--apply_lora", "--lora_r", "0"]):
+        asked = on_rte(glue, tmp_path / "o", "--model_name_or_path", trained("full"), *SHORT, "--do_eval", *flags)
+        succeeded(call(*asked))
+        assert scores(tmp_path / "o" / "eval_results.json") == scores(trained("full") / "eval_results.json")
+
+
+@pytest.mark.parametrize("work", ["--do_eval", "--do_predict"])
+@pytest.mark.parametrize("method", ["lora", "houlsby", "full"])
+def test_another_models_results_do_not_take_the_place_of_a_trained_runs(method, work, trained, call, glue, tmp_path):
+    folder, other = shutil.copytree(trained(method), tmp_path / "run"), trained("bitfit")
+    door = {"lora": "--lora_path", "full": "--model_name_or_path"}.get(method, "--adapter_path")
+    before = contents(folder)
+    for given in (["--model_name_or_path", trained("full")], ["--adapter_path", other]):
+        outcome = call(*on_rte(glue, folder, *given, *SHORT, work))
+        assert outcome.code == 1 and str(given[1]) in outcome.err and f"{door} {folder}" in outcome.err, outcome.err
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("method", ["lora", "houlsby", "full"])
+def test_what_a_run_trained_is_scored_into_its_folder_again(method, trained, call, glue, tmp_path):
+    folder = shutil.copytree(trained(method), tmp_path / "run")
+    door = {"lora": "--lora_path", "full": "--model_name_or_path"}.get(method, "--adapter_path")
+    known = (folder / "run.json").read_bytes()
+    (folder / "eval_results.json").unlink()
+    succeeded(call(*on_rte(glue, folder, door, tmp_path / "." / "run", *SHORT, "--do_eval")))
+    assert scores(folder / "eval_results.json") == scores(trained(method) / "eval_results.json")
+    assert (folder / "run.json").read_bytes() == known
+    other = ["--validation_file", glue / "RTE" / "dev.tsv", "--do_eval", *SHORT]
+    outcome = call("--output_dir", folder, door, folder, *other)
+    assert outcome.code == 1 and "on custom would be taken for that run's" in outcome.err
+
+
+def test_an_unfinished_runs_folder_takes_no_other_models_results(trained, call, glue, tmp_path):
+    folder = shutil.copytree(trained("lora"), tmp_path / "run")
+    (folder / "run.json").write_text(json.dumps({k: v for k, v in read(folder / "run.json").items() if k != "trained"}))
+    outcome = call(*on_rte(glue, folder, "--model_name_or_path", trained("full"), *SHORT, "--do_eval"))
+    assert outcome.code == 1 and "would be taken for that run's" in outcome.err
+
+
+def test_a_folder_of_evaluations_may_be_used_again_and_records_the_last(trained, call, glue, tmp_path):
+    for given in (["--model_name_or_path", trained("full")], ["--lora_path", trained("lora")]):
+        succeeded(call(*on_rte(glue, tmp_path / "o", *given, *SHORT, "--do_eval")))
+    assert read(tmp_path / "o" / "run.json")["started_from"] == str(trained("lora"))
+
+
+def test_training_does_not_start_among_results_that_another_model_gave(trained, call, glue, tmp_path):
+    evaluate = on_rte(glue, tmp_path / "o", "--model_name_or_path", trained("full"), *SHORT, "--do_eval")
+    succeeded(call(*evaluate))
+    train = rte(glue, tmp_path / "o", *SHORT, "--max_steps", "1", "--do_train")
+    outcome = call(*train)
+    assert outcome.code == 1 and "eval_results.json" in outcome.err and "--overwrite_output_dir" in outcome.err
+    succeeded(call(*train, "--overwrite_output_dir"))
+    assert not (tmp_path / "o" / "eval_results.json").exists()
+
+
+# ------------------------------------------------------------------------------------- a file at the wrong door
+
+
+def peft_on(base: Path, folder: Path, **settings: Any) -> PeftModel:
+    """A PEFT adapter of a checkpoint, saved."""
+    kind = RobertaForSequenceClassification if settings.get("task_type") == "SEQ_CLS" else RobertaModel
+    torch.manual_seed(0)
+    model = get_peft_model(
+        kind.from_pretrained(base), LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], **settings)
+    )
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_file_at_the_wrong_door_is_told_the_right_one(trained, call, glue, tiny_model, tmp_path):
+    full, lora = trained("full"), trained("lora")
+    torch.save(peft_on(tiny_model, tmp_path / "peft", task_type="SEQ_CLS").state_dict(), tmp_path / "peft.bin")
+    torch.save(RobertaForSequenceClassification.from_pretrained(full).state_dict(), tmp_path / "whole.bin")
+    headless = {n: t for n, t in read_adapter(str(lora)).state.items() if ".lora_" in n}
+    torch.save(headless, tmp_path / "headless.bin")
+    peft_on(tiny_model, tmp_path / "encoder", task_type="FEATURE_EXTRACTION")
+    base, door = "--model_name_or_path", "--lora_path"
+    alpha = ["--lora_alpha", "8"]
+    for flags, said in (
+        ([base, lora], f"is an adapter.\nGive it as --lora_path, and its base ({tiny_model}) as --model_name_or_path"),
+        ([base, trained("head")], "Give it as --adapter_path"),
+        ([door, full], "is a whole model, no adapter. Give it as --model_name_or_path"),
+        ([door, full / "model.safetensors"], "is a whole model, without LoRA. Give it as --model_name_or_path"),
+        ([door, tmp_path / "whole.bin"], "is a whole model, without LoRA. Give it as --model_name_or_path"),
+        ([door, lora / "adapter_model.safetensors"], "holds PEFT's keys"),
+        ([door, tmp_path / "peft.bin"], "Give the folder with its adapter_config.json"),
+        ([door, tmp_path / "headless.bin", *alpha], "holds LoRA and no classifier: train one from it (--do_train)"),
+        ([door, tmp_path / "encoder"], "its keys lack 'roberta.'"),
+    ):
+        outcome = call(*on_rte(glue, tmp_path / "o", *flags, *SHORT, "--do_eval"))
+        assert outcome.code == 1 and said in outcome.err, (flags, outcome.err)
+    train = on_rte(glue, tmp_path / "o", *SHORT, "--do_train", "--max_steps", "1")
+    assert "its keys lack 'roberta.'" in call(*train, door, tmp_path / "encoder").err
+    succeeded(call(*train, door, tmp_path / "headless.bin", *alpha))
