@@ -501,14 +501,91 @@ BAD_OWN = {
     "text that's null": ("a.jsonl", '{"text": "A", "label": 1}\n{"text": null, "label": 0}\n', "{path}:2: "),
     "half a surrogate pair": ("a.jsonl", '{"text": "A", "label": 1}\n{"text": "\\ud800", "label": 0}\n', "{path}:2: "),
     "two columns of one name": ("a.csv", "text,text,label\nA,B,x\n", "{path}:1: "),
+    "a key that stands twice": ("a.jsonl", '{"text": "A", "label": 1}\n{"text": "B", "label": 1, "label": 0}\n',
+                                "{path}:2: the key 'label' stands twice"),
+    "a key of an inner object twice": ("a.json", '{"text": "A", "label": 1, "of": {"a": 1, "a": 1}}\n', "{path}:1: "),
+    "a text that stands twice": ("a.json", '{"text": "A", "label": 1, "text": "A"}\n', "{path}:1: the key 'text'"),
+    "semicolons": ("a.csv", "text;label\nA;x\nB;y\n", "{path}:1: the header is one column, 'text;label'.\nA .csv file "
+                   "has commas between columns, this one semicolons: save it so."),
+    "semicolons and a comma": ("a.csv", "text;label\nA, B;x\n", "{path}:1: the header is one column"),
+    "tabs": ("a.csv", "text\tlabel\nA\tx\n", "{path}:1: the header is one column, 'text\\tlabel'.\nA .csv file has "
+             "commas between columns, this one tabs: save it so, or name it .tsv."),
+    "commas": ("a.tsv", "text,label\nA,x\n", "{path}:1: the header is one column, 'text,label'.\nA .tsv file has tabs "
+               "between columns, this one commas: save it so, or name it .csv."),
+    "semicolons with a comma in the header": ("a.csv", "text;by, me;label\nA;B;x\n", "{path}:2: 1 columns, the header "
+                                              "has 2.\nA .csv file has commas between columns, this one semicolons"),
+    "constant numbers": ("a.csv", "text,label\nA,0.5\nB,0.50\n", "{path}: every label in column 'label' is 0.5"),
     "Latin-1": ("a.csv", "text,label\nA,x\ncafé,y\n".encode("latin-1"), "{path}:3: "),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", BAD_OWN)
 def test_a_bad_file_of_ones_own_is_refused_by_name_and_line(tmp_path, what):
     name, content, place = BAD_OWN[what]
     assert refusal(own, tmp_path, name, content).startswith(place.format(path=tmp_path / name))
+
+
+def of_labels(labels: list[str], texts: list[str] | None = None) -> str:
+    texts = texts or [f"text {i} of {len(labels)}" for i in range(len(labels))]
+    return "text,label\n" + "".join(f"{text},{label}\n" for text, label in zip(texts, labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [f"a long text {i} as texts are"[:24] for i in range(160)],
+        [str(i) for i in range(10)],
+        [f"c{i % 6}" for i in range(11)],
+    ],
+    ids=["text", "whole numbers", "more classes than half of the rows"],
+)
+def test_a_label_column_in_which_nearly_every_row_has_its_own_label_is_refused(labels, tmp_path):
+    content = of_labels(labels, ["good", "bad"] * (len(labels) // 2) + ["good"] * (len(labels) % 2))
+    n, count = len({*labels}), len(labels)
+    path = write(tmp_path / "a.csv", content)
+    for files, known in ((["train"], None), (["validation"], None), (["validation"], ("bad", "good"))):
+        message = refusal(load_files, dict.fromkeys(files, str(path)), known)
+        assert message.startswith(f"{path}: column 'label' has {n} different labels in {count} rows ({labels[0]}, ")
+        assert all(flag in message for flag in ("--label_column", "--text_columns", "--labels")) and len(message) < 500
+    other = write(tmp_path / "train.csv", of_labels(["bad", "good"] * 5))
+    message = refusal(load_files, {"train": str(other), "validation": str(path)}, None)
+    assert message.startswith(f"{path}: column 'label' has {n} different labels")
+
+
+def test_many_classes_are_read_where_they_are_known_or_rows_are_few_or_each_has_two(tmp_path):
+    names = tuple(f"c{i}" for i in range(12))
+    assert len(own(tmp_path, "a.csv", of_labels([*names]), names).labels) == 12
+    path, train = write(tmp_path / "dev.csv", of_labels([*names])), write(tmp_path / "t.csv", of_labels([*names] * 2))
+    assert load_files({"validation": str(path)}, names).labels == names
+    assert len(load_files({"train": str(train), "validation": str(path)}, None).labels) == 12
+    assert len(own(tmp_path, "a.csv", of_labels([*names[:9]])).labels) == 9
+    assert own(tmp_path, "a.csv", of_labels([f"{i}.5" for i in range(12)])).is_regression
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("written", ["1", "0.25", "-3e2"])
+def test_numbers_that_are_all_the_same_are_no_regression_to_learn_or_to_judge(written, split, tmp_path):
+    path = write(tmp_path / "a.csv", of_labels([written] * 3))
+    message = refusal(load_files, {split: str(path)}, ())
+    assert message.startswith(f"{path}: every label in column 'label' is {float(written):g}; ")
+    assert "--label_column" in message and "correlation" in message
+    assert load_files({split: str(write(path, of_labels([written])))}, ()).is_regression  # one row alone
+
+
+def test_a_label_that_is_not_known_says_where_the_known_ones_come_from(tmp_path):
+    path = write(tmp_path / "dev.csv", of_labels(["1", "0"]))
+    for source in ("--labels", "output/adapter"):
+        message = refusal(load_files, {"validation": str(path)}, ("negative", "positive"), named_by=source)
+        assert message == f"{path}:2: label '1' is not among those of {source}: negative, positive."
+    train = write(tmp_path / "train.csv", of_labels([f"c{i:02}" for i in range(14)] * 2))
+    message = refusal(load_files, {"train": str(train), "validation": str(path)}, None)
+    assert (
+        message.startswith(f"{path}:2: label '1' is not among those of {train}: c00, ") and "c09 and 4 more" in message
+    )
+    for split in ("train", "validation"):
+        numbers = write(tmp_path / "numbers.csv", of_labels(["0.5", "1"]))
+        message = refusal(load_files, {split: str(numbers)}, ("negative", "positive"), named_by="--labels")
+        assert message.startswith(f"{numbers}: ") and "a regression has no label names" in message
 
 
 def test_a_missing_file_and_a_folder_in_its_place_are_refused_by_name(tmp_path):
@@ -548,8 +625,10 @@ def test_a_regressions_validation_file_may_hold_whole_numbers_but_no_words(tmp_p
 def test_a_test_file_needs_no_labels_and_those_it_has_are_not_read(tmp_path):
     examples = train_and(tmp_path, "test", "text,label\nA,x\nB,y\n", "text\nC\n")
     assert_table(examples.splits["test"], ["C"], None, None)
+    assert describe(examples)[1] == "test: 1 rows, text in 'text'."
     examples = train_and(tmp_path, "test", "text,label\nA,x\nB,y\n", "text,label\nC,\n")
     assert_table(examples.splits["test"], ["C"], None, None)
+    assert describe(examples)[1] == "test: 1 rows, text in 'text'; its labels in 'label' are not read."
 
 
 def test_all_files_are_read_by_the_columns_of_the_first(tmp_path):
@@ -877,6 +956,17 @@ def test_a_chosen_part_of_a_sorted_set_with_a_single_class_is_refused_naming_the
     assert len(alone.splits[split]) == 10
 
 
+@pytest.mark.parametrize("split, flag", [("train", "--max_train_samples"), ("validation", "--max_eval_samples")])
+def test_a_chosen_part_of_a_regression_with_a_single_number_is_refused_likewise(split, flag):
+    table = Dataset.from_dict({"text": [str(i) for i in range(40)], "label": [0.5] * 20 + [1.5] * 20})
+    examples = Examples({"train": table, "validation": table}, ())
+    message = refusal(choose_rows, examples, {split: 10})
+    assert message.startswith(f"{split}: the first 10 of 40 rows all have the label '0.5'; the set has 0.5 20, 1.5 20.")
+    assert "--sample_seed" in message and flag in message
+    assert len({*choose_rows(examples, {split: 10}, 0).splits[split][:]["label"]}) == 2
+    assert len(choose_rows(examples, {split: 1}).splits[split]) == 1
+
+
 def test_a_part_that_lacks_a_class_says_which_in_the_line_of_counts():
     table = Dataset.from_dict({"text": list("abcdef"), "label": [0, 0, 1, 1, 2, 2]})
     examples = Examples({"train": table}, ("x", "y", "z"), {"train": ("text", "label")})
@@ -984,10 +1074,11 @@ def test_every_split_has_a_line_of_its_columns_labels_and_counts(tmp_path):
         *[f"test_{kind}: 1 rows, text in 'sentence1' and 'sentence2'." for kind in ("matched", "mismatched")],
     ]  # fmt: skip
     (line,) = describe(load_examples("stsb", str(tmp_path), {}, ["train"]))
-    assert line == "train: 2 rows, text in 'sentence1' and 'sentence2', labels in 'score': numbers from 0.5 to 5."
+    texts = "text in 'sentence1' and 'sentence2'"
+    assert line == f"train: 2 rows, {texts}, labels in 'score', a regression: numbers from 0.5 to 5."
     many = "text,label\n" + "".join(f"t{i % 7},c{i % 40:02}\n" for i in range(120))
     (line,) = describe(own(tmp_path, "a.csv", many))
-    assert line.endswith("c10 3, c11 3 and 28 more.")
+    assert line.endswith("c08 3, c09 3 and 30 more.")
 
 
 def test_labels_that_differ_in_blanks_or_case_alone_are_said_with_their_counts(tmp_path):
@@ -997,6 +1088,16 @@ def test_labels_that_differ_in_blanks_or_case_alone_are_said_with_their_counts(t
     (note,) = examples.notes
     assert note.startswith(f"{tmp_path / 'a.csv'}: ") and "'Pos' (1 rows), 'pos ' (2 rows)" in note
     assert describe(examples)[0] == note
+
+
+@pytest.mark.parametrize("one, other", [("1", "01"), ("+1", "1"), ("-0", "0"), ("1.0", "1")])
+def test_labels_that_are_the_same_number_written_otherwise_are_said_with_their_counts(one, other, tmp_path):
+    names = ["no"] * (one == "1.0")  # else these are numbers of a regression
+    examples = own(tmp_path, "a.csv", of_labels([one, other, one, *names]))
+    assert {*examples.labels} == {one, other, *names}
+    (note,) = examples.notes
+    assert note.startswith(f"{tmp_path / 'a.csv'}: ") and f"'{one}' (2 rows), '{other}' (1 rows)" in note
+    assert "how a number is written" in note
 
 
 def test_a_label_that_differs_from_a_known_one_in_blanks_or_case_alone_is_read_as_it_and_said(tmp_path):

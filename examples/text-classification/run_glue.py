@@ -298,13 +298,15 @@ def read_examples(
     splits = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     wanted, task = [split for split, is_wanted in splits.items() if is_wanted], data_args.task_name
     files = {split: getattr(data_args, f"{split}_file") for split in splits}
-    known = parse_names("labels", data_args.labels) if args.do_train else head.labels
+    given = parse_names("labels", data_args.labels)
+    known = given if args.do_train else head.labels
+    named_by = head.source if given is None else "--labels"
     if known is None and not task and wanted == ["test"]:
         head.check_ids(None)
     place, texts = (data_args.glue_dir, model_args.cache_dir, model_args.token), data_args.text_columns
     columns, absent = (parse_names("text_columns", texts), data_args.label_column), ""
     with args.main_process_first(desc="loading the examples"):
-        examples = data.load_examples(task, place[0], files, wanted, known, *place[1:], *columns)
+        examples = data.load_examples(task, place[0], files, wanted, known, *place[1:], *columns, named_by)
         if task == "mnli" and args.do_predict:
             examples, absent = data.with_diagnostics(examples, *place)
     if known is None and not task and not args.do_train:

@@ -22,8 +22,8 @@ import huggingface_hub
 import numpy as np
 from datasets import Dataset
 
-from lora_nlu.errors import UserError
-from lora_nlu.labels import same_name
+from lora_nlu.errors import UserError, shown
+from lora_nlu.labels import first_of, listed, same_name
 from lora_nlu.tasks import TASKS, Task
 
 HUB_DATASET = "nyu-mll/glue"
@@ -46,6 +46,7 @@ class Examples:
 
     columns: of each split, the names that its file gives the columns read: text, or a pair, then the label if it is.
     rows:    of each split, how many there were before some were chosen (`choose_rows`).
+    unread:  of a test split whose file has a column of labels, the name of that column.
     notes:   lines worth saying of what was read.
     """
 
@@ -53,6 +54,7 @@ class Examples:
     labels: tuple[str, ...]
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -239,14 +241,29 @@ def _csv_rows(path: Path, text: str) -> Iterator[_Row]:
         header = next(reader)
         if len(set(header)) != len(header):
             raise UserError(f"{path}:1: two columns have the same name: {', '.join(header)}.")
+        remedy = _other_separator(path, header)
+        if remedy and len(header) == 1:
+            raise UserError(f"{path}:1: the header is one column, {header[0][:80]!r}.{remedy}")
         for fields in reader:
             if not fields:
                 continue
             if len(fields) != len(header):
-                raise UserError(f"{path}:{reader.line_num}: {len(fields)} columns, the header has {len(header)}.")
+                found = f"{len(fields)} columns, the header has {len(header)}"
+                raise UserError(f"{path}:{reader.line_num}: {found}.{remedy}")
             yield _Row(dict(zip(header, fields, strict=True)), f"{path}:{reader.line_num}")
     except csv.Error as e:
         raise UserError(f"{path}:{reader.line_num}: {e}: a broken or cut line.") from e
+
+
+def _other_separator(path: Path, header: Sequence[str]) -> str:
+    """What to do about a header in which columns seem to be separated by what their file's kind doesn't; or ""."""
+    marks = {"\t": "tabs", ";": "semicolons", ",": "commas", "|": "bars"}
+    own = "\t" if path.suffix == ".tsv" else ","
+    there = next((mark for mark in marks if mark != own and any(mark in name for name in header)), None)
+    if there is None:
+        return ""
+    rename = ", or name it .tsv" if there == "\t" else ", or name it .csv" if there == "," else ""
+    return f"\nA {path.suffix} file has {marks[own]} between columns, this one {marks[there]}: save it so{rename}."
 
 
 def _json_rows(path: Path, text: str) -> Iterator[_Row]:
@@ -255,14 +272,26 @@ def _json_rows(path: Path, text: str) -> Iterator[_Row]:
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = json.loads(line, object_pairs_hook=_object)
             if "\\u" in line:  # half a surrogate pair, which no table can hold, fails here
                 json.dumps(fields, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path}:{number}: not a JSON object ({e}). The file needs one object a line.") from e
+        except KeyError as e:
+            raise UserError(f"{path}:{number}: the key {e} stands twice in one object.") from e
         if not isinstance(fields, dict):
             raise UserError(f"{path}:{number}: a JSON {type(fields).__name__}; the file needs one object a line.")
         yield _Row(fields, f"{path}:{number}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; KeyError for a key that it has twice, of which json would keep the last."""
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise KeyError(key[:80])
+        fields[key] = value
+    return fields
 
 
 def _text_columns(path: Path, columns: Sequence[str], label_column: str) -> tuple[str, ...]:
@@ -312,6 +341,30 @@ def _check_leak(path: Path, rows: Sequence[_Row], texts: Sequence[str], labels: 
             )
 
 
+def _check_repeated(path: Path, labels: Sequence[str], column: str, known: dict[str, int]) -> None:
+    """Labels of which nearly every row has its own are none, unless all are known. Raises UserError."""
+    names = [*dict.fromkeys(labels)]
+    if len(labels) < 10 or 2 * len(names) <= len(labels):
+        return
+    if known and all(_known_as(name, known) is not None for name in names):
+        return
+    raise UserError(
+        f"{path}: column {column!r} has {len(names)} different labels in {len(labels)} rows ({listed(names[:2])}, "
+        "...): nearly every row would be its own class.\n"
+        "Name the column of the labels with --label_column, those of the text with --text_columns.\n"
+        "Numbers of a regression need a decimal point (3.0); so many classes are named with --labels."
+    )
+
+
+def _check_varied(path: Path, numbers: Sequence[float], column: str) -> None:
+    """With numbers that are all the same nothing correlates. Raises UserError."""
+    if len(numbers) > 1 and len({*numbers}) == 1:
+        raise UserError(
+            f"{path}: every label in column {column!r} is {numbers[0]:g}; there is nothing to learn, and no "
+            "correlation to measure.\nName the column of the labels: --label_column."
+        )
+
+
 def _label_values(rows: Sequence[_Row], column: str) -> list[str] | list[float]:
     """Labels as class names (strings), or as floats if every one is a number and not every one an integer."""
     written = []
@@ -357,13 +410,15 @@ def load_files(
     known_labels: Sequence[str] | None,
     text_columns: Sequence[str] | None = None,
     label_column: str = LABEL,
+    named_by: str = "",
 ) -> Examples:
     """Read train, validation and test files of one's own (CSV, TSV, JSON lines).
 
     Text is in the one or two `text_columns`; without them, in a pair of known names or in the one column beside the
     label and row numbers. `label_column` holds class names or integers (classification) or other numbers (regression).
     Class ids follow `known_labels` (those of a trained head or of --labels; () means regression) or the sorted labels
-    of the training file; without either, of the validation file. Raises UserError naming file and line.
+    of the training file; without either, of the validation file. `named_by` is what gave `known_labels`: --labels, or
+    whose head it is. Raises UserError naming file and line.
     """
     rows: dict[str, list[_Row]] = {}
     digests: dict[str, str] = {}
@@ -385,6 +440,20 @@ def load_files(
     if known_labels is None and not labels:
         raise UserError("The labels are unknown: give --train_file, or --lora_path with an adapter that records them.")
     reference = labels.get("train") or labels.get("validation") or []
+    origin = named_by or "the known labels"
+    if known_labels is None:
+        origin = files.get("train") or files["validation"]
+    elif known_labels and named_by == "--labels" and reference and isinstance(reference[0], float):
+        raise UserError(
+            f"{files.get('train') or files['validation']}: the labels in column {label_column!r} are numbers, and a "
+            "regression has no label names. Leave --labels out."
+        )
+    known = {name: i for i, name in enumerate(known_labels or ())}
+    for split, values in labels.items():
+        if known_labels != () and not isinstance(values[0], float):
+            _check_repeated(Path(files[split]), [str(value) for value in values], label_column, known)
+        if known_labels is None:  # training's were looked at before
+            known = known or dict.fromkeys(map(str, values), 0)
     if known_labels is not None:
         names = tuple(known_labels)
     else:
@@ -394,7 +463,7 @@ def load_files(
             f"{files.get('train') or files['validation']}: every label is {str(reference[0])!r}; nothing to learn."
         )
     ids, notes = {name: i for i, name in enumerate(names)}, []
-    tables, columns = {}, {}
+    tables, columns, unread = {}, {}, {}
     for split, file in files.items():
         columns[split] = texts
         table: dict[str, list] = {
@@ -407,27 +476,41 @@ def load_files(
                 _check_leak(Path(file), rows[split], texts, labels[split])
                 notes += _odd_spellings(file, list(map(str, labels[split])), ids)
             table[LABEL] = [
-                _own_label(value, ids, row.where) for value, row in zip(labels[split], rows[split], strict=True)
+                _own_label(value, ids, row.where, origin) for value, row in zip(labels[split], rows[split], strict=True)
             ]
+            if not ids:
+                _check_varied(Path(file), table[LABEL], label_column)
+        elif label_column in rows[split][0].fields and label_column not in texts:
+            unread[split] = label_column
         suffix = Path(file).suffix  # the same bytes are other examples in CSV and TSV
         tables[split] = _from_columns(table, f"{split} {names} {columns[split]} {suffix} {digests[split]}")
-    return Examples(tables, names, columns, notes=tuple(notes))
+    return Examples(tables, names, columns, unread=unread, notes=tuple(notes))
 
 
 def _odd_spellings(file: str, labels: Sequence[str], ids: dict[str, int]) -> list[str]:
-    """Lines on labels of a file that differ from others, or from the known ones, in blanks or case alone."""
+    """Lines on labels of a file that differ from others in blanks, case or the writing of a number alone, or from the
+    known ones in blanks or case."""
     counts, lines = Counter(labels), []
-    groups: dict[str, list[str]] = {}
+    groups: dict[object, list[str]] = {}
     for label in counts:
-        groups.setdefault(same_name(label), []).append(label)
+        groups.setdefault(_meaning(label), []).append(label)
     for label, count in counts.items():
         if label not in ids and (name := _known_as(label, ids)) is not None:
             lines.append(f"{file}: label {label!r} ({count} rows) is read as {name!r}.")
     for alike in groups.values():
         if len(apart := [label for label in alike if label in ids]) > 1:
             said = ", ".join(f"{label!r} ({counts[label]} rows)" for label in apart)
-            lines.append(f"{file}: labels that differ in blanks or case alone are taken for different ones: {said}.")
+            alone = "blanks or case" if isinstance(_meaning(alike[0]), str) else "how a number is written"
+            lines.append(f"{file}: labels that differ in {alone} alone are taken for different ones: {said}.")
     return lines
+
+
+def _meaning(label: str) -> object:
+    """What is equal for labels that mean the same: 01, +1 and 1; Yes and yes."""
+    try:
+        return int(label) if _is_integer(label) else float(label)
+    except ValueError:
+        return same_name(label)
 
 
 def _known_as(label: str, ids: dict[str, int]) -> str | None:
@@ -446,15 +529,17 @@ def _label_order(name: str) -> tuple[int, int, str]:
     return (1, int(number), name) if number != name and _is_integer(number) else (2, 0, name)
 
 
-def _own_label(value: object, ids: dict[str, int], where: str) -> int | float:
+def _own_label(value: object, ids: dict[str, int], where: str, origin: str) -> int | float:
     if ids:
         if (name := _known_as(str(value), ids)) is None:
-            raise UserError(f"{where}: label {str(value)!r} was not among the training labels: {', '.join(ids)}.")
+            raise UserError(f"{where}: label {str(value)[:80]!r} is not among those of {origin}: {listed([*ids])}.")
         return ids[name]
     try:
         number = _number(value)
     except ValueError as e:
-        raise UserError(f"{where}: label {value!r} is no number, and this is a regression.") from e
+        raise UserError(
+            f"{where}: label {str(value)[:80]!r} is no number; those of {origin} are, and this is a regression."
+        ) from e
     if not math.isfinite(number):
         raise UserError(f"{where}: the label is {str(value)[:40]!r}, which is not finite.")
     return number
@@ -467,7 +552,7 @@ def choose_rows(examples: Examples, limits: dict[str, int | None], seed: int | N
     """The first `limits[split]` examples of each split; None or no entry keeps all.
 
     With a seed, those of all but the test splits are drawn by it instead; their order stays. Raises UserError if a part
-    holds a single class of several.
+    holds a single class of several, and for a regression if all numbers are the same.
     """
     tables = {}
     for split, table in examples.splits.items():
@@ -476,35 +561,36 @@ def choose_rows(examples: Examples, limits: dict[str, int | None], seed: int | N
             is_drawn = seed is not None and not split.startswith("test")
             numbers = sorted(random.Random(seed).sample(range(len(table)), limit)) if is_drawn else range(limit)
             part = table.select(numbers)
-            if not examples.is_regression and LABEL in part.column_names:
-                _check_classes(examples, split, part, "drawn" if is_drawn else "first")
+            if LABEL in part.column_names:
+                _check_part(examples, split, part, "drawn" if is_drawn else "first")
             table = part
         tables[split] = table
     return replace(examples, splits=tables, rows={split: len(table) for split, table in examples.splits.items()})
 
 
-def _check_classes(examples: Examples, split: str, part: Dataset, which: str) -> None:
-    """A part with a single class teaches and measures nothing, where the set has more. Raises UserError."""
-    there, all_there = (_class_counts(table, examples) for table in (part, examples.splits[split]))
-    if len(there) < 2 <= len(all_there):
+def _check_part(examples: Examples, split: str, part: Dataset, which: str) -> None:
+    """A part with a single label teaches and measures nothing, where the set has more. Raises UserError."""
+    there, all_there = (_label_counts(table, examples) for table in (part, examples.splits[split]))
+    if len(there) < 2 <= len(all_there) and (len(part) > 1 or not examples.is_regression):
         flag = f"--max_{'train' if split == 'train' else 'eval'}_samples"
         raise UserError(
             f"{split}: the {which} {len(part)} of {len(examples.splits[split])} rows all have the label "
-            f"{next(iter(there), '')!r}; the set has {_listed(all_there)}.\n"
+            f"{next(iter(there), '')[:80]!r}; the set has {_counted(all_there)}.\n"
             f"Draw them with {'another' if which == 'drawn' else 'a'} --sample_seed N, or give a larger {flag}."
         )
 
 
-def _class_counts(table: Dataset, examples: Examples) -> dict[str, int]:
-    """How many rows of a table each label has that occurs in it, in id order."""
+def _label_counts(table: Dataset, examples: Examples) -> dict[str, int]:
+    """How many rows of a table each label has that occurs in it: classes by name in id order, or numbers."""
     counts = Counter(table.with_format("numpy")[LABEL][:].tolist())
+    if examples.is_regression:
+        return {f"{number:g}": count for number, count in sorted(counts.items())}
     return {name: counts[i] for i, name in enumerate(examples.labels) if counts[i]}
 
 
-def _listed(counts: dict[str, int], most: int = 12) -> str:
-    """Labels with their counts, the first of them where they are many."""
-    said = [f"{name} {count}" for name, count in counts.items()]
-    return ", ".join(said[:most]) + (f" and {len(said) - most} more" if len(said) > most else "")
+def _counted(counts: dict[str, int]) -> str:
+    """Labels with their counts."""
+    return first_of([f"{shown(name, 40)} {count}" for name, count in counts.items()])
 
 
 def describe(examples: Examples, seed: int | None = None) -> list[str]:
@@ -515,16 +601,18 @@ def describe(examples: Examples, seed: int | None = None) -> list[str]:
         chosen = f"the first of {rows}" if seed is None or split.startswith("test") else f"drawn of {rows}"
         texts = " and ".join(map(repr, columns[: len(table.column_names) - (LABEL in table.column_names)]))
         line = f"{split}: {len(table)} rows{f' ({chosen})' if len(table) < rows else ''}, text in {texts}"
+        if split in examples.unread:
+            line += f"; its labels in {examples.unread[split]!r} are not read"
         if LABEL in table.column_names:
-            line += f", labels in {columns[-1]!r}: "
+            line += f", labels in {columns[-1]!r}"
             if examples.is_regression:
                 numbers = table.with_format("numpy")[LABEL][:]
-                line += f"numbers from {numbers.min():g} to {numbers.max():g}"
+                line += f", a regression: numbers from {numbers.min():g} to {numbers.max():g}"
             else:
-                counts = _class_counts(table, examples)
-                line += _listed(counts)
+                counts = _label_counts(table, examples)
+                line += f": {_counted(counts)}"
                 if absent := [name for name in examples.labels if name not in counts]:
-                    line += f"; none of {', '.join(absent[:12])}" + " ..." * (len(absent) > 12)
+                    line += f"; none of {listed(absent)}"
         lines.append(f"{line}.")
     return lines
 
@@ -632,14 +720,15 @@ def load_examples(
     token: str | None = None,
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
+    named_by: str = "",
 ) -> Examples:
     """Load what a run needs: `wanted` of train, validation, test, of a GLUE task or from `files` and their columns.
 
-    Raises UserError if a wanted split is not to be had.
+    known_labels, named_by: as in `load_files`. Raises UserError if a wanted split is not to be had.
     """
     if task_name is None:
         own = {split: files[split] for split in wanted}
-        return load_files(own, known_labels, text_columns, label_column or LABEL)
+        return load_files(own, known_labels, text_columns, label_column or LABEL, named_by)
     task = TASKS[task_name]
     for split in wanted:
         if not task.splits[split]:

@@ -35,8 +35,16 @@ def set_labels(config: Any, labels: tuple[str, ...]) -> None:
     config.problem_type = "single_label_classification" if labels else "regression"
 
 
+def first_of(said: Sequence[str], most: int = 10) -> str:
+    """With commas between them, and the first of them only where they are many."""
+    return ", ".join(said[:most]) + (f" and {len(said) - most} more" if len(said) > most else "")
+
+
 def listed(labels: Sequence[str] | None) -> str:
-    return "labels without names" if labels is None else shown(", ".join(labels), 1000) or "a number (regression)"
+    """Label names for a message."""
+    if labels is None:
+        return "labels without names"
+    return first_of([shown(label, 40) for label in labels]) or "a number (regression)"
 
 
 def same_name(label: str) -> str:

@@ -42,7 +42,7 @@ def test_a_run_on_setfits_layout_stops_until_text_columns_and_label_column_say_w
     for line in (
         "train: 24 rows, text in 'text', labels in 'label': 0 16, 1 8.",
         "validation: 12 rows, text in 'text', labels in 'label': 0 8, 1 4.",
-        "test: 6 rows, text in 'text'.",
+        "test: 6 rows, text in 'text'; its labels in 'label' are not read.",
     ):
         assert lines.count(line) == 1, lines
     flags += ["--text_columns", "text", "--label_column", "label_text", "--overwrite_output_dir"]
@@ -55,6 +55,30 @@ def test_a_run_that_is_told_to_read_the_labels_name_is_refused(setfit, call, tmp
     for columns in ("label_text", "text,label_text"):
         outcome = call(*setfit, *LORA, *DO, "--text_columns", columns, "--output_dir", tmp_path / "o")
         assert outcome.code == 1 and "column 'label_text' has one value for each label" in outcome.err
+
+
+def test_a_run_whose_text_and_labels_are_swapped_stops_and_names_the_column_the_count_and_the_flags(call, tmp_path):
+    rng = random.Random(0)
+    rows = [(["no", "yes"][i % 2], sentence(rng, f"and {i}")) for i in range(40)]
+    flags: list[object] = [*LORA, *STILL, "--output_dir", tmp_path / "o"]
+    file = write_table(tmp_path / "a.csv", "text,label", rows)
+    told = write_table(tmp_path / "b.csv", "text,label", [(text, label) for label, text in rows])
+    for files in (["--train_file", file, "--do_train"], ["--train_file", told, "--validation_file", file, *DO[:2]]):
+        outcome = call(*flags, *files)
+        assert outcome.code == 1 and f"{file}: column 'label' has 40 different labels in 40 rows" in outcome.err
+        assert "--label_column" in outcome.err and "--text_columns" in outcome.err and len(outcome.err) < 600
+    names = ["--label_column", "text", "--text_columns", "label"]
+    assert "labels in 'text': no 20, yes 20." in succeeded(call(*flags, "--train_file", file, "--do_train", *names)).out
+
+
+@pytest.mark.parametrize("flag", ["--train_file", "--validation_file"])
+def test_a_run_on_numbers_that_are_all_the_same_is_refused_by_file(flag, call, tmp_path):
+    rng, files = random.Random(0), []
+    for name in ("--train_file", "--validation_file"):
+        rows = [(sentence(rng), "0.5" if name == flag else f"{i / 2}") for i in range(12)]
+        files += [name, write_table(tmp_path / f"{name[2:]}.csv", "text,label", rows)]
+    outcome = call(*LORA, *STILL, *files, *DO[:2], "--output_dir", tmp_path / "o")
+    assert outcome.code == 1 and f"{flag[2:]}.csv: every label in column 'label' is 0.5" in outcome.err
 
 
 @pytest.mark.parametrize(
@@ -84,7 +108,7 @@ def test_a_task_says_its_columns_labels_and_counts_too(call, glue, tmp_path):
     for task, line in (
         ("rte", "text in 'sentence1' and 'sentence2', labels in 'label': entailment "),
         ("cola", "text in 'sentence', labels in 'label': unacceptable "),
-        ("stsb", "text in 'sentence1' and 'sentence2', labels in 'score': numbers from 0 to 5."),
+        ("stsb", "text in 'sentence1' and 'sentence2', labels in 'score', a regression: numbers from 0 to 5."),
     ):
         flags = ["--task_name", task, "--glue_dir", glue, *LORA, *STILL, "--do_train", "--output_dir", tmp_path / task]
         assert f"train: 48 rows, {line}" in succeeded(call(*flags)).out
