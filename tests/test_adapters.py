@@ -134,7 +134,9 @@ def test_a_written_folder_has_the_keys_shapes_and_settings_peft_itself_writes(sa
     for key in ("peft_type", "task_type", "r", "lora_alpha", "bias", "fan_in_fan_out", "lora_dropout"):
         assert ours_config[key] == theirs_config[key], key
     assert sorted(ours_config["target_modules"]) == sorted(theirs_config["target_modules"])
-    assert json.loads((folder / METADATA).read_text()) == METADATA_OF_RUN
+    known = json.loads((folder / METADATA).read_text())
+    assert known.items() >= METADATA_OF_RUN.items() and known["peft_type"] == "LORA"
+    assert known.keys() - METADATA_OF_RUN.keys() == {"peft_type", "weights_fingerprint"}
     assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, METADATA, WEIGHTS])
 
 
@@ -490,11 +492,93 @@ def test_matrices_where_the_config_has_no_lora_are_refused_for_peft_would_leave_
 @pytest.mark.parametrize("settings", [{"layers_to_transform": [0, 1]}, {"exclude_modules": ["key"]}], ids=str)
 def test_matrices_that_are_missing_are_named_whatever_way_the_config_says_which_there_are(settings, saved, tmp_path):
     copied(saved[1], tmp_path, **settings)
+    (tmp_path / METADATA).unlink()
     tensors = load_file(tmp_path / WEIGHTS)
     gone = [name for name in tensors if "layer.1.attention.self.query" in name]
     save_file({name: t for name, t in tensors.items() if name not in gone}, tmp_path / WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match="lacks roberta.encoder.layer.1.attention.self.query.lora_A"):
         attach_adapter(RobertaForSequenceClassification(tiny_config()), read_adapter(str(tmp_path)), None, False)
+
+
+# ------------------------------------------------------------------------------- files that don't belong together
+
+
+@pytest.fixture
+def recorded(tmp_path) -> Path:
+    """A folder whose metadata says by what the update was scaled, as that of a run does."""
+    save_adapter(lora_model(), tmp_path / "run", METADATA_OF_RUN | {"lora": {"scalings": [ALPHA / R]}})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("settings", "scaled"),
+    [
+        ({"lora_alpha": 24}, "by 6,"),
+        ({"use_rslora": True}, "by 3,"),
+        ({"alpha_pattern": {"value": 12}}, "by 1.5, 3,"),
+        ({"alpha_pattern": {r".*layer\.1\..*": 2}}, "by 0.5, 1.5,"),
+    ],
+    ids=str,
+)
+def test_a_scaling_edited_after_the_training_is_refused_with_both_numbers(settings, scaled, recorded):
+    assert read_adapter(str(recorded)).scalings() == [1.5]
+    copied(recorded, recorded, **settings)
+    message = refused(recorded)
+    assert f"scales the update {scaled}" in message and "trained with 1.5:" in message and "lora_alpha" in message
+    (recorded / METADATA).write_text(json.dumps(METADATA_OF_RUN))  # an older run does not tell
+    read_adapter(str(recorded))
+
+
+@pytest.mark.parametrize("kind", ["LORA", "LORA_FROZEN_RELATIVE_QUERY"])
+def test_a_deberta_folder_made_to_be_read_the_other_way_is_refused(kind, tmp_path):
+    model = lora_deberta(lora_relative_query=kind == "LORA")
+    save_adapter(model, tmp_path, METADATA_OF_RUN)
+    assert json.loads((tmp_path / METADATA).read_text())["peft_type"] == kind
+    other = {"LORA": "LORA_FROZEN_RELATIVE_QUERY"}.get(kind, "LORA")
+    copied(tmp_path, tmp_path, peft_type=other)
+    assert f"says {other}, {METADATA} {kind}: they don't belong together" in refused(tmp_path, model)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, METADATA])
+def test_weights_of_another_run_beside_a_runs_metadata_are_refused(name, recorded, tmp_path):
+    save_adapter(lora_model(seed=1), tmp_path / "other", METADATA_OF_RUN)
+    (recorded / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    message = refused(recorded)
+    assert "the weights are not those" in message and "belong together" in message
+
+
+def test_one_bit_of_a_weight_that_changed_on_the_disk_is_found(recorded):
+    content = bytearray((recorded / WEIGHTS).read_bytes())
+    content[-9] ^= 1
+    (recorded / WEIGHTS).write_bytes(content)
+    assert "damaged" in refused(recorded)
+
+
+def test_a_save_that_was_killed_between_two_files_is_mended_by_saving_again(recorded, monkeypatch):
+    real = adapters.write_json
+
+    def killed(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapters, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(lora_model(seed=1), recorded, METADATA_OF_RUN)
+    assert "save it again" in refused(recorded)
+    monkeypatch.setattr(adapters, "write_json", real)
+    save_adapter(lora_model(seed=1), recorded, METADATA_OF_RUN)
+    read_adapter(str(recorded))
+
+
+def test_the_same_weights_in_another_file_belong_to_their_metadata_and_older_metadata_to_any(recorded):
+    tensors = load_file(recorded / WEIGHTS)
+    save_file(dict(reversed(tensors.items())), recorded / WEIGHTS, {"format": "pt", "by": "another"})
+    assert read_adapter(str(recorded)).ranks
+    (recorded / WEIGHTS).unlink()
+    torch.save(tensors, recorded / "adapter_model.bin")
+    assert read_adapter(str(recorded)).ranks
+    (recorded / METADATA).write_text(json.dumps(METADATA_OF_RUN))
+    torch.save({name: 2 * tensor for name, tensor in tensors.items()}, recorded / "adapter_model.bin")
+    assert read_adapter(str(recorded)).ranks
 
 
 NAMES = ["query", "value", "dense", "output.dense", "attention.self.query", "0.attention.output.dense", "layer", "1"]

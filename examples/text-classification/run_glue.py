@@ -243,6 +243,9 @@ def contents(adapter: adapters.Adapter, model_args: ModelArguments) -> str:
         return adapter.method + (f", size {adapter.adapter_size}" if adapter.adapter_size else "")
     ranks, alpha = sorted(set(adapter.ranks.values())), adapter.lora_alpha
     said = f"{alpha:g}" if alpha is not None else f"{model_args.lora_alpha:g}, which the file can't confirm"
+    if adapter.use_rslora or adapter.alpha_pattern:
+        scalings = ", ".join(f"{x:g}" for x in adapter.scalings())
+        said += f", scaled by {scalings}" + " (rslora)" * adapter.use_rslora
     return f"rank {', '.join(map(str, ranks))}, alpha {said}"
 
 

@@ -132,6 +132,10 @@ class Adapter:
             raise UserError(f"{self.source}: --lora_alpha {known} is no scaling; expected a positive number.")
         return {name: _by_pattern(self.alpha_pattern, name, known) for name in self.ranks}
 
+    def scalings(self, lora_alpha: float | None = None) -> list[float]:
+        """By what updates are scaled, each number once; `lora_alpha` and errors as `alphas` has them."""
+        return sorted({scaling for _, scaling in self.layers(lora_alpha).values()})
+
     def layers(self, lora_alpha: float | None = None) -> dict[str, tuple[int, float]]:
         """(rank, scaling) of each layer with an update; `lora_alpha` and errors as `alphas` has them."""
         ranks, alphas = self.ranks, self.alphas(lora_alpha)
@@ -187,7 +191,10 @@ def save_adapter(
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter, a LoRA one that knows its alpha, as a folder; each file appears whole or not at all."""
+    """Write an adapter, a LoRA one that knows its alpha, as a folder; each file appears whole or not at all.
+
+    The metadata gets the kind and a hash of the weights, by which files of two runs in one folder are found out.
+    """
     tensors = {}
     for name, tensor in adapter.state.items():
         layer = name.removesuffix(".bias")
@@ -200,7 +207,8 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with appearing(folder / WEIGHTS) as partial:
         partial.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file would hide it from other users
-    write_json(folder / METADATA, adapter.metadata)
+    written = {"peft_type": config["peft_type"], "weights_fingerprint": fingerprint(adapter.state)}
+    write_json(folder / METADATA, adapter.metadata | written)
     write_json(folder / CONFIG, config)
 
 
@@ -257,6 +265,15 @@ def foreign_layer(adapter: Adapter) -> str | None:
 def _most_common(values: Iterable[Any]) -> Any:
     every = list(values)
     return max(every, key=every.count)
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """A hash of tensors with their names, dtypes and shapes, whatever file they are in."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 def is_added(name: str) -> bool:
@@ -440,6 +457,15 @@ def _read_folder(folder: Path) -> Adapter:
         state[name] = tensor
     if named := config.get("base_model_name_or_path"):
         metadata = {"base_model": named, "base_revision": config.get("revision")} | metadata
+    adapter = _adapter_of_folder(folder, config, state, metadata)
+    _check_written(adapter, config["peft_type"])
+    return adapter
+
+
+def _adapter_of_folder(
+    folder: Path, config: dict[str, Any], state: dict[str, Tensor], metadata: dict[str, Any]
+) -> Adapter:
+    """The adapter of a folder, if its tensors are what its `adapter_config.json` says. Raises UserError."""
     if config["peft_type"] in _METHODS:
         return _complete(Adapter(folder, state, metadata=metadata, method=_METHODS[config["peft_type"]]))
     _check_contents(folder, config, state)
@@ -465,6 +491,30 @@ def _read_folder(folder: Path) -> Adapter:
                 f"{folder}: {name}.lora_A has rank {rank}, {CONFIG} says {said}: they don't belong together."
             )
     return adapter
+
+
+def _check_written(adapter: Adapter, kind: str) -> None:
+    """A folder's files must be those that were written together. Raises UserError; older metadata doesn't tell."""
+    known, apart, remedy = adapter.metadata, "they don't belong together", "One of them was changed since: put"
+    if known.get("peft_type", kind) != kind:
+        raise UserError(
+            f"{adapter.source}: {CONFIG} says {kind}, {METADATA} {shown(known['peft_type'])}: {apart}.\n"
+            f"{remedy} peft_type back."
+        )
+    trained = known.get("lora", {}).get("scalings")
+    if adapter.method == "lora" and trained is not None:
+        has, had = (", ".join(f"{x:.6g}" for x in sorted(numbers)) for numbers in (adapter.scalings(), trained))
+        if has != had:
+            raise UserError(
+                f"{adapter.source}: {CONFIG} scales the update by {has}, {METADATA} says it was trained with {had}: "
+                f"{apart}.\n{remedy} lora_alpha, alpha_pattern and use_rslora back."
+            )
+    if known.get("weights_fingerprint", wanted := fingerprint(adapter.state)) != wanted:
+        raise UserError(
+            f"{adapter.source}: the weights are not those that {METADATA} was written with: {apart}, or are damaged.\n"
+            "Take the whole folder from one place, or a checkpoint of the run. After an interrupted save, save it again:"
+            " the same command does."
+        )
 
 
 def _check_contents(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -504,7 +554,11 @@ def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
         raise UserError(f"{path}: labels is {shown(labels)}; expected a list of names.")
     if not isinstance(metrics, dict) or not all(isinstance(value, (int, float)) for value in metrics.values()):
         raise UserError(f"{path}: metrics is {shown(metrics)}; expected names with numbers.")
-    for key in ("task", "base_model", "base_fingerprint", "base_revision"):
+    lora = metadata.get("lora", {})
+    scalings = lora.get("scalings", []) if isinstance(lora, dict) else None
+    if not isinstance(scalings, list) or not all(_is_measure(x, (int, float)) for x in scalings):
+        raise UserError(f"{path}: lora is {shown(lora)}; expected scalings, a list of positive numbers, in it.")
+    for key in ("task", "base_model", "base_fingerprint", "base_revision", "peft_type", "weights_fingerprint"):
         if not isinstance(metadata.get(key, ""), str) and not (key == "base_revision" and metadata[key] is None):
             raise UserError(f"{path}: {key} is {shown(metadata[key])}; expected a string.")
 

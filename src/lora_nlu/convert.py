@@ -264,7 +264,9 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
             ("rank", ", ".join(map(str, sorted({*ranks.values()})))),
             ("alpha", ", ".join(f"{alpha:g}" for alpha in alphas) or "unknown: the file doesn't say"),
         ]
-        rows += [("scaling", "alpha / sqrt(rank) (rslora)")] if adapter.use_rslora else []
+        if alphas and (adapter.use_rslora or adapter.alpha_pattern):
+            how = "alpha / sqrt(rank), rslora" if adapter.use_rslora else "alpha / rank"
+            rows.append(("scaling", f"{', '.join(f'{x:g}' for x in adapter.scalings())} ({how})"))
     if ranks and prefix == "deberta":
         rows.append(("relative query", "frozen" if adapter.frozen_relative_query else "with LoRA, as in PEFT"))
     if adapter.adapter_size is not None:

@@ -69,6 +69,7 @@ def relabelled(folder: Path, copy: Path, names: tuple[str, ...] | None, order: l
         if (copy / name).is_file():
             known = read(copy / name)
             known.pop("labels", None)
+            known.pop("weights_fingerprint", None)  # an older adapter's, else its rows could not have been turned
             if name == "config.json":
                 known["id2label"] = {str(i): label for i, label in enumerate(names or ("LABEL_0", "LABEL_1"))}
                 known["label2id"] = {label: int(i) for i, label in known["id2label"].items()}
