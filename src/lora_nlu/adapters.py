@@ -512,8 +512,8 @@ def _check_written(adapter: Adapter, kind: str) -> None:
     if known.get("weights_fingerprint", wanted := fingerprint(adapter.state)) != wanted:
         raise UserError(
             f"{adapter.source}: the weights are not those that {METADATA} was written with: {apart}, or are damaged.\n"
-            "Take the whole folder from one place, or a checkpoint of the run. After an interrupted save, save it again:"
-            " the same command does."
+            "Take the whole folder from one place, or a checkpoint of the run. After an interrupted save, save it"
+            " again: the same command does."
         )
 
 
