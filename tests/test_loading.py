@@ -1,5 +1,6 @@
 """What of a base model's config reaches a task: each field is taken from the base, set by the task, or of no effect."""
 
+import errno
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -10,10 +11,12 @@ import torch
 from helpers import ragged_batch, randomise_, tiny_config, tiny_deberta_config
 from transformers import DebertaV2Config, DebertaV2ForMaskedLM, RobertaConfig, RobertaForMaskedLM, set_seed
 
+from lora_nlu.adapters import read_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.labels import set_labels
-from lora_nlu.loading import load_config, load_model, set_task, set_two_views
+from lora_nlu.loading import load_config, load_model, load_tokenizer, set_task, set_two_views
 from lora_nlu.methods import set_method
+from lora_nlu.modeling_roberta import RobertaForSequenceClassification
 
 LABELS = ("entailment", "not_entailment")
 PROPERTIES = {"num_labels", "output_attentions"}  # of all configs, and no fields of the dataclass
@@ -211,3 +214,47 @@ def test_labels_are_written_whole_where_the_count_stays_and_the_names_change():
     set_labels(config, LABELS)
     assert config.id2label == dict(enumerate(LABELS)) and config.label2id == {name: i for i, name in enumerate(LABELS)}
     assert config.problem_type == "single_label_classification"
+
+
+def test_too_little_memory_is_not_called_damage_of_a_base_or_an_adapter(checkpoints, tmp_path, monkeypatch):
+    """A disk that fails is not, either."""
+    name = str(checkpoints["roberta"])
+    torch.save({"a.lora_A": torch.ones(1, 2)}, tmp_path / "a.bin")
+    no_memory = "there is not enough memory"
+    for error, said in (
+        (MemoryError("Cannot allocate memory (os error 12)"), no_memory),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate"), no_memory),
+        (RuntimeError("unable to mmap 240000088 bytes from file </a>: Cannot allocate memory (12)"), no_memory),
+        (OSError(errno.EIO, "Input/output error"), "can't be read"),
+    ):
+
+        def fail(*args: object, error: Exception = error, **kwargs: object) -> None:
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "load", fail)
+            with pytest.raises(UserError, match=said) as told:
+                read_adapter(str(tmp_path / "a.bin"))
+        assert "damaged" not in str(told.value)
+        with monkeypatch.context() as patched:
+            patched.setattr(RobertaForSequenceClassification, "from_pretrained", fail)
+            with pytest.raises(UserError, match=said.replace("be read", "be loaded")):
+                load_model(name, load_config(name), False)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("tokenizer.json", '{"error": "Repository not found"}', "that can be read (KeyError: 'added_tokens')"),
+        ("tokenizer.json", "[]", "that can be read"),
+        ("spm.model", "", "spm.model: damaged or cut short: it is empty"),
+        ("spm.model", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "no tokens but a Git LFS pointer"),
+        ("spm.model", "<!doctype html><title>404</title>", "no tokens but a web page"),
+    ],
+)
+def test_a_tokenizer_that_is_no_tokenizer_is_refused_in_one_message(tmp_path, file, content, said):
+    DebertaV2Config(vocab_size=99).save_pretrained(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError) as told:
+        load_tokenizer(str(tmp_path), load_config(str(tmp_path)))
+    assert said in str(told.value) and str(tmp_path) in str(told.value) and "tiktoken" not in str(told.value)

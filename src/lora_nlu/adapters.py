@@ -16,6 +16,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from errno import EINVAL
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lora_nlu.errors import UserError, shown
+from lora_nlu.errors import UserError, no_memory, shown
 from lora_nlu.files import appearing, read_json, text_for_weights, write_json
 from lora_nlu.labels import check_labels, head_order, last_layer, listed, placeholders, recorded_labels
 from lora_nlu.lora import LoRALinear, lora_places, set_lora_, unmerge_lora_, unmerged_parameters
@@ -366,10 +367,14 @@ def load_file_safely(path: Path) -> dict[str, Tensor]:
         ) from e
     except UserError:
         raise
-    except (Exception, MemoryError) as e:  # what torch meets in a damaged file has many names
-        raise UserError(
-            f"{path}: damaged or cut short ({shown(str(e).splitlines()[0] if str(e) else type(e).__name__, 150)})."
-        ) from e
+    except Exception as e:  # what torch meets in a damaged file has many names
+        wrong = "damaged or cut short"
+        if no_memory(e):
+            wrong = "there is not enough memory to read it"
+        elif isinstance(e, OSError) and e.errno not in (None, EINVAL):  # how torch calls a file that is cut
+            wrong = "can't be read"
+        reason = shown(str(e).splitlines()[0] if str(e) else type(e).__name__, 150)
+        raise UserError(f"{path}: {wrong} ({reason}).") from e
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) and isinstance(k, str) for k, t in state.items()):
         raise UserError(f"{path}: holds a {type(state).__name__} that is no state dict (names to tensors).")
     return _plain(path, state)

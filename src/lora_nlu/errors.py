@@ -1,5 +1,9 @@
 """The exceptions for what a person can put right."""
 
+import re
+
+_NO_MEMORY = re.compile("DefaultCPUAllocator|bad_alloc|Cannot allocate memory")  # how torch says it, in a RuntimeError
+
 
 class UserError(Exception):
     """A file, folder, label or setting that was given is wrong: says what, where and the remedy in three lines."""
@@ -7,6 +11,11 @@ class UserError(Exception):
 
 class UsageError(UserError):
     """The command line itself is wrong; a program ends with exit code 2 for it, with 1 for any other UserError."""
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory (of the machine, not of a GPU)."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
 def shown(text: object, limit: int = 80) -> str:

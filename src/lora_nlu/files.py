@@ -66,8 +66,11 @@ def is_training(known: dict[str, Any]) -> bool:
     return bool(known.get("trained") or known.get("hyperparameters", {}).get("train_samples"))
 
 
-def text_for_weights(path: Path) -> str | None:
-    """What is wrong with a file of weights that is empty or text, and the remedy; None for any other file."""
+def text_for_weights(path: Path, wanted: str = "weights") -> str | None:
+    """What is wrong with a file of weights that is empty or text, and the remedy; None for any other file.
+
+    wanted: what the file should hold, for the message.
+    """
     with path.open("rb") as file:
         start = file.read(600)
     if not start:
@@ -81,13 +84,11 @@ def text_for_weights(path: Path) -> str | None:
     if not all(character.isprintable() or character in "\t\n\r\f" for character in text):
         return None
     if text.startswith("version https://git-lfs"):
-        return (
-            "no weights but a Git LFS pointer to them.\nRun `git lfs pull` in that folder, or download the file itself."
-        )
+        return f"no {wanted} but a Git LFS pointer.\nRun `git lfs pull` in that folder, or download the file itself."
     head = text.lstrip().lower()
     page = head.startswith(("<!doctype html", "<html", "<head", "<!--"))
     kind = "a web page (HTML)" if page else "JSON" if head.startswith(("{", "[")) else "text"
-    return f"no weights but {kind}: {shown(text.strip(), 60)}\nDownload the file itself."
+    return f"no {wanted} but {kind}: {shown(text.strip(), 60)}\nDownload the file itself."
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from lora_nlu.adapters import CONFIG, head_names, is_added, not_finite
-from lora_nlu.errors import UserError, shown
+from lora_nlu.errors import UserError, no_memory, shown
 from lora_nlu.files import read_json, text_for_weights
 from lora_nlu.labels import check_labels, config_labels, head_order, last_layer, set_labels
 from lora_nlu.lora import is_loaded
@@ -104,7 +104,8 @@ def load_model(
         for path in sorted(Path(name).glob("*.safetensors")) or sorted(Path(name).glob("pytorch_model*.bin")):
             if text := text_for_weights(path):
                 raise UserError(f"--model_name_or_path {name}: {path.name}: {text}") from e
-        raise UserError(f"--model_name_or_path {name}: its weights can't be loaded ({_reason(e)}).") from e
+        said = "there is not enough memory for its weights" if no_memory(e) else "its weights can't be loaded"
+        raise UserError(f"--model_name_or_path {name}: {said} ({_reason(e)}).") from e
     finally:
         transformers.logging.set_verbosity(verbosity)
     new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
@@ -219,7 +220,11 @@ def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     except Exception as e:  # what transformers meets in missing or damaged files has many names
-        raise UserError(f"No tokenizer in {name} ({_reason(e)}). Give --tokenizer_name.") from e
+        for path in sorted(Path(name).glob("*.model")):  # SentencePiece's
+            if text := text_for_weights(path, "tokens"):
+                raise UserError(f"{path}: {text}") from e
+        reason = f"{type(e).__name__}: {_reason(e)}" if isinstance(e, KeyError) else _reason(e)  # a name says nothing
+        raise UserError(f"No tokenizer in {name} that can be read ({reason}). Give --tokenizer_name.") from e
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where the files are missing
         raise UserError(f"No tokenizer in {name} (it has no vocabulary). Give --tokenizer_name.")
     if len(tokenizer) > config.vocab_size:

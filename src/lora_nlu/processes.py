@@ -15,9 +15,7 @@ from typing import NoReturn
 import torch
 import transformers
 
-from lora_nlu.errors import UsageError, UserError
-
-_NO_MEMORY = re.compile("DefaultCPUAllocator|bad_alloc|Cannot allocate memory")  # how torch says it, in a RuntimeError
+from lora_nlu.errors import UsageError, UserError, no_memory
 
 _NETWORK = ("aiohttp", "datasets", "fsspec", "httpx", "huggingface_hub", "requests", "ssl", "urllib", "urllib3")
 
@@ -29,11 +27,6 @@ def lost_process(error: BaseException) -> bool:
     """Whether an error says no more than that another process of the run is gone."""
     gone = isinstance(error, RuntimeError) and re.search("gloo|[Cc]onnection (closed|reset)", str(error))
     return isinstance(error, torch.distributed.DistError) or bool(gone)
-
-
-def no_memory(error: BaseException) -> bool:
-    """Whether an error says that there is not enough memory (of the machine, not of a GPU)."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
 def _failed(error: OSError) -> str:

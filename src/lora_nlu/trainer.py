@@ -32,10 +32,10 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_nlu import adapters
-from lora_nlu.errors import UserError
+from lora_nlu.errors import UserError, no_memory
 from lora_nlu.files import publish, write_json
 from lora_nlu.methods import trains_a_part
-from lora_nlu.processes import lost_process, no_memory
+from lora_nlu.processes import lost_process
 from lora_nlu.regularization import classification_loss
 from lora_nlu.sharded import copy_into, load_optimizer_state, made_whole, optimizer_state, parameters
 
