@@ -37,7 +37,7 @@ ALLOWED = {
     "loading": {"adapters", "labels", "modeling_roberta", "modeling_deberta_v2", "methods", "errors", "files", "lora"},
     "processes": {"errors"},
     "trainer": {"adapters", "methods", "errors", "files", "processes", "regularization", "sharded"},
-    "runs": {"convert", "trainer", "adapters", "data", "metrics", "lora", "methods", "errors", "files"},
+    "runs": {"convert", "trainer", "adapters", "data", "labels", "metrics", "lora", "methods", "errors", "files"},
     "submission": {"tasks", "errors", "files"},
     "pictures": {"tasks", "files"},
     "report": {"submission", "pictures", "tasks", "errors", "files"},

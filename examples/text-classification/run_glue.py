@@ -92,8 +92,8 @@ class DataArguments:
     text_columns: str | None = flag("Columns of your files that hold the text, one or two: --text_columns a,b")
     label_column: str | None = flag("Column of your files that holds the labels; default: label")
     labels: str | None = flag(
-        "Label names in id order, such as negative,positive: of a trained head that records none, or for training on "
-        "files of your own (default there: sorted)"
+        "Class names, class 0 first, such as negative,positive: of a trained head that records none, or for training "
+        "on files of your own (default there: sorted)"
     )
 
 
@@ -193,11 +193,11 @@ def prepare_model(
     if model_args.lora_relative_query and config.model_type != "deberta-v2":
         raise UsageError(f"--lora_relative_query: a {config.model_type} model has no relative positions.")
     wanted = labels.config_labels(config)
-    keeps_head = adapter is None or adapters.head_rows(adapter, wanted) is None  # an adapter's head replaces it
+    replaces_head = adapter and (not args.do_train or adapters.head_rows(adapter, wanted) is not None)
     set_seed(args.seed)  # A and the head are drawn while loading
     deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would read weights in pieces; it cuts a whole model up as well
     needs_head = not args.do_train and adapter is None
-    model, notes = loading.load_model(name, config, needs_head, base_labels, keeps_head, **hub)
+    model, notes = loading.load_model(name, config, needs_head, base_labels, not replaces_head, **hub)
     loading.check_method(model, name, saved)
     if needs_head:
         check_is_trained(model_args, args, saved, bool(loading.own_adapter(model)))
@@ -280,13 +280,18 @@ def trained_head(
     if adapter and adapter.label_count:
         head = labels.Head(str(adapter.source), adapter.labels, adapter.label_count)
     else:
-        head = labels.Head(model_args.model_name_or_path, labels.recorded_labels(config), config.num_labels)
+        name, made = model_args.model_name_or_path, next(iter(config.architectures or ()), "")
+        say(args, *labels.check_config(name, config))
+        saved_as = "" if made.endswith("ForSequenceClassification") else made
+        head = labels.Head(name, labels.recorded_labels(config), config.num_labels, saved_as)
     if head.labels is None and head.count == 1:
         head = replace(head, labels=())  # one output is a number
     names = parse_names("labels", data_args.labels)
     if names is None:
         return head
-    if data_args.task_name and labels.rows_by_name(names, told := TASKS[data_args.task_name].labels) is None:
+    if data_args.task_name and not (told := TASKS[data_args.task_name].labels):
+        raise UsageError(f"--labels: {data_args.task_name} is a regression, which has no label names. Leave it out.")
+    if data_args.task_name and labels.rows_by_name(names, told) is None:
         raise UsageError(f"--labels: {data_args.task_name} has {labels.listed(told)}; name these, in the head's order.")
     return head.named(names, names_new_labels=args.do_train and not data_args.task_name)
 
@@ -326,6 +331,15 @@ def read_examples(
     return examples, head
 
 
+def other_columns(adapter: adapters.Adapter, examples: data.Examples) -> list[str]:
+    """A line on the text columns of one's own files, if they are not those that the adapter was trained on."""
+    trained = adapter.metadata.get("text_columns")
+    if not isinstance(trained, list) or trained == [*examples.texts]:  # an older version recorded none
+        return []
+    one, other = (" and ".join(repr(str(name)[:40]) for name in names) for names in (trained, examples.texts))
+    return [f"{adapter.source}: was trained on text in {one}; here it is in {other}."]
+
+
 def main(argv: list[str]) -> None:
     model_args, data_args, args = parse_args(argv)
     if args.process_index == 0:
@@ -342,6 +356,8 @@ def main(argv: list[str]) -> None:
         say(args, f"{adapter.source}: was trained on {shown(trained_on)}; this is {task}.")
     base_labels, head = labels.recorded_labels(config), trained_head(model_args, data_args, args, config, adapter)
     examples, head = read_examples(model_args, data_args, args, head)
+    if adapter and not data_args.task_name:
+        say(args, *other_columns(adapter, examples))
     if adapter and adapter.label_count:
         adapter = adapters.with_labels(adapter, head.labels)
     else:
@@ -362,12 +378,12 @@ def main(argv: list[str]) -> None:
     check_smoothing(args, examples.is_regression)
     best = set_best_metric(args, names)
     say(args, *(best if args.do_train else []))
-    known_of_base = {"base_model": name, "base_fingerprint": base, "started_from": adapter_path}
+    known = {"base_model": name, "base_fingerprint": base, "started_from": adapter_path}
     decided = {"max_seq_length": max_length, "train_samples": len(tables.get("train", ()))}
     if "train" in tables:
         decided["train_data"] = data.digest(tables["train"])
     if data_args.train_file and args.do_train:
-        known_of_base["train_file"] = Path(data_args.train_file).name
+        known |= {"train_file": Path(data_args.train_file).name, "text_columns": [*examples.texts]}
     decided |= {key: getattr(model_args, key) for key in ("cls_dropout", "reg_loss_wgt", "masking_prob")}
     if data_args.sample_seed is not None and decided["train_samples"] < examples.rows.get("train", 0):
         decided["sample_seed"] = data_args.sample_seed
@@ -380,7 +396,7 @@ def main(argv: list[str]) -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, padding=padding, max_length=max_length),
         compute_metrics=lambda p: compute_metrics(names, p.predictions, p.label_ids),
-        metadata=runs.run_metadata(args, model, task, examples.labels, known_of_base, decided),
+        metadata=runs.run_metadata(args, model, task, examples.labels, known, decided),
     )
     runs.check_all_alike(trainer)
     if args.do_train:

@@ -61,6 +61,12 @@ class Examples:
     def is_regression(self) -> bool:
         return not self.labels
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The column of the text, or the two of a pair, by the names that the first split's file gives them."""
+        split, table = next(iter(self.splits.items()))
+        return self.columns[split][: 1 + ("text_pair" in table.column_names)]
+
 
 @dataclass(frozen=True)
 class _Row:

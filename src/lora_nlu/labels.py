@@ -17,15 +17,30 @@ def placeholders(count: int) -> tuple[str, ...]:
 
 
 def config_labels(config: Any) -> tuple[str, ...]:
-    """Label names of a config in id order, placeholders or not; () for regression."""
+    """Label names of a config, class 0 first, placeholders or not; () for regression."""
     names = tuple(label for _, label in sorted(config.id2label.items()))
     return () if len(names) == 1 else names
 
 
 def recorded_labels(config: Any) -> tuple[str, ...] | None:
-    """Label names in id order that a fine-tuned model's config records, () for regression, None for placeholders."""
+    """The label names that a model's config records, class 0 first; () for regression, None for placeholders."""
     names = config_labels(config)
     return None if names and names == placeholders(len(names)) else names
+
+
+def check_config(name: str, config: Any) -> list[str]:
+    """Lines worth saying of what a checkpoint's config says of its own labels. Raises UserError if it contradicts
+    itself: id2label, by which a head's rows are named, and label2id."""
+    names = recorded_labels(config) or ()
+    for i, label in enumerate(names):
+        if (other := (config.label2id or {}).get(label, i)) != i:
+            raise UserError(
+                f"{name}: its config.json contradicts itself: id2label says that {i} is {shown(label, 40)}, "
+                f"label2id that {shown(label, 40)} is {shown(other)}.\nCorrect the one that is wrong."
+            )
+    if config.problem_type == "multi_label_classification":
+        return [f"{name}: its config says multi-label classification; scored here as single-label: one class a row."]
+    return []
 
 
 def set_labels(config: Any, labels: tuple[str, ...]) -> None:
@@ -78,12 +93,13 @@ def head_order(
     n = len(wanted) or 1
     rows = list(range(n)) if trained is None else rows_by_name(trained, wanted)
     if count != n or rows is None:
-        said = f"It has {count} rows" if trained is None else f"It tells {listed(trained)}"
+        is_named = trained is not None and count == (len(trained) or 1)
+        said = f"It tells {listed(trained)}" if is_named else f"It has {count} rows"
         left = f"{source}: its classifier is for other labels and is left behind; a new one starts."
         return None, f"{left} {said}; the examples have {listed(wanted)}."
     if trained is None:
         guess = f"{source}: records no label names; its head is taken to tell {listed(wanted)}, in this order."
-        return rows, f"{guess} If it doesn't, name its labels in id order: --labels." if wanted else ""
+        return rows, f"{guess} If it doesn't, name its classes, class 0 first: --labels." if wanted else ""
     if rows != list(range(n)):
         return rows, f"{source}: its head tells {listed(trained)}; its rows are put in the order {listed(wanted)}."
     return rows, ""
@@ -97,11 +113,15 @@ def last_layer(names: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Head:
-    """The head that a run starts from or evaluates: whose it is, its labels (None: not recorded), its rows."""
+    """The head that a run starts from or evaluates: whose it is, its labels (None: not recorded), its rows.
+
+    saved_as: the class that its config names, where that has no such head: nothing is trained then, by the config.
+    """
 
     source: str
     labels: tuple[str, ...] | None
     count: int
+    saved_as: str = ""
 
     def named(self, names: Sequence[str], names_new_labels: bool) -> "Head":
         """The head with the names that --labels gives, where it records none.
@@ -114,11 +134,13 @@ class Head:
                 return replace(self, labels=tuple(names))
             if names_new_labels:
                 return self
-            raise UserError(f"{self.source}: its head has {self.count} outputs, --labels names {len(names)}.")
+            raise UserError(f"{self.source}: its head tells {self.count} classes, --labels names {len(names)}.")
         if [*map(same_name, names)] == [*map(same_name, self.labels)]:
             return self
         if names_new_labels and rows_by_name(self.labels, names) is None:
             return self
+        if not self.labels:
+            raise UserError(f"{self.source}: tells a number, and a regression has no label names. Leave --labels out.")
         raise UserError(
             f"{self.source}: was trained to tell {listed(self.labels)}, but --labels says {listed(names)}.\n"
             "Leave --labels out: the names are recorded."
@@ -127,14 +149,20 @@ class Head:
     def check_ids(self, wanted: Sequence[str] | None) -> str:
         """Of a head without names only labels that are its ids can be told, without a guess; returns a line saying so.
 
-        wanted: labels of one's own examples in id order; None where the examples have none. Raises UserError.
+        wanted: labels of one's own examples, class 0 first; None where the examples have none. Raises UserError.
         """
         if wanted is not None and tuple(wanted) in (tuple(map(str, range(self.count))), placeholders(self.count)):
             return f"{self.source}: records no label names; {listed(wanted)} are taken for its ids."
         orders = [f"{task.name} {','.join(task.labels)}" for task in TASKS.values() if len(task.labels) == self.count]
         known = f"; GLUE's: {'; '.join(orders)}" if orders else ""
+        if self.saved_as:
+            raise UserError(
+                f"{self.source}: has no trained head, by its config.json (a {shown(self.saved_as)}).\n"
+                "Train first (--do_train), or give an adapter of it with --lora_path.\n"
+                f"If it has one, name its classes, class 0 first, with --labels{known}."
+            )
         raise UserError(
-            f"{self.source}: doesn't record which labels its {self.count} outputs tell; a guess gives wrong answers.\n"
-            f"Name them in id order with --labels{known}.\n"
+            f"{self.source}: records no names for the {self.count} classes that its head tells; a guess gives wrong "
+            f"answers.\nName them, class 0 first, with --labels{known}.\n"
             "If it has no trained head yet, train first (--do_train)."
         )

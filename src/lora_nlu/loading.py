@@ -15,7 +15,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from lora_nlu.adapters import CONFIG, head_names, is_added, not_finite
 from lora_nlu.errors import UserError, no_memory, shown
 from lora_nlu.files import read_json, text_for_weights
-from lora_nlu.labels import check_labels, config_labels, head_order, last_layer, set_labels
+from lora_nlu.labels import check_labels, config_labels, head_order, last_layer, listed, set_labels
 from lora_nlu.lora import is_loaded
 from lora_nlu.methods import mark_trainable
 from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
@@ -85,8 +85,8 @@ def load_model(
 ) -> tuple[Any, list[str]]:
     """The model of `config` with the weights of `name` in fp32, what trains in it marked; and lines worth saying.
 
-    trained_labels: what the head in the checkpoint tells, in id order; None where nothing records it. Its rows are put
-    in the order of the config's labels, and a head for others starts anew. Not so without `keeps_head`: an adapter
+    trained_labels: what the head in the checkpoint tells, class 0 first; None where nothing records it. Its rows are
+    put in the order of the config's labels, and a head for others starts anew. Not so without `keeps_head`: an adapter
     brings another.
     What a method adds and a head that the checkpoint lacks are drawn from torch's global generator. Raises UserError if
     weights are not finite, the encoder's are missing or misshapen, an adapter in them would be left out, or the head is
@@ -122,15 +122,29 @@ def load_model(
     if unexpected := sorted(report["unexpected_keys"]):
         notes.append(f"{name}: {len(unexpected)} weights have no place in the model: {', '.join(unexpected[:3])} ...")
     if new and needs_head:
-        raise UserError(
-            f"{name} has no trained head for these labels. Train (--do_train), or give an adapter with --lora_path."
-        )
+        raise _no_head(name, config, trained_labels, report)
     if needs_head:
         check_labels(name, trained_labels, config_labels(config))
     if keeps_head:
         notes += _order_head_(model, name, trained_labels, report)
     mark_trainable(model)
     return model, notes
+
+
+def _no_head(name: str, config: Any, trained: Sequence[str] | None, report: dict[str, Any]) -> UserError:
+    """Why the head in a checkpoint's weights can't be evaluated: there is none, or it has other rows."""
+    shapes = {key: shape for key, shape, _ in report["mismatched_keys"]}
+    last = last_layer(shapes)
+    if last is None:
+        return UserError(f"{name} has no trained head. Train (--do_train), or give an adapter with --lora_path.")
+    rows = shapes[f"{last}.weight"][0]
+    if trained is not None and rows != (len(trained) or 1):
+        return UserError(
+            f"{name}: the head in its weights has {rows} rows, and its config.json has {len(trained) or 1} labels: "
+            f"{listed(trained)}."
+        )
+    told = f"{rows} classes" if trained is None else listed(trained)
+    return UserError(f"{name}: was trained to tell {told}; the examples have {listed(config_labels(config))}.")
 
 
 def own_adapter(model: Any) -> list[str]:

@@ -26,6 +26,7 @@ from lora_nlu.convert import write_card
 from lora_nlu.data import token_count
 from lora_nlu.errors import UserError
 from lora_nlu.files import is_training, read_json, write_json, write_text
+from lora_nlu.labels import listed
 from lora_nlu.lora import LoRALinear, count_parameters
 from lora_nlu.methods import describe_method
 from lora_nlu.metrics import greater_is_better, predicted
@@ -264,6 +265,7 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
             changed = [name for name in names if one.get(name) != other.get(name)]
             differences += [f"{n} {one.get(n)}, now {other.get(n)}{_MEANING.get(n, '')}" for n in changed]
         elif one != other:
+            one, other = (listed(value) if key == "labels" else value for value in (one, other))
             differences.append(f"{key} {one}, now {other}")
     return differences
 

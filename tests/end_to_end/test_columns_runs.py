@@ -114,6 +114,40 @@ def test_a_task_says_its_columns_labels_and_counts_too(call, glue, tmp_path):
         assert f"train: 48 rows, {line}" in succeeded(call(*flags)).out
 
 
+def test_an_adapter_on_other_text_columns_than_it_was_trained_on_is_said(call, tmp_path):
+    rng = random.Random(0)
+    rows = [(sentence(rng), sentence(rng), ["no", "yes"][i % 2]) for i in range(12)]
+    pair = write_table(tmp_path / "pair.csv", "sentence1,sentence2,label", rows)
+    succeeded(call("--train_file", pair, *LORA, *STILL, "--do_train", "--output_dir", tmp_path / "a"))
+    for name in ("run.json", "run_metadata.json"):
+        assert read(tmp_path / "a" / name)["text_columns"] == ["sentence1", "sentence2"]
+    single = write_table(tmp_path / "single.csv", "sentence,label", [row[1:] for row in rows])
+    adapter = ["--lora_path", tmp_path / "a", "--max_seq_length", "64"]
+    trained = f"{tmp_path / 'a'}: was trained on text in 'sentence1' and 'sentence2'; here it is in "
+    for n, (file, more, here) in enumerate(
+        (
+            (single, [], "'sentence'."),
+            (pair, ["--text_columns", "sentence2,sentence1"], "'sentence2' and 'sentence1'."),
+            (pair, ["--text_columns", "sentence2"], "'sentence2'."),
+            (pair, [], None),
+        )
+    ):
+        for split, flags in (
+            ("validation", ["--do_eval"]),
+            ("test", ["--do_predict"]),
+            ("train", ["--do_train", *STILL]),
+        ):
+            output = ["--output_dir", tmp_path / f"{split}{n}"]
+            outcome = succeeded(call(f"--{split}_file", file, *flags, *more, *adapter, *output))
+            lines = [line for line in outcome.out.splitlines() if "was trained on text in" in line]
+            assert lines == ([] if here is None else [trained + here])
+    known = read(tmp_path / "a" / "run_metadata.json")
+    del known["text_columns"]  # an older version's
+    (tmp_path / "a" / "run_metadata.json").write_text(json.dumps(known))
+    outcome = succeeded(call("--validation_file", single, "--do_eval", *adapter, "--output_dir", tmp_path / "old"))
+    assert "was trained on text in" not in outcome.out
+
+
 # ---------------------------------------------------------------------------------------------------- chosen examples
 
 

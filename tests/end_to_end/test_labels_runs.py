@@ -373,4 +373,86 @@ def test_labels_that_fit_no_task_are_a_wrong_command_line(flags, parts, call, gl
 def test_labels_of_another_number_than_the_head_has_rows_are_refused(nameless, call, files, tmp_path):
     flags = [*files[2:], *nameless, "--do_eval", "--labels", "a,b,c", "--output_dir", tmp_path / "o"]
     outcome = call(*flags)
-    assert outcome.code == 1 and "2 outputs" in outcome.err and "--labels names 3" in outcome.err
+    assert outcome.code == 1 and "2 classes" in outcome.err and "--labels names 3" in outcome.err
+
+
+def test_a_regression_has_no_label_names(call, glue, files, tmp_path):
+    """Of a head that tells a number, of a task, and of one's own files."""
+    numbers = write_csv(tmp_path / "a.csv", [(f"a cat {i}", f"{i}.5") for i in range(12)])
+    flags = ["--labels", "negative,positive", "--output_dir", tmp_path / "o"]
+    succeeded(call("--train_file", numbers, *LORA, *STILL, "--do_train", "--output_dir", tmp_path / "score"))
+    outcome = call("--validation_file", numbers, *from_(tmp_path / "score"), "--do_eval", *flags)
+    assert outcome.code == 1 and "a regression has no label names" in outcome.err
+    outcome = call("--task_name", "stsb", "--glue_dir", glue, *LORA, *STILL, "--do_train", *flags)
+    assert outcome.code == 2 and "a regression, which has no label names" in outcome.err
+    outcome = call("--train_file", numbers, *LORA, *STILL, "--do_train", *flags)
+    assert outcome.code == 1 and "a regression has no label names" in outcome.err and str(numbers) in outcome.err
+
+
+def test_a_label_that_is_not_known_is_refused_with_the_adapter_that_names_them(adapter, call, tmp_path):
+    dev = write_csv(tmp_path / "dev.csv", [("a cat", "1"), ("a dog", "0")])
+    outcome = call("--validation_file", dev, *from_(adapter), "--do_eval", "--output_dir", tmp_path / "o")
+    assert outcome.err == f"{dev}:2: label '1' is not among those of {adapter}: negative, positive."
+
+
+# ------------------------------------------------------------------------- what a checkpoint's config says of its head
+
+
+def changed(model: Path, copy: Path, **settings: object) -> list[object]:
+    """Flags of a copy of a whole model with other settings in its config."""
+    shutil.copytree(model, copy)
+    (copy / "config.json").write_text(json.dumps(read(copy / "config.json") | settings))
+    return from_(copy)
+
+
+@pytest.mark.parametrize("do", ["--do_eval", "--do_train"])
+def test_a_config_whose_two_lists_of_labels_contradict_each_other_is_refused(do, model, call, files, tmp_path):
+    flags = changed(model, tmp_path / "m", label2id={"positive": 0, "negative": 1})
+    outcome = call(*files, *flags, *STILL, do, "--output_dir", tmp_path / "o")
+    told = "id2label says that 0 is negative, label2id that negative is 1"
+    assert outcome.code == 1 and told in outcome.err and str(tmp_path / "m") in outcome.err
+    for i, other in enumerate(({"LABEL_0": 0, "LABEL_1": 1}, None, {"negative": 0, "positive": 1})):  # these don't
+        flags = changed(model, tmp_path / f"m{i}", label2id=other)
+        succeeded(call(*files, *flags, *STILL, do, "--output_dir", tmp_path / f"o{i}"))
+
+
+@pytest.mark.parametrize("do", ["--do_eval", "--do_train"])
+def test_a_model_for_several_labels_at_once_is_scored_as_one_for_single_labels_and_it_is_said(
+    do, model, call, files, tmp_path
+):
+    flags = changed(model, tmp_path / "m", problem_type="multi_label_classification")
+    outcome = succeeded(call(*files, *flags, *STILL, do, "--output_dir", tmp_path / "o"))
+    said(outcome, f"{tmp_path / 'm'}: its config says multi-label classification; scored here as single-label")
+    outcome = succeeded(call(*files, *from_(model), *STILL, do, "--output_dir", tmp_path / "o2"))
+    assert "multi-label" not in outcome.out
+
+
+def test_a_config_with_more_names_than_its_head_has_rows_is_told_just_that(model, call, files, tmp_path):
+    names = {"0": "positive", "1": "negative", "2": "neutral"}
+    flags = changed(model, tmp_path / "m", id2label=names, label2id=None)
+    dev = write_csv(tmp_path / "dev.csv", sentences(1, tuple(names.values())))
+    outcome = call("--validation_file", dev, *flags, "--do_eval", "--output_dir", tmp_path / "o")
+    assert outcome.code == 1 and outcome.err == (
+        f"{tmp_path / 'm'}: the head in its weights has 2 rows, and its config.json has 3 labels: positive, negative, "
+        "neutral."
+    )
+    outcome = succeeded(call("--train_file", dev, *flags, *STILL, "--do_train", "--output_dir", tmp_path / "o"))
+    said(outcome, "left behind", "It has 2 rows; the examples have negative, neutral, positive")
+
+
+def test_a_raw_encoder_is_told_first_that_it_has_no_trained_head(tiny_model, adapter, call, files, tmp_path):
+    flags = [*files[2:], "--do_eval", "--output_dir", tmp_path / "o"]
+    outcome = call(*flags)
+    first, *rest = outcome.err.split("\n")
+    assert outcome.code == 1 and len(rest) == 2
+    assert first == f"{tiny_model}: has no trained head, by its config.json (a RobertaForMaskedLM)."
+    assert "--do_train" in rest[0] and "--lora_path" in rest[0] and "class 0 first, with --labels" in rest[1]
+    outcome = call(*flags, "--labels", "negative,positive")
+    assert outcome.code == 1 and f"{tiny_model} has no trained head. Train (--do_train)" in outcome.err
+    headless = tmp_path / "headless"
+    shutil.copytree(adapter, headless)
+    state = load_file(headless / "adapter_model.safetensors")
+    state = {key: tensor for key, tensor in state.items() if "classifier" not in key}
+    save_file(state, headless / "adapter_model.safetensors", {"format": "pt"})
+    outcome = call(*flags, *from_(headless), "--labels", "negative,positive")
+    assert outcome.code == 1 and "no classifier" in outcome.err and "a new one starts" not in outcome.out
