@@ -48,7 +48,7 @@ def test_a_config_with_transformers_own_names_records_none():
 
 def test_a_head_of_another_number_is_left_behind_and_the_line_names_what_it_is_for():
     rows, line = head_order("file", 3, None, ("a", "b"))
-    assert rows is None and "3 rows" in line and "a, b" in line
+    assert rows is None and "3 outputs" in line and "a, b" in line
     rows, line = head_order("file", 3, NAMES, ())
     assert rows is None and "yes, no, perhaps" in line and "a number (regression)" in line
     assert head_order("file", 1, None, ()) == ([0], "")
@@ -110,7 +110,7 @@ def test_a_checkpoints_head_gives_transformers_logits_in_our_order_of_its_labels
 def test_a_checkpoints_head_for_other_labels_starts_anew_but_for_debertas_pooler(kind, wanted, tmp_path):
     theirs = saved(kind, tmp_path).state_dict()
     ours, notes = loaded(kind, tmp_path, wanted, NAMES)
-    assert len(notes) == 1 and "left behind" in notes[0] and "yes, no, perhaps" in notes[0]
+    assert len(notes) == 1 and "not loaded" in notes[0] and "yes, no, perhaps" in notes[0]
     for name, tensor in ours.state_dict().items():
         if not name.startswith("classifier."):
             assert torch.equal(tensor, theirs[name]), name
@@ -119,7 +119,7 @@ def test_a_checkpoints_head_for_other_labels_starts_anew_but_for_debertas_pooler
         else:
             assert tensor.shape != theirs[name].shape or not torch.allclose(tensor, theirs[name]), name
             assert tensor.std().item() == pytest.approx(0.2, rel=0.5), name  # initializer_range
-    with pytest.raises(UserError, match="was trained to tell|no trained head"):
+    with pytest.raises(UserError, match="was trained to predict|no trained head"):
         loaded(kind, tmp_path, wanted, NAMES, needs_head=True)
 
 
@@ -169,10 +169,10 @@ def test_an_adapters_head_for_other_labels_stays_behind_but_for_debertas_pooler(
     model, folder = adapter
     other = base_of(model, kind, ("a", "b", "c"))
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    with pytest.raises(UserError, match="was trained to tell yes, no, perhaps; the examples have a, b, c"):
+    with pytest.raises(UserError, match="was trained to predict yes, no, perhaps; the examples have a, b, c"):
         attach_adapter(other, read_adapter(str(folder)), None, allow_new_head=False)
     (note,) = attach_adapter(other, read_adapter(str(folder)), None, allow_new_head=True)
-    assert "left behind" in note and "yes, no, perhaps" in note and "a, b, c" in note
+    assert "not loaded" in note and "yes, no, perhaps" in note and "a, b, c" in note
     for name, tensor in other.state_dict().items():
         own = before if name.startswith("classifier.") else model.state_dict()
         assert torch.equal(tensor, own[name]), name
@@ -186,12 +186,12 @@ def test_a_model_whose_config_records_no_names_takes_an_adapters_rows_as_they_st
     other = base_of(model, kind, None)  # a run whose labels are named so
     placeholders = ("LABEL_0", "LABEL_1", "LABEL_2")
     (note,) = attach_adapter(other, read_adapter(str(folder)), None, True, placeholders)
-    assert "left behind" in note
+    assert "not loaded" in note
 
 
 def test_an_adapter_whose_names_are_not_as_many_as_its_rows_is_refused(kind, adapter):
     model, folder = adapter
     metadata = (folder / "run_metadata.json").read_text().replace('"perhaps"', '"perhaps", "never"')
     (folder / "run_metadata.json").write_text(metadata)
-    with pytest.raises(UserError, match="its head has 3 rows, run_metadata.json names yes, no, perhaps, never"):
+    with pytest.raises(UserError, match="its head has 3 outputs, but run_metadata.json names yes, no, perhaps, never"):
         attach_adapter(base_of(model, kind, NAMES), read_adapter(str(folder)), None, allow_new_head=True)

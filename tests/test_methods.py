@@ -825,7 +825,7 @@ def test_a_head_for_other_labels_stays_behind_when_training_starts_and_is_refuse
     assert "head has 3 labels, this task 2" in refused(bases[kind], folder, num_labels=2)
     fresh = fresh_state(bases[kind], num_labels=2)
     started, notes = attached(bases[kind], folder, new_head=True, num_labels=2)
-    assert len(notes) == 1 and "its classifier is for other labels and is left behind" in notes[0]
+    assert len(notes) == 1 and "its classifier is for other labels and is not loaded" in notes[0]
     state = started.state_dict()
     for name in names_of(model, METHODS[method][1]):
         left = name.startswith("classifier.")  # RoBERTa's whole head; DeBERTa keeps its pooler

@@ -209,7 +209,7 @@ def test_of_several_seeds_the_best_by_the_tasks_own_dev_metric_is_used_and_said(
     for seed, figure in ((1, -0.25), (2, 0.5), (3, 0.8659), (4, 0.0)):
         make_run(tmp_path / f"seed{seed}", task, seed, {name: 1 - figure for name in others} | {key: figure})
     lines = write_submission([tmp_path], tmp_path / "glue.zip", partial=True)
-    said = f"{title}: seed 3 of 4 runs, dev {metric} 0.866 of the model it ended with: {tmp_path / 'seed3'}"
+    said = f"{title}: seed 3 of 4 runs, dev {metric} 0.866 of its final model: {tmp_path / 'seed3'}"
     assert about(lines, f"{title}:") == [said]
 
 
@@ -258,7 +258,7 @@ def test_a_better_epoch_than_the_model_that_predicts_is_said_with_its_figure_and
         write_log(run, {"step": 5, "loss": 0.5}, *evaluations)
     lines = about(write_submission([tmp_path], tmp_path / "glue.zip", partial=True), title)
     assert lines == [
-        f"{title}: seed 1 of 3 runs, dev accuracy 0.700 of the model it ended with: {tmp_path / '1'}",
+        f"{title}: seed 1 of 3 runs, dev accuracy 0.700 of its final model: {tmp_path / '1'}",
         f"{title}: epoch 3 of seed 0 had accuracy 0.900{place}; "
         "--load_best_model_at_end would have kept that model and predicted with it.",
     ]
@@ -342,7 +342,7 @@ def test_ax_of_a_separate_run_is_used_if_the_chosen_mnli_run_has_none_and_its_fo
     make_run(tmp_path / "mnli1", "mnli", 1, {"eval_accuracy_overall": 0.2})
     run = make_run(tmp_path / "ax", "ax")
     lines = write_submission([tmp_path], tmp_path / "glue.zip", partial=True)
-    assert about(lines, "AX") == [f"AX: from a run of its own: {run}"]
+    assert about(lines, "AX") == [f"AX: from a separate run: {run}"]
     assert {*read_zip(tmp_path / "glue.zip")["AX.tsv"]} == {*MNLI}
 
 
@@ -529,7 +529,7 @@ def test_the_program_prints_what_it_did_and_ends_with_0(tmp_path, capsys):
     assert report.main(["submission", str(run), "--out", str(tmp_path / "glue.zip"), "--partial"]) == 0
     said = capsys.readouterr()
     assert (
-        said.out.startswith(f"RTE: seed 3, the only run, dev accuracy 0.866 of the model it ended with: {run}\n")
+        said.out.startswith(f"RTE: seed 3, the only run, dev accuracy 0.866 of its final model: {run}\n")
         and not said.err
     )
     assert said.out.endswith(f"{tmp_path / 'glue.zip'}: 2 files.\n")

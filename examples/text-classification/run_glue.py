@@ -46,7 +46,7 @@ class ModelArguments:
     config_name: str | None = flag("Folder or Hub id of the configuration, if another")
     tokenizer_name: str | None = flag("Folder or Hub id of the tokenizer, if another")
     cache_dir: str | None = flag("Where downloads and tokenised data are kept")
-    use_fast_tokenizer: bool = flag("Accepted; a tokenizer is a fast one wherever it has that form", True)
+    use_fast_tokenizer: bool = flag("Ignored: the fast tokenizer is used wherever there is one", True)
     model_revision: str = flag("Branch, tag or commit of the Hub model", "main")
     token: str | None = flag("Access token for private Hub models")
     apply_lora: bool = flag("Train LoRA in the query and value projections, and the head; freeze the rest", False)
@@ -85,15 +85,15 @@ class DataArguments:
     max_train_samples: int | None = flag("Train on the first so many examples")
     max_eval_samples: int | None = flag("Evaluate on the first so many examples (of each set)")
     max_predict_samples: int | None = flag("Predict the first so many examples (of each set)")
-    sample_seed: int | None = flag("Draw the rows of --max_train_samples and --max_eval_samples by this seed instead")
+    sample_seed: int | None = flag("Seed: --max_train_samples and --max_eval_samples take a random sample")
     train_file: str | None = flag("CSV, TSV or JSON lines with a text column (or two) and 'label'")
     validation_file: str | None = flag("The same, to evaluate on")
     test_file: str | None = flag("The same, to predict; 'label' not needed")
     text_columns: str | None = flag("Columns of your files that hold the text, one or two: --text_columns a,b")
     label_column: str | None = flag("Column of your files that holds the labels; default: label")
     labels: str | None = flag(
-        "Class names, class 0 first, such as negative,positive: of a trained head that records none, or for training "
-        "on files of your own (default there: sorted)"
+        "Class names, class 0 first, such as negative,positive: for a trained head that records none, or for training "
+        "on your own files (default: sorted)"
     )
 
 
@@ -105,10 +105,10 @@ class RunArguments(TrainingArguments):
     logging_dir: str | None = flag("Where TensorBoard logs go")
     log_on_each_node: bool = flag("Print losses and scores once a machine, not once", False)
     early_stopping_patience: int | None = flag(
-        "Stop after so many evaluations in a row without a better --metric_for_best_model (default: the task's first)"
+        "Stop training after this many evaluations in a row without an improvement of --metric_for_best_model"
     )
-    early_stopping_threshold: float = flag("By how much a better one must be better", 0.0)
-    logging_nan_inf_filter: bool = flag("Accepted; training stops at a loss that is not finite, and logs it", False)
+    early_stopping_threshold: float = flag("Smallest change of the metric that counts as an improvement", 0.0)
+    logging_nan_inf_filter: bool = flag("Ignored: training stops at a loss that is not finite, and logs it", False)
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -154,12 +154,12 @@ def parse_args(argv: list[str]) -> tuple[ModelArguments, DataArguments, RunArgum
     """Flags, or one JSON file of them, to the three groups. Raises UsageError."""
     (model_args, data_args, args), notes = parse(argv, (ModelArguments, DataArguments, RunArguments))
     if not model_args.use_fast_tokenizer:
-        notes.append("--use_fast_tokenizer false: a tokenizer is a fast one wherever it has that form.")
+        notes.append("--use_fast_tokenizer false is ignored: the fast tokenizer is used wherever there is one.")
     if args.logging_nan_inf_filter:
         notes.append("--logging_nan_inf_filter: nothing is filtered; training stops at a loss that is not finite.")
         args.logging_nan_inf_filter = False
     if args.batch_eval_metrics:
-        notes.append("--batch_eval_metrics: metrics are of all examples at once, which is the same and needs no flag.")
+        notes.append("--batch_eval_metrics is ignored: metrics are always computed over all examples at once.")
         args.batch_eval_metrics = False
     if args.logging_dir and not is_tensorboard_available():
         notes.append(f"--logging_dir {args.logging_dir}: nothing is written there, tensorboard is not installed.")
@@ -292,7 +292,7 @@ def trained_head(
     if data_args.task_name and not (told := TASKS[data_args.task_name].labels):
         raise UsageError(f"--labels: {data_args.task_name} is a regression, which has no label names. Leave it out.")
     if data_args.task_name and labels.rows_by_name(names, told) is None:
-        raise UsageError(f"--labels: {data_args.task_name} has {labels.listed(told)}; name these, in the head's order.")
+        raise UsageError(f"--labels: {data_args.task_name} has {labels.listed(told)}; give these, class 0 first.")
     return head.named(names, names_new_labels=args.do_train and not data_args.task_name)
 
 

@@ -130,7 +130,7 @@ class Adapter:
             raise UserError(f"{self.source}: was trained with lora_alpha {self.lora_alpha:g}, not {lora_alpha:g}.")
         known = lora_alpha if self.lora_alpha is None else self.lora_alpha
         if not _is_measure(known, (int, float)):
-            raise UserError(f"{self.source}: --lora_alpha {known} is no scaling; expected a positive number.")
+            raise UserError(f"{self.source}: --lora_alpha {known}: expected a positive number.")
         return {name: _by_pattern(self.alpha_pattern, name, known) for name in self.ranks}
 
     def scalings(self, lora_alpha: float | None = None) -> list[float]:
@@ -384,11 +384,11 @@ def _plain(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state, if names can stand in a message and tensors are ordinary ones. Raises UserError."""
     for name, tensor in state.items():
         if not name.isprintable() or len(name) > 500:
-            raise UserError(f"{path}: {shown(name)} is no name of a tensor.")
+            raise UserError(f"{path}: {shown(name)} is not a valid tensor name.")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
-            raise UserError(f"{path}: {name} is no ordinary tensor (sparse, quantised, nested or without values).")
+            raise UserError(f"{path}: {name} is not an ordinary tensor (sparse, quantised, nested or without values).")
         if tensor.nbytes > max(tensor.untyped_storage().nbytes(), 2**28):  # a view that repeats a few numbers
-            raise UserError(f"{path}: {name} is {list(tensor.shape)}, and the file holds no such amount of numbers.")
+            raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, but the file contains fewer numbers.")
     return state
 
 
@@ -417,7 +417,7 @@ def _read_file(path: Path) -> Adapter:
     tensors = load_file_safely(path)
     state = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     if len(state) < len(tensors):
-        raise UserError(f"{path}: holds some tensors twice, with and without 'module.' before their names.")
+        raise UserError(f"{path}: contains some tensors twice, with and without the prefix 'module.'.")
     layers = [name.removesuffix(".lora_A") for name in state if name.endswith(".lora_A")]
     encoder = f"{layers[0].split('.')[0]}." if layers else ""
     base = {name for name in state if layers and name.startswith(encoder) and not _LORA_KEY.search(name)}
@@ -458,7 +458,7 @@ def _read_folder(folder: Path) -> Adapter:
         if ".lora_" in name and not _LORA_KEY.search(name):
             raise UserError(f"{weights}: {key}: a kind of LoRA tensor that is not supported.")
         if name in state and not torch.equal(state[name], tensor):  # PEFT writes a head's biases twice with bias="all"
-            raise UserError(f"{weights}: two different tensors are for {name}, {key} is the second.")
+            raise UserError(f"{weights}: contains two different tensors for {name}; the second is {key}.")
         state[name] = tensor
     if named := config.get("base_model_name_or_path"):
         metadata = {"base_model": named, "base_revision": config.get("revision")} | metadata
@@ -488,7 +488,7 @@ def _adapter_of_folder(
     for name, rank in _complete(adapter).ranks.items():
         if adapter.targets is not None and not _is_target(adapter, name):
             raise UserError(
-                f"{folder}: holds {name}.lora_A, and {CONFIG} has no LoRA there: they don't belong together."
+                f"{folder}: contains {name}.lora_A, but {CONFIG} has no LoRA on that layer: the files don't match."
             )
         said = _by_pattern(config.get("rank_pattern") or {}, name, config["r"])
         if rank != said:
@@ -531,7 +531,7 @@ def _check_contents(folder: Path, config: dict[str, Any], state: dict[str, Tenso
             raise UserError(f"{folder}: was trained for {shown(kind)}; its head is not one of a sequence classifier.")
     biases = any(name.startswith(_ENCODERS) and name.endswith(".bias") for name in state)
     if config.get("bias") not in (None, "none") and not biases:
-        raise UserError(f"{folder}: {CONFIG} says bias={config['bias']}, and the file holds no biases of the encoder.")
+        raise UserError(f"{folder}: {CONFIG} has bias={config['bias']}, but the file contains no encoder biases.")
 
 
 def _targets(config: dict[str, Any]) -> list[str] | str | None:
@@ -579,7 +579,7 @@ def _check_peft_config(path: Path, config: dict[str, Any]) -> None:
     if isinstance(kind, str) and kind in _METHODS:
         return
     if kind not in (_LORA, _LORA_FROZEN_RELATIVE_QUERY):
-        raise UserError(f"{path}: peft_type is {shown(kind)}; of PEFT's kinds only LORA can be read.")
+        raise UserError(f"{path}: peft_type is {shown(kind)}; LORA is the only PEFT type supported here.")
     p = config.get("lora_dropout") or 0.0
     if not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise UserError(f"{path}: lora_dropout is {shown(p)}; expected a number from 0 to 1.")
@@ -618,7 +618,7 @@ def _check_peft_config(path: Path, config: dict[str, Any]) -> None:
                 raise re.error("too long")
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as e:
-            raise UserError(f"{path}: {key}: {shown(pattern)} is no pattern ({shown(e)}).") from e
+            raise UserError(f"{path}: {key}: {shown(pattern)} is not a valid pattern ({shown(e)}).") from e
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in _STARTS:  # PiSSA, OLoRA and others change the base weights
         raise UserError(f"{path}: init_lora_weights={shown(start)} is not supported: it changes the base weights.")
@@ -726,7 +726,7 @@ def attach_adapter(
     notes, given = [], model.config.name_or_path
     if made_for is None and named and given and Path(named).absolute() != Path(given).absolute():
         notes.append(
-            f"{adapter.source}: names {shown(named)} as its base model, without a fingerprint; it is put on {given}."
+            f"{adapter.source}: names {shown(named)} as its base model, but no fingerprint; it is loaded into {given}."
         )
     if adapter.base_weights and base_holds_update(model, adapter, layers):
         notes.append(
@@ -826,10 +826,10 @@ def _without_pooler(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple
     if not pooler or not has_head or not adapter.source.is_dir() or any(name in adapter.state for name in pooler):
         return [], ""
     if all(getattr(model.get_parameter(name), "_is_hf_initialized", False) for name in pooler):  # it was in a file
-        return pooler, f"{adapter.source}: holds no pooler; its classifier reads the base checkpoint's, as PEFT's did."
+        return pooler, f"{adapter.source}: contains no pooler; its classifier uses the base checkpoint's, as in PEFT."
     lost = f"{adapter.source}: its classifier was trained on a pooler that PEFT drew at random and did not save"
     if allow_new_head:
-        return head, f"{lost}; the head starts anew."
+        return head, f"{lost}; a new head is initialised."
     raise UserError(
         f"{lost}, and the base model has none.\nGive the fine-tuned model it was trained from, or train it again in "
         'PEFT with modules_to_save=["classifier", "pooler"].\nTraining (--do_train) can start from it, with a new head.'
@@ -849,7 +849,9 @@ def _ordered_head(
         return state, [], []
     trained, wanted = adapter.labels, recorded_labels(model.config) if labels is None else tuple(labels)
     if trained is not None and count != (len(trained) or 1):
-        raise UserError(f"{source}: its head has {count} rows, {METADATA} names {listed(trained)}: not of one run.")
+        raise UserError(
+            f"{source}: its head has {count} outputs, but {METADATA} names {listed(trained)}: not the same run."
+        )
     if not allow_new_head and count != n:
         raise UserError(f"{source}: its head has {count} labels, this task {n}: another task's adapter.")
     if not allow_new_head and wanted is not None:
@@ -925,8 +927,8 @@ def _other_model(adapter: Adapter, model: Any, missing: list[str], unexpected: l
         )
     if all(name.startswith(("encoder.", "embeddings.")) for name in adapter.state):
         return UserError(
-            f"{adapter.source}: was made on a bare encoder (its keys lack '{model.base_model_prefix}.'), and holds no "
-            f"classifier.\nMake it in PEFT on the model with a classifier: {type(model).__name__}."
+            f"{adapter.source}: was trained on an encoder alone (its keys lack '{model.base_model_prefix}.').\n"
+            f"Train it in PEFT on the model with a classifier: {type(model).__name__}."
         )
     lists = (("lacks", missing), ("has but the model lacks", unexpected))
     said = "; ".join(f"{verb} {', '.join(names[:3])}{' ...' if names[3:] else ''}" for verb, names in lists if names)

@@ -109,13 +109,13 @@ class Checkpoints:
         left = sorted(key for key in report["unexpected_keys"] if re.search(r"\.(lora|adapter)_", key))
         if left:
             raise UserError(
-                f"{name}: holds {left[0]} and {len(left) - 1} more tensors of an adapter that have no place in this "
-                "model and would be left out.\nGive the settings it was trained with (--apply_lora --lora_r R "
+                f"{name}: contains {left[0]} and {len(left) - 1} more adapter tensors that this model lacks; they "
+                "would be left out.\nGive the settings it was trained with (--apply_lora --lora_r R "
                 "--lora_alpha A), or the plain base model, and the adapter as --lora_path (adapters.attach_adapter)."
             )
         for layer, module in model.named_modules():
             if isinstance(module, LoRALinear) and is_loaded(module.lora_A) != is_loaded(module.lora_B):
-                raise UserError(f"{name}: holds one of {layer}.lora_A and lora_B alone: it is damaged.")
+                raise UserError(f"{name}: contains only one of {layer}.lora_A and lora_B: it is damaged.")
         return (model, report) if output_loading_info else model
 
 

@@ -81,7 +81,7 @@ def write_published(adapter: Adapter, path: Path) -> None:
         raise UserError(f"{adapter.source}: a .bin has LoRA on query and value, this adapter on {', '.join(names)}.")
     more = [name for name in adapter.state if name.startswith(f"{encoder_prefix(adapter)}.") and ".lora_" not in name]
     if more:
-        raise UserError(f"{adapter.source}: a .bin has no place for {more[0]}, which was trained too: use peft.")
+        raise UserError(f"{adapter.source}: a .bin can't store {more[0]}, which was trained too: use --to peft.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with appearing(path) as partial:
         torch.save({name: adapter.state[name].float() for name in published_order(adapter)}, partial)
@@ -142,7 +142,7 @@ def with_base(adapter: Adapter, base: str) -> tuple[Adapter, list[str]]:
     except UserError as e:
         if not isinstance(e.__cause__, OSError) or not _looks_like_hub_id(base):
             raise
-    unchecked = f"--base {base}: recorded, but can't be had here: whether the adapter is one of it was not checked."
+    unchecked = f"--base {base}: recorded, but not available here: not checked that the adapter was trained on it."
     return replace(adapter, metadata=adapter.metadata | {"base_model": base, "base_revision": None}), [unchecked]
 
 
@@ -249,7 +249,7 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
     labels, foreign = adapter.labels, foreign_layer(adapter)
     model = _MODELS.get(prefix, "unknown: a head alone")
     rows = [
-        ("model", f"none here: no RoBERTa or DeBERTa-V2 has {foreign}" if foreign else model),
+        ("model", f"none here: no RoBERTa or DeBERTa-V2 has the layer {foreign}" if foreign else model),
         ("base model", known.get("base_model", "unknown")),
         ("base fingerprint", known.get("base_fingerprint", "unknown")),
         ("task", known.get("task", "unknown")),
@@ -314,7 +314,7 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
     if lora_alpha is not None and adapter.method != "lora":
         raise UsageError(f"--lora_alpha: {source} holds {adapter.method}, which has none; leave it out.")
     if foreign := foreign_layer(adapter):
-        raise UserError(f"{source}: no model here reads it: no RoBERTa or DeBERTa-V2 has {foreign}.")
+        raise UserError(f"{source}: it can't be used here: no RoBERTa or DeBERTa-V2 has the layer {foreign}.")
     check_values(adapter)
     if adapter.method == "lora" and (to != "bin" or lora_alpha is not None):
         adapter.alphas(lora_alpha)  # says so where neither knows the alpha, or they differ
@@ -322,16 +322,20 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
         adapter = replace(adapter, lora_alpha=lora_alpha)
     notes = []
     if adapter.base_weights and not base and to != "merged":
-        notes.append(f"{source}: a whole model's checkpoint; its base weights are left out, not compared with any.")
+        notes.append(
+            f"{source}: a complete model's checkpoint; only its adapter is written, its base weights are not checked."
+        )
     if to == "bin":
         write_published(adapter, destination)
         alpha = None if adapter.lora_alpha is None else next(iter(adapter.alphas().values()))
-        said = "whoever reads it must" if alpha is None else f"say --lora_alpha {alpha:g}"
-        return "\n".join([f"{destination}: published layout. It doesn't know its alpha: {said}.", *notes])
+        value = "ALPHA" if alpha is None else f"{alpha:g}"
+        return "\n".join(
+            [f"{destination}: published layout. It records no alpha: load it with --lora_alpha {value}.", *notes]
+        )
     if to == "merged":
         base = base or adapter.metadata.get("base_model")
         if not base:
-            raise UserError(f"{source} doesn't say its base model: give --base MODEL.")
+            raise UserError(f"{source} doesn't record its base model: give --base MODEL.")
         notes += write_merged(adapter, base, destination)
         return "\n".join([f"{destination}: a plain model; load it with transformers' from_pretrained.", *notes])
     if base:

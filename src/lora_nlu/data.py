@@ -342,7 +342,7 @@ def _check_leak(path: Path, rows: Sequence[_Row], texts: Sequence[str], labels: 
         if len(values) == len(names) == len({text for _, text in values}):
             told = "; ".join(f"{text[:40]!r} for {label}" for label, text in sorted(values)[:3])
             raise UserError(
-                f"{path}: column {column!r} has one value for each label ({told}): it tells the label.\n"
+                f"{path}: column {column!r} has one value for each label ({told}): it repeats the label.\n"
                 "Name the columns of the text: --text_columns."
             )
 

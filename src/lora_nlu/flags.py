@@ -160,7 +160,9 @@ def check_args(model_args: Any, data_args: Any, args: Any) -> None:
     texts, label_column = parse_names("text_columns", data_args.text_columns), data_args.label_column
     for flag, value in (("text_columns", texts), ("label_column", label_column)):
         if value is not None and data_args.task_name:
-            raise UsageError(f"--{flag}: {data_args.task_name} has columns of its own; this is for files of your own.")
+            raise UsageError(
+                f"--{flag} is only for your own files: the columns of {data_args.task_name} are fixed. Leave it out."
+            )
     if texts and len(texts) > 2:
         raise UsageError(f"--text_columns {data_args.text_columns}: give one column, or two for pairs.")
     if texts and (label_column or "label") in texts:

@@ -210,7 +210,7 @@ def _threads() -> Any:
 def _run(name: str, *arguments: Any) -> None:
     """Call a compiled function. Raises MemoryError if there is none for what it keeps beside its result."""
     if getattr(library(), name)(*arguments):
-        raise MemoryError(f"{name}: not enough memory for what it keeps beside its result.")
+        raise MemoryError(f"{name}: not enough memory for its working buffers.")
 
 
 class _Dropout(torch.autograd.Function):

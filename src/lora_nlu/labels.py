@@ -80,7 +80,7 @@ def rows_by_name(trained: Sequence[str], wanted: Sequence[str]) -> list[int] | N
 def check_labels(source: object, trained: Sequence[str] | None, wanted: Sequence[str]) -> None:
     """The examples' labels must be those that `source` was trained to tell, where it says. Raises UserError."""
     if trained is not None and rows_by_name(trained, wanted) is None:
-        raise UserError(f"{source}: was trained to tell {listed(trained)}; the examples have {listed(wanted)}.")
+        raise UserError(f"{source}: was trained to predict {listed(trained)}; the examples have {listed(wanted)}.")
 
 
 def head_order(
@@ -94,14 +94,14 @@ def head_order(
     rows = list(range(n)) if trained is None else rows_by_name(trained, wanted)
     if count != n or rows is None:
         is_named = trained is not None and count == (len(trained) or 1)
-        said = f"It tells {listed(trained)}" if is_named else f"It has {count} rows"
-        left = f"{source}: its classifier is for other labels and is left behind; a new one starts."
+        said = f"It predicts {listed(trained)}" if is_named else f"It has {count} outputs"
+        left = f"{source}: its classifier is for other labels and is not loaded; a new one is initialised."
         return None, f"{left} {said}; the examples have {listed(wanted)}."
     if trained is None:
-        guess = f"{source}: records no label names; its head is taken to tell {listed(wanted)}, in this order."
-        return rows, f"{guess} If it doesn't, name its classes, class 0 first: --labels." if wanted else ""
+        guess = f"{source}: records no label names; its head is assumed to predict {listed(wanted)}, in this order."
+        return rows, f"{guess} If that is wrong, name its classes, class 0 first: --labels." if wanted else ""
     if rows != list(range(n)):
-        return rows, f"{source}: its head tells {listed(trained)}; its rows are put in the order {listed(wanted)}."
+        return rows, f"{source}: its head predicts {listed(trained)}; its rows are put in the order {listed(wanted)}."
     return rows, ""
 
 
@@ -134,16 +134,16 @@ class Head:
                 return replace(self, labels=tuple(names))
             if names_new_labels:
                 return self
-            raise UserError(f"{self.source}: its head tells {self.count} classes, --labels names {len(names)}.")
+            raise UserError(f"{self.source}: its head has {self.count} classes, but --labels names {len(names)}.")
         if [*map(same_name, names)] == [*map(same_name, self.labels)]:
             return self
         if names_new_labels and rows_by_name(self.labels, names) is None:
             return self
         if not self.labels:
-            raise UserError(f"{self.source}: tells a number, and a regression has no label names. Leave --labels out.")
+            raise UserError(f"{self.source}: predicts a number; a regression has no label names. Leave --labels out.")
         raise UserError(
-            f"{self.source}: was trained to tell {listed(self.labels)}, but --labels says {listed(names)}.\n"
-            "Leave --labels out: the names are recorded."
+            f"{self.source}: was trained to predict {listed(self.labels)}, but --labels names {listed(names)}.\n"
+            "Leave --labels out: the label names are recorded."
         )
 
     def check_ids(self, wanted: Sequence[str] | None) -> str:
@@ -152,7 +152,7 @@ class Head:
         wanted: labels of one's own examples, class 0 first; None where the examples have none. Raises UserError.
         """
         if wanted is not None and tuple(wanted) in (tuple(map(str, range(self.count))), placeholders(self.count)):
-            return f"{self.source}: records no label names; {listed(wanted)} are taken for its ids."
+            return f"{self.source}: records no label names; the labels {listed(wanted)} are used as its class ids."
         orders = [f"{task.name} {','.join(task.labels)}" for task in TASKS.values() if len(task.labels) == self.count]
         known = f"; GLUE's: {'; '.join(orders)}" if orders else ""
         if self.saved_as:
@@ -162,7 +162,7 @@ class Head:
                 f"If it has one, name its classes, class 0 first, with --labels{known}."
             )
         raise UserError(
-            f"{self.source}: records no names for the {self.count} classes that its head tells; a guess gives wrong "
-            f"answers.\nName them, class 0 first, with --labels{known}.\n"
+            f"{self.source}: records no names for the {self.count} classes of its head; a guess could be "
+            f"wrong.\nName them, class 0 first, with --labels{known}.\n"
             "If it has no trained head yet, train first (--do_train)."
         )

@@ -47,7 +47,7 @@ def load_config(name: str, **hub: Any) -> Any:
                 f"--model_name_or_path {name}: is an adapter.\n"
                 f"Give it as --{flag}, and its base ({base}) as --model_name_or_path."
             ) from e
-        said = "neither a folder with a config.json nor a model the Hub gives"
+        said = "neither a folder with a config.json nor a model available from the Hub"
         if Path(name, "config.json").is_file():
             said = "its config.json can't be used"
         raise UserError(f"--model_name_or_path {name}: {said}.\n({_reason(e)})") from e
@@ -144,7 +144,7 @@ def _no_head(name: str, config: Any, trained: Sequence[str] | None, report: dict
             f"{listed(trained)}."
         )
     told = f"{rows} classes" if trained is None else listed(trained)
-    return UserError(f"{name}: was trained to tell {told}; the examples have {listed(config_labels(config))}.")
+    return UserError(f"{name}: was trained to predict {told}; the examples have {listed(config_labels(config))}.")
 
 
 def own_adapter(model: Any) -> list[str]:
@@ -170,8 +170,8 @@ def check_method(model: Any, name: str, saved: dict[str, Any]) -> None:
             )
         if was != now:
             raise UserError(
-                f"--model_name_or_path {name}: holds {own[0]}, trained with {setting} {was}; by the flags it "
-                f"is {now}.\n{'Give' if was else 'Leave out'} --{setting}{'' if was in (True, False) else f' {was}'}."
+                f"--model_name_or_path {name}: contains {own[0]}, trained with {setting} {was}; the flags give "
+                f"{now}.\n{'Give' if was else 'Leave out'} --{setting}{'' if was in (True, False) else f' {was}'}."
             )
 
 
@@ -180,7 +180,7 @@ def _order_head_(model: Any, name: str, trained: Sequence[str] | None, report: d
     """Put the rows of a checkpoint's head in the order of the model's labels, or draw it anew; lines worth saying."""
     last = last_layer(model.state_dict())
     if f"{last}.weight" in report["missing_keys"]:
-        return [] if trained is None else [f"{name}: has no trained head; a new one starts."]
+        return [] if trained is None else [f"{name}: has no trained head; a new one is initialised."]
     shapes = {key: shape for key, shape, _ in report["mismatched_keys"]}
     count = shapes.get(f"{last}.weight", [model.config.num_labels])[0]
     rows, note = head_order(name, count, trained, config_labels(model.config))
@@ -248,7 +248,7 @@ def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
     names, notes = tokenizer.model_input_names, []
     if "token_type_ids" in names and config.type_vocab_size == 1:
         names = [input_name for input_name in names if input_name != "token_type_ids"]
-        notes.append(f"{name}: the tokenizer tells two texts apart by token_type_ids, the model can't: left out.")
+        notes.append(f"{name}: token_type_ids are left out: the model has only one token type.")
     tokenizer.model_input_names = names if "attention_mask" in names else [*names, "attention_mask"]
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.model_max_length = int(min(longest_input(config), VERY_LARGE_INTEGER))
@@ -256,5 +256,5 @@ def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
         _keep_files(tokenizer)
         logging.getLogger("transformers.tokenization_python").setLevel(logging.ERROR)  # a warning for each pair it cuts
         if getattr(tokenizer, "normalization", False) and tokenizer.demojizer is None:
-            notes.append(f"{name}: emojis stay as they are; in words only with: pip install emoji==0.6.0")
+            notes.append(f"{name}: emojis are not converted to words; that needs: pip install emoji==0.6.0")
     return tokenizer, notes

@@ -225,8 +225,8 @@ class LoRALinear(Linear):
             self.unmerge()
         if is_alone and self._is_merged(weight):
             lists[-1].append(
-                f"{prefix}weight holds the update of {names[0]} and lora_B already: it is of a merged model, and the "
-                "update would count twice. Load it into a model without LoRA, or load the adapter alone."
+                f"{prefix}weight already contains the update of {names[0]} and lora_B: it is from a merged model, and "
+                "the update would count twice. Load it into a model without LoRA, or load the adapter alone."
             )
             return
         super()._load_from_state_dict(*arguments)
@@ -312,8 +312,9 @@ def describe_lora_(model: Any) -> None:
     kinds = {(module.r, module.lora_alpha, module.lora_dropout) for module in layers.values()}
     if len(kinds) > 1 or meant != {*layers} or not {*targets} <= {*TARGETS}:
         raise UserError(
-            "config.json has room for one rank, alpha and dropout, in the same places of each layer; this model's "
-            "LoRA is otherwise, and would be lost.\nSave it with adapters.save_adapter, or after lora.merge_lora_."
+            "config.json can describe LoRA with one rank, alpha and dropout, on the same modules of each layer; "
+            "this model's LoRA is different and would be lost.\n"
+            "Save it with adapters.save_adapter, or merge it first (lora.merge_lora_)."
         )
     r, alpha, p = kinds.pop()
     config.apply_lora, config.lora_r, config.lora_alpha = True, r, alpha

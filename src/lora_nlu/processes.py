@@ -86,8 +86,8 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
         if no_memory(e):
             fail(
                 f"there is not enough memory ({(str(e) or type(e).__name__).splitlines()[0][:150]}).\n"
-                "Take a smaller --per_device_train_batch_size and as many times the --gradient_accumulation_steps: the "
-                "same step; a smaller --per_device_eval_batch_size; a smaller --max_seq_length.",
+                "Lower --per_device_train_batch_size and raise --gradient_accumulation_steps by the same factor (the "
+                "step stays the same), or lower --per_device_eval_batch_size or --max_seq_length.",
                 1,
             )
         if not lost_process(e):

@@ -145,7 +145,7 @@ def _best(task: str, runs: list[Run]) -> tuple[Run, list[str]]:
         )
     i = max(range(len(runs)), key=lambda i: figures[i] or 0.0)
     which = f"seed {runs[i].seed}" + (f" of {len(runs)} runs" if len(runs) > 1 else ", the only run")
-    figure = "not evaluated" if figures[i] is None else f"dev {metric} {figures[i]:.3f} of the model it ended with"
+    figure = "not evaluated" if figures[i] is None else f"dev {metric} {figures[i]:.3f} of its final model"
     lines = [f"{title}: {which}, {figure}: {runs[i].folder}"]
     seen = [(value, epoch, run.seed) for run in runs for _, epoch, value in run.figures.history]
     reached = runs[i].figures.first_set
@@ -164,7 +164,7 @@ def _only(runs: list[Run]) -> tuple[Run, list[str]]:
     if len(runs) > 1:
         folders = ", ".join(str(run.folder) for run in runs)
         raise UserError(f"AX: {len(runs)} runs predict it: {folders}.\nName only the one with the MNLI run's adapter.")
-    return runs[0], [f"AX: from a run of its own: {runs[0].folder}"]
+    return runs[0], [f"AX: from a separate run: {runs[0].folder}"]
 
 
 def choose(runs: list[Run]) -> tuple[dict[str, Run], list[str]]:

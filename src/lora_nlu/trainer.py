@@ -149,9 +149,9 @@ def _damage_said(checkpoint: str | None) -> Iterator[None]:
             ) from e
         if isinstance(e, ValueError | KeyError):
             raise UserError(
-                f"{checkpoint}: its optimizer's state is of other tensors than those that train here "
-                f"({first_line(e)}).\nThe checkpoint is good: resume it with the flags that it was trained with, or "
-                "take another --output_dir."
+                f"{checkpoint}: its optimizer state is for other tensors than those trained here "
+                f"({first_line(e)}).\nThe checkpoint is not the problem: resume it with the flags of that run, or "
+                "choose another --output_dir."
             ) from e
         raise
 
@@ -349,7 +349,7 @@ class AdapterTrainer(Trainer):
         advice += ["take --bf16 instead of --fp16"] if self.args.fp16 else []
         advice += [] if self.args.max_grad_norm else ["leave --max_grad_norm at 1"]
         last = last_finite_checkpoint(self.args.output_dir)
-        kept = f"The last checkpoint with finite tensors is {last}" if last else "No checkpoint was saved before"
+        kept = f"The last checkpoint with finite tensors is {last}" if last else "No checkpoint has finite tensors"
         message = f"training diverged at step {step}: {what}.\n{' or '.join(advice)}. {kept}."
         return Diverged(message, f"{what} at step {step}")
 
@@ -618,8 +618,8 @@ class AdapterTrainer(Trainer):
         if (wrong := ~np.isfinite(logits).all(axis=1)).any():
             raise UserError(
                 f"the model's logits are not finite for {wrong.sum()} of {rows} examples, the first is number "
-                f"{wrong.argmax() + 1}: that is no score.\nIn half precision leave out --fp16, --fp16_full_eval and "
-                "the like; else the model's own weights are not finite."
+                f"{wrong.argmax() + 1}: no score was computed.\nIf you use --fp16, --fp16_full_eval or another half "
+                "precision flag, leave it out; otherwise the model's weights are not finite."
             )
         scores: dict[str, float] = {}
         if labels is not None:

@@ -324,7 +324,7 @@ def test_a_peft_adapter_without_a_pooler_needs_a_base_that_has_one_and_training_
 
     short = ["--do_train", "--max_steps", "2", "--do_eval"]
     outcome = succeeded(run(*flags, *short, "--output_dir", tmp_path / "new_head"))
-    assert "the head starts anew" in outcome.out
+    assert "a new head is initialised" in outcome.out
     outcome = succeeded(call(*tuned, *short, "--output_dir", tmp_path / "old_head"))
     assert {"pooler.dense.weight", "classifier.weight"} <= {*trained_flat(tmp_path / "old_head")}
 
