@@ -1097,7 +1097,7 @@ def test_labels_that_are_the_same_number_written_otherwise_are_said_with_their_c
     assert {*examples.labels} == {one, other, *names}
     (note,) = examples.notes
     assert note.startswith(f"{tmp_path / 'a.csv'}: ") and f"'{one}' (2 rows), '{other}' (1 rows)" in note
-    assert "how a number is written" in note
+    assert "one number, written otherwise" in note
 
 
 def test_a_label_that_differs_from_a_known_one_in_blanks_or_case_alone_is_read_as_it_and_said(tmp_path):

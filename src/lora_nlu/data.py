@@ -506,8 +506,9 @@ def _odd_spellings(file: str, labels: Sequence[str], ids: dict[str, int]) -> lis
     for alike in groups.values():
         if len(apart := [label for label in alike if label in ids]) > 1:
             said = ", ".join(f"{label!r} ({counts[label]} rows)" for label in apart)
-            alone = "blanks or case" if isinstance(_meaning(alike[0]), str) else "how a number is written"
-            lines.append(f"{file}: labels that differ in {alone} alone are taken for different ones: {said}.")
+            is_name = isinstance(_meaning(alike[0]), str)
+            which = "that differ in blanks or case alone" if is_name else "that are one number, written otherwise,"
+            lines.append(f"{file}: labels {which} are taken for different ones: {said}.")
     return lines
 
 
