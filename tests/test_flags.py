@@ -12,7 +12,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from lora_nlu.errors import UsageError, UserError
-from lora_nlu.flags import DROPPED, RENAMED, SWITCHES, parse_layers, parse_targets, translate
+from lora_nlu.flags import DROPPED, RENAMED, SWITCHES, parse, parse_layers, parse_targets, translate
 from lora_nlu.lora import TARGETS
 
 RUN_GLUE = Path(__file__).parents[1] / "examples" / "text-classification" / "run_glue.py"
@@ -292,3 +292,10 @@ def test_a_range_far_beyond_the_model_is_refused_without_counting_to_its_end():
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 1e6
+
+
+def test_a_list_of_none_in_a_file_of_flags_is_a_flag_left_out(tmp_path):
+    path = tmp_path / "flags.json"
+    path.write_text('{"output_dir": "o", "report_to": [], "label_names": null, "do_train": true, "seed": 0}')
+    (args,), _ = parse([str(path)], (TrainingArguments,))
+    assert (args.report_to, args.label_names, args.do_train, args.seed) == ([], None, True, 0)

@@ -80,14 +80,14 @@ def parse(argv: list[str], groups: Any) -> tuple[tuple[Any, ...], list[str]]:
 
 
 def _from_json(path: Path) -> list[str]:
-    """The flags of a JSON object: a list is several values, null a flag left out."""
+    """The flags of a JSON object: a list is several values, null or a list of none a flag left out."""
     try:
         settings = read_json(path)
     except UserError as e:
         raise UsageError(str(e)) from e
     argv = []
     for name, value in settings.items():
-        if value is not None:
+        if value not in (None, []):
             values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
             argv += [f"--{name}", *map(str, values)]
     return argv
@@ -284,7 +284,7 @@ def set_best_metric(args: Any, names: tuple[str, ...]) -> list[str]:
         metric = names[0] if names else "loss"
     if metric is not None and metric.removeprefix("eval_") not in known:
         raise UsageError(f"--metric_for_best_model {metric}: not evaluated here. Choose from: {', '.join(known)}.")
-    args.metric_for_best_model = metric
+    args.metric_for_best_model = metric and metric.removeprefix("eval_")  # one setting under both names
     args.greater_is_better = None if metric is None else greater_is_better(metric)
     if metric is None:
         return []

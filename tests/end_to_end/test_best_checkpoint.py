@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from lora_nlu.errors import UsageError
 from lora_nlu.flags import set_best_metric
 from lora_nlu.metrics import METRICS, greater_is_better
+from lora_nlu.runs import deciding_settings
 
 STEPS = ["--do_train", "--max_seq_length", "32", "--logging_steps", "1", "--learning_rate", "1e-2", *LORA]
 BEST = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--load_best_model_at_end"]
@@ -143,6 +144,16 @@ def test_where_nothing_goes_by_a_metric_none_is_set(run_glue, tmp_path):
     args = args_of(run_glue, tmp_path)
     assert set_best_metric(args, ("accuracy",)) == []
     assert (args.metric_for_best_model, args.greater_is_better) == (None, None)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "loss", "combined_score"])
+def test_a_metric_under_its_longer_name_is_the_same_setting_on_resuming(run_glue, tmp_path, metric):
+    decided = []
+    for name in (metric, f"eval_{metric}"):
+        args = args_of(run_glue, tmp_path, "--eval_strategy", "steps", "--metric_for_best_model", name)
+        set_best_metric(args, ("accuracy", "f1"))
+        decided.append(deciding_settings(args))
+    assert decided[0] == decided[1] and decided[0]["metric_for_best_model"] == metric
 
 
 def test_every_metric_has_a_direction_and_it_is_the_one_of_a_perfect_prediction():
