@@ -365,6 +365,9 @@ def main(argv: list[str]) -> None:
     loading.set_task(config, task, examples.labels, model_args.cls_dropout)
 
     model, tokenizer, base = prepare_model(model_args, args, config, adapter, base_labels)
+    reads, started_from = loading.tokenizer_fingerprint(tokenizer), adapter_path or name
+    trained_with = adapter.metadata if adapter else runs.recorded(Path(name))
+    loading.check_tokenizer(started_from, trained_with, reads, "Give the one it was trained with as --tokenizer_name.")
     max_length, limit = data_args.max_seq_length, loading.longest_input(config)
     if max_length > limit:
         say(args, f"--max_seq_length {max_length} is more than the model's {limit} positions; using {limit}.")
@@ -379,6 +382,7 @@ def main(argv: list[str]) -> None:
     best = set_best_metric(args, names)
     say(args, *(best if args.do_train else []))
     known = {"base_model": name, "base_fingerprint": base, "started_from": adapter_path}
+    known |= {"tokenizer_fingerprint": reads}
     decided = {"max_seq_length": max_length, "train_samples": len(tables.get("train", ()))}
     if "train" in tables:
         decided["train_data"] = data.digest(tables["train"])

@@ -552,6 +552,9 @@ def _any_of(names: list[str]) -> str:
     return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
 
 
+_FINGERPRINTS = ("weights_fingerprint", "tokenizer_fingerprint")
+
+
 def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
     """What is read of a run's metadata must be of the kind that runs write. Raises UserError."""
     labels, metrics = metadata.get("labels", []), metadata.get("metrics", {})
@@ -563,7 +566,7 @@ def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
     scalings = lora.get("scalings", []) if isinstance(lora, dict) else None
     if not isinstance(scalings, list) or not all(_is_measure(x, (int, float)) for x in scalings):
         raise UserError(f"{path}: lora is {shown(lora)}; expected scalings, a list of positive numbers, in it.")
-    for key in ("task", "base_model", "base_fingerprint", "base_revision", "peft_type", "weights_fingerprint"):
+    for key in ("task", "base_model", "base_fingerprint", "base_revision", "peft_type", *_FINGERPRINTS):
         if not isinstance(metadata.get(key, ""), str) and not (key == "base_revision" and metadata[key] is None):
             raise UserError(f"{path}: {key} is {shown(metadata[key])}; expected a string.")
 

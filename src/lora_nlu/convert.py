@@ -164,6 +164,9 @@ def write_merged(adapter: Adapter, base: str, folder: Path) -> list[str]:
         setattr(config, name, value)
     config.architectures = [type(model).__name__]
     tokenizer, _ = loading.load_tokenizer(base, config)
+    remedy = "Give --base a copy of the base model with the tokenizer that it was trained with."
+    fingerprint = loading.tokenizer_fingerprint(tokenizer)
+    loading.check_tokenizer(str(adapter.source), adapter.metadata, fingerprint, remedy)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -194,7 +194,7 @@ def record_evaluation(trainer: AdapterTrainer, evaluated: str) -> None:
     that run ended with or its task is another: the figures there are taken for the run's.
     """
     folder, now = Path(trainer.args.output_dir), trainer.metadata
-    (earlier,) = broadcast_object_list([_recorded(folder)])
+    (earlier,) = broadcast_object_list([recorded(folder)])
     if not is_training(earlier):
         record(trainer)
         return
@@ -207,7 +207,8 @@ def record_evaluation(trainer: AdapterTrainer, evaluated: str) -> None:
         )
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
+def recorded(folder: Path) -> dict[str, Any]:
+    """What the run in a folder recorded of itself; nothing if there was none."""
     return read_json(folder / RUN) if (folder / RUN).is_file() else {}
 
 
@@ -258,8 +259,8 @@ def _find_checkpoint(output_dir: str, given: str | None) -> str | None:
 def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """In what two runs' metadata differ that decides what they end with."""
     differences = []
-    for key in ("task", "labels", "base_fingerprint", "lora", "method", "hyperparameters"):
-        one, other = earlier.get(key, now[key]), now[key]  # an older version recorded less
+    for key in ("task", "labels", "base_fingerprint", "tokenizer_fingerprint", "lora", "method", "hyperparameters"):
+        one, other = earlier.get(key, now.get(key)), now.get(key)  # an older version recorded less
         if isinstance(one, dict) and isinstance(other, dict):
             names = one if key == "hyperparameters" else {**one, **other}  # an older version recorded fewer of these
             changed = [name for name in names if one.get(name) != other.get(name)]
@@ -282,7 +283,7 @@ def _check_same_run(source: str, earlier: dict[str, Any], now: dict[str, Any]) -
 def _to_do(trainer: AdapterTrainer) -> tuple[str | None, bool]:
     """The checkpoint to resume from, if any, and whether all is done. Raises UserError if another run left either."""
     folder = Path(trainer.args.output_dir)
-    earlier = _recorded(folder) or trainer.metadata
+    earlier = recorded(folder) or trainer.metadata
     checkpoint = _find_checkpoint(trainer.args.output_dir, trainer.args.resume_from_checkpoint)
     if checkpoint or "trained" in earlier:
         _check_same_run(str(folder), earlier, trainer.metadata)

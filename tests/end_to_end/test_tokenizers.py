@@ -1,6 +1,7 @@
 """Checkpoints whose tokenizer is not RoBERTa's own: BERT's, and those that transformers has in Python alone."""
 
 import json
+import shutil
 import string
 import sys
 from collections.abc import Callable
@@ -10,12 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from runs import NOUNS, VERBS, Outcome
+from runs import LORA, NOUNS, VERBS, Outcome
 from test_run_glue import read, scores, succeeded
 from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification
 
+from lora_nlu.convert import main as convert
 from lora_nlu.data import Examples, tokenize
-from lora_nlu.loading import load_tokenizer
+from lora_nlu.loading import load_tokenizer, tokenizer_fingerprint
 
 RUN = ["--max_seq_length", "48", "--learning_rate", "1e-2", "--save_strategy", "no"]
 WORDS = [*NOUNS, *VERBS, "the", "and", "surely", "never"]
@@ -149,3 +151,83 @@ def test_emojis_that_stay_as_they_are_are_said(tmp_path, monkeypatch):
         ),
     )
     assert len(notes) == 1 and "pip install emoji" in notes[0]
+
+
+# ------------------------------------------------------------------------------------------- another tokenizer
+
+
+def swapped(base: Path, folder: Path) -> Path:
+    """The same tokenizer but for two words, which have each other's number."""
+    lines = (base / "vocab.txt").read_text().split("\n")
+    cat, dog = lines.index("cat"), lines.index("dog")
+    lines[cat], lines[dog] = lines[dog], lines[cat]
+    (folder / "vocab.txt").write_text("\n".join(lines))
+    return folder
+
+
+def cased(base: Path, folder: Path) -> Path:
+    """The same vocabulary, and words with a capital are not in it."""
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"do_lower_case": False}))
+    return folder
+
+
+@pytest.mark.parametrize("method", [LORA, ["--apply_bitfit"], []], ids=["lora", "bitfit", "full"])
+@pytest.mark.parametrize("change", [swapped, cased])
+def test_what_was_trained_with_another_tokenizer_is_refused(change, method, call, run, bert_words, glue, tmp_path):
+    trained, _ = run(bert_words, "o", *method, "--do_train", "--max_steps", 2, "--do_eval")
+    other = change(bert_words, Path(shutil.copytree(bert_words, tmp_path / "other")))
+    flags = ["--task_name", "rte", "--glue_dir", glue, *RUN]
+    start = ["--model_name_or_path", trained]
+    if method:
+        door = "--lora_path" if method == LORA else "--adapter_path"
+        start = ["--model_name_or_path", bert_words, door, trained]
+    for work in (["--do_eval"], ["--do_predict"], ["--do_train", "--max_steps", 1]):
+        outcome = call(*flags, *start, "--tokenizer_name", other, *work, "--output_dir", tmp_path / "e")
+        assert outcome.code == 1 and f"{trained}: was trained with another tokenizer" in outcome.err, outcome.err
+        assert "as --tokenizer_name" in outcome.err and not (tmp_path / "e" / "eval_results.json").exists()
+    succeeded(call(*flags, *start, "--tokenizer_name", bert_words, "--do_eval", "--output_dir", tmp_path / "e"))
+    assert scores(tmp_path / "e" / "eval_results.json") == scores(trained / "eval_results.json")
+    for name in ("run.json", "run_metadata.json"):  # as an older version wrote them
+        if (trained / name).is_file():
+            known = read(trained / name)
+            assert known.pop("tokenizer_fingerprint")
+            (trained / name).write_text(json.dumps(known))
+    succeeded(call(*flags, *start, "--tokenizer_name", other, "--do_eval", "--output_dir", tmp_path / "e"))
+
+
+@pytest.mark.parametrize("change", [swapped, cased])
+def test_a_run_is_not_taken_up_with_another_tokenizer(change, call, run, bert_words, glue, tmp_path):
+    flags = [*LORA, "--do_train", "--max_steps", 2]
+    trained, _ = run(bert_words, "o", *flags, "--save_strategy", "steps", "--save_steps", 1)
+    other = change(bert_words, Path(shutil.copytree(bert_words, tmp_path / "other")))
+    again = ["--model_name_or_path", bert_words, "--task_name", "rte", "--glue_dir", glue, *RUN, *flags]
+    again += ["--tokenizer_name", other, "--output_dir", trained]
+    for finished in (True, False):
+        known = read(trained / "run.json")
+        (trained / "run.json").write_text(json.dumps({k: v for k, v in known.items() if finished or k != "trained"}))
+        outcome = call(*again)
+        assert outcome.code == 1 and "tokenizer_fingerprint" in outcome.err, outcome.err
+
+
+def test_no_merged_model_gets_another_tokenizer_than_its_adapter_was_trained_with(run, bert_words, tmp_path, capsys):
+    other = swapped(bert_words, Path(shutil.copytree(bert_words, tmp_path / "other")))
+    trained, _ = run(bert_words, "o", *LORA, "--tokenizer_name", other, "--do_train", "--max_steps", 2)
+    merge = ["convert", str(trained), str(tmp_path / "merged"), "--to", "merged"]
+    assert convert(merge) == 1 and not (tmp_path / "merged").exists()
+    assert "was trained with another tokenizer" in capsys.readouterr().err
+    assert convert([*merge, "--base", str(other)]) == 0
+
+
+def test_a_tokenizer_is_told_by_its_tokens_and_what_it_makes_of_a_text(bert_words, in_python, tmp_path):
+    found = []
+    for base in (bert_words, in_python):
+        config = RobertaConfig(vocab_size=99, max_position_embeddings=66, type_vocab_size=1)
+        tokenizer, _ = load_tokenizer(str(base), config)
+        found.append(tokenizer_fingerprint(tokenizer))
+        tokenizer.save_pretrained(tmp_path / base.name)
+        assert tokenizer_fingerprint(load_tokenizer(str(tmp_path / base.name), config)[0]) == found[-1]
+    assert len({*found}) == 2
+    merges = tmp_path / in_python.name / "bpe.codes"
+    merges.write_text(merges.read_text().replace("t h 10\n", ""))
+    assert tokenizer_fingerprint(load_tokenizer(str(merges.parent), config)[0]) != found[1]
