@@ -324,11 +324,16 @@ def test_an_error_of_all_processes_is_said_once(start, glue, tmp_path):
     [
         (["--tokenizer_name", "/nowhere"], "No tokenizer in /nowhere"),
         (["--learning_rate", "0.5"], "was started otherwise than the first: learning_rate 5e-05, now 0.5"),
+        (["--glue_dir", "OTHER"], "was started otherwise than the first: train_data "),
     ],
-    ids=["a file that one machine lacks", "other flags on one machine"],
+    ids=["a file that one machine lacks", "other flags on one machine", "other examples on one machine"],
 )
 def test_an_error_of_one_process_is_said_by_it_and_ends_the_others(more, said, environment, base_flags, glue, tmp_path):
     """The first process waits for the other meanwhile."""
+    header, *rows = (glue / "RTE" / "train.tsv").read_text().splitlines()
+    (tmp_path / "other" / "RTE").mkdir(parents=True)
+    (tmp_path / "other" / "RTE" / "train.tsv").write_text("\n".join([header, *rows[::-1]]) + "\n")
+    more = [str(tmp_path / "other") if word == "OTHER" else word for word in more]
     program = tmp_path / "one_differs.py"
     program.write_text(
         "import os, sys, runpy\n"
