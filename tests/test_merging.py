@@ -323,6 +323,8 @@ def test_a_copied_or_pickled_merged_model_is_merged_and_unmerges(model):
     file.seek(0)
     for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
         assert all(layer.merged for layer in layers(copied))
+        assert base_fingerprint(copied) == base_fingerprint(want)
+        assert all(torch.equal(a.frozen_weight(), b.weight) for a, b in zip(layers(copied), layers(want), strict=True))
         assert_is(copied, want)
     assert_is(model, want)
 

@@ -386,6 +386,9 @@ def main(argv: list[str]) -> None:
     decided = {"max_seq_length": max_length, "train_samples": len(tables.get("train", ()))}
     if "train" in tables:
         decided["train_data"] = data.digest(tables["train"])
+        scored = [table for split, table in tables.items() if split.startswith("validation")]
+        if scored and runs.depends_on_evaluations(args):
+            decided["eval_data"] = data.digest(scored[0])  # the set that is evaluated while training
     if data_args.train_file and args.do_train:
         known |= {"train_file": Path(data_args.train_file).name, "text_columns": [*examples.texts]}
     decided |= {key: getattr(model_args, key) for key in ("cls_dropout", "reg_loss_wgt", "masking_prob")}

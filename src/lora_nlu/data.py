@@ -578,7 +578,7 @@ def choose_rows(examples: Examples, limits: dict[str, int | None], seed: int | N
 def _check_part(examples: Examples, split: str, part: Dataset, which: str) -> None:
     """A part with a single label teaches and measures nothing, where the set has more. Raises UserError."""
     there, all_there = (_label_counts(table, examples) for table in (part, examples.splits[split]))
-    if len(there) < 2 <= len(all_there) and (len(part) > 1 or not examples.is_regression):
+    if len(part) > 1 and len(there) < 2 <= len(all_there):  # one row has one label, as everybody sees
         flag = f"--max_{'train' if split == 'train' else 'eval'}_samples"
         raise UserError(
             f"{split}: the {which} {len(part)} of {len(examples.splits[split])} rows all have the label "

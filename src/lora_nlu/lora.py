@@ -191,8 +191,15 @@ class LoRALinear(Linear):
 
     def _untouched(self, *names: str) -> bool:
         """Whether these parameters are the tensors that were merged, and nobody has written to them since."""
-        left = ((getattr(self, name), *self._left[name]) for name in names)
+        left = ((getattr(self, name), *self._left.get(name, (None, -1))) for name in names)
         return all(now is then and _version(now) == version >= 0 for now, then, version in left)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_left": {name: left for name, left in self._left.items() if self._untouched(name)}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy's parameters count their versions anew
+        super().__setstate__(state)
+        self._left = {name: (getattr(self, name), _version(getattr(self, name))) for name in self._left}
 
     def _holds_its_update(self) -> bool:
         """Whether the matrices and scaling of a merged layer are those in its weight."""

@@ -117,7 +117,13 @@ def read_run(folder: Path, known: dict[str, Any], figures: Figures) -> Run:
     if key in ("lora", NO_START) and lora["ranks"] != [LORA_RANKS.get(model)]:
         key = None
     paper = next((line for line in PAPER if (line.model, line.method) == (model, key)), None)
-    unsaid = {"seed", "data_seed", "train_data", *known.get("left_at_default", ())}  # which older runs did not record
+    unsaid = {
+        "seed",
+        "data_seed",
+        "train_data",
+        "eval_data",
+        *known.get("left_at_default", ()),
+    }  # which older runs did not record
     settings = {name: value for name, value in hyper.items() if name not in unsaid} | {
         "scaling": ", ".join(f"{scaling:g}" for scaling in lora["scalings"]),
         "lora_relative_query": lora["lora_relative_query"],

@@ -53,7 +53,7 @@ _RESULTS = (
 )
 
 # What the difference of a setting means that says nothing by itself
-_MEANING = {"train_data": ": the training examples differ"}
+_MEANING = {"train_data": ": the training examples differ", "eval_data": ": the evaluation examples differ"}
 
 # What a method trains in the encoder, as the closing table calls it
 _PARTS = {"lora": "LoRA", "bitfit": "biases", "houlsby": "adapters", "pfeiffer": "adapters"}
@@ -105,15 +105,17 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
+def depends_on_evaluations(args: Any) -> bool:
+    """Whether evaluations while training decide which checkpoint, how many steps or what learning rate a run has."""
+    stops_early = getattr(args, "early_stopping_patience", None) is not None
+    return args.load_best_model_at_end or stops_early or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+
+
 def deciding_settings(args: Any) -> dict[str, Any]:
     """The settings that decide what a run ends with, by name, as plain JSON; args: TrainingArguments."""
     names = [field.name for field in fields(args) if field.name not in WITHOUT_EFFECT]
-    goes_by_evaluations = (
-        args.load_best_model_at_end
-        or getattr(args, "early_stopping_patience", None) is not None
-        or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-    )
-    settings = {name: _plain(getattr(args, name)) for name in [*names, *SCHEDULE * goes_by_evaluations]}
+    names += SCHEDULE if depends_on_evaluations(args) else ()
+    settings = {name: _plain(getattr(args, name)) for name in names}
     each = args.per_device_train_batch_size
     settings["examples_a_step"] = each * args.gradient_accumulation_steps * args.world_size
     if args.dataloader_drop_last:
@@ -271,6 +273,15 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return differences
 
 
+def _check_best_metric(source: str, earlier: dict[str, Any], args: Any) -> None:
+    """Raise UserError for an older version's run: its best figure was of another metric or direction, unrecorded."""
+    if args.metric_for_best_model and "metric_for_best_model" not in earlier.get("hyperparameters", {}):
+        raise UserError(
+            f"{source} holds a run that an older version began. That version chose the best checkpoint otherwise.\n"
+            "Choose another --output_dir, or --overwrite_output_dir to train afresh."
+        )
+
+
 def _check_same_run(source: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to go on from, or take for done, what was trained otherwise. Raises UserError with the differences."""
     if differences := _differences(earlier, now):
@@ -295,6 +306,7 @@ def _to_do(trainer: AdapterTrainer) -> tuple[str | None, bool]:
     if checkpoint and Path(checkpoint, adapters.METADATA).is_file():  # it may be another folder's
         _check_same_run(checkpoint, read_json(Path(checkpoint, adapters.METADATA)), trainer.metadata)
     if checkpoint and "trained" not in earlier:
+        _check_best_metric(str(folder), earlier, trainer.args)
         trainer.check_engine(checkpoint)
     return checkpoint, "trained" in earlier
 

@@ -196,6 +196,7 @@ SGD = ["--optim", "sgd", "--optim_args", "momentum=0.5"]
         ("plain", ["--max_grad_norm", 2], "max_grad_norm 1.0, now 2.0"),
         ("best", ["--metric_for_best_model", "loss"], "metric_for_best_model accuracy, now loss"),
         ("best", ["--eval_steps", 3, "--save_steps", 3], "eval_steps 1.0, now 3"),
+        ("best", ["--max_eval_samples", 12], "the evaluation examples differ"),
     ],
 )
 def test_another_value_of_what_decides_is_another_run(which, flags, said, trained, finished, call, glue, tmp_path):
@@ -247,6 +248,18 @@ def test_of_an_older_versions_run_only_what_it_recorded_is_compared(finished, ca
     assert "already trained" in succeeded(call(*rte(glue, output, *flags, *SGD))).out
     outcome = call(*rte(glue, output, *flags, "--learning_rate", 1))
     assert outcome.code == 1 and "learning_rate 0.01, now 1.0" in outcome.err
+
+
+def test_a_run_whose_best_checkpoint_an_older_version_chose_otherwise_is_not_gone_on_from(
+    finished, call, glue, tmp_path
+):
+    output = tmp_path / "o"
+    shutil.copytree(finished / "best", output)
+    run = read(output / "run.json")
+    del run["trained"], run["hyperparameters"]["metric_for_best_model"], run["hyperparameters"]["greater_is_better"]
+    (output / "run.json").write_text(json.dumps(run))
+    outcome = call(*rte(glue, output, "--do_train", "--do_eval", *SHORT, *BEST))
+    assert outcome.code == 1 and "an older version" in outcome.err and "--overwrite_output_dir" in outcome.err
 
 
 # ------------------------------------------------------------------------------------------------------ early stopping
