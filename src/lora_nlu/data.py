@@ -603,6 +603,8 @@ def _counted(counts: dict[str, int]) -> str:
 def describe(examples: Examples, seed: int | None = None) -> list[str]:
     """A line on each split: its rows, the columns they were read from, and how many have which label."""
     lines = list(examples.notes)
+    if seed is not None and all(len(t) == examples.rows.get(s, len(t)) for s, t in examples.splits.items()):
+        lines.append("--sample_seed has no effect here: every row is read.")
     for split, table in examples.splits.items():
         rows, columns = examples.rows.get(split, len(table)), examples.columns.get(split, ())
         chosen = f"the first of {rows}" if seed is None or split.startswith("test") else f"drawn of {rows}"
@@ -615,6 +617,8 @@ def describe(examples: Examples, seed: int | None = None) -> list[str]:
             if examples.is_regression:
                 numbers = table.with_format("numpy")[LABEL][:]
                 line += f", a regression: numbers from {numbers.min():g} to {numbers.max():g}"
+                if {*numbers.tolist()} <= {0.0, 1.0}:
+                    line += " (for two classes write 0 and 1)"
             else:
                 counts = _label_counts(table, examples)
                 line += f": {_counted(counts)}"

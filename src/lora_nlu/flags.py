@@ -167,8 +167,6 @@ def check_args(model_args: Any, data_args: Any, args: Any) -> None:
         raise UsageError(f"--text_columns {data_args.text_columns}: give one column, or two for pairs.")
     if texts and (label_column or "label") in texts:
         raise UsageError(f"--text_columns {data_args.text_columns}: {label_column or 'label'} is the column of labels.")
-    if data_args.sample_seed is not None and not (data_args.max_train_samples or data_args.max_eval_samples):
-        raise UsageError("--sample_seed has no effect without --max_train_samples or --max_eval_samples.")
     label_names = parse_names("labels", data_args.labels)
     if label_names is not None and len(label_names) < 2:
         raise UsageError(f"--labels {data_args.labels}: give two names or more; a regression has none.")

@@ -152,7 +152,8 @@ class Head:
         wanted: labels of one's own examples, class 0 first; None where the examples have none. Raises UserError.
         """
         if wanted is not None and tuple(wanted) in (tuple(map(str, range(self.count))), placeholders(self.count)):
-            return f"{self.source}: records no label names; the labels {listed(wanted)} are used as its class ids."
+            ids = f"{self.source}: records no label names; the labels {listed(wanted)} are used as its class ids."
+            return f"{ids} If that is wrong, name its classes, class 0 first: --labels."
         orders = [f"{task.name} {','.join(task.labels)}" for task in TASKS.values() if len(task.labels) == self.count]
         known = f"; GLUE's: {'; '.join(orders)}" if orders else ""
         if self.saved_as:
