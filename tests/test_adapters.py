@@ -37,6 +37,7 @@ from lora_nlu.adapters import (
     load_adapter,
     read_adapter,
     save_adapter,
+    with_relative_query,
 )
 from lora_nlu.errors import UserError
 from lora_nlu.lora import LoRALinear, mark_only_lora_as_trainable
@@ -308,6 +309,12 @@ def test_a_published_deberta_file_is_not_read_with_lora_on_the_relative_query(tm
     for path in (file, folder):
         assert "Leave out --lora_relative_query" in refused(path, lora_deberta(seed=1, lora_relative_query=True))
         assert "Leave out" in refused(path, lora_deberta(seed=1, lora_relative_query=True), training=True)
+    assert "doesn't tell whether LoRA was on the relative" in refused(file, lora_deberta(lora_relative_query=True))
+    taken = with_relative_query(read_adapter(str(file)), True)
+    load_adapter(lora_deberta(seed=1, lora_relative_query=True), taken, allow_new_head=False)
+    assert not taken.frozen_relative_query
+    for same in (read_adapter(str(folder)), read_adapter(str(published(tmp_path / "r.bin", trained(lora_model()))))):
+        assert with_relative_query(same, True) is same  # it tells, or has none
 
 
 @pytest.mark.parametrize(
@@ -652,7 +659,8 @@ def test_a_base_that_is_only_named_is_compared_by_its_name_and_the_difference_is
     (note,) = notes("roberta-base", "someone/roberta-for-tweets")
     assert "names roberta-base as its base model" in note and "someone/roberta-for-tweets" in note
     assert notes("roberta-base", "roberta-base") == notes(None, "roberta-base") == notes("roberta-base", "") == []
-    assert notes(f"{tmp_path}/x/../base", str(tmp_path / "base")) != [] and notes("a/b", "./a/b") == []
+    assert notes("a/b", "./a/b") == notes(f"{tmp_path}/x/../base", str(tmp_path / "base")) == []
+    assert notes("someone/roberta-base", "/models/roberta-base/") == [] != notes("a/base-v1", "a/base-v2")
 
 
 @pytest.mark.parametrize("kind", ["TOKEN_CLS", "QUESTION_ANS", None])

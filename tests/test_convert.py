@@ -742,3 +742,27 @@ def test_a_fingerprint_is_the_bases_own_whatever_lora_head_and_dtype(case):
         other.classifier.register_parameter("unused", nn.Parameter(torch.zeros(1)))
         next(p for n, p in other.base_model.named_parameters() if n.endswith("layer.1.output.dense.bias")).add_(0.1)
     assert base_fingerprint(other) != base_fingerprint(model)
+
+
+def test_a_bin_that_cannot_tell_how_its_relative_query_was_trained_is_read_as_said_and_that_is_said(
+    case, tmp_path, capsys
+):
+    model, base, adapter = case
+    torch.save(read_adapter(str(adapter)).state, tmp_path / "lora.bin")
+    frozen = getattr(model, "frozen_relative_query", None)
+    flag = [] if frozen in (True, None) else ["--lora_relative_query"]
+    flags = ["--lora_alpha", ALPHA, "--base", base, *flag]
+    for to in ("peft", "merged"):
+        code, out, err = said(capsys, "convert", tmp_path / "lora.bin", tmp_path / to, "--to", to, *flags)
+        assert code == 0, err
+        assert ("can't confirm" in out) == (frozen is not None)
+    if frozen is not None:
+        kind = "LORA_FROZEN_RELATIVE_QUERY" if frozen else "LORA"
+        assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == kind
+        assert inspected(capsys, tmp_path / "lora.bin")["relative query"] == "unknown: the file doesn't say"
+    again = fresh(base)
+    attach_adapter(again, read_adapter(str(tmp_path / "peft")), None, allow_new_head=False)
+    assert torch.equal(logits(again), logits(model))
+    assert_close(logits(fresh(tmp_path / "merged", theirs=True)), logits(model))
+    told = ["convert", adapter, tmp_path / "no", "--to", "peft", "--lora_relative_query"]
+    assert said(capsys, *told)[0] == 2

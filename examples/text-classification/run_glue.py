@@ -210,7 +210,11 @@ def prepare_model(
     loading.set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
     if adapter:
         say(args, *adapters.attach_adapter(model, adapter, model_args.lora_alpha, args.do_train, wanted))
-        say(args, f"Loaded {adapter.source}: {contents(adapter, model_args)}.")
+        guess = ""
+        if not adapter.knows_relative_query and model.frozen_relative_query is not None:
+            way = "without LoRA, the reference's way" if adapter.frozen_relative_query else "with LoRA, PEFT's way"
+            guess = f"; the relative query {way}, which the file can't confirm"
+        say(args, f"Loaded {adapter.source}: {contents(adapter, model_args)}{guess}.")
         for module in model.modules():
             if isinstance(module, LoRALinear):
                 module.lora_dropout = model_args.lora_dropout or 0.0
@@ -256,6 +260,7 @@ def load_adapter(model_args: ModelArguments, config: Any) -> adapters.Adapter | 
         return None
     door = "--lora_path" if model_args.lora_path else "--adapter_path"
     adapter = adapters.read_adapter(path, door, cache_dir=model_args.cache_dir, token=model_args.token)
+    adapter = adapters.with_relative_query(adapter, model_args.lora_relative_query)
     m, has = model_args, adapter.method
     if (has == "lora") != bool(m.lora_path):
         right = "lora_path" if has == "lora" else "adapter_path"

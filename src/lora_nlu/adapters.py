@@ -74,7 +74,7 @@ class Adapter:
     lora_alpha:             None where the file doesn't know it (a published `.bin`).
     alpha_pattern:          alpha of layers whose names match, as PEFT reads patterns; the others have lora_alpha.
     use_rslora:             the scaling is alpha / sqrt(r), not alpha / r.
-    frozen_relative_query:  how a DeBERTa was trained (modeling_deberta_v2.py); published files are the reference's.
+    frozen_relative_query:  how a DeBERTa was trained (modeling_deberta_v2.py); a `.bin` is taken for the reference's.
     lora_dropout:           the dropout it was trained with; it changes nothing in what the adapter computes.
     targets:                names, or a pattern, of the layers that must have an update; None: those of the file.
     base_weights:           weights of those layers in a checkpoint of a whole model, which may hold the update already.
@@ -110,6 +110,11 @@ class Adapter:
         """The rank of each layer with an update, by the layer's name."""
         suffix = ".lora_A"
         return {name.removesuffix(suffix): t.shape[0] for name, t in self.state.items() if name.endswith(suffix)}
+
+    @property
+    def knows_relative_query(self) -> bool:
+        """Whether the file tells how a DeBERTa's relative query was trained, which a `.bin` doesn't."""
+        return self.lora_alpha is not None or encoder_prefix(self) != "deberta"
 
     @property
     def adapter_size(self) -> int | None:
@@ -673,7 +678,8 @@ def check_settings(
             f"Give --lora_alpha {known:g}, or leave it out: the file knows its alpha."
         )
     is_deberta = encoder_prefix(adapter) == "deberta"
-    if is_deberta and lora_relative_query is not None and lora_relative_query == adapter.frozen_relative_query:
+    reading = lora_relative_query if is_deberta and adapter.knows_relative_query else None
+    if reading is not None and reading == adapter.frozen_relative_query:
         raise _other_reading(adapter)
     has_targets, has_layers = lora_places(adapter.ranks)
     asked: tuple[tuple[str, Any, Any], ...] = (
@@ -689,7 +695,23 @@ def check_settings(
             )
 
 
+def with_relative_query(adapter: Adapter, lora_relative_query: bool | None) -> Adapter:
+    """A DeBERTa `.bin`, which doesn't tell, as trained with LoRA on the relative query or without.
+
+    None is without, as the reference trained. An adapter that tells stays as it is.
+    """
+    if adapter.knows_relative_query or lora_relative_query is None:
+        return adapter
+    return replace(adapter, frozen_relative_query=not lora_relative_query)
+
+
 def _other_reading(adapter: Adapter) -> UserError:
+    if not adapter.knows_relative_query:
+        trained, others = ("without", "with") if adapter.frozen_relative_query else ("with", "without")
+        return UserError(
+            f"{adapter.source}: doesn't tell whether LoRA was on the relative positions' query. It is read as "
+            f"{trained}, the model is {others}.\nLeave out --lora_relative_query, or decide with adapters.with_relative_query."
+        )
     trained, remedy = ("without", "Leave out") if adapter.frozen_relative_query else ("with", "Give")
     return UserError(
         f"{adapter.source}: was trained {trained} LoRA on the relative positions' query; read otherwise it gives "
@@ -727,7 +749,7 @@ def attach_adapter(
             f"this one has {base}.\nGive that model as --model_name_or_path."
         )
     notes, given = [], model.config.name_or_path
-    if made_for is None and named and given and Path(named).absolute() != Path(given).absolute():
+    if made_for is None and named and given and not _same_name(named, given):
         notes.append(
             f"{adapter.source}: names {shown(named)} as its base model, but no fingerprint; it is loaded into {given}."
         )
@@ -741,6 +763,11 @@ def attach_adapter(
     for name in adapter.state:
         model.get_parameter(name).requires_grad_(True)
     return notes
+
+
+def _same_name(one: str, other: str) -> bool:
+    """Whether two folders or Hub ids are the same path, or alike in its last part."""
+    return Path(one).resolve() == Path(other).resolve() or Path(one).name == Path(other).name
 
 
 def _attach_lora(model: Any, adapter: Adapter, lora_alpha: float | None) -> dict[str, tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 python -m lora_nlu.adapters inspect SOURCE
 python -m lora_nlu.adapters convert SOURCE DESTINATION --to {peft,bin,merged} [--lora_alpha A] [--base MODEL]
+                                               [--lora_relative_query]
 """
 
 import argparse
@@ -30,6 +31,7 @@ from lora_nlu.adapters import (
     not_finite,
     read_adapter,
     weights_in,
+    with_relative_query,
     write_adapter,
 )
 from lora_nlu.errors import UsageError, UserError, shown
@@ -271,7 +273,8 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
             how = "alpha / sqrt(rank), rslora" if adapter.use_rslora else "alpha / rank"
             rows.append(("scaling", f"{', '.join(f'{x:g}' for x in adapter.scalings())} ({how})"))
     if ranks and prefix == "deberta":
-        rows.append(("relative query", "frozen" if adapter.frozen_relative_query else "with LoRA, as in PEFT"))
+        said = "frozen" if adapter.frozen_relative_query else "with LoRA, as in PEFT"
+        rows.append(("relative query", said if adapter.knows_relative_query else "unknown: the file doesn't say"))
     if adapter.adapter_size is not None:
         places = [name for name in encoder if name.endswith(".adapter_A.weight")]
         rows += [
@@ -305,7 +308,7 @@ def inspect(adapter: Adapter) -> str:
 
 
 def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | None, base: str | None) -> str:
-    """Write `adapter` in another form; returns lines on what was written.
+    """Write `adapter` in another form; returns lines on what was written, and on what was guessed.
 
     Raises UserError for what can't be, UsageError for a flag that means nothing there.
     """
@@ -321,9 +324,13 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
     check_values(adapter)
     if adapter.method == "lora" and (to != "bin" or lora_alpha is not None):
         adapter.alphas(lora_alpha)  # says so where neither knows the alpha, or they differ
+    notes = []
+    if not adapter.knows_relative_query and to != "bin":
+        way = "the reference's way; --lora_relative_query is PEFT's" if adapter.frozen_relative_query else "PEFT's way"
+        has = "without" if adapter.frozen_relative_query else "with"
+        notes.append(f"{source}: taken as trained {has} LoRA on the relative query ({way}), which it can't confirm.")
     if adapter.lora_alpha is None:
         adapter = replace(adapter, lora_alpha=lora_alpha)
-    notes = []
     if adapter.base_weights and not base and to != "merged":
         notes.append(
             f"{source}: a complete model's checkpoint; only its adapter is written, its base weights are not checked."
@@ -342,7 +349,8 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
         notes += write_merged(adapter, base, destination)
         return "\n".join([f"{destination}: a plain model; load it with transformers' from_pretrained.", *notes])
     if base:
-        adapter, notes = with_base(adapter, base)
+        adapter, more = with_base(adapter, base)
+        notes += more
     write_adapter(adapter, destination)
     write_card(destination)
     kind = "PEFT" if adapter.method == "lora" else adapter.method
@@ -359,6 +367,9 @@ def main(argv: list[str] | None = None) -> int:
     converted.add_argument("destination", type=Path)
     converted.add_argument("--to", required=True, choices=["peft", "bin", "merged"])
     converted.add_argument("--lora_alpha", type=float, help="for a file that doesn't know its own")
+    converted.add_argument(
+        "--lora_relative_query", action="store_true", help="of a DeBERTa .bin: it was trained as PEFT trains"
+    )
     converted.add_argument("--base", help="the base model to merge into or to record, if not the one recorded")
     args = parser.parse_args(argv)
     try:
@@ -366,6 +377,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "inspect":
             print(inspect(adapter))
         else:
+            if args.lora_relative_query and adapter.knows_relative_query:
+                raise UsageError(f"--lora_relative_query: {adapter.source} is no DeBERTa .bin; leave it out.")
+            adapter = with_relative_query(adapter, args.lora_relative_query or None)
             print(convert(adapter, args.destination.absolute(), args.to, args.lora_alpha, args.base))
     except (UserError, OSError) as e:
         print(f"lora_nlu.adapters: error: {e}", file=sys.stderr)

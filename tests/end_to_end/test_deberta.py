@@ -197,6 +197,18 @@ def test_lora_on_the_relative_query_is_saved_with_the_adapter_and_checked_on_loa
     for name in kinds:  # unsaid, the file decides
         succeeded(run(*evaluate, "--lora_path", tmp_path / name))
         assert scores(tmp_path / "o" / "eval_results.json") == scores(tmp_path / name / "eval_results.json")
+    # a .bin doesn't tell: the reference's way, which is said, or the flag's
+    for name, flags, said in (
+        ("frozen", [], "without LoRA, the reference's way, which the file can't confirm"),
+        ("frozen", ["--lora_relative_query", "false"], "without LoRA, the reference's way"),
+        ("peft", ["--lora_relative_query"], "with LoRA, PEFT's way, which the file can't confirm"),
+    ):
+        torch.save(trained_flat(tmp_path / name), tmp_path / f"{name}.bin")
+        outcome = succeeded(run(*evaluate, "--lora_path", tmp_path / f"{name}.bin", *flags))
+        assert said in outcome.out
+        assert scores(tmp_path / "o" / "eval_results.json") == scores(tmp_path / name / "eval_results.json")
+    succeeded(run(*evaluate, "--lora_path", tmp_path / "peft.bin"))
+    assert scores(tmp_path / "o" / "eval_results.json") != scores(tmp_path / "peft" / "eval_results.json")
 
 
 def test_a_deberta_has_no_longest_input_where_it_has_no_position_table(run, tmp_path):
