@@ -710,7 +710,7 @@ def _other_reading(adapter: Adapter) -> UserError:
         trained, others = ("without", "with") if adapter.frozen_relative_query else ("with", "without")
         return UserError(
             f"{adapter.source}: doesn't tell whether LoRA was on the relative positions' query. It is read as "
-            f"{trained}, the model is {others}.\nLeave out --lora_relative_query, or decide with adapters.with_relative_query."
+            f"{trained}, the model is {others}.\nLeave out --lora_relative_query, or use with_relative_query."
         )
     trained, remedy = ("without", "Leave out") if adapter.frozen_relative_query else ("with", "Give")
     return UserError(

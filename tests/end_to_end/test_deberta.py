@@ -325,7 +325,7 @@ def test_a_peft_adapter_without_a_pooler_needs_a_base_that_has_one_and_training_
 
     tuned = ["--model_name_or_path", tmp_path / "tuned", *flags]
     outcome = succeeded(call(*tuned, "--do_eval", "--do_predict", "--output_dir", tmp_path / "eval"))
-    assert "its classifier reads the base checkpoint's" in outcome.out
+    assert "its classifier uses the base checkpoint's" in outcome.out
     rows = [line.split("\t") for line in (glue / "RTE" / "dev.tsv").read_text().splitlines()[1:]]
     labels = torch.tensor([["entailment", "not_entailment"].index(row[3]) for row in rows])
     tokenizer = AutoTokenizer.from_pretrained(tiny_deberta)
