@@ -112,6 +112,11 @@ def load_model(
         raise UserError(f"--model_name_or_path {name}: {said} ({_reason(e)}).") from e
     finally:
         transformers.logging.set_verbosity(verbosity)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers took an adapter beside the model, and its base
+        raise UserError(
+            f"--model_name_or_path {name}: holds a model and an adapter ({CONFIG}); it isn't clear which is meant.\n"
+            f"Give the adapter's files in a folder of their own as --lora_path, and the model without {CONFIG} here."
+        )
     new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if wrong := sorted(new - set(head_names(model))):
         raise UserError(

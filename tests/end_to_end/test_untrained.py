@@ -151,6 +151,11 @@ def test_a_file_at_the_wrong_door_is_told_the_right_one(trained, call, glue, tin
     ):
         outcome = call(*on_rte(glue, tmp_path / "o", *flags, *SHORT, "--do_eval"))
         assert outcome.code == 1 and said in outcome.err, (flags, outcome.err)
+    both = shutil.copytree(full, tmp_path / "both")  # transformers itself loads the adapter, and its base for the model
+    for path in (tmp_path / "peft").glob("adapter_*"):
+        shutil.copy(path, both)
+    outcome = call(*on_rte(glue, tmp_path / "o", "--model_name_or_path", both, *SHORT, "--do_eval"))
+    assert outcome.code == 1 and "holds a model and an adapter" in outcome.err, outcome.err
     train = on_rte(glue, tmp_path / "o", *SHORT, "--do_train", "--max_steps", "1")
     assert "its keys lack 'roberta.'" in call(*train, door, tmp_path / "encoder").err
     succeeded(call(*train, door, tmp_path / "headless.bin", *alpha))

@@ -4,13 +4,14 @@
 
 Formats, in turn: `zip` (what torch.save writes: a zip archive with a CRC-32 of each entry), `pickle in zip` (the pickle
 inside is damaged, and the archive packed again with right checksums), `legacy` (torch.save before 1.6: pickles and raw
-storages, no checksum) and `safetensors` (in an adapter folder; no checksum). Each case is read by `read_adapter` and,
-where that succeeds, `load_adapter` into a tiny model.
+storages, no checksum), `safetensors` (in an adapter folder as PEFT writes it; no checksum) and `run` (the same in a
+folder of ours, whose metadata has a hash of the tensors). Each case is read by `read_adapter` and, where that succeeds,
+`load_adapter` into a tiny model.
 
     refused   a UserError of three lines at most that names the file; the model is as it was
     same      every tensor is bit-equal to the original: the damage was in padding or in what isn't read
     changed   right names and shapes, other values. Allowed only where nothing in the format could tell.
-    UNSEEN    the same for `zip`, whose checksums do tell
+    UNSEEN    the same for `zip` and `run`, whose checksums do tell
     anything else (another exception, no memory, a message that is no good, a model changed by a refusal, a crash, a
     hang of 10 s) is a failure; exit code 1 if there are any, or any UNSEEN
 
@@ -49,7 +50,7 @@ from lora_nlu.errors import UserError  # noqa: E402
 from lora_nlu.lora import mark_only_lora_as_trainable  # noqa: E402
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification  # noqa: E402
 
-FORMATS = ("zip", "pickle in zip", "legacy", "safetensors")
+FORMATS = ("zip", "pickle in zip", "legacy", "safetensors", "run")
 SECONDS, MEMORY = 10, 2**31
 FINE = {"refused", "same", "changed"}
 LENGTHS = (0, 1, 2, 3, 7, 8, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1)
@@ -70,8 +71,10 @@ def original(kind: str, folder: Path) -> tuple[Path, Path, dict[str, torch.Tenso
     model = tiny_model()
     state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     folder.mkdir(parents=True, exist_ok=True)
-    if kind == "safetensors":
+    if kind in ("safetensors", "run"):
         adapters.save_adapter(model, folder, {"task": "custom", "labels": ["a", "b", "c"]})
+        if kind == "safetensors":
+            (folder / adapters.METADATA).unlink()
         return folder, folder / adapters.WEIGHTS, state
     path = folder / "adapter.bin"
     torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
@@ -221,7 +224,7 @@ class Reader:
                     return "the model has other values than the file"
             if all(equal(adapter.state[name], tensor) for name, tensor in self.right.items()):
                 return "same"
-            return "UNSEEN" if self.kind == "zip" else "changed"
+            return "UNSEEN" if self.kind in ("zip", "run") else "changed"
         finally:
             with torch.no_grad():
                 for name in self.right:
