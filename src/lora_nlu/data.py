@@ -603,7 +603,8 @@ def _counted(counts: dict[str, int]) -> str:
 def describe(examples: Examples, seed: int | None = None) -> list[str]:
     """A line on each split: its rows, the columns they were read from, and how many have which label."""
     lines = list(examples.notes)
-    if seed is not None and all(len(t) == examples.rows.get(s, len(t)) for s, t in examples.splits.items()):
+    drawn = {split: table for split, table in examples.splits.items() if not split.startswith("test")}
+    if seed is not None and all(len(table) == examples.rows.get(split, len(table)) for split, table in drawn.items()):
         lines.append("--sample_seed has no effect here: every row is read.")
     for split, table in examples.splits.items():
         rows, columns = examples.rows.get(split, len(table)), examples.columns.get(split, ())

@@ -22,3 +22,8 @@ def shown(text: object, limit: int = 80) -> str:
     """Text from a foreign file, fit for a message: on one line, control characters escaped, not endless."""
     cut = str(text)[:limit] + ("..." if len(str(text)) > limit else "")
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, fit for a message of ours; the error's type if it has none."""
+    return shown((str(error).strip() or type(error).__name__).splitlines()[0], 200)

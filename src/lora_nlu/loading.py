@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from lora_nlu.adapters import CONFIG, head_names, is_added, not_finite
-from lora_nlu.errors import UserError, no_memory, shown
+from lora_nlu.errors import UserError, first_line, no_memory, shown
 from lora_nlu.files import read_json, text_for_weights
 from lora_nlu.labels import check_labels, config_labels, head_order, last_layer, listed, set_labels
 from lora_nlu.lora import is_loaded
@@ -29,10 +29,6 @@ MODELS: dict[str, Any] = {
     "roberta": RobertaForSequenceClassification,
     "deberta-v2": DebertaV2ForSequenceClassification,
 }
-
-
-def _reason(error: Exception) -> str:
-    return shown(str(error).splitlines()[0] if str(error).strip() else type(error).__name__, 200)
 
 
 def load_config(name: str, **hub: Any) -> Any:
@@ -54,7 +50,7 @@ def load_config(name: str, **hub: Any) -> Any:
         said = "neither a folder with a config.json nor a model available from the Hub"
         if Path(name, "config.json").is_file():
             said = "its config.json can't be used"
-        raise UserError(f"--model_name_or_path {name}: {said}.\n({_reason(e)})") from e
+        raise UserError(f"--model_name_or_path {name}: {said}.\n({first_line(e)})") from e
     if config.model_type not in MODELS:
         raise UserError(f"--model_name_or_path {name}: a {config.model_type!r} model; supported: {', '.join(MODELS)}.")
     config._attn_implementation = "eager"  # as transformers calls the models' own; the file may ask for another
@@ -109,7 +105,7 @@ def load_model(
             if text := text_for_weights(path):
                 raise UserError(f"--model_name_or_path {name}: {path.name}: {text}") from e
         said = "there is not enough memory for its weights" if no_memory(e) else "its weights can't be loaded"
-        raise UserError(f"--model_name_or_path {name}: {said} ({_reason(e)}).") from e
+        raise UserError(f"--model_name_or_path {name}: {said} ({first_line(e)}).") from e
     finally:
         transformers.logging.set_verbosity(verbosity)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers took an adapter beside the model, and its base
@@ -263,7 +259,9 @@ def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
         for path in sorted(Path(name).glob("*.model")):  # SentencePiece's
             if text := text_for_weights(path, "tokens"):
                 raise UserError(f"{path}: {text}") from e
-        reason = f"{type(e).__name__}: {_reason(e)}" if isinstance(e, KeyError) else _reason(e)  # a name says nothing
+        reason = (
+            f"{type(e).__name__}: {first_line(e)}" if isinstance(e, KeyError) else first_line(e)
+        )  # a name says nothing
         raise UserError(f"No tokenizer in {name} that can be read ({reason}). Give --tokenizer_name.") from e
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where the files are missing
         raise UserError(f"No tokenizer in {name} (it has no vocabulary). Give --tokenizer_name.")

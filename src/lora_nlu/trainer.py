@@ -32,7 +32,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_nlu import adapters
-from lora_nlu.errors import UserError, no_memory
+from lora_nlu.errors import UserError, first_line, no_memory
 from lora_nlu.files import publish, write_json
 from lora_nlu.methods import trains_a_part
 from lora_nlu.processes import lost_process
@@ -60,11 +60,6 @@ def whole_checkpoints(output_dir: str) -> list[Path]:
         if whole:
             found.append((int(step), path))
     return [path for _, path in sorted(found)]
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _value(choice: Any) -> str:
