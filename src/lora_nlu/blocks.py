@@ -37,9 +37,9 @@ def embed_words(embedding: nn.Embedding, input_ids: Any, inputs_embeds: Any, pac
 
 
 def embed_types(embedding: nn.Embedding, token_type_ids: Given, packed: PackedBatch) -> Tensor:
-    """Embeddings [N, H] of token types [B, S] or [1, S]; without any, [H], that of type 0, for every token."""
+    """Embeddings [N, H] of token types [B, S] or [1, S]; without any, [1, H], that of type 0, for every token."""
     if token_type_ids is None:
-        return embedding.weight[0]
+        return embedding(packed.first_rows[:1])  # row 0; calling the module loads a weight that was offloaded
     return embedding(packed.pack(token_type_ids.expand(packed.batch, packed.length)))
 
 
@@ -95,6 +95,16 @@ class Intermediate(nn.Module):
 
 class Checkpoints:
     """Saving and loading of both models: what a method adds is never lost in between."""
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """What a config calls our attention: "eager", the default, or "sdpa". Any other is refused."""
+        if requested_attention in (None, "eager", "sdpa"):
+            return requested_attention or "eager"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; the config says where LoRA is. Raises UserError where it can't (`lora.describe_lora_`)."""
