@@ -113,3 +113,66 @@ def test_another_module_in_the_place_of_the_token_types_is_called(kind):
         other.weight = embeddings.token_type_embeddings.weight
         embeddings.token_type_embeddings = other
     assert_close(ours(**batch_of(kind)).logits, theirs(**batch_of(kind)).logits)
+
+
+# Hidden states and attentions are part of the graph.
+
+
+MASKS = {
+    "right padding": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]],
+    "left padding": [[1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 0, 1, 1, 1]],
+    "holes": [[1, 0, 1, 1, 1], [1, 1, 0, 1, 0], [1, 1, 1, 0, 0]],
+    "one length": [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0]],
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("padding", MASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_states_and_attentions_have_transformers_values_and_gradients(kind, padding, checkpointed):
+    mask = torch.ones(3, 5) if MASKS[padding] is None else torch.tensor(MASKS[padding])
+    batch: dict[str, Any] = {
+        "input_ids": torch.randint(3, 50, (3, 5), generator=torch.Generator().manual_seed(0)),
+        "attention_mask": None if MASKS[padding] is None else mask,
+        "labels": torch.arange(3),
+    }
+    ours, theirs = twins(config_of(kind, num_hidden_layers=3), attn_implementation="eager")
+    if checkpointed:
+        ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    outputs = []
+    for model in (ours, theirs):
+        output = model(**batch, output_hidden_states=True, output_attentions=True)
+        for x in (*output.hidden_states, *output.attentions):
+            x.retain_grad()
+        output.loss.backward()
+        outputs.append(output)
+    got, want = outputs
+    real, pairs = mask == 1, (mask[:, None, :, None] * mask[:, None, None, :]).expand(-1, 4, -1, -1) == 1
+    assert (len(got.hidden_states), len(got.attentions)) == (4, 3)
+    for name, places in (("hidden_states", real), ("attentions", pairs)):
+        for i, (x, y) in enumerate(zip(getattr(got, name), getattr(want, name), strict=True)):
+            assert_close(x[places], y[places], what=f"{name}[{i}]")
+            assert_close(x.grad[places], y.grad[places], 2e-5, what=f"gradient of {name}[{i}]")
+            if padding in ("right padding", "one length"):
+                assert x.shape == y.shape and not x[~places].any() and not x.grad[~places].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_hidden_state_is_the_last_of_the_hidden_states(kind):
+    output = BASES[kind](config_of(kind))(**batch_of(kind), output_hidden_states=True)
+    assert output.hidden_states[-1] is output.last_hidden_state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_change_of_a_hidden_state_in_a_hook_of_its_gradient_reaches_the_layers_before_it(kind):
+    gradients = []
+    for factor in (1, 0):
+        model = randomise_(CLASSIFIERS[kind][0](config_of(kind)))
+        output = model(**batch_of(kind), labels=torch.arange(4) % 3, output_hidden_states=True)
+        output.hidden_states[1].register_hook(lambda grad, factor=factor: factor * grad)
+        output.loss.backward()
+        layers = model.base_model.encoder.layer
+        gradients.append([layer.intermediate.dense.weight.grad.abs().sum().item() for layer in layers])
+    assert gradients[0][0] > 0 and gradients[1][0] == 0
+    assert gradients[0][1] == gradients[1][1] > 0

@@ -906,7 +906,9 @@ def test_one_masked_attention_on_the_padded_grid_gives_the_same_step(model_type,
     results = []
     for padded in (False, True):
         model.zero_grad()
-        monkeypatch.setattr(PackedBatch, "attends_padded", lambda self, device, on=padded: on and len(self.groups) > 1)
+        monkeypatch.setattr(
+            PackedBatch, "attends_padded", lambda self, device, with_probs, on=padded: on and len(self.groups) > 1
+        )
         output = model(**inputs, labels=torch.arange(4) % 3, output_hidden_states=not first_tokens)
         output.loss.backward()
         results.append([output.logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])

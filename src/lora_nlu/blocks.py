@@ -150,13 +150,28 @@ class EncoderLayer(GradientCheckpointingLayer):
         return self.output(self.intermediate(attended), attended), probs
 
 
-@dataclass
 class Encoded:
-    """Rows [Q, H] after the last layer; rows after each stage and probabilities [B, A, S, S], where asked for."""
+    """Rows [Q, H] after the latest layer, and of every layer so far: attentions [B, A, S, S], hidden states [B, S, H].
 
-    rows: Tensor
-    hidden_states: list[Tensor]
-    attentions: list[Tensor | None]
+    Hidden states are part of the graph: where they are wanted, the next layer reads its rows from the padded tensor.
+    """
+
+    def __init__(self, rows: Tensor, packed: PackedBatch, with_hidden: bool) -> None:
+        self.packed, self.with_hidden = packed, with_hidden
+        self.hidden_states: list[Tensor] = []
+        self.attentions: list[Tensor | None] = []
+        self._set(rows)
+
+    def add(self, rows: Tensor, probs: Tensor | None) -> None:
+        """What a layer, and all that belongs to it, computed."""
+        self._set(rows)
+        self.attentions.append(probs)
+
+    def _set(self, rows: Tensor) -> None:
+        if self.with_hidden:
+            self.hidden_states.append(self.packed.unpack(rows))
+            rows = self.packed.pack(self.hidden_states[-1])
+        self.rows = rows
 
 
 class PackedEncoder:
@@ -212,15 +227,18 @@ class PackedEncoder:
         rows = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, packed)  # [N, H]
         encoded = self.encoder(rows, packed, first_token_only, with_hidden, with_probs, views)
         if first_token_only:
-            first = packed.in_batch_order(encoded.rows)  # [B, H]
+            rows = encoded.rows
+            if rows.shape[0] != batch:  # the last layer didn't narrow them: there is none, or DeBERTa's first convolves
+                rows = rows.index_select(0, packed.first_rows)
+            first = packed.in_batch_order(rows)  # [B, H]
             last_hidden_state = first[:, None]  # [B, 1, H]
         else:
-            last_hidden_state = packed.unpack(encoded.rows)  # [B, S, H]
+            last_hidden_state = encoded.hidden_states[-1] if with_hidden else packed.unpack(encoded.rows)  # [B, S, H]
             first = last_hidden_state[:, 0]
         output: Any = BaseModelOutputWithPooling if hasattr(self, "pooler") else BaseModelOutput
         output = output(
             last_hidden_state=last_hidden_state,
-            hidden_states=tuple(packed.unpack(rows) for rows in encoded.hidden_states) if with_hidden else None,
+            hidden_states=tuple(encoded.hidden_states) if with_hidden else None,
             attentions=tuple(encoded.attentions) if with_probs else None,
         )
         if getattr(self, "pooler", None) is not None:

@@ -167,10 +167,10 @@ class DisentangledSelfAttention(nn.Module):
                 return fused, None
         query, relative_key = query / self.scale, self.by_head(relative_key)
         relative_query = self.by_head(None if relative_query is None else relative_query / self.scale)
-        if not with_probs and packed.attends_padded(query.device):
+        if packed.attends_padded(query.device, with_probs):
             query, key, value = (packed.to_padded(x) for x in (query, key, value))
-            context, _ = self.attend(query, key, value, packed.padded, with_probs, relative_key, relative_query)
-            return packed.from_padded(context), None
+            context, probs = self.attend(query, key, value, packed.padded, with_probs, relative_key, relative_query)
+            return packed.from_padded(context), probs
         return self.attend(query, key, value, packed, with_probs, relative_key, relative_query)
 
     def attend(
@@ -186,7 +186,7 @@ class DisentangledSelfAttention(nn.Module):
         """Attention group by group: query [Q, H], already scaled; key, value [N, H]; tables [A, V, 2 S - 1, D]."""
         head_size = query.shape[1] // self.heads
         contexts: list[Tensor] = []
-        probs: list[Tensor] = []
+        probs = None
         for n, length, parts in packed.grouped(query, key, value):
             q, k, v = (rows.view(n, -1, self.heads, head_size).permute(2, 0, 1, 3) for rows in parts)
             q, k = q.contiguous(), k.contiguous()  # [A, n, M, D], [A, n, L, D]
@@ -201,10 +201,13 @@ class DisentangledSelfAttention(nn.Module):
                 seen = seen & seen[..., : q.shape[2]].transpose(-1, -2)
                 scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
             weights = self.dropout.forward(scores.softmax(-1))  # no hook: ZeRO-3 wants as many calls everywhere
-            contexts.append((weights @ v).permute(1, 2, 0, 3).reshape(-1, query.shape[1]))
             if with_probs:
-                probs.append(weights.transpose(0, 1))  # [n, A, L, L]
-        return torch.cat(contexts), packed.unpack_pairs(probs) if with_probs else None
+                probs = weights.transpose(0, 1)  # [B, A, S, S]: of all sequences, there is one group
+                if packed.is_padded:
+                    probs = probs * packed.key_mask.transpose(-1, -2)  # type: ignore[union-attr]
+                weights = probs.transpose(0, 1)
+            contexts.append((weights @ v).permute(1, 2, 0, 3).reshape(-1, query.shape[1]))
+        return torch.cat(contexts), probs
 
     def project(self, table: Tensor | None, distances: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """k^r by descending and q^r by ascending distance, [V, 2 S - 1, H] each; None where the config has none."""
@@ -329,17 +332,13 @@ class DebertaV2Encoder(nn.Module):
     ) -> Encoded:
         """Embedded rows [N, H] through the layers; each of the batch's `views` parts has a dropout of the table."""
         table, distances = self.relative_table(packed, views)
-        encoded = Encoded(rows, [rows] if with_hidden else [], [])
+        encoded = Encoded(rows, packed, with_hidden)
+        rows = encoded.rows
         for i, layer in enumerate(self.layer):
             convolves = i == 0 and self.conv is not None
             narrow = first_only and i + 1 == len(self.layer) and not convolves
             output, probs = layer(encoded.rows, packed, narrow, with_probs, table, distances)
-            encoded.rows = self.conv(rows, output, packed) if convolves else output  # type: ignore[misc]
-            encoded.attentions.append(probs)
-            if with_hidden:
-                encoded.hidden_states.append(encoded.rows)
-        if first_only and encoded.rows.shape[0] != packed.batch:  # the only layer, convolved
-            encoded.rows = encoded.rows.index_select(0, packed.first_rows)
+            encoded.add(self.conv(rows, output, packed) if convolves else output, probs)  # type: ignore[misc]
         return encoded
 
 

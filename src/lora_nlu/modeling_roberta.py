@@ -43,25 +43,26 @@ def attend(
         fused = attention(query, key, value, packed, heads, 1 / math.sqrt(head_size), dropout_p)
         if fused is not None:
             return fused, None
-        if packed.attends_padded(query.device):
-            query, key, value = (packed.to_padded(x) for x in (query, key, value))
-            context, _ = attend(query, key, value, packed.padded, heads, dropout_p, with_probs)
-            return packed.from_padded(context), None
+    if packed.attends_padded(query.device, with_probs):
+        query, key, value = (packed.to_padded(x) for x in (query, key, value))
+        context, probs = attend(query, key, value, packed.padded, heads, dropout_p, with_probs)
+        return packed.from_padded(context), probs
     contexts: list[Tensor] = []
-    probs: list[Tensor] = []
+    probs = None
     for n, _, parts in packed.grouped(query, key, value):
         q, k, v = (rows.view(n, -1, heads, head_size).transpose(1, 2) for rows in parts)  # [n, A, L, D]
         if with_probs:
             scores = q @ k.transpose(-1, -2) / math.sqrt(head_size)  # [n, A, L, L]
             if packed.key_mask is not None:
                 scores = scores.masked_fill(~packed.key_mask, torch.finfo(scores.dtype).min)
-            weights = F.dropout(scores.softmax(-1), dropout_p)
-            context = weights @ v
-            probs.append(weights)
+            probs = F.dropout(scores.softmax(-1), dropout_p)  # of all sequences: there is one group
+            if packed.is_padded:
+                probs = probs * packed.key_mask.transpose(-1, -2)  # type: ignore[union-attr]
+            context = probs @ v
         else:
             context = F.scaled_dot_product_attention(q, k, v, packed.key_mask, dropout_p)
         contexts.append(context.transpose(1, 2).reshape(-1, query.shape[1]))
-    return torch.cat(contexts), packed.unpack_pairs(probs) if with_probs else None
+    return torch.cat(contexts), probs
 
 
 class RobertaEmbeddings(nn.Module):
@@ -144,13 +145,10 @@ class RobertaEncoder(nn.Module):
         self, rows: Tensor, packed: PackedBatch, first_only: bool, with_hidden: bool, with_probs: bool, views: int
     ) -> Encoded:
         """Embedded rows [N, H] through the layers; no dropout is shared by examples, so `views` changes nothing."""
-        encoded = Encoded(rows, [rows] if with_hidden else [], [])
+        encoded = Encoded(rows, packed, with_hidden)
         for i, layer in enumerate(self.layer):
             is_last = i + 1 == len(self.layer)
-            encoded.rows, probs = layer(encoded.rows, packed, first_only and is_last, with_probs)
-            encoded.attentions.append(probs)
-            if with_hidden:
-                encoded.hidden_states.append(encoded.rows)
+            encoded.add(*layer(encoded.rows, packed, first_only and is_last, with_probs))
         return encoded
 
 

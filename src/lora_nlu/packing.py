@@ -22,7 +22,8 @@ class PackedBatch:
     first_rows:  [B] int64, packed row of each sequence's first token, sequences in packed (sorted) order.
     unsort:      [B] int64, packed place of each sequence of the batch; None if the order is the batch's.
     groups:      (count, length) of each run of equally long sequences, in packed order.
-    key_mask:    [B, 1, 1, S] bool, True where attention may look; None except in the fallback below.
+    key_mask:    [B, 1, 1, S] bool, True where attention may look; None except in the fallback below and in `padded`.
+    is_padded:   whether the masked rows are padding, which nobody reads: `padded`, not the fallback.
 
     Fallback: where a sequence's first position is masked (left padding), callers still read that position, as
     transformers does; and where distances count, a hole in a mask must not close up. Such a batch keeps all of its
@@ -36,6 +37,7 @@ class PackedBatch:
     unsort: Tensor | None
     groups: tuple[tuple[int, int], ...]
     key_mask: Tensor | None = None
+    is_padded: bool = False
 
     @classmethod
     def from_mask(
@@ -126,12 +128,13 @@ class PackedBatch:
         grid = rows if self.slots is None else rows.new_zeros(shape).index_copy(0, self.slots, rows)
         return grid.view(self.batch, self.length, *rows.shape[1:])
 
-    def attends_padded(self, device: torch.device) -> bool:
+    def attends_padded(self, device: torch.device, with_probs: bool) -> bool:
         """Whether attention on this device should be one masked call on the padded grid, not one a group.
 
-        The one place that decides. A GPU starts many small products slower than it computes their padding.
+        The one place that decides. A GPU starts many small products slower than it computes their padding; and
+        probabilities that are returned as [B, A, S, S] are computed so, for their gradient.
         """
-        return self.slots is not None and len(self.groups) > 1 and device.type != "cpu"
+        return self.slots is not None and (with_probs or (len(self.groups) > 1 and device.type != "cpu"))
 
     @cached_property
     def padded(self) -> "PackedBatch":
@@ -139,7 +142,7 @@ class PackedBatch:
         real = self.unpack(torch.ones(len(self.slots), dtype=torch.bool, device=self.slots.device))  # type: ignore
         rows = torch.arange(self.batch, device=real.device) * self.length
         groups = ((self.batch, self.length),)
-        return PackedBatch(self.batch, self.length, None, rows, None, groups, real[:, None, None, :])
+        return PackedBatch(self.batch, self.length, None, rows, None, groups, real[:, None, None, :], is_padded=True)
 
     def to_padded(self, rows: Tensor) -> Tensor:
         """[N, H] to [B * S, H], rows of the padded grid; [B, H], one row a sequence, to the batch's order."""
@@ -150,19 +153,6 @@ class PackedBatch:
         if len(rows) == self.batch * self.length:
             return rows.index_select(0, self.slots)  # type: ignore
         return torch.zeros_like(rows).index_copy(0, self.unsort, rows)  # type: ignore
-
-    def unpack_pairs(self, groups: list[Tensor]) -> Tensor:
-        """[count, A, L, L] of each group, token against token, to [B, A, S, S] at the tokens' places; padding is 0."""
-        if self.slots is None:
-            return groups[0]
-        heads, size = groups[0].shape[1], self.length
-        grid = groups[0].new_zeros(self.batch, heads, size, size)
-        for (n, length), slots, pairs in zip(
-            self.groups, self.slots.split([n * length for n, length in self.groups]), groups, strict=True
-        ):
-            sequence, place = slots.view(n, length)[:, :1, None] // size, slots.view(n, length) % size
-            grid[sequence, :, place[:, :, None], place[:, None, :]] = pairs.permute(0, 2, 3, 1)  # [n, L, L, A]
-        return grid
 
     def in_batch_order(self, sequences: Tensor) -> Tensor:
         """[B, ...], one row a sequence, from packed order to the batch's."""
