@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lora_nlu.errors import UserError, no_memory, shown
 from lora_nlu.files import appearing, read_json, text_for_weights, write_json
 from lora_nlu.labels import check_labels, head_order, last_layer, listed, placeholders, recorded_labels
-from lora_nlu.lora import LoRALinear, lora_places, set_lora_, unmerge_lora_, unmerged_parameters
+from lora_nlu.lora import LoRALinear, check_plain, lora_places, set_lora_, unmerge_lora_, unmerged_parameters
 from lora_nlu.methods import describe_method, mark_trainable, set_bottlenecks_
 from lora_nlu.sharded import copy_into
 
@@ -730,8 +730,10 @@ def attach_adapter(
 
     `lora_alpha` is for a LoRA file that doesn't know its own; `labels` (in id order) for a model whose config doesn't
     record what it is to tell. What the file holds trains, with the method's part and the head. Returns lines worth
-    saying. Otherwise as `load_adapter`; on an error in the tensors the layers stay.
+    saying. Otherwise as `load_adapter`; on an error in the tensors the layers stay. Raises ValueError for a model with
+    quantised layers.
     """
+    check_plain(model)
     unmerge_lora_(model)
     layers: dict[str, tuple[int, float]] = {}
     if adapter.method == "lora":

@@ -5,6 +5,7 @@ A heads, C labels.
 """
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, SequenceClassifierOutput
 
-from lora_nlu.errors import UserError
+from lora_nlu.errors import UserError, shown
 from lora_nlu.kernels import Dropout
 from lora_nlu.lora import LoRALinear, describe_lora_, is_loaded, lora_linear
 from lora_nlu.methods import bottleneck
@@ -93,8 +94,22 @@ class Intermediate(nn.Module):
         return self.activation(self.dense(x))
 
 
+def refuse_quantised(name: Any, setting: Any) -> None:
+    """Raise UserError if `setting`, a checkpoint's or a caller's quantization_config, is set."""
+    if setting:
+        given = setting if isinstance(setting, dict) else setting.to_dict()
+        kind = getattr(given.get("quant_method"), "value", given.get("quant_method")) or ", ".join(map(str, given))
+        raise UserError(
+            f"{name}: quantisation ({shown(kind)}) is not supported: these models compute with weights in fp32, fp16 "
+            "or bf16.\nLoad the plain checkpoint here. To quantise what was trained, merge it "
+            "(python -m lora_nlu.adapters convert ... --to merged) and load that in transformers' own class."
+        )
+
+
 class Checkpoints:
     """Saving and loading of both models: what a method adds is never lost in between."""
+
+    config_class: Any
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """What a config calls our attention: "eager", the default, or "sdpa". Any other is refused."""
@@ -113,7 +128,11 @@ class Checkpoints:
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers'. Raises UserError if LoRA or bottlenecks of the checkpoint find no place, or half of it."""
+        """As transformers'.
+
+        Raises UserError if LoRA or bottlenecks of the checkpoint find no place, or half of it, and for quantisation.
+        """
+        cls._refuse_quantised(*args, **kwargs)
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         name = model.name_or_path
         left = sorted(key for key in report["unexpected_keys"] if re.search(r"\.(lora|adapter)_", key))
@@ -127,6 +146,20 @@ class Checkpoints:
             if isinstance(module, LoRALinear) and is_loaded(module.lora_A) != is_loaded(module.lora_B):
                 raise UserError(f"{name}: contains only one of {layer}.lora_A and lora_B: it is damaged.")
         return (model, report) if output_loading_info else model
+
+    @classmethod
+    def _refuse_quantised(
+        cls, pretrained_model_name_or_path: Any = None, *_: Any, config: Any = None, **kwargs: Any
+    ) -> None:
+        """Before transformers asks for the package: it would replace the layers, ours with what they add."""
+        name = pretrained_model_name_or_path
+        asked = {key: kwargs[key] for key in ("load_in_8bit", "load_in_4bit", "gguf_file") if kwargs.get(key)}
+        refuse_quantised(name, kwargs.get("quantization_config") or asked)
+        settings = getattr(config, "__dict__", None)
+        if settings is None:
+            with suppress(Exception):  # what is wrong with the folder or id, transformers says
+                settings, _ = cls.config_class.get_config_dict(name if config is None else config, **kwargs)
+        refuse_quantised(name, (settings or {}).get("quantization_config"))
 
 
 class EncoderLayer(GradientCheckpointingLayer):

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from lora_nlu.adapters import CONFIG, head_names, is_added, not_finite
+from lora_nlu.blocks import refuse_quantised
 from lora_nlu.errors import UserError, first_line, no_memory, shown
 from lora_nlu.files import read_json, text_for_weights
 from lora_nlu.labels import check_labels, config_labels, head_order, last_layer, listed, set_labels
@@ -53,6 +54,7 @@ def load_config(name: str, **hub: Any) -> Any:
         raise UserError(f"--model_name_or_path {name}: {said}.\n({first_line(e)})") from e
     if config.model_type not in MODELS:
         raise UserError(f"--model_name_or_path {name}: a {config.model_type!r} model; supported: {', '.join(MODELS)}.")
+    refuse_quantised(f"--model_name_or_path {name}", getattr(config, "quantization_config", None))
     config._attn_implementation = "eager"  # as transformers calls the models' own; the file may ask for another
     return config
 

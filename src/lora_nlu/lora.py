@@ -338,8 +338,10 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
     """Give exactly these linear layers of `model`, by name, an update of (rank, scaling); the others get or keep none.
 
     What was merged is unmerged. Weights and biases stay the parameters they were; the matrices start anew. Raises
-    KeyError for a name that is no linear layer of the model.
+    KeyError for a name that is no linear layer of the model, ValueError for a layer that is quantised or otherwise
+    replaced.
     """
+    check_plain(model, layers)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if unknown := sorted(set(layers) - set(linear)):
         raise KeyError(unknown[0])
@@ -364,11 +366,35 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
         setattr(model.get_submodule(parent), child, new.train(old.training))
 
 
+def check_plain(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Raise ValueError if a layer of these names is neither `nn.Linear` nor one of ours, or its weight isn't of floats.
+
+    bitsandbytes, torchao and others put classes or tensors of their own in place of a linear layer's. Without names,
+    every one of the `TARGETS` is looked at.
+    """
+    modules = dict(model.named_modules())
+    for name in [name for name in modules if target_of(name) in TARGETS] if names is None else names:
+        layer: Any = modules.get(name)
+        if not hasattr(layer, "in_features"):
+            continue
+        is_known, weight = type(layer) in (nn.Linear, Linear, LoRALinear), layer.weight
+        kind = type(weight if is_known else layer)
+        is_torchs = kind.__module__.partition(".")[0] == "torch"
+        if not is_known or not is_torchs or not weight.is_floating_point():
+            raise ValueError(
+                f"{name} is a {kind.__module__}.{kind.__qualname__}, not a plain linear layer: quantised or replaced "
+                "layers are not supported.\nUse the model in fp32, fp16 or bf16; to quantise what was trained, merge "
+                "it (convert --to merged) and load that in transformers' own class."
+            )
+
+
 def mark_only_lora_as_trainable(model: Any) -> None:
     """Train the LoRA matrices and every parameter outside the encoder (`model.base_model`); freeze the rest.
 
     Call it after `from_pretrained`, which forgets `requires_grad`. With no LoRA in the model the head alone trains.
+    Raises ValueError if layers of the encoder were quantised, and their updates lost.
     """
+    check_plain(model)
     for parameter in model.base_model.parameters():
         parameter.requires_grad_(False)
     for module in model.base_model.modules():

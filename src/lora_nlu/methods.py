@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_nlu.kernels import Linear
-from lora_nlu.lora import LoRALinear, lora_places, mark_only_lora_as_trainable
+from lora_nlu.lora import LoRALinear, check_plain, lora_places, mark_only_lora_as_trainable
 
 ADAPTER_TYPES = ("houlsby", "pfeiffer")
 SETTINGS = (
@@ -65,7 +65,11 @@ def bottleneck(config: Any, after_attention: bool) -> Bottleneck | None:
 
 
 def set_bottlenecks_(model: Any, adapter_type: str, adapter_size: int) -> None:
-    """Give a model of ours new adapters of this kind, initialised as a loaded model's are, in place of any it has."""
+    """Give a model of ours new adapters of this kind, initialised as a loaded model's are, in place of any it has.
+
+    Raises ValueError for a model with quantised layers.
+    """
+    check_plain(model)
     config = model.config
     config.apply_adapter, config.adapter_type, config.adapter_size = True, adapter_type, adapter_size
     for name, module in model.base_model.named_modules():
@@ -87,8 +91,9 @@ def trains_a_part(model: Any) -> bool:
 def mark_trainable(model: Any) -> None:
     """Freeze what the model's method leaves alone; for fine-tuning of everything, nothing.
 
-    Call it after `from_pretrained`, which forgets `requires_grad`.
+    Call it after `from_pretrained`, which forgets `requires_grad`. Raises ValueError for a model with quantised layers.
     """
+    check_plain(model)
     if not trains_a_part(model):
         model.requires_grad_(True)
         return
