@@ -28,6 +28,7 @@ setup(
     extras_require={
         "plots": ["matplotlib", "tensorboard"],
         "peft": ["peft"],  # a peer to test against, never imported by the package
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "peft", "matplotlib", "tensorboard"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "peft", "matplotlib", "tensorboard"]
+        + ["onnx", "onnxscript"],  # torch.onnx.export needs both
     },
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_config, tiny_deberta_config
+from onnx.reference import ReferenceEvaluator
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -38,11 +39,15 @@ def logits(model: nn.Module) -> Tensor:
 def case(request, tmp_path) -> tuple[nn.Module, Path, Path]:
     """A trained model, the folder of its base model with a tokenizer, and its adapter folder."""
     kind, _, reading = request.param.partition(" ")
-    lora = {"apply_lora": True, "lora_r": R, "lora_alpha": ALPHA, "lora_relative_query": bool(reading)}
-    config = CONFIGS[kind](**lora)
+    return written(kind, tmp_path, bool(reading))
+
+
+def written(kind: str, tmp_path: Path, reading: bool, **settings: int) -> tuple[nn.Module, Path, Path]:
+    lora = {"apply_lora": True, "lora_r": R, "lora_alpha": ALPHA, "lora_relative_query": reading}
+    config = CONFIGS[kind](**lora, **settings)
     model = randomise_(CLASSIFIERS[config.model_type][0](config))
     mark_only_lora_as_trainable(model)
-    base = CLASSIFIERS[config.model_type][1](CONFIGS[kind]())
+    base = CLASSIFIERS[config.model_type][1](CONFIGS[kind](**settings))
     base.load_state_dict({n: t for n, t in model.state_dict().items() if "lora_" not in n})
     base.save_pretrained(tmp_path / "base")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[UNK]", "[PAD]", "a", "b"])}, "[UNK]"))
@@ -91,6 +96,25 @@ def test_a_merged_model_loads_into_transformers_own_class_with_the_same_logits(c
         assert config.share_att_key is False
     else:
         assert getattr(config, "share_att_key", None) in (None, True)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_merged_model_in_transformers_own_class_is_exported_with_its_mask_by_torch_and_to_onnx(kind, tmp_path):
+    model, _, adapter = written(kind, tmp_path, False, num_hidden_layers=1)
+    assert main(["convert", str(adapter), str(tmp_path / "merged"), "--to", "merged"]) == 0
+    theirs = CLASSIFIERS[model.config.model_type][1].from_pretrained(tmp_path / "merged").eval()
+    one, other = (ragged_batch(lengths, pad=theirs.config.pad_token_id) for lengths in ([7, 4, 9], [5, 2, 11, 6, 8]))
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=30)}
+    program = torch.export.export(theirs, (), one, dynamic_shapes={name: sizes for name in one})
+    onnx_model = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
+    for node in onnx_model.graph.node:
+        if node.op_type == "GatherElements":  # onnx's own evaluator can't count an axis from the end
+            node.attribute[0].i %= 3
+    with torch.no_grad():
+        want = model.eval()(**other).logits
+        assert_close(program.module()(**other).logits, want)
+    (got,) = ReferenceEvaluator(onnx_model).run(None, {name: tensor.numpy() for name, tensor in other.items()})
+    assert_close(torch.from_numpy(got), want)
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
