@@ -7,7 +7,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_config, tiny_deberta_config, twins
 from torch import nn
-from transformers import AutoConfig, DebertaV2Config, RobertaConfig
+from transformers import AutoConfig, DebertaV2Config, RobertaConfig, Trainer, TrainingArguments
 
 from lora_nlu.modeling_deberta_v2 import DebertaV2Model
 from lora_nlu.modeling_roberta import RobertaModel
@@ -176,3 +176,141 @@ def test_a_change_of_a_hidden_state_in_a_hook_of_its_gradient_reaches_the_layers
         gradients.append([layer.intermediate.dense.weight.grad.abs().sum().item() for layer in layers])
     assert gradients[0][0] > 0 and gradients[1][0] == 0
     assert gradients[0][1] == gradients[1][1] > 0
+
+
+# What forward takes, as transformers does, or refuses by name.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wanted", [[0, -1], [1], 1, -1, 0, (0,), [5], [-4], [], True, False, None])
+def test_output_hidden_states_may_be_numbers_of_layers_as_in_transformers(kind, wanted):
+    ours, theirs = twins(config_of(kind))
+    got, want = (model.eval()(**batch_of(kind), output_hidden_states=wanted).hidden_states for model in (ours, theirs))
+    if want is None:
+        assert got is None
+        return
+    real = batch_of(kind)["attention_mask"] == 1
+    assert [x is None for x in got] == [x is None for x in want]
+    for x, y in zip(got, want, strict=True):
+        if y is not None:
+            assert_close(x[real], y[real])
+    base = ours.base_model(**batch_of(kind), output_hidden_states=wanted, return_dict=False)
+    assert [x is None for x in base[-1]] == [x is None for x in want]
+
+
+def test_numbers_of_hidden_states_and_two_views_go_together():
+    model = CLASSIFIERS["roberta"][0](tiny_config(reg_loss_wgt=1.0))
+    output = model(**batch_of("roberta"), labels=torch.arange(4) % 3, output_hidden_states=[-1])
+    assert [x if x is None else x.shape for x in output.hidden_states] == [None, None, (4, 7, 32)]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_keywords_that_change_nothing_in_an_encoder_are_taken_as_in_transformers(kind, whole):
+    ours, theirs = (model if whole else model.base_model for model in twins(config_of(kind)))
+    batch = batch_of(kind)
+    for more in (
+        {"special_tokens_mask": batch["attention_mask"], "offset_mapping": torch.zeros(4, 7, 2), "length": LENGTHS},
+        {"use_cache": True, "past_key_values": None},
+        {"encoder_hidden_states": None, "encoder_attention_mask": None, "head_mask": None, "is_causal": False},
+        {"overflow_to_sample_mapping": torch.arange(4), "cache_position": torch.arange(7)},
+    ):
+        got, want = (model.eval()(**batch, **more)[0] for model in (ours, theirs))
+        if whole:
+            assert_close(got, want)
+        else:
+            assert_close(got[batch["attention_mask"] == 1], want[batch["attention_mask"] == 1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        *((name, ValueError) for name in ("past_key_values", "encoder_hidden_states", "head_mask", "is_causal")),
+        *((name, TypeError) for name in ("atention_mask", "label", "num_items_in_batch", "decoder_input_ids")),
+    ],
+)
+def test_keywords_that_would_be_ignored_or_are_misspelled_are_refused_by_name(kind, name, error):
+    model = CLASSIFIERS[kind][0](config_of(kind))
+    for forward in (model, model.base_model):
+        with pytest.raises(error, match=name):
+            forward(**batch_of(kind), **{name: torch.ones(4, 7)})
+
+
+def test_transformers_trainer_takes_the_loss_as_a_mean_and_keeps_the_columns_it_always_kept(tmp_path):
+    for kind in KINDS:
+        trainer = Trainer(CLASSIFIERS[kind][0](config_of(kind)), TrainingArguments(str(tmp_path), use_cpu=True))
+        assert trainer.model_accepts_loss_kwargs is False and trainer.label_names == ["labels"]
+        trainer._set_signature_columns_if_needed()
+        assert {"input_ids", "attention_mask", "label"} < {*trainer._signature_columns}
+        assert not {"special_tokens_mask", "length"} & {*trainer._signature_columns}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_of_pairs_and_a_mask_that_is_added_are_refused(kind):
+    model, ids = CLASSIFIERS[kind][0](config_of(kind)), torch.full((2, 3), 5)
+    for shape in ((2, 3, 3), (2, 1, 3, 3), (2, 1, 1, 3)):
+        with pytest.raises(ValueError, match=r"\[batch, seq\] = \[2, 3\], got .* pairs of tokens is not supported"):
+            model(ids, torch.ones(shape))
+    for low in (-torch.inf, -1e4, torch.finfo(torch.float32).min, 0.5):
+        with pytest.raises(ValueError, match="attention_mask has values other than 0 and 1"):
+            model(ids, torch.tensor([[0.0, 0, 0], [0, 0, low]]))
+    want = model.eval()(ids, torch.tensor([[1, 1, 1], [1, 1, 0]])).logits
+    for dtype in (torch.bool, torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        assert torch.equal(model(ids, torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=dtype)).logits, want)
+
+
+@pytest.mark.parametrize("weight", [0, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0), (0, 0), (6,), (2, 3, 1)])
+def test_an_empty_batch_or_one_of_another_rank_is_refused_by_name(kind, shape, weight):
+    model, ids = CLASSIFIERS[kind][0](config_of(kind, reg_loss_wgt=weight)), torch.zeros(shape, dtype=torch.long)
+    for mask in (None, torch.ones(shape)):
+        with pytest.raises(
+            ValueError, match=r"input_ids must be \[batch, seq\], of one sequence of one token at least"
+        ):
+            model(ids, mask, labels=torch.zeros(shape[0]).long())
+        with pytest.raises(ValueError, match=r"inputs_embeds must be \[batch, seq, H\]"):
+            model.base_model(
+                None, mask, inputs_embeds=torch.zeros(shape[:2]) if len(shape) != 2 else ids[..., None] * 1.0
+            )
+
+
+# Configs at the edge.
+
+
+@pytest.mark.parametrize("padding", MASKS)
+def test_a_roberta_without_layers_is_transformers_own(padding):
+    ours, theirs = twins(tiny_config(num_hidden_layers=0))
+    ids = torch.randint(3, 50, (3, 5), generator=torch.Generator().manual_seed(0))
+    mask = None if MASKS[padding] is None else torch.tensor(MASKS[padding])
+    got, want = (model(ids, mask, labels=torch.arange(3)) for model in (ours, theirs))
+    assert_close(got.logits, want.logits)
+    got.loss.backward()
+    want.loss.backward()
+    for name, parameter in theirs.named_parameters():
+        assert_close(ours.get_parameter(name).grad, parameter.grad, what=name)
+
+
+@pytest.mark.parametrize("padding", MASKS)
+def test_a_deberta_without_layers_returns_its_embeddings(padding):  # transformers' class can't run
+    model = randomise_(CLASSIFIERS["deberta-v2"][0](tiny_deberta_config(num_hidden_layers=0))).eval()
+    ids = torch.randint(3, 50, (3, 5), generator=torch.Generator().manual_seed(0))
+    mask = None if MASKS[padding] is None else torch.tensor(MASKS[padding])
+    output = model(ids, mask, output_hidden_states=True)
+    assert torch.equal(output.logits, model.head(output.hidden_states[0][:, 0]))
+    assert_close(model(ids, mask).logits, output.logits, 1e-6)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kinds", ["None", "", None, [], ["none"], "c2p", ["c2p"], "none|p2c", " C2P | P2C ", ["p2c"]])
+def test_pos_att_type_is_read_as_transformers_reads_it(kinds, shared):
+    ours, theirs = twins(tiny_deberta_config(pos_att_type=kinds, share_att_key=shared))
+    assert_close(ours(**batch_of("deberta-v2")).logits, theirs(**batch_of("deberta-v2")).logits)
+
+
+def test_pos_att_type_set_to_a_text_after_the_configs_construction_is_read_too():
+    config = tiny_deberta_config(pos_att_type=None)
+    config.pos_att_type = "c2p|p2c"
+    ours, theirs = twins(config)
+    assert_close(ours(**batch_of("deberta-v2")).logits, theirs(**batch_of("deberta-v2")).logits)

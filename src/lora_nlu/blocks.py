@@ -5,6 +5,7 @@ A heads, C labels.
 """
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,22 @@ from lora_nlu.packing import PackedBatch
 from lora_nlu.regularization import classification_loss, cutoff, two_view_losses
 
 Given = Tensor | None
+# Keywords that transformers' forward takes too and that change nothing in an encoder: a decoder's, a tokenizer's.
+WITHOUT_EFFECT = {"use_cache", "cache_position"} | {
+    "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping",
+}  # fmt: skip
+# ... and that change something in other models, or did.
+NOT_SUPPORTED = {"past_key_values", "encoder_hidden_states", "encoder_attention_mask", "head_mask", "is_causal"}
+
+
+def check_others(others: dict[str, Any]) -> None:
+    """Raise ValueError for a keyword that would have to be ignored, TypeError for one that nobody knows."""
+    for name, value in others.items():
+        if name in NOT_SUPPORTED:
+            if value is not None and value is not False:
+                raise ValueError(f"{name} is not supported: this model is an encoder. Leave it out.")
+        elif name not in WITHOUT_EFFECT:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
 
 
 def embed_words(embedding: nn.Embedding, input_ids: Any, inputs_embeds: Any, packed: PackedBatch) -> Tensor:
@@ -216,6 +233,7 @@ class PackedEncoder:
     pooler: Any  # of a model whose checkpoints have one; it may be None
 
     keeps_distances = False  # where attention reads distances, a hole in a mask must not close up
+    selects_hidden_states = False  # whether output_hidden_states may be numbers, as for transformers' class
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
@@ -231,10 +249,11 @@ class PackedEncoder:
         position_ids: Given = None,
         inputs_embeds: Given = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         return_dict: bool | None = None,
         first_token_only: bool = False,
         views: int = 1,
+        **others: Any,
     ) -> BaseModelOutput | tuple:
         """Encode a batch.
 
@@ -244,9 +263,12 @@ class PackedEncoder:
                  `views` equal parts, between which no dropout is shared.
         Returns: last_hidden_state [B, S, H] ([B, 1, H] for first tokens only), 0 where the mask is 0; pooler_output
                  [B, H] of a model that has one; hidden_states and attentions ([B, A, S, S] a layer) on request. In the
-                 fallback of `PackedBatch`, masked positions hold what transformers computes there.
-        Raises:  ValueError if both or neither input is given, a shape disagrees or a sequence is too long.
+                 fallback of `PackedBatch`, masked positions hold what transformers computes there. Where
+                 output_hidden_states is a number or numbers (RoBERTa), hidden states of other numbers are None.
+        Raises:  ValueError if both or neither input is given, a shape disagrees, the batch is empty or a sequence is
+                 too long; for other keywords as `check_others`.
         """
+        check_others(others)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         config = self.config
@@ -254,6 +276,11 @@ class PackedEncoder:
         with_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         first_token_only = first_token_only and not with_probs and not with_hidden
         grid: Any = input_ids if inputs_embeds is None else inputs_embeds
+        if grid.dim() != (2 if inputs_embeds is None else 3) or not grid.numel():
+            name = (
+                "input_ids must be [batch, seq]" if inputs_embeds is None else "inputs_embeds must be [batch, seq, H]"
+            )
+            raise ValueError(f"{name}, of one sequence of one token at least, got {list(grid.shape)}.")
         batch, length = grid.shape[:2]
         packed = PackedBatch.from_mask(attention_mask, batch, length, grid.device, self.keeps_distances)
 
@@ -268,10 +295,14 @@ class PackedEncoder:
         else:
             last_hidden_state = encoded.hidden_states[-1] if with_hidden else packed.unpack(encoded.rows)  # [B, S, H]
             first = last_hidden_state[:, 0]
+        hidden: list[Given] = [*encoded.hidden_states]
+        if self.selects_hidden_states and not isinstance(with_hidden, bool):
+            numbers = [with_hidden] if isinstance(with_hidden, int) else with_hidden
+            hidden = [x if i in numbers or i - len(hidden) in numbers else None for i, x in enumerate(hidden)]
         output: Any = BaseModelOutputWithPooling if hasattr(self, "pooler") else BaseModelOutput
         output = output(
             last_hidden_state=last_hidden_state,
-            hidden_states=tuple(encoded.hidden_states) if with_hidden else None,
+            hidden_states=tuple(hidden) if with_hidden else None,
             attentions=tuple(encoded.attentions) if with_probs else None,
         )
         if getattr(self, "pooler", None) is not None:
@@ -300,6 +331,7 @@ class SequenceClassifier:
     training: bool
     base_model: Any
     soft_labels = "multi_label_classification"  # what labels [B, C] mean to transformers' class of that name
+    accepts_loss_kwargs = False  # a Trainer that sees **others must not think that the loss is a sum it has to divide
 
     def head(self, first: Tensor) -> Tensor:
         """First tokens [B, H] to logits [B, C]."""
@@ -314,10 +346,11 @@ class SequenceClassifier:
         inputs_embeds: Given = None,
         labels: Given = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> SequenceClassifierOutput | tuple:
-        """Classify a batch; inputs as in `PackedEncoder.forward`.
+        """Classify a batch; inputs, requests and errors as in `PackedEncoder.forward`.
 
         Args:    labels: [B] int64 class ids (cross-entropy), [B] numbers for one label (mean squared error), or [B, C]
                  floats; `config.problem_type`, where set, decides.
@@ -341,6 +374,7 @@ class SequenceClassifier:
             return_dict=True,
             first_token_only=True,
             views=2 if weight else 1,
+            **others,
         )
         logits = self.head(output.last_hidden_state[:, 0])  # [B, C]
         problem_type = config.problem_type
@@ -350,7 +384,10 @@ class SequenceClassifier:
         result: SequenceClassifierOutput
         if weight and labels is not None:
             first, second = logits.chunk(2)
-            rest = {name: layers and tuple(x.chunk(2)[0] for x in layers) for name, layers in rest.items()}
+            rest = {
+                name: layers and tuple(x if x is None else x.chunk(2)[0] for x in layers)
+                for name, layers in rest.items()
+            }
             task, consistency = two_view_losses(first, second, labels, problem_type, weight)
             rest |= {"task_loss": task, "consistency_loss": consistency}
             result = TwoViewOutput(loss=task + consistency, logits=first, **rest)

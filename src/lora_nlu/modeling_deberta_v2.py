@@ -128,7 +128,7 @@ class DisentangledSelfAttention(nn.Module):
     def __init__(self, config: DebertaV2Config, layer: int) -> None:
         super().__init__()
         size, self.heads = config.hidden_size, config.num_attention_heads
-        kinds = config.pos_att_type or []
+        kinds = position_kinds(config)
         relative, shared = config.relative_attention, share_att_key(config)
         self.scale = math.sqrt(size // self.heads * (1 + len(kinds)))
         self.query_proj = lora_linear(config, "query", layer, size, size)
@@ -346,6 +346,14 @@ def share_att_key(config: Any) -> bool:
     return bool(getattr(config, "share_att_key", False))
 
 
+def position_kinds(config: Any) -> list[str]:
+    """What `pos_att_type`, a list or a text such as "c2p|p2c", names; "none" and "" name nothing."""
+    kinds = config.pos_att_type or []
+    if isinstance(kinds, str):
+        kinds = [kind.strip().lower() for kind in kinds.split("|")]
+    return [kind for kind in kinds if kind not in ("none", "")]
+
+
 def relative_norm(config: Any) -> list[str]:
     return [kind.strip() for kind in str(getattr(config, "norm_rel_ebd", "none")).lower().split("|")]
 
@@ -365,7 +373,7 @@ def check_config(config: Any) -> None:
         wrong.append(f"hidden_size {size} is no multiple of num_attention_heads {heads}")
     elif getattr(config, "attention_head_size", size // heads) != size // heads:
         wrong.append(f"attention_head_size {config.attention_head_size} is not hidden_size / num_attention_heads")
-    kinds = config.pos_att_type or []
+    kinds = position_kinds(config)
     if unknown := sorted(set(kinds) - {"c2p", "p2c"}):
         wrong.append(f"pos_att_type {'|'.join(unknown)}: only c2p and p2c are supported")
     if len(set(kinds)) != len(kinds):

@@ -190,6 +190,8 @@ class RobertaPreTrainedModel(Checkpoints, PreTrainedModel):
 class RobertaModel(PackedEncoder, RobertaPreTrainedModel):
     """The bare encoder, in place of `transformers.RobertaModel`."""
 
+    selects_hidden_states = True
+
     def __init__(self, config: RobertaConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.embeddings = RobertaEmbeddings(config)

@@ -46,7 +46,8 @@ class PackedBatch:
         """Plan the packing of a [B, S] batch from its attention mask ([B, S], 0 = padding; None = all real).
 
         With `keep_distances`, tokens of a sequence are as far apart packed as they were: a mask with holes falls back.
-        Waits for the GPU once, for the lengths. Raises ValueError if the mask has another shape.
+        Waits for the GPU once, for the lengths. Raises ValueError if the mask has another shape, or is of floats that
+        are not 0 and 1.
         """
         dense = cls(
             batch=batch,
@@ -59,12 +60,25 @@ class PackedBatch:
         if mask is None:
             return dense
         if mask.shape != (batch, length):
-            raise ValueError(f"attention_mask must be [batch, seq] = {[batch, length]}, got {list(mask.shape)}.")
-        real = mask.to(device) != 0
+            raise ValueError(
+                f"attention_mask must be [batch, seq] = {[batch, length]}, got {list(mask.shape)}."
+                + (" A mask of pairs of tokens is not supported." if mask.dim() > 2 else "")
+            )
+        mask = mask.to(device)
+        real = mask != 0
         in_place = real[:, 0].all()
         if keep_distances:
             in_place &= (real[:, 1:] <= real[:, :-1]).all()
-        *lengths, packable = torch.cat([real.sum(1), in_place[None].long()]).tolist()
+        facts = [real.sum(1), in_place[None].long()]
+        if mask.is_floating_point():
+            facts.append(((mask == 0) | (mask == 1)).all()[None].long())
+        said = torch.cat(facts).tolist()
+        lengths, (packable, *are_flags) = said[:batch], said[batch:]
+        if not all(are_flags):
+            raise ValueError(
+                "attention_mask has values other than 0 and 1; give 1 for a token and 0 for padding. (A mask that is "
+                "added to scores, 0 and -inf, says the opposite.)"
+            )
         if not packable:
             return cls(**{**vars(dense), "key_mask": real[:, None, None, :]})
         if all(n == length for n in lengths):
