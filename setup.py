@@ -29,6 +29,7 @@ setup(
         "plots": ["matplotlib", "tensorboard"],
         "peft": ["peft"],  # a peer to test against, never imported by the package
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "peft", "matplotlib", "tensorboard"]
-        + ["onnx", "onnxscript"],  # torch.onnx.export needs both
+        + ["onnx", "onnxscript"]  # torch.onnx.export needs both
+        + ["parameterized"],  # transformers' own tests need it (tests/foreign)
     },
 )

@@ -1,0 +1,52 @@
+"""The comparison of foreign/run.py, on outcomes written by hand; the foreign tests themselves take minutes."""
+
+import tarfile
+
+import pytest
+from foreign import run
+
+PASSED, FAILED, SKIPPED = ["passed", ""], ["failed", "AssertionError"], ["skipped", "reason"]
+
+
+def test_a_test_that_passes_with_their_classes_alone_is_a_difference_also_if_it_is_skipped_or_missing_with_ours():
+    theirs = {"fails": PASSED, "is skipped": PASSED, "is missing": PASSED, "passes": PASSED}
+    ours = {"fails": FAILED, "is skipped": SKIPPED, "passes": PASSED}
+    assert run.find_differences(theirs, ours) == {
+        "fails": FAILED,
+        "is skipped": SKIPPED,
+        "is missing": ["missing", ""],
+    }
+
+
+@pytest.mark.parametrize("outcome", [FAILED, SKIPPED])
+def test_a_test_that_does_not_pass_with_their_classes_is_no_difference(outcome):
+    assert run.find_differences({"a": outcome}, {"a": FAILED}) == {}
+
+
+def test_a_difference_that_no_pattern_matches_is_unexpected():
+    found = {"peft/test_x.py::test_a[Roberta]": FAILED, "peft/test_x.py::test_b[Roberta]": FAILED}
+    assert run.judge(found, {"peft/*::test_a[[]Roberta]": "reason"}) == (list(found), ["peft/*::test_a[[]Roberta]"])
+    assert run.judge(found, {"peft/*::test_a[*": "reason"}) == (["peft/test_x.py::test_b[Roberta]"], [])
+    assert run.judge(found, {"peft/*::test_a": "reason"})[0] == list(found)  # the full name
+
+
+def test_a_listed_difference_that_no_longer_occurs_is_stale():
+    assert run.judge({}, {"peft/*::test_a": "reason"}) == ([], ["peft/*::test_a"])
+
+
+def test_every_listed_difference_has_a_suite_and_a_reason():
+    for pattern, reason in run.read_expected(run.HERE / "differences.tsv").items():
+        assert pattern.split("/")[0] in run.ARCHIVES and len(reason.split()) > 5, pattern
+
+
+def test_the_archives_are_the_tested_versions():
+    pins = (run.HERE.parents[1] / "constraints.txt").read_text()
+    for release, _ in run.ARCHIVES.values():
+        assert release.replace("-", "==") in pins
+
+
+def test_an_archive_of_another_hash_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "peft-0.21.2.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(SystemExit, match="sha256 is [0-9a-f]{64}, expected b803"):
+        run.unpack_tests("peft", tmp_path)
