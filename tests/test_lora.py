@@ -25,6 +25,7 @@ from transformers import RobertaConfig
 
 from lora_nlu.kernels import Linear
 from lora_nlu.lora import (
+    LORA_SETTINGS,
     TARGETS,
     LoRALinear,
     count_parameters,
@@ -251,10 +252,9 @@ def test_a_rank_below_1_is_refused(r):
     "settings",
     [
         {},
-        {"lora_r": R, "lora_alpha": ALPHA},
         {"apply_lora": False, "lora_r": R, "lora_alpha": ALPHA},
         {"apply_lora": True, "lora_r": 0, "lora_alpha": ALPHA},
-        {"apply_lora": True, "lora_r": None},
+        {"apply_lora": True, "lora_r": 0},
     ],
 )
 def test_a_config_without_lora_gives_a_plain_linear_layer(settings):
@@ -286,7 +286,7 @@ def test_a_config_with_lora_gives_a_lora_layer_of_its_rank_and_scaling():
 def test_lora_is_in_the_targets_and_layers_the_config_names_by_default_query_and_value_everywhere(
     settings, targets, layers
 ):
-    config = lora_config(**settings)
+    config = lora_config(num_hidden_layers=3, **settings)
     found = {
         (target, layer)
         for target in TARGETS
@@ -664,3 +664,75 @@ def test_saving_and_loading_a_lora_model_gives_every_tensor_back_bit_for_bit(tmp
     assert again.state_dict().keys() == want.keys()
     assert all(torch.equal(tensor, want[name]) for name, tensor in again.state_dict().items())
     assert again.roberta.encoder.layer[0].attention.self.query.scaling == ALPHA / R
+
+
+# Settings in a config that would make no LoRA, or less than they say.
+
+
+@pytest.mark.parametrize("kind", ["roberta", "deberta-v2"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"lora_target_modules": ["q"]},
+            r"config.lora_target_modules \['q'\]: 'q' is none of query, key, value, dense",
+        ),
+        ({"lora_target_modules": ["query", "all-linear"]}, "'all-linear' is none of query"),
+        ({"lora_target_modules": "attention.self.query"}, "'attention.self.query' is none of query"),
+        ({"lora_target_modules": []}, "'' is none of query"),
+        ({"lora_layers": [2]}, r"config.lora_layers \[2\]: the model has 2 layers, 0 to 1"),
+        ({"lora_layers": [0, -1]}, "the model has 2 layers, 0 to 1"),
+        ({"lora_layers": []}, "the model has 2 layers, 0 to 1"),
+        ({"lora_layers": "0-1"}, "config.lora_layers '0-1': the model has 2 layers"),
+        ({"lora_layers": [True]}, "the model has 2 layers"),
+        ({"lora_r": None}, "config.lora_r None: apply_lora=True needs a rank of 1 or more"),
+        ({"lora_r": -1}, "config.lora_r -1"),
+        ({"lora_r": 4.0}, "config.lora_r 4.0"),
+        ({"lora_alpha": None}, "config.lora_alpha None: apply_lora=True needs a number"),
+        ({"lora_alpha": "8"}, "config.lora_alpha '8'"),
+        ({"lora_dropout": 1.0}, "config.lora_dropout 1.0: give a number from 0 up to, not including, 1"),
+        ({"lora_dropout": -0.1}, "config.lora_dropout -0.1"),
+    ],
+)
+def test_a_setting_that_would_make_no_lora_in_silence_is_refused_by_name(kind, settings, message):
+    config = (tiny_config if kind == "roberta" else tiny_deberta_config)(
+        **{"apply_lora": True, "lora_r": 4, "lora_alpha": 8} | settings
+    )
+    with pytest.raises(ValueError, match=message):
+        CLASSIFIERS[kind][0](config)
+
+
+@pytest.mark.parametrize("name", LORA_SETTINGS)
+def test_a_setting_without_apply_lora_is_refused_and_beside_false_means_nothing(name):
+    value = {"lora_target_modules": ["key"], "lora_layers": [1]}.get(name, 0.5)
+    with pytest.raises(ValueError, match=f"config.{name} says how, and nothing says that: set apply_lora=True"):
+        RobertaForSequenceClassification(tiny_config(**{name: value}))
+    model = RobertaForSequenceClassification(tiny_config(**{name: value}, apply_lora=False))
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["roberta", "deberta-v2"])
+@pytest.mark.parametrize(
+    ("settings", "targets", "layers"),
+    [
+        ({"lora_target_modules": ["query_proj", "value_proj"]}, ["query", "value"], [0, 1]),
+        ({"lora_target_modules": ("key_proj",)}, ["key"], [0, 1]),
+        ({"lora_target_modules": {"key", "output"}}, ["key", "output"], [0, 1]),
+        ({"lora_target_modules": "value_proj, dense"}, ["value", "dense"], [0, 1]),
+        ({"lora_layers": 0}, ["query", "value"], [0]),
+        ({"lora_layers": 1}, ["query", "value"], [1]),
+        ({"lora_layers": range(1, 2)}, ["query", "value"], [1]),
+        ({"lora_r": 0}, [], []),
+    ],
+)
+def test_pefts_spellings_of_modules_and_layers_make_the_lora_they_say(kind, settings, targets, layers, tmp_path):
+    config = (tiny_config if kind == "roberta" else tiny_deberta_config)(
+        **{"apply_lora": True, "lora_r": 4, "lora_alpha": 8} | settings
+    )
+    model = CLASSIFIERS[kind][0](config)
+    made = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    assert lora_places(made) == (targets, layers) and len(made) == len(targets) * len(layers)
+    if made:
+        model.save_pretrained(tmp_path)
+        loaded = CLASSIFIERS[kind][0].from_pretrained(tmp_path)
+        assert {*loaded.state_dict()} == {*model.state_dict()}

@@ -14,7 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import read_json
-from lora_nlu.lora import TARGETS
+from lora_nlu.lora import target_names
 from lora_nlu.metrics import greater_is_better
 
 # old name: new flag that takes the same value
@@ -97,10 +97,10 @@ def parse_targets(text: str | None) -> list[str] | None:
     """`query,value` to names of `lora.TARGETS`, in their order; `query_proj` is `query`. Raises UsageError."""
     if text is None:
         return None
-    names = [name.strip().removesuffix("_proj") for name in text.split(",")]
-    if unknown := [name for name in names if name not in TARGETS]:
-        raise UsageError(f"--lora_target_modules {text}: {unknown[0]!r} is none of {', '.join(TARGETS)}.")
-    return [name for name in TARGETS if name in names]
+    try:
+        return target_names(text)
+    except ValueError as e:
+        raise UsageError(f"--lora_target_modules {text}: {e}") from e
 
 
 def parse_layers(text: str | None, count: int) -> list[int] | None:

@@ -19,6 +19,8 @@ from lora_nlu.kernels import Linear, check, dropout, linear, product, product_wi
 # of the feed-forward.
 TARGETS = ("query", "key", "value", "dense", "intermediate", "output")
 DEFAULT_TARGETS = ("query", "value")
+# What a config says about its LoRA beside `apply_lora`.
+LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "lora_dropout")
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -265,15 +267,68 @@ def lora_linear(config: Any, target: str, layer: int, in_features: int, out_feat
     """One of the `TARGETS` of an encoder layer: with LoRA where the config asks for it there, else a plain layer.
 
     `lora_r` and `lora_alpha` set rank and scaling, `lora_target_modules` (default: query and value) and `lora_layers`
-    (numbers from 0; default: all) the places, `lora_dropout` (default: 0) the dropout.
+    (numbers from 0; default: all) the places, `lora_dropout` (default: 0) the dropout. Raises ValueError as
+    `check_lora`.
     """
-    r = lora_rank(config)
-    layers = getattr(config, "lora_layers", None)
-    targets = getattr(config, "lora_target_modules", None) or DEFAULT_TARGETS
-    if not r or target not in targets or (layers is not None and layer not in layers):
+    check_lora(config)
+    r, numbers = lora_rank(config), getattr(config, "lora_layers", None)
+    targets = (
+        DEFAULT_TARGETS if (names := getattr(config, "lora_target_modules", None)) is None else target_names(names)
+    )
+    if not r or target not in targets or (numbers is not None and layer not in as_list(numbers)):
         return Linear(in_features, out_features)
     p = getattr(config, "lora_dropout", None) or 0.0
     return LoRALinear(in_features, out_features, r, config.lora_alpha, lora_dropout=p)
+
+
+def check_lora(config: Any) -> None:
+    """Raise ValueError, naming the setting, where a config says too little of its LoRA or what means nothing.
+
+    A config without `apply_lora` must have no `LORA_SETTINGS`; with it false they mean nothing (a merged model's).
+    """
+    set_up = {name: value for name in LORA_SETTINGS if (value := getattr(config, name, None)) is not None}
+    if not getattr(config, "apply_lora", False):
+        if set_up and not hasattr(config, "apply_lora"):
+            raise ValueError(f"config.{next(iter(set_up))} says how, and nothing says that: set apply_lora=True too.")
+        return
+    r, alpha, p = (set_up.get(name) for name in ("lora_r", "lora_alpha", "lora_dropout"))
+    if not isinstance(r, int) or r < 0 or isinstance(r, bool):
+        raise ValueError(f"config.lora_r {r!r}: apply_lora=True needs a rank of 1 or more (0 is no LoRA).")
+    if r and (not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha)):
+        raise ValueError(
+            f"config.lora_alpha {alpha!r}: apply_lora=True needs a number; the scaling is lora_alpha / lora_r."
+        )
+    if p is not None and (not isinstance(p, int | float) or isinstance(p, bool) or not 0 <= p < 1):
+        raise ValueError(f"config.lora_dropout {p!r}: give a number from 0 up to, not including, 1.")
+    if (names := set_up.get("lora_target_modules")) is not None:
+        try:
+            target_names(names)
+        except ValueError as e:
+            raise ValueError(f"config.lora_target_modules {names!r}: {e}") from e
+    if (numbers := set_up.get("lora_layers")) is not None:
+        count, given = config.num_hidden_layers, as_list(numbers)
+        if not given or not all(isinstance(n, int) and 0 <= n < count and not isinstance(n, bool) for n in given):
+            raise ValueError(
+                f"config.lora_layers {numbers!r}: the model has {count} layers, 0 to {count - 1}; name some."
+            )
+
+
+def as_list(value: Any) -> list[Any]:
+    """The values of a sequence that is no text, or the one value."""
+    return [*value] if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+
+
+def target_names(names: Any) -> list[str]:
+    """Names of `TARGETS`, in their order, from a sequence or a text with commas; `query_proj` is `query`.
+
+    Raises ValueError for the first that is none of them.
+    """
+    given = names.split(",") if isinstance(names, str) else as_list(names)
+    known = [str(name).strip().removesuffix("_proj") for name in given]
+    unknown = [name for name in known if name not in TARGETS]
+    if unknown or not known:
+        raise ValueError(f"{unknown[0] if unknown else ''!r} is none of {', '.join(TARGETS)}.")
+    return [name for name in TARGETS if name in known]
 
 
 def target_of(name: str) -> str:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_nlu.kernels import Linear
-from lora_nlu.lora import LoRALinear, check_plain, lora_places, mark_only_lora_as_trainable
+from lora_nlu.lora import LORA_SETTINGS, LoRALinear, check_plain, lora_places, mark_only_lora_as_trainable
 
 ADAPTER_TYPES = ("houlsby", "pfeiffer")
 SETTINGS = (
-    "apply_lora", "lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "lora_dropout", "lora_relative_query",
+    "apply_lora", *LORA_SETTINGS, "lora_relative_query",
     "apply_bitfit", "apply_adapter", "adapter_type", "adapter_size", "head_only",
 )  # fmt: skip
 
@@ -30,8 +30,9 @@ SETTINGS = (
 def set_method(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Give a config these `SETTINGS`, and no other that its checkpoint was saved with; those are returned."""
     saved = {name: config.__dict__.pop(name) for name in SETTINGS if name in config.__dict__}
+    applies = settings.get("apply_lora") and settings.get("lora_r") != 0  # rank 0 is plain fine-tuning
     for name in SETTINGS:
-        if settings.get(name):
+        if settings.get(name) and (applies or name not in ("apply_lora", *LORA_SETTINGS)):
             setattr(config, name, settings[name])
     return saved
 
