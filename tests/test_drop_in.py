@@ -31,7 +31,8 @@ def batch_of(kind: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager", None])
 def test_either_name_of_transformers_attentions_is_ours(kind, attention, tmp_path):
-    ours, _ = CLASSIFIERS[kind]
+    ours, theirs = CLASSIFIERS[kind]
+    assert ours._supports_sdpa == theirs._supports_sdpa and ours._can_set_attn_implementation()  # what callers look at
     model = randomise_(ours._from_config(config_of(kind), attn_implementation=attention)).eval()
     model.save_pretrained(tmp_path)
     loaded = ours.from_pretrained(tmp_path, attn_implementation=attention).eval()

@@ -169,6 +169,7 @@ class RobertaPreTrainedModel(Checkpoints, PreTrainedModel):
     config_class = RobertaConfig
     base_model_prefix = "roberta"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
     _no_split_modules = ["EncoderLayer"]
     # A base checkpoint has the language-model head and pooler that a classifier lacks; what a method adds starts anew.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"pooler\.", r"position_ids$"]

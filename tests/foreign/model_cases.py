@@ -15,7 +15,8 @@ from transformers import DebertaV2Config, RobertaConfig
 
 import lora_nlu.modeling_deberta_v2
 import lora_nlu.modeling_roberta
-from lora_nlu.blocks import Attention, EncoderLayer
+from lora_nlu.blocks import EncoderLayer
+from lora_nlu.lora import TARGETS
 
 THEIRS = os.environ["FOREIGN_SIDE"] == "theirs"
 SIZES = {
@@ -30,11 +31,7 @@ SIZES = {
     "attention_probs_dropout_prob": 0.1,
 }
 if not THEIRS:  # Tests read here what a model can return. Ours returns it without transformers' recorder.
-    for base in (
-        lora_nlu.modeling_roberta.RobertaPreTrainedModel,
-        lora_nlu.modeling_deberta_v2.DebertaV2PreTrainedModel,
-    ):
-        base._can_record_outputs = {"hidden_states": EncoderLayer, "attentions": Attention}
+    lora_nlu.modeling_roberta.RobertaPreTrainedModel._can_record_outputs = {"hidden_states": EncoderLayer}
 
 
 class Sizes:
@@ -115,6 +112,17 @@ class TestRobertaLora(RobertaTests, unittest.TestCase):
     settings = LORA
 
 
+class TestRobertaLoraEverywhere(RobertaTests, unittest.TestCase):
+    """Several tests take the first class alone: here the classifier."""
+
+    all_model_classes = RobertaTests.all_model_classes[::-1]
+    settings = LORA | {"lora_target_modules": list(TARGETS), "lora_dropout": 0.1}
+
+
+class TestRobertaHoulsby(RobertaTests, unittest.TestCase):
+    settings = {"apply_adapter": True, "adapter_type": "houlsby", "adapter_size": 4}
+
+
 class TestDebertaV2XXLarge(DebertaV2Tests, unittest.TestCase):
     settings = V2_XXLARGE
 
@@ -124,11 +132,17 @@ class TestDebertaV2Absolute(DebertaV2Tests, unittest.TestCase):
     settings = {"type_vocab_size": 2, "relative_attention": False, "position_biased_input": True}
 
 
+class TestDebertaV2OwnKeys(DebertaV2Tests, unittest.TestCase):
+    """Relative attention without buckets, with projections of its own, and smaller embeddings."""
+
+    settings = {"relative_attention": True, "pos_att_type": "p2c|c2p", "embedding_size": 16}
+
+
 class TestDebertaV3Lora(DebertaV2Tests, unittest.TestCase):
     settings = V3_BASE | LORA
 
 
-class TestDebertaV2OwnKeys(DebertaV2Tests, unittest.TestCase):
-    """Relative attention with position projections of its own, without buckets."""
-
-    settings = {"type_vocab_size": 0, "relative_attention": True, "pos_att_type": "p2c|c2p"}
+class TestDebertaV3LoraEverywhere(DebertaV2Tests, unittest.TestCase):
+    all_model_classes = DebertaV2Tests.all_model_classes[::-1]
+    holes = True
+    settings = V3_BASE | LORA | {"lora_target_modules": list(TARGETS), "lora_relative_query": True}
