@@ -3,7 +3,8 @@
 Dense products in fp32 on a CPU go to oneDNN, which knows more processors than the BLAS torch calls (on AMD's AVX-512
 cores it is twice as fast). Dropout, the low-rank update, and attention over sequences of different lengths are the
 functions of kernels.cpp, compiled once with the machine's own compiler (seconds), kept in the user's cache. Without a
-compiler, on a GPU, in another dtype, under autocast or torch.compile, plain torch expressions do the same.
+compiler, on a GPU, in another dtype, under autocast, torch.compile or whatever else reads torch's operations, plain
+torch expressions do the same; they also give gradients of gradients.
 
 Dim letters: N rows, I in, O out features; H hidden, A heads, D head size, Q query rows, S longest sequence, V views.
 """
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,20 @@ FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-
 
 def is_fp32_on_cpu(x: Tensor) -> bool:
     """Whether torch's own operations on `x` can be replaced by those of this file."""
-    if x.dtype is not torch.float32 or not x.is_cpu or type(x) not in PLAIN:
-        return False
-    return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    if x.dtype is not torch.float32 or not x.is_cpu or type(x) not in PLAIN or not torch._C._has_storage(x):
+        return False  # a batch of gradients (is_grads_batched) has no storage
+    return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() and not is_watched()
+
+
+def is_watched() -> bool:
+    """Whether something but torch.compile traces or transforms torch's operations, and would miss those of this file.
+
+    torch.func, torch.jit.trace, forward-mode derivatives, and the dispatch modes: make_fx, FakeTensorMode,
+    FlopCounterMode, selective checkpointing.
+    """
+    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
 
 
 # --------------------------------------------------------------------------------- what is handed to compiled code
@@ -105,31 +117,46 @@ def has_avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+# Each autograd function saves its inputs themselves, not views of them, which would have no history, and returns no
+# view, which nobody could write to. With create_graph=True its backward runs in grad mode.
+
+
+def is_differentiable(grad: Tensor) -> bool:
+    """Whether a backward must compute with torch's operations alone: for gradients of gradients, or many at once."""
+    return torch.is_grad_enabled() or is_watched() or not torch._C._has_storage(grad)
+
+
 class _Linear(torch.autograd.Function):
-    """y = x W^T + b. Keeps x only where W trains."""
+    """y = x W^T + b of x [N, I]. Keeps x only where W trains."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
-        return product(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
-        grad = grad_y.reshape(-1, grad_y.shape[-1])  # [N, O]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        grad_x = product(grad, weight.t()).view(*grad_y.shape[:-1], weight.shape[1]) if need_x else None
-        grad_weight = product(grad.t(), rows.t()) if need_weight else None
+        multiply: Any = linear if torch.is_grad_enabled() else product
+        grad_x = multiply(grad, weight.t()) if need_x else None
+        grad_weight = multiply(grad.t(), x.t()) if need_weight else None
         return grad_x, grad_weight, grad.sum(0) if need_bias else None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: x [..., I], weight [O, I], bias [O] to [..., O]. Raises as `product`."""
     if is_dense_product(x, weight, bias):
-        return _Linear.apply(x, weight, bias)
+        return by_rows(_Linear.apply, x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def by_rows(f: Any, x: Tensor, *rest: Any) -> Tensor:
+    """f(x [N, I], *rest) [N, O] for x [..., I], to [..., O]."""
+    if x.dim() == 2:
+        return f(x, *rest)
+    y = f(x.reshape(-1, x.shape[-1]), *rest)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class Linear(nn.Linear):
@@ -137,6 +164,18 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    @property
+    def qconfig(self) -> None:
+        """Of torch.ao.quantization, which knows layers by their exact class, and would skip this one in silence."""
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        raise RuntimeError(
+            "torch.ao.quantization replaces nn.Linear alone and would leave out this model's linear layers. Save the "
+            "model after lora.merge_lora_(model), load that folder in transformers' own class and quantize it there; "
+            "or use torchao.quantization.quantize_."
+        )
 
 
 # --------------------------------------------------------------------------------------------------- kernels.cpp
@@ -220,8 +259,9 @@ class _Dropout(torch.autograd.Function):
         return _Dropout.run(x, p, seed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if is_differentiable(grad):
+            return grad * _Dropout.run(torch.ones(grad.shape), ctx.p, ctx.seed), None, None
         return _Dropout.run(grad, ctx.p, ctx.seed), None, None
 
     @staticmethod
@@ -283,6 +323,7 @@ class _Attention(torch.autograd.Function):
         rows, width = key.shape[0], query.shape[-1]
         if heads < 1 or width % heads:
             raise ValueError(f"attention: wanted a multiple of {heads} heads as the width, got {width}.")
+        inputs = query, key, value
         query = memory("query", query, query.shape[0], width)
         key, value = memory("key", key, rows, width), memory("value", value, rows, width)
         views = next((x.shape[0] for x in relative if x is not None), 1)
@@ -292,18 +333,33 @@ class _Attention(torch.autograd.Function):
         out, lse = torch.empty_like(query), query.new_empty(query.shape[0], heads)
         ctx.settings = (tables, places, longest, heads, scale, p, seed)
         _run("attention", *_Attention.arguments(query, key, value, *ctx.settings), _address(out), _address(lse))
-        ctx.save_for_backward(query, key, value, lse)
+        ctx.save_for_backward(*inputs, lse)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, lse = ctx.saved_tensors
+        *inputs, lse = ctx.saved_tensors
+        if is_differentiable(grad):
+            return *_Attention.differentiable_gradients(ctx, inputs, grad), *[None] * 7
+        query, key, value = (memory(n, x, *x.shape) for n, x in zip(("query", "key", "value"), inputs, strict=True))
         grad = memory("attention's gradient", grad, *query.shape)
         grads = [torch.empty_like(x) for x in (query, key, value)]
         arguments = _Attention.arguments(query, key, value, *ctx.settings)
         _run("attention_backward", *arguments, *map(_address, (lse, grad, *grads)))
-        return *grads, None, None, None, None, None, None, None
+        return *grads, *[None] * 7
+
+    @staticmethod
+    def differentiable_gradients(ctx: Any, inputs: list[Tensor], grad: Tensor) -> list[Tensor | None]:
+        """The gradients of query, key and value, by autograd through `attention_of_rows`."""
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            query, key, value = inputs = [
+                x.view_as(x) for x in inputs
+            ]  # one may be made of another: the gradient stops at each
+            wanted = [x for x, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
+            out = attention_of_rows(query, key, value, *ctx.settings)
+            grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
+        return [next(grads) if needs else None for needs in ctx.needs_input_grad[:3]]
 
     @staticmethod
     def checked_places(places: tuple[Tensor, ...], queries: int, keys: int, longest: int, views: int) -> Any:
@@ -335,6 +391,35 @@ class _Attention(torch.autograd.Function):
         sizes = map(_int, (places[2].numel(), heads, width // heads, longest))
         draws = (ctypes.c_float(scale), ctypes.c_uint64(seed), _int(threshold(p)), _threads())
         return [*strided, *map(_address, relative), _int(views), *map(_address, places), *sizes, *draws]
+
+
+def attention_of_rows(
+    query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor | None, ...],
+    places: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
+) -> Tensor:  # fmt: skip
+    """What the kernel computes, sequence by sequence, of torch's operations alone: [Q, H], for derivatives."""
+    query_starts, key_starts, views = (x.tolist() for x in places)
+    relative_key, relative_query = relative
+    query, key, value = (x.unflatten(1, (heads, -1)).transpose(0, 1) for x in (query, key, value))  # [A, N, D]
+    kept = _Dropout.run(torch.ones(query.shape[1] * heads, longest), p, seed).view(-1, heads, longest) if p else None
+    contexts = []
+    for i, view in enumerate(views):
+        rows, columns = slice(*query_starts[i : i + 2]), slice(*key_starts[i : i + 2])
+        q, k, v = query[:, rows], key[:, columns], value[:, columns]  # [A, M, D], [A, L, D]
+        scores = q @ k.transpose(1, 2)  # [A, M, L]
+        places_of_keys = longest - 1 + torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None]  # j - i, [M, L]
+        places_of_keys = places_of_keys.expand_as(scores)
+        if relative_key is not None:
+            table = relative_key[view].unflatten(1, (heads, -1)).permute(1, 2, 0)  # [A, D, 2 S - 1]
+            scores = scores + (q @ table).gather(2, places_of_keys)
+        if relative_query is not None:
+            table = relative_query[view].unflatten(1, (heads, -1)).transpose(0, 1)  # [A, 2 S - 1, D]
+            scores = scores + (table @ k.transpose(1, 2)).gather(1, 2 * longest - 2 - places_of_keys)
+        probs = (scale * scores).softmax(-1)
+        if kept is not None:
+            probs = probs * kept[rows, :, : k.shape[1]].transpose(0, 1)
+        contexts.append((probs @ v).transpose(0, 1).flatten(1))
+    return torch.cat(contexts)
 
 
 def attention(

@@ -9,11 +9,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lora_nlu.errors import UserError
-from lora_nlu.kernels import Linear, check, dropout, linear, product, product_with_update
+from lora_nlu.kernels import (
+    PLAIN,
+    Linear,
+    by_rows,
+    check,
+    dropout,
+    is_watched,
+    linear,
+    product,
+    product_with_update,
+)
 
 # The dense layers of an encoder layer as --lora_target_modules names them: the paper's W_q, W_k, W_v, W_o, and the two
 # of the feed-forward.
@@ -24,7 +33,7 @@ LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "
 
 
 class _LoRALinear(torch.autograd.Function):
-    """y = x W^T + b + s (x A^T) B^T, the update inside the product (`product_with_update`).
+    """y = x W^T + b + s (x A^T) B^T of x [N, I], the update inside the product (`product_with_update`).
 
     The backward keeps x, x A^T and references to parameters only, and reaches A and B through the rank: no [O, I]
     gradient is formed unless W itself trains.
@@ -32,28 +41,29 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # [N, I]
-        y, down = product_with_update(rows, weight, bias, A.t(), B.t(), s)  # [N, O], [N, R]
-        ctx.save_for_backward(rows, weight, A, B, down)
+        y, down = product_with_update(x, weight, bias, A.t(), B.t(), s)  # [N, O], [N, R]
+        ctx.save_for_backward(x, weight, A, B, down)
         ctx.scaling = s
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, A, B, down = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, down = ctx.saved_tensors
         s, (need_x, need_weight, need_bias, need_A, need_B, _) = ctx.scaling, ctx.needs_input_grad
-        grad = grad_y.reshape(-1, grad_y.shape[-1])  # [N, O]
+        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # gradients of gradients are asked for
+        multiply: Any = linear if again else product
         grad_x = up = None
-        if need_x:
+        if again:
+            up, down = linear(grad, B.t()), None  # what the forward made has no history
+            grad_x = linear(grad, weight.t()) + s * linear(up, A.t()) if need_x else None
+        elif need_x:
             grad_x, up = product_with_update(grad, weight.t(), None, B, A, s)  # [N, I], [N, R]
-            grad_x = grad_x.view(*grad_y.shape[:-1], weight.shape[1])
-        up = product(grad, B.t()) if up is None else up
-        down = product(rows, A) if down is None else down
-        grad_weight = product(grad.t(), rows.t()) if need_weight else None
+        up = multiply(grad, B.t()) if up is None else up
+        down = multiply(x, A) if down is None else down
+        grad_weight = multiply(grad.t(), x.t()) if need_weight else None
         grad_bias = grad.sum(0) if need_bias else None
-        grad_A = s * product(up.t(), rows.t()) if need_A else None  # [R, N] [N, I]
-        grad_B = s * product(grad.t(), down.t()) if need_B else None  # [O, N] [N, R]
+        grad_A = s * multiply(up.t(), x.t()) if need_A else None  # [R, N] [N, I]
+        grad_B = s * multiply(grad.t(), down.t()) if need_B else None  # [O, N] [N, R]
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
 
 
@@ -129,12 +139,14 @@ class LoRALinear(Linear):
         """Whether `weight` holds the update."""
         return self.weight_before is not None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] -> [..., O].
+    def forward(self, x: Tensor, with_update: bool = True) -> Tensor:
+        """x [..., I] -> [..., O]; without the update, merged or not, on request.
 
         Raises RuntimeError for a merged layer that is asked to train or whose matrices are others than it merged,
         ValueError for matrices of other shapes.
         """
+        if not with_update:
+            return linear(x, self.frozen_weight(), self.bias)
         if self.merged:
             if not torch.compiler.is_compiling() and not self._holds_its_update():
                 raise RuntimeError("lora_A, lora_B or scaling of a merged LoRALinear changed. Call unmerge() first.")
@@ -143,11 +155,20 @@ class LoRALinear(Linear):
             return linear(x, self.weight, self.bias)
         self.check_shapes()
         seen = dropout(x, self.lora_dropout, self.training)
-        is_fp32 = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        if seen is x and is_fp32 and x.numel():
-            return _LoRALinear.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling)
+        tensors = (x, self.weight, self.bias, self.lora_A, self.lora_B)
+        if seen is x and x.numel() and self._is_one_product(*tensors):
+            return by_rows(_LoRALinear.apply, *tensors, self.scaling)
         update = F.linear(F.linear(seen, self.lora_A), self.lora_B)
         return linear(x, self.weight, self.bias) + self.scaling * update
+
+    @staticmethod
+    def _is_one_product(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+        """Whether `_LoRALinear` can compute the layer; if not, torch's own operations do."""
+        if x.dtype is not torch.float32 or weight.dtype is not torch.float32:
+            return False
+        if torch.is_autocast_enabled(x.device.type) or not (torch.compiler.is_compiling() or not is_watched()):
+            return False
+        return all(other is None or type(other) in PLAIN for other in (x, weight, *others))
 
     def check_shapes(self) -> None:
         """Raise ValueError unless lora_A [R, I] and lora_B [O, R] are of the weight's sizes, on its device."""

@@ -37,7 +37,7 @@ from lora_nlu.blocks import (
     embed_types,
     embed_words,
 )
-from lora_nlu.kernels import Dropout, Linear, attention, linear
+from lora_nlu.kernels import Dropout, Linear, attention
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
 
@@ -160,7 +160,9 @@ class DisentangledSelfAttention(nn.Module):
         """
         query, key, value = self.query_proj(queries), self.key_proj(hidden_states), self.value_proj(hidden_states)
         relative_key, relative_query = self.project(table, distances)  # [V, 2 S - 1, H] each, or None
-        if not with_probs and type(self.dropout) is Dropout:
+        # A layer under reentrant checkpointing runs without grad mode first, and must draw the same dropout then.
+        trains = self.training and not torch.is_grad_enabled() and self.trains_relative(table)
+        if not with_probs and type(self.dropout) is Dropout and not trains:
             p = self.dropout.p if self.training else 0.0
             fused = attention(query, key, value, packed, self.heads, 1 / self.scale, p, relative_key, relative_query)
             if fused is not None:
@@ -226,13 +228,29 @@ class DisentangledSelfAttention(nn.Module):
     def relative(self, projection: nn.Linear, table: Tensor) -> Tensor:
         """The table [V, U, H] through a projection shared with tokens; the config decides about its update."""
         if isinstance(projection, LoRALinear) and not lora_relative_query(self.config):
-            return linear(table, projection.frozen_weight(), projection.bias)
+            return projection(table, with_update=False)
         return projection(table)
+
+    def relative_projections(self) -> list[nn.Module]:
+        """The layers that the relative table goes through."""
+        names = ("key_proj", "query_proj") if self.shared else ("pos_key_proj", "pos_query_proj")
+        uses = (self.content_to_position, self.position_to_content)
+        return [getattr(self, name) for name, used in zip(names, uses, strict=True) if used]
 
     def shared_updates(self) -> list[LoRALinear]:
         """The projections with an update that the relative table goes through, where the two readings differ."""
-        used = [(self.position_to_content, self.query_proj), (self.content_to_position, self.key_proj)]
-        return [layer for uses, layer in used if uses and self.shared and isinstance(layer, LoRALinear)]
+        return [layer for layer in self.relative_projections() if self.shared and isinstance(layer, LoRALinear)]
+
+    def trains_relative(self, table: Tensor | None) -> bool:
+        """Whether the relative keys or queries would have a gradient in grad mode."""
+        if table is None:
+            return False
+        frozen = [] if lora_relative_query(self.config) else self.shared_updates()
+        trained = [table]
+        for layer in self.relative_projections():
+            every = layer.named_parameters()
+            trained += [x for name, x in every if not (layer in frozen and name.startswith("lora_"))]
+        return any(x.requires_grad for x in trained)
 
     def by_head(self, rows: Tensor | None) -> Tensor | None:
         """[V, 2 S - 1, H] to [A, V, 2 S - 1, D]."""
@@ -320,7 +338,7 @@ class DebertaV2Encoder(nn.Module):
             return None, None
         rows = table_rows(packed.length, self.buckets, self.reach)
         first, last = rows[0], rows[-1]
-        table = self.rel_embeddings.weight[first : last + 1]
+        table = self.rel_embeddings(torch.arange(first, last + 1, device=packed.first_rows.device))
         if hasattr(self, "LayerNorm"):
             table = self.LayerNorm(table)
         if not self.training:

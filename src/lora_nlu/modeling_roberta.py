@@ -25,7 +25,7 @@ from lora_nlu.blocks import (
     embed_types,
     embed_words,
 )
-from lora_nlu.kernels import Dropout, attention
+from lora_nlu.kernels import Dropout, attention, is_watched
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
 
@@ -51,7 +51,7 @@ def attend(
     probs = None
     for n, _, parts in packed.grouped(query, key, value):
         q, k, v = (rows.view(n, -1, heads, head_size).transpose(1, 2) for rows in parts)  # [n, A, L, D]
-        if with_probs:
+        if with_probs or is_watched():  # torch's fused attention has no forward-mode and no second derivative
             scores = q @ k.transpose(-1, -2) / math.sqrt(head_size)  # [n, A, L, L]
             if packed.key_mask is not None:
                 scores = scores.masked_fill(~packed.key_mask, torch.finfo(scores.dtype).min)
@@ -62,7 +62,7 @@ def attend(
         else:
             context = F.scaled_dot_product_attention(q, k, v, packed.key_mask, dropout_p)
         contexts.append(context.transpose(1, 2).reshape(-1, query.shape[1]))
-    return torch.cat(contexts), probs
+    return torch.cat(contexts), probs if with_probs else None
 
 
 class RobertaEmbeddings(nn.Module):

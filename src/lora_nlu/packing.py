@@ -47,7 +47,7 @@ class PackedBatch:
 
         With `keep_distances`, tokens of a sequence are as far apart packed as they were: a mask with holes falls back.
         Waits for the GPU once, for the lengths. Raises ValueError if the mask has another shape, or is of floats that
-        are not 0 and 1.
+        are not 0 and 1; RuntimeError where it has no numbers yet: in torch.jit.trace, torch.export, vmap over masks.
         """
         dense = cls(
             batch=batch,
@@ -63,6 +63,13 @@ class PackedBatch:
             raise ValueError(
                 f"attention_mask must be [batch, seq] = {[batch, length]}, got {list(mask.shape)}."
                 + (" A mask of pairs of tokens is not supported." if mask.dim() > 2 else "")
+            )
+        has_numbers = torch.compiler.is_compiling() or torch._C._has_storage(mask)
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or not has_numbers:
+            raise RuntimeError(
+                "attention_mask: its numbers decide which rows are computed, so a trace, an export or vmap would keep "
+                "those of one mask. Leave it out where nothing is padded, or use transformers' own class: save the "
+                "model after lora.merge_lora_(model) and load that folder there."
             )
         mask = mask.to(device)
         real = mask != 0
