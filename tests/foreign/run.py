@@ -31,6 +31,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urljoin
 
@@ -50,8 +51,13 @@ Results = dict[str, list[str]]  # test: outcome, its text
 
 
 def download(suite: str, folder: Path) -> Path:
-    """The source distribution in `folder`, from the package index unless it is there. Exits if its hash is another."""
+    """The source distribution in `folder`, from the package index unless it is there.
+
+    Exits if its hash is another, or if another release is installed.
+    """
     release, sha256 = ARCHIVES[suite]
+    if release != (installed := f"{suite}-{version(suite)}"):
+        sys.exit(f"{installed} is installed; these are the tests of {release} (constraints.txt).")
     archive = folder / f"{release}.tar.gz"
     if not archive.exists():
         index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/") + f"/{suite}/"
@@ -199,7 +205,7 @@ def main() -> int:
             count = Counter(outcome for outcome, _ in results[side].values())
             counts[suite][side] = {outcome: count[outcome] for outcome in ("passed", "failed", "skipped")}
             shown = ", ".join(f"{n} {outcome}" for outcome, n in counts[suite][side].items())
-            print(f"{suite}'s tests with {name} classes: {shown}", flush=True)
+            print(f"{suite}, {name} classes: {shown}", flush=True)
         found = find_differences(results["theirs"], results["ours"])
         differences |= {f"{suite}/{test}": result for test, result in found.items()}
 
