@@ -315,3 +315,29 @@ def test_pos_att_type_set_to_a_text_after_the_configs_construction_is_read_too()
     config.pos_att_type = "c2p|p2c"
     ours, theirs = twins(config)
     assert_close(ours(**batch_of("deberta-v2")).logits, theirs(**batch_of("deberta-v2")).logits)
+
+
+# Labels that don't fit.
+
+
+@pytest.mark.parametrize("weight", [0, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_problem_type_that_nobody_knows_is_refused_by_name(kind, weight):  # transformers returns no loss
+    model = CLASSIFIERS[kind][0](config_of(kind, problem_type="classification", reg_loss_wgt=weight))
+    for labels in (torch.arange(4) % 3, torch.rand(4, 3)):
+        with pytest.raises(
+            ValueError, match="config.problem_type 'classification' is none of regression, single_label"
+        ):
+            model(**batch_of(kind), labels=labels)
+    assert model(**batch_of(kind)).logits.shape == (4, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_to_regress_to_that_are_not_of_the_logits_shape_are_refused(kind):
+    for count, wrong in ((2, [(8,), (2, 4), (4, 1), (4,)]), (1, [(3,), (8,), (4, 2)])):
+        model = CLASSIFIERS[kind][0](config_of(kind, num_labels=count, problem_type="regression"))
+        for shape in wrong:
+            with pytest.raises(ValueError, match=rf"wants labels \[4, {count}\] as the logits', got"):
+                model(**batch_of(kind), labels=torch.zeros(shape))
+        for shape in [(4, 2)] if count == 2 else [(4,), (4, 1)]:
+            assert model(**batch_of(kind), labels=torch.zeros(shape)).loss.shape == ()
