@@ -84,9 +84,9 @@ def test_an_attention_we_lack_is_refused_by_name(kind, attention):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_an_offloaded_model_has_the_logits_it_has_in_memory(kind, place, tmp_path):
-    settings = {"type_vocab_size": 2}
+    settings: dict[str, Any] = {"type_vocab_size": 2, "apply_lora": True, "lora_r": 2, "lora_alpha": 4}
     if kind == "deberta-v2":
-        settings |= {"position_biased_input": True, "embedding_size": 20, "relative_attention": False}
+        settings |= {"position_biased_input": True, "embedding_size": 20}
     model = randomise_(CLASSIFIERS[kind][0](config_of(kind, **settings))).eval()
     batch = batch_of(kind)
     types = torch.randint(0, 2, batch["input_ids"].shape, generator=torch.Generator().manual_seed(3))
