@@ -1,8 +1,10 @@
 """Adapters on disk: PEFT folders and published files, what is refused and what stays as it was."""
 
+import copy
 import dataclasses
 import json
 import os
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -39,10 +41,12 @@ from lora_nlu.adapters import (
     save_adapter,
     with_relative_query,
 )
+from lora_nlu.convert import main
 from lora_nlu.errors import UserError
 from lora_nlu.lora import LoRALinear, mark_only_lora_as_trainable
-from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
-from lora_nlu.modeling_roberta import RobertaForSequenceClassification
+from lora_nlu.methods import mark_trainable
+from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification, DebertaV2Model
+from lora_nlu.modeling_roberta import RobertaForSequenceClassification, RobertaModel
 
 R, ALPHA = 4, 6
 LABELS = ["yes", "no", "perhaps"]
@@ -367,6 +371,13 @@ KINDS = {
 }
 
 
+BARE = {
+    "roberta": (RobertaModel, transformers.RobertaModel),
+    "deberta": (DebertaV2Model, transformers.DebertaV2Model),
+}
+BATCH = ragged_batch([17, 3, 30, 9])
+
+
 def named(value, names: dict[str, str]):
     """`value` with {query}, {key}, {value} in its strings replaced by the model's names."""
     if isinstance(value, str):
@@ -416,6 +427,102 @@ def test_whatever_peft_trained_gives_the_same_logits_here_and_saved_again_in_pef
     attach_adapter(again, read_adapter(str(tmp_path / "ours")), None, allow_new_head=False)
     assert torch.equal(logits(again), logits(model))
     assert_close(logits(PeftModel.from_pretrained(fresh(theirs_class), str(tmp_path / "ours"))), want)
+
+
+@pytest.mark.parametrize("settings", ["all-linear", "ranks and alphas by pattern", "biases"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_peft_trained_on_a_bare_encoder_gives_the_same_features_here_and_saved_again_in_peft(
+    kind, settings, tmp_path
+):
+    new_config, names, _ = KINDS[kind]
+    ours_class, theirs_class = BARE[kind]
+    settings = {"r": R, "lora_alpha": ALPHA} | named(PEFT_SETTINGS[settings], names)
+    base = randomise_(theirs_class(new_config()), seed=2)
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    theirs = get_peft_model(base, LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, **settings))
+    train_at_random_(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+
+    def features(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model.eval()(**BATCH).last_hidden_state[BATCH["attention_mask"] == 1]
+
+    ours = ours_class(new_config())
+    ours.load_state_dict(weights)
+    without = features(ours)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(ours), tmp_path / "theirs")
+    attach_adapter(ours, read_adapter(str(tmp_path / "theirs")), None, allow_new_head=False)
+    want = features(theirs)
+    assert (want - without).abs().max() > 0.01
+    assert_close(features(ours), want)
+    assert_close(features(loaded), want)
+    assert {n for n, p in ours.named_parameters() if p.requires_grad and ".lora_" not in n} == {
+        n.replace("base_model.model.", "").replace(".base_layer", "").replace(".modules_to_save.default", "")
+        for n, p in theirs.named_parameters()
+        if p.requires_grad and ".lora_" not in n
+    }
+    save_adapter(ours, tmp_path / "ours", {})
+    again = theirs_class(new_config())
+    again.load_state_dict(weights)
+    assert json.loads((tmp_path / "ours" / CONFIG).read_text())["task_type"] == "FEATURE_EXTRACTION"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT only warns of keys that it doesn't find
+        again = PeftModel.from_pretrained(again, tmp_path / "ours")
+    assert_close(features(again), want)
+    fresh = ours_class(new_config())
+    fresh.load_state_dict(weights)
+    attach_adapter(fresh, read_adapter(str(tmp_path / "ours")), None, allow_new_head=False)
+    assert torch.equal(features(fresh), features(ours))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"apply_bitfit": True},
+        {"apply_lora": True, "lora_r": R, "lora_alpha": ALPHA},
+        {"apply_adapter": True, "adapter_type": "houlsby", "adapter_size": 3},
+    ],
+    ids=["bitfit", "lora", "houlsby"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_a_bare_encoder_and_one_of_a_classifier_are_told_apart_by_name(kind, method, tmp_path, capsys):
+    new_config, bare_class = KINDS[kind][0], BARE[kind][0]
+    classifier_class = CLASSIFIERS[new_config().model_type][0]
+    folders = {}
+    for model_class in (bare_class, classifier_class):
+        model = randomise_(model_class(new_config(**method)))
+        mark_trainable(model)
+        folders[model_class] = tmp_path / model_class.__name__
+        save_adapter(model, folders[model_class], {})
+    of_bare, of_classifier = (read_adapter(str(folder)) for folder in folders.values())
+    encoder = bare_class(new_config())
+    attach_adapter(encoder, of_bare, None, allow_new_head=False)
+    assert of_bare.is_bare and not of_classifier.is_bare and not any("classifier" in name for name in of_bare.state)
+    assert all(torch.equal(encoder.get_parameter(name), tensor) for name, tensor in of_bare.state.items())
+    prefix = f"{kind}."
+    with pytest.raises(
+        UserError, match=rf"keys lack '{prefix}'.*\n.*{bare_class.__name__}.*{classifier_class.__name__}"
+    ):
+        attach_adapter(classifier_class(new_config()), of_bare, None, allow_new_head=True)
+    with pytest.raises(UserError, match=rf"trained on a model with a classifier \(its keys start with '{prefix}'"):
+        attach_adapter(bare_class(new_config()), of_classifier, None, allow_new_head=False)
+    assert main(["inspect", str(folders[bare_class])]) == 0
+    assert "an encoder alone" in capsys.readouterr().out
+    assert main(["convert", str(folders[bare_class]), str(tmp_path / "out"), "--to", "peft"]) == 1
+    assert "trained on an encoder alone" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_bin_of_a_bare_deberta_is_read_as_one_of_a_classifier_is(tmp_path):
+    model = randomise_(DebertaV2Model(tiny_deberta_config(apply_lora=True, lora_r=R, lora_alpha=ALPHA)))
+    mark_trainable(model)
+    adapter = read_adapter(str(published(tmp_path / "encoder.bin", trained(model))))
+    assert adapter.frozen_relative_query and not adapter.knows_relative_query
+    encoder = DebertaV2Model(tiny_deberta_config())
+    encoder.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name})
+    attach_adapter(encoder, adapter, ALPHA, allow_new_head=False)
+    with torch.no_grad():
+        got, want = (m.eval()(**BATCH).last_hidden_state for m in (encoder, model))
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(("kind", "adjusted"), [("roberta", False), ("deberta", True)])

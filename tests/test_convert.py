@@ -304,7 +304,7 @@ OTHERS = {
     "bert": (transformers.BertForSequenceClassification, transformers.BertConfig, ["query", "value"]),
     "deberta": (transformers.DebertaForSequenceClassification, transformers.DebertaConfig, ["in_proj"]),
     "model": (transformers.LlamaForSequenceClassification, transformers.LlamaConfig, ["q_proj", "v_proj"]),
-    "encoder": (transformers.RobertaModel, transformers.RobertaConfig, ["query", "value"]),
+    "encoder": (transformers.DebertaModel, transformers.DebertaConfig, ["in_proj"]),
 }
 
 

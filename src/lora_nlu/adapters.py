@@ -37,7 +37,8 @@ _FILES = [CONFIG, METADATA, "adapter_model.*"]
 _LORA, _LORA_FROZEN_RELATIVE_QUERY = "LORA", "LORA_FROZEN_RELATIVE_QUERY"  # peft_type; PEFT knows the first
 _METHODS = {"BITFIT": "bitfit", "HOULSBY": "houlsby", "PFEIFFER": "pfeiffer", "HEAD": "head"}  # and none of these
 _PEFT_PREFIX = "base_model.model."
-_ENCODERS = ("roberta.", "deberta.")
+_BARE = ("encoder.", "embeddings.")  # how a name starts in a model without a classifier, PEFT's FEATURE_EXTRACTION
+_ENCODERS = ("roberta.", "deberta.", *_BARE)
 _DENSE = r"(attention\.output|intermediate|output)\.dense"
 # The layers that can have an update, by the first part of their names
 LAYERS = {
@@ -112,9 +113,14 @@ class Adapter:
         return {name.removesuffix(suffix): t.shape[0] for name, t in self.state.items() if name.endswith(suffix)}
 
     @property
+    def is_bare(self) -> bool:
+        """Whether it is of the encoder alone, `RobertaModel` or `DebertaV2Model`."""
+        return any(name.startswith(_BARE) for name in self.state)
+
+    @property
     def knows_relative_query(self) -> bool:
         """Whether the file tells how a DeBERTa's relative query was trained, which a `.bin` doesn't."""
-        return self.lora_alpha is not None or encoder_prefix(self) != "deberta"
+        return self.lora_alpha is not None or not _is_deberta(self.state)
 
     @property
     def adapter_size(self) -> int | None:
@@ -220,11 +226,14 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
     """The `adapter_config.json` under which PEFT builds the layers of an adapter and expects what it holds."""
-    common = {"task_type": "SEQ_CLS", "base_model_name_or_path": adapter.metadata.get("base_model")}
+    common = {
+        "task_type": "FEATURE_EXTRACTION" if adapter.is_bare else "SEQ_CLS",
+        "base_model_name_or_path": adapter.metadata.get("base_model"),
+    }
     if adapter.method != "lora":
         kind = next(kind for kind, method in _METHODS.items() if method == adapter.method)
         return {"peft_type": kind, **common}
-    ranks, prefix = adapter.ranks, f"{encoder_prefix(adapter)}."
+    ranks, prefix = adapter.ranks, "" if adapter.is_bare else f"{encoder_prefix(adapter)}."
     r = _most_common(ranks.values())
     targets, whole, biases = adapter.targets, set(), False
     if targets is None:
@@ -258,14 +267,22 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def encoder_prefix(adapter: Adapter) -> str:
-    """`roberta` or `deberta`: the first part of the names of its layers; "" for a head alone."""
+    """`roberta` or `deberta`: the first part of the names of its layers; "" for a head or a bare encoder."""
     return next((prefix for name in adapter.state if (prefix := name.split(".")[0]) in ("roberta", "deberta")), "")
+
+
+def _is_deberta(names: Iterable[str]) -> bool:
+    return any(name.startswith("deberta.") or (name.startswith(_BARE) and "_proj." in name) for name in names)
 
 
 def foreign_layer(adapter: Adapter) -> str | None:
     """A layer with an update that none of the models here has, or not the one that has the others; None if all fit."""
-    known = LAYERS.get(encoder_prefix(adapter))
-    return next((name for name in adapter.ranks if known is None or not known.fullmatch(name)), None)
+    prefix, names = encoder_prefix(adapter), {name: name for name in adapter.ranks}
+    if adapter.is_bare:
+        prefix = "deberta" if _is_deberta(adapter.state) else "roberta"
+        names = {name: f"{prefix}.{name}" for name in names if name != "pooler.dense"}
+    known = LAYERS.get(prefix)
+    return next((name for name, whole in names.items() if known is None or not known.fullmatch(whole)), None)
 
 
 def _most_common(values: Iterable[Any]) -> Any:
@@ -329,8 +346,8 @@ def read_adapter(path: str, flag: str = "", **hub: Any) -> Adapter:
 def _complete(adapter: Adapter) -> Adapter:
     """The adapter, if it is one: matrices in pairs, A [R, in] and B [out, R]. Raises UserError."""
     if adapter.method != "lora":
-        wanted, prefix = _TRAINED.get(adapter.method), encoder_prefix(adapter)
-        if wanted and not any(wanted.search(name) and name.startswith(prefix or "?") for name in adapter.state):
+        wanted = _TRAINED.get(adapter.method)
+        if wanted and not any(wanted.search(name) and name.startswith(_ENCODERS) for name in adapter.state):
             raise UserError(f"{adapter.source}: says it holds {adapter.method}, and there is nothing of that in it.")
         return adapter
     layers = {name.rpartition(".")[0]: None for name in adapter.state if _LORA_KEY.search(name)}
@@ -426,7 +443,7 @@ def _read_file(path: Path) -> Adapter:
     layers = [name.removesuffix(".lora_A") for name in state if name.endswith(".lora_A")]
     encoder = f"{layers[0].split('.')[0]}." if layers else ""
     base = {name for name in state if layers and name.startswith(encoder) and not _LORA_KEY.search(name)}
-    frozen = encoder == "deberta."
+    frozen = _is_deberta(state)
     if not layers or not base >= {f"{layer}.weight" for layer in layers}:
         return Adapter(path, state, frozen_relative_query=frozen)
     kept = {name: tensor for name, tensor in state.items() if name not in base}
@@ -648,8 +665,14 @@ def with_labels(adapter: Adapter, labels: Sequence[str] | None) -> Adapter:
 
 
 def head_names(model: Any) -> list[str]:
-    """Names of the parameters outside the encoder."""
-    return [name for name, _ in model.named_parameters() if not name.startswith(f"{model.base_model_prefix}.")]
+    """Names of the parameters outside the encoder; a bare encoder has none."""
+    within = _encoder_of(model)
+    return [name for name, _ in model.named_parameters() if not name.startswith(within)]
+
+
+def _encoder_of(model: Any) -> str:
+    """How the names of a model's encoder start: "" in the encoder itself."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def check_settings(
@@ -677,8 +700,7 @@ def check_settings(
             f"{source}: was trained with lora_alpha {known:g}, but --lora_alpha is {lora_alpha:g}.\n"
             f"Give --lora_alpha {known:g}, or leave it out: the file knows its alpha."
         )
-    is_deberta = encoder_prefix(adapter) == "deberta"
-    reading = lora_relative_query if is_deberta and adapter.knows_relative_query else None
+    reading = lora_relative_query if _is_deberta(adapter.state) and adapter.knows_relative_query else None
     if reading is not None and reading == adapter.frozen_relative_query:
         raise _other_reading(adapter)
     has_targets, has_layers = lora_places(adapter.ranks)
@@ -776,7 +798,7 @@ def _attach_lora(model: Any, adapter: Adapter, lora_alpha: float | None) -> dict
     """Make the LoRA layers of an adapter; returns (rank, scaling) of each. Raises UserError."""
     layers = adapter.layers(lora_alpha)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    wanted = [name for name in linear if name.startswith(f"{model.base_model_prefix}.") and _is_target(adapter, name)]
+    wanted = [name for name in linear if name.startswith(_encoder_of(model)) and _is_target(adapter, name)]
     missing, unexpected = ([f"{n}.lora_A" for n in a if n not in b] for a, b in ((wanted, layers), (layers, linear)))
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)
@@ -957,10 +979,16 @@ def _other_model(adapter: Adapter, model: Any, missing: list[str], unexpected: l
             f"{adapter.source}: holds {kind} and no classifier: train one from it (--do_train).\n"
             f"(It lacks {missing[0]} and {len(missing) - 1} others.)"
         )
-    if all(name.startswith(("encoder.", "embeddings.")) for name in adapter.state):
+    classifier = model.base_model is not model
+    if adapter.is_bare and classifier:
         return UserError(
             f"{adapter.source}: was trained on an encoder alone (its keys lack '{model.base_model_prefix}.').\n"
-            f"Train it in PEFT on the model with a classifier: {type(model).__name__}."
+            f"Attach it to {type(model.base_model).__name__}, or train it in PEFT on {type(model).__name__}."
+        )
+    if not adapter.is_bare and not classifier and encoder_prefix(adapter):
+        return UserError(
+            f"{adapter.source}: was trained on a model with a classifier (its keys start with "
+            f"'{encoder_prefix(adapter)}.').\nAttach it to one, whose `base_model` is the encoder with the update."
         )
     lists = (("lacks", missing), ("has but the model lacks", unexpected))
     said = "; ".join(f"{verb} {', '.join(names[:3])}{' ...' if names[3:] else ''}" for verb, names in lists if names)

@@ -248,11 +248,12 @@ def _figures(metrics: dict[str, float]) -> list[tuple[str, str]]:
 def _facts(adapter: Adapter) -> list[tuple[str, str]]:
     """What is known of an adapter, as name and value."""
     known, ranks, prefix = adapter.metadata, adapter.ranks, encoder_prefix(adapter)
-    encoder = {name: t for name, t in adapter.state.items() if prefix and name.startswith(f"{prefix}.")}
+    start = "" if adapter.is_bare else f"{prefix or '?'}."
+    encoder = {name: t for name, t in adapter.state.items() if name.startswith(start)}
     total = sum(tensor.numel() for tensor in adapter.state.values())
     broken = not_finite(adapter.state)
     labels, foreign = adapter.labels, foreign_layer(adapter)
-    model = _MODELS.get(prefix, "unknown: a head alone")
+    model = "an encoder alone" if adapter.is_bare else _MODELS.get(prefix, "unknown: a head alone")
     rows = [
         ("model", f"none here: no RoBERTa or DeBERTa-V2 has the layer {foreign}" if foreign else model),
         ("base model", known.get("base_model", "unknown")),
@@ -321,6 +322,8 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
         raise UsageError(f"--lora_alpha: {source} holds {adapter.method}, which has none; leave it out.")
     if foreign := foreign_layer(adapter):
         raise UserError(f"{source}: it can't be used here: no RoBERTa or DeBERTa-V2 has the layer {foreign}.")
+    if adapter.is_bare:
+        raise UserError(f"{source}: was trained on an encoder alone, without a classifier; it can't be converted.")
     check_values(adapter)
     if adapter.method == "lora" and (to != "bin" or lora_alpha is not None):
         adapter.alphas(lora_alpha)  # says so where neither knows the alpha, or they differ
