@@ -368,6 +368,19 @@ def test_an_export_with_a_mask_is_an_error_that_says_what_to_do(kind):
         torch.export.export(model, tuple(ragged_batch([5, 3]).values()))
 
 
+def test_a_model_compiled_as_one_graph_has_the_same_gradients_and_refuses_their_gradients():
+    model = lora_model("roberta", "lora", num_hidden_layers=1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    batch = {"input_ids": ragged_batch([5, 5])["input_ids"], "labels": torch.arange(2)}
+    want = torch.autograd.grad(model(**batch).loss, parameters)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for got, gradient in zip(torch.autograd.grad(compiled(**batch).loss, parameters), want, strict=True):
+        assert_close(got, gradient)
+    with pytest.raises(RuntimeError, match="create_graph|double backward|twice"):
+        grads = torch.autograd.grad(compiled(**batch).loss, parameters, create_graph=True)
+        torch.autograd.grad(sum(g.pow(2).sum() for g in grads), parameters)
+
+
 @needs_library
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mode_that_reads_torchs_operations_sees_every_product(called, kind):  # noqa: F811

@@ -7,11 +7,13 @@ Memory beside a view's own elements is NaN: whoever reads it shows it.
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_config, tiny_deberta_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,7 +28,9 @@ from test_kernels import (
     textbook_attention,
     textbook_lora,
 )
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed.tensor import DeviceMesh, Replicate, distribute_tensor
 from torch.nn import functional as F
 
 from lora_nlu import kernels, processes
@@ -252,6 +256,155 @@ def test_matrices_of_another_dtype_or_device_are_an_error(name, kind):
     setattr(layer, name, nn.Parameter(getattr(layer, name).to(kind if kind == "meta" else getattr(torch, kind))))
     with pytest.raises((ValueError, RuntimeError), match="device|dtype|meta|type"):
         layer(noise(3, 16))
+
+
+# Tensors whose numbers are elsewhere.
+
+
+class Int8(Tensor):
+    """A weight as quantisation libraries have it: eight bits and a scale, of which torch knows F.linear alone."""
+
+    @staticmethod
+    def __new__(cls, x: Tensor) -> "Int8":
+        return Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype)
+
+    def __init__(self, x: Tensor) -> None:
+        self.scale = x.abs().max() / 127
+        self.bits = (x / self.scale).round().to(torch.int8)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.linear:
+            x, weight, *bias = args
+            return F.linear(x, weight.bits * weight.scale, *bias)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{function} of int8")
+
+
+class Noted(Tensor):
+    """Numbers of its own; everything that it is part of is torch's to do."""
+
+
+@pytest.mark.parametrize("layer", [kernels.Linear(48, 32), LoRALinear(48, 32, 4, 8)], ids=["linear", "update"])
+def test_a_weight_of_a_subclass_is_torchs_to_multiply(layer):
+    """The update, and all gradients, are then those of the textbook."""
+    randomise_(layer)
+    weight, x = Int8(layer.weight.detach()), noise(2, 5, 48).requires_grad_()
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    assert type(layer.weight) is Int8
+    trained = [x, *(p for name, p in layer.named_parameters() if name.startswith("lora_"))]
+    exact = [p.detach().double().requires_grad_() for p in trained]
+    plain, bias = (weight.bits * weight.scale).double(), layer.bias.detach().double()
+    y = layer(x)
+    want = textbook_lora(exact[0], plain, bias, *exact[1:]) if exact[1:] else F.linear(exact[0], plain, bias)
+    assert_close(y.double(), want)
+    grads = torch.autograd.grad(y.pow(2).sum(), trained)
+    for got, gradient in zip(grads, torch.autograd.grad(want.pow(2).sum(), exact), strict=True):
+        assert_close(got.double(), gradient)
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "bias", "lora_A", "lora_B"])
+def test_any_input_of_a_subclass_is_torchs_to_compute_with(which):
+    layer = randomise_(LoRALinear(48, 32, 4, 8))
+    x = noise(5, 48)
+    want = layer(x)
+    if which == "x":
+        x = x.as_subclass(Noted)
+    else:
+        setattr(layer, which, nn.Parameter(getattr(layer, which).detach().as_subclass(Noted)))
+    y = layer(x)
+    assert type(y) is Noted
+    assert_close(y.as_subclass(Tensor), want)
+    if which in ("x", "weight", "bias"):
+        y = kernels.linear(x, layer.weight, layer.bias)
+        assert type(y) is Noted
+        assert_close(y.as_subclass(Tensor), F.linear(noise(5, 48), layer.weight, layer.bias).as_subclass(Tensor))
+    if which == "x":
+        assert type(kernels.dropout(x, 0.5, True)) is Noted
+
+
+def test_a_distributed_layer_computes_what_it_does_on_one_device():
+    layer, x = randomise_(LoRALinear(48, 32, 4, 8)), noise(2, 5, 48)
+    want = layer(x)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        for name, parameter in list(layer.named_parameters()):
+            setattr(layer, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Replicate()])))
+        y = layer(distribute_tensor(x, mesh, [Replicate()]))
+        y.sum().backward()
+        assert_close(y.full_tensor(), want)
+        assert layer.lora_A.grad.shape == (4, 48)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("where", ["fake", "meta"])
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_model_without_numbers_gives_results_of_the_right_shapes(kind, where):
+    """No kernel reads the memory that such tensors don't have."""
+    config = (tiny_config if kind == "roberta" else tiny_deberta_config)(apply_lora=True, lora_r=4, lora_alpha=8)
+    model, ids = CLASSIFIERS[kind][0](config).train(), torch.ones(3, 7, dtype=torch.long)
+    if where == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            output = model(mode.from_tensor(ids), labels=mode.from_tensor(torch.zeros(3, dtype=torch.long)))
+    else:
+        output = model.to("meta")(ids.to("meta"), labels=torch.zeros(3, dtype=torch.long, device="meta"))
+    assert output.logits.shape == (3, 3) and output.loss.shape == ()
+
+
+@pytest.mark.parametrize("place", ["one layer", "all but one layer"])
+@pytest.mark.parametrize("settings", [{}, {"lora_relative_query": True}, {"share_att_key": False}], ids=str)
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_lora_model_with_layers_on_disk_has_the_logits_it_has_in_memory(kind, settings, place, tmp_path):
+    settings = settings | {"apply_lora": True, "lora_r": 4, "lora_alpha": 8}
+    config = (tiny_config if kind == "roberta" else tiny_deberta_config)(**settings)
+    model = randomise_(CLASSIFIERS[kind][0](config)).eval()
+    batch = ragged_batch([9, 4, 6], pad=config.pad_token_id)
+    base = model.base_model_prefix
+    places = {name: "cpu" if place == "one layer" else "disk" for name, _ in model.named_children() if name != base}
+    places |= {f"{base}.embeddings": "cpu" if place == "one layer" else "disk"}
+    for name, _ in model.base_model.encoder.named_children():
+        places[f"{base}.encoder.{name}"] = "cpu" if place == "one layer" else "disk"
+    del places[f"{base}.encoder.layer"]
+    places |= {f"{base}.encoder.layer.0": "disk", f"{base}.encoder.layer.1": "cpu"}
+    with torch.no_grad():
+        want = model(**batch).logits
+        dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+        assert model.get_parameter(f"{base}.encoder.layer.0.attention.output.dense.weight").is_meta
+        for _ in range(2):
+            assert torch.equal(model(**batch).logits, want)
+
+
+def test_the_gradient_of_the_relative_table_is_dense_and_of_the_rows_in_use():
+    model = randomise_(CLASSIFIERS["deberta-v2"][0](tiny_deberta_config(position_buckets=0, max_relative_positions=12)))
+    model(**ragged_batch([5, 3], pad=0), labels=torch.tensor([0, 1])).loss.backward()
+    grad = model.deberta.encoder.rel_embeddings.weight.grad
+    assert grad.layout == torch.strided and grad.shape == (24, 32)
+    assert grad.abs().sum(1).nonzero().flatten().tolist() == list(range(12 - 4, 12 + 5))
+
+
+@pytest.mark.parametrize("settings", [{}, {"apply_lora": True, "lora_r": 4, "lora_alpha": 8}])
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_quantize_dynamic_is_an_error_that_says_what_to_do_and_leaves_the_model(kind, settings):
+    config = (tiny_config if kind == "roberta" else tiny_deberta_config)(**settings)
+    model = randomise_(CLASSIFIERS[kind][0](config)).eval()
+    batch = ragged_batch([9, 4], pad=config.pad_token_id)
+    want = model(**batch).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for what in ({nn.Linear}, None):
+            with pytest.raises(RuntimeError, match="merge_lora_.*transformers' own class"):
+                torch.ao.quantization.quantize_dynamic(model, what)
+    assert torch.equal(model(**batch).logits, want)
+
+
+# Attention.
 
 
 @needs_library

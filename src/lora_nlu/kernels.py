@@ -33,9 +33,11 @@ FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-
 
 def is_fp32_on_cpu(x: Tensor) -> bool:
     """Whether torch's own operations on `x` can be replaced by those of this file."""
-    if x.dtype is not torch.float32 or not x.is_cpu or type(x) not in PLAIN or not torch._C._has_storage(x):
-        return False  # a batch of gradients (is_grads_batched) has no storage
-    return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() and not is_watched()
+    if x.dtype is not torch.float32 or not x.is_cpu or type(x) not in PLAIN:
+        return False
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or is_watched():
+        return False
+    return torch._C._has_storage(x)  # a batch of gradients (is_grads_batched) has none
 
 
 def is_watched() -> bool:
@@ -44,6 +46,8 @@ def is_watched() -> bool:
     torch.func, torch.jit.trace, forward-mode derivatives, and the dispatch modes: make_fx, FakeTensorMode,
     FlopCounterMode, selective checkpointing.
     """
+    if torch.compiler.is_compiling():
+        return False
     if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
         return True
     return torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
@@ -78,14 +82,15 @@ def memory(name: str, x: Tensor, *shape: int, dtype: torch.dtype = torch.float32
 def is_dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether x W^T + b are fp32 on a CPU, of fitting sizes and not empty; if not, torch computes it or says why not.
 
-    Raises ValueError if they are on several devices, which torch doesn't always see.
+    Raises ValueError if plain tensors are on several devices, which torch doesn't always see.
     """
     fits = is_fp32_on_cpu(x) and x.numel() > 0 and x.dim() > 0
     for name, other in (("weight", weight), ("bias", bias)):
         if other is not None:
-            if other.device != x.device:
+            is_plain = type(other) in PLAIN
+            if other.device != x.device and is_plain and type(x) in PLAIN:
                 raise ValueError(f"{name}: wanted on {x.device}, where the input is, got on {other.device}.")
-            fits = fits and other.dtype is torch.float32 and type(other) in PLAIN
+            fits = fits and other.dtype is torch.float32 and is_plain
     if not fits:
         return False
     shape = weight.shape

@@ -166,7 +166,8 @@ class LoRALinear(Linear):
         """Whether `_LoRALinear` can compute the layer; if not, torch's own operations do."""
         if x.dtype is not torch.float32 or weight.dtype is not torch.float32:
             return False
-        if torch.is_autocast_enabled(x.device.type) or not (torch.compiler.is_compiling() or not is_watched()):
+        device = x.device.type
+        if is_watched() or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return False
         return all(other is None or type(other) in PLAIN for other in (x, weight, *others))
 
