@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from lora_nlu.adapters import (
 )
 from lora_nlu.convert import main
 from lora_nlu.errors import UserError
-from lora_nlu.lora import LoRALinear, mark_only_lora_as_trainable
+from lora_nlu.lora import TARGETS, LoRALinear, mark_only_lora_as_trainable
 from lora_nlu.methods import mark_trainable
 from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification, DebertaV2Model
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification, RobertaModel
@@ -612,6 +613,40 @@ def test_matrices_that_are_missing_are_named_whatever_way_the_config_says_which_
     save_file({name: t for name, t in tensors.items() if name not in gone}, tmp_path / WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match="lacks roberta.encoder.layer.1.attention.self.query.lora_A"):
         attach_adapter(RobertaForSequenceClassification(tiny_config()), read_adapter(str(tmp_path)), None, False)
+
+
+@pytest.mark.parametrize(
+    "gone", ["_B", "_A", r"layer\.1.*(value|output).*_B", r"layer\.1.*(value|output).*_A", r"layer\.1\."]
+)
+@pytest.mark.parametrize("form", ["PEFT's folder", "all-linear", "our folder", "a .bin", "houlsby", "pfeiffer"])
+def test_an_adapter_that_lacks_some_of_its_matrices_is_refused_by_the_name_of_what_is_gone(form, gone, tmp_path):
+    method: dict = {"apply_lora": True, "lora_r": R, "lora_alpha": ALPHA}
+    if form == "all-linear":
+        method["lora_target_modules"] = TARGETS
+    if form in ("houlsby", "pfeiffer"):
+        method = {"apply_adapter": True, "adapter_type": form, "adapter_size": 3}
+    model = randomise_(RobertaForSequenceClassification(tiny_config(**method)))
+    mark_trainable(model)
+    save_adapter(model, tmp_path, METADATA_OF_RUN)
+    tensors = load_file(tmp_path / WEIGHTS)
+    lost = [name for name in tensors if re.search(r"\.(lora|adapter)_", name) and re.search(gone, name)]
+    whole = {name: tensor for name, tensor in tensors.items() if name not in lost}
+    assert lost and len(whole) > 4
+    save_file(whole, tmp_path / WEIGHTS, {"format": "pt"})
+    path, alpha = tmp_path, None
+    if form != "our folder":
+        (tmp_path / METADATA).unlink()
+    if form == "all-linear":
+        copied(tmp_path, tmp_path, target_modules="all-linear")
+    if form == "a .bin":
+        state = {
+            re.sub(r"(lora_[AB])\.weight", r"\1", name.removeprefix("base_model.model.")): whole[name] for name in whole
+        }
+        path, alpha = published(tmp_path / "adapter.bin", state), ALPHA
+    with pytest.raises(UserError, match=f"{path}: .*lacks .*|{path}: the weights are not those") as told:
+        attach_adapter(RobertaForSequenceClassification(tiny_config()), read_adapter(str(path)), alpha, True)
+    named = re.search(r"lacks ([\w.]+)", str(told.value))
+    assert form == "our folder" or (named and any(named[1].rstrip(".") in name for name in lost))
 
 
 # ------------------------------------------------------------------------------- files that don't belong together

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -213,15 +214,47 @@ def test_matrices_that_find_no_place_in_the_model_are_refused_by_name(kind, meth
             model_class.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
-def test_half_an_update_is_refused(half, tmp_path):
-    model = with_lora("roberta")
+GONE = {
+    "every B": "_B",
+    "every A": "_A",
+    "one B": r"layer\.1\.output.*_B|layer\.1.*query.*_B",
+    "one A": r"layer\.1\.output.*_A|layer\.1.*query.*_A",
+    "what one layer has": r"layer\.1\.",
+}
+
+
+@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("gone", GONE)
+@pytest.mark.parametrize(("kind", "method"), [("roberta", "lora"), ("deberta-v2", "lora"), ("roberta", "houlsby")])
+def test_a_saved_model_that_lacks_some_of_its_update_is_refused_by_the_name_of_what_is_gone(
+    kind, method, gone, form, tmp_path
+):
+    model = with_lora(kind) if method == "lora" else plain(kind)
+    if method != "lora":
+        set_bottlenecks_(model, method, 3)
     model.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    state = load_file(path)
-    save_file({n: t for n, t in state.items() if not n.endswith(f"layer.1.attention.self.value.{half}")}, path)
-    with pytest.raises(UserError, match="layer.1.attention.self.value.*damaged"):
-        type(model).from_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    lost = [name for name in state if re.search(r"\.(lora|adapter)_", name) and re.search(GONE[gone], name)]
+    whole = {name: tensor for name, tensor in state.items() if name not in lost}
+    if form == "pytorch_model.bin":
+        torch.save(whole, tmp_path / form)
+    else:
+        save_file(whole, tmp_path / form, {"format": "pt"})
+    for model_class in (type(model), type(model.base_model)):
+        with pytest.raises(UserError, match=f"{tmp_path}: is damaged.* it lacks {len(lost)}, .*") as told:
+            model_class.from_pretrained(tmp_path)
+        first = re.search("lacks .*, (.*) first", str(told.value))
+        assert first and any(name.endswith(first[1]) for name in lost)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_which_some_layers_are_merged_is_not_saved(kind, tmp_path):
+    model = with_lora(kind)
+    name, layer = next(iter(layers(model).items()))
+    layer.merge()
+    with pytest.raises(UserError, match=f"^{name} is merged and other layers are not"):
+        model.save_pretrained(tmp_path)
 
 
 def test_a_model_without_its_head_is_loaded_with_its_lora(tmp_path):

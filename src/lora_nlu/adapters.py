@@ -48,6 +48,9 @@ LAYERS = {
         r"|deberta\.embeddings\.embed_proj"
     ),
 }
+# What PEFT takes target_modules for where there are none, and for "all-linear"
+_DEFAULT_TARGETS = ["query", "value", "query_proj", "value_proj"]
+_ALL_LINEAR = [*_DEFAULT_TARGETS, "key", "key_proj", "pos_key_proj", "pos_query_proj", "embed_proj", "dense"]
 # Settings of an adapter_config.json that are read, and those that change nothing in what a trained adapter computes.
 _HONOURED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
 _NEUTRAL = {
@@ -77,7 +80,7 @@ class Adapter:
     use_rslora:             the scaling is alpha / sqrt(r), not alpha / r.
     frozen_relative_query:  how a DeBERTa was trained (modeling_deberta_v2.py); a `.bin` is taken for the reference's.
     lora_dropout:           the dropout it was trained with; it changes nothing in what the adapter computes.
-    targets:                names, or a pattern, of the layers that must have an update; None: those of the file.
+    targets:                names, or a pattern, of the layers that must have an update.
     base_weights:           weights of those layers in a checkpoint of a whole model, which may hold the update already.
     method:                 lora, or bitfit, houlsby, pfeiffer, head (methods.py): nothing of the above is theirs.
     """
@@ -89,7 +92,7 @@ class Adapter:
     use_rslora: bool = False
     frozen_relative_query: bool = False
     lora_dropout: float = 0.0
-    targets: Sequence[str] | str | None = ("query", "value", "query_proj", "value_proj")
+    targets: Sequence[str] | str = tuple(_DEFAULT_TARGETS)
     metadata: dict[str, Any] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
     method: str = "lora"
@@ -236,9 +239,7 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
     ranks, prefix = adapter.ranks, "" if adapter.is_bare else f"{encoder_prefix(adapter)}."
     r = _most_common(ranks.values())
     targets, whole, biases = adapter.targets, set(), False
-    if targets is None:
-        targets = sorted(ranks)
-    elif not isinstance(targets, str):
+    if not isinstance(targets, str):
         targets = [target for target in targets if any(n == target or n.endswith(f".{target}") for n in ranks)]
     for name in adapter.state:
         if not _LORA_KEY.search(name):
@@ -349,6 +350,9 @@ def _complete(adapter: Adapter) -> Adapter:
         wanted = _TRAINED.get(adapter.method)
         if wanted and not any(wanted.search(name) and name.startswith(_ENCODERS) for name in adapter.state):
             raise UserError(f"{adapter.source}: says it holds {adapter.method}, and there is nothing of that in it.")
+        if wanted == _BOTTLENECK_KEY and adapter.adapter_size is None:
+            first = next(name for name in adapter.state if wanted.search(name)).replace("adapter_B", "adapter_A")
+            raise UserError(f"{adapter.source}: not a whole adapter: the file lacks {first}.")
         return adapter
     layers = {name.rpartition(".")[0]: None for name in adapter.state if _LORA_KEY.search(name)}
     if not layers:
@@ -508,7 +512,7 @@ def _adapter_of_folder(
         metadata,
     )
     for name, rank in _complete(adapter).ranks.items():
-        if adapter.targets is not None and not _is_target(adapter, name):
+        if not _is_target(adapter, name):
             raise UserError(
                 f"{folder}: contains {name}.lora_A, but {CONFIG} has no LoRA on that layer: the files don't match."
             )
@@ -556,11 +560,12 @@ def _check_contents(folder: Path, config: dict[str, Any], state: dict[str, Tenso
         raise UserError(f"{folder}: {CONFIG} has bias={config['bias']}, but the file contains no encoder biases.")
 
 
-def _targets(config: dict[str, Any]) -> list[str] | str | None:
+def _targets(config: dict[str, Any]) -> list[str] | str:
     """The layers that an `adapter_config.json` means, as names or, where it leaves some out, as one pattern."""
     targets, layers, excluded = (config.get(k) for k in ("target_modules", "layers_to_transform", "exclude_modules"))
-    if targets in (None, "all-linear") or (layers in (None, []) and not excluded):
-        return None if targets == "all-linear" else targets
+    targets = _DEFAULT_TARGETS if targets is None else _ALL_LINEAR if targets == "all-linear" else targets
+    if layers in (None, []) and not excluded:
+        return targets
     patterns = [names if isinstance(names, str) else _any_of(names) for names in (targets, excluded or [])]
     where = config.get("layers_pattern") or ["[^.]*"]
     stacks = "|".join([where] if isinstance(where, str) else where)
@@ -969,7 +974,7 @@ def _is_target(adapter: Adapter, name: str) -> bool:
     """Whether PEFT's `target_modules` mean this layer: a list names it or its end, a string is a pattern of it."""
     if isinstance(adapter.targets, str):
         return re.fullmatch(adapter.targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in adapter.targets or ())
+    return any(name == target or name.endswith(f".{target}") for target in adapter.targets)
 
 
 def _other_model(adapter: Adapter, model: Any, missing: list[str], unexpected: list[str]) -> UserError:

@@ -18,12 +18,13 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 
 from lora_nlu.errors import UserError, shown
 from lora_nlu.kernels import Dropout
-from lora_nlu.lora import LoRALinear, describe_lora_, is_loaded, lora_linear
+from lora_nlu.lora import describe_lora_, is_loaded, lora_linear
 from lora_nlu.methods import bottleneck
 from lora_nlu.packing import PackedBatch
 from lora_nlu.regularization import classification_loss, cutoff, two_view_losses
 
 Given = Tensor | None
+_ADDED = re.compile(r"\.(lora|adapter)_[AB]\b")  # names of what LoRA or a bottleneck adds
 # Keywords that transformers' forward takes too and that change nothing in an encoder: a decoder's, a tokenizer's.
 WITHOUT_EFFECT = {"use_cache", "cache_position"} | {
     "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping",
@@ -152,16 +153,21 @@ class Checkpoints:
         cls._refuse_quantised(*args, **kwargs)
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         name = model.name_or_path
-        left = sorted(key for key in report["unexpected_keys"] if re.search(r"\.(lora|adapter)_", key))
+        left = sorted(key for key in report["unexpected_keys"] if _ADDED.search(key))
         if left:
             raise UserError(
                 f"{name}: contains {left[0]} and {len(left) - 1} more adapter tensors that this model lacks; they "
                 "would be left out.\nGive the settings it was trained with (--apply_lora --lora_r R "
                 "--lora_alpha A), or the plain base model, and the adapter as --lora_path (adapters.attach_adapter)."
             )
-        for layer, module in model.named_modules():
-            if isinstance(module, LoRALinear) and is_loaded(module.lora_A) != is_loaded(module.lora_B):
-                raise UserError(f"{name}: contains only one of {layer}.lora_A and lora_B: it is damaged.")
+        for kind in (".lora_", ".adapter_"):
+            added = {key: is_loaded(p) for key, p in model.named_parameters() if kind in key and _ADDED.search(key)}
+            lacks = [key for key, loaded in added.items() if not loaded]
+            if lacks and len(lacks) < len(added):
+                raise UserError(
+                    f"{name}: is damaged, or was saved with other settings: of {len(added)} adapter tensors it lacks "
+                    f"{len(lacks)}, {lacks[0]} first.\nTake a whole copy, or give the settings it was saved with."
+                )
         return (model, report) if output_loading_info else model
 
     @classmethod

@@ -391,6 +391,11 @@ def describe_lora_(model: Any) -> None:
         config.apply_lora = False
     if all(module.merged for module in layers.values()):
         return
+    if merged := [name for name, module in layers.items() if module.merged]:
+        raise UserError(
+            f"{merged[0]} is merged and other layers are not: their file couldn't be told from a damaged one.\n"
+            "Merge all of them (lora.merge_lora_) or none (lora.unmerge_lora_), then save."
+        )
     targets, numbers = lora_places(layers)
     meant = {name for name in every if target_of(name) in targets and {*lora_places([name])[1]} & {*numbers}}
     kinds = {(module.r, module.lora_alpha, module.lora_dropout) for module in layers.values()}
