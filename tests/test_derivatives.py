@@ -4,6 +4,7 @@ Everything is compared with float64, of a textbook's expression or of transforme
 """
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -24,8 +25,10 @@ from test_kernels import (
     textbook_lora,
 )
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad, functional
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -383,26 +386,50 @@ def test_a_model_compiled_as_one_graph_has_the_same_gradients_and_refuses_their_
 
 @needs_library
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mode_that_reads_torchs_operations_sees_every_product(called, kind):  # noqa: F811
-    """What the compiled kernels compute would be missing from FlopCounterMode's sum, and from a graph of make_fx."""
-    ours, theirs = twins(config_of(kind, pad_token_id=1), attn_implementation="eager")
-    counts = []
-    for model in (ours.eval(), theirs.eval()):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(**ragged_batch([7, 7], seed=2))
-        counts.append(counter.get_total_flops())
-    assert not called
-    rows, hidden, middle = 14, 32, 48
-    dense = 2 * 2 * rows * hidden * (4 * hidden + 2 * middle)  # of two layers, the last one for first tokens alone
-    assert 0.6 * dense < counts[0] < counts[1]
+def test_a_graph_of_make_fx_computes_what_the_model_does(called, kind):  # noqa: F811
+    """What a compiled kernel computed would be a constant in it."""
+    model = Logits(lora_model(kind, "lora")).eval()
+    ids, other = (ragged_batch([5, 5], seed=seed)["input_ids"] for seed in (0, 3))
+    with torch.no_grad():
+        graph = make_fx(model)(ids)
+        assert not called
+        assert_close(graph(other), model(other))
+        assert (graph(other) - graph(ids)).abs().max() > 0.1
 
 
-def test_kernels_are_used_again_after_every_such_mode():
+@needs_library
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_mode_around_a_checkpointed_forward_alone_changes_no_gradient(reentrant):
+    model = lora_model("deberta-v2", "all", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    batch, results = ragged_batch([5, 3], pad=0), []
+    for mode in (nullcontext(), FlopCounterMode(display=False)):
+        model.zero_grad()
+        with mode:
+            loss = seeded(lambda: model(**batch, labels=torch.arange(2)).loss)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        results[-1] = [x.clone() for x in results[-1]]
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want)
+
+
+def test_kernels_are_used_again_after_every_trace_and_transform():
     x = torch.ones(2, 3)
-    assert kernels.is_fp32_on_cpu(x) and not kernels.is_watched()
-    with forward_ad.dual_level():
+
+    def watched(x: Tensor) -> Tensor:
         assert kernels.is_watched()
-    with FlopCounterMode(display=False):
-        assert kernels.is_watched()
-    torch.func.grad(lambda x: [x.sum(), kernels.is_watched() or pytest.fail()][0])(x)
+        return x.sum()
+
+    for transform in (
+        torch.func.grad,
+        torch.func.vmap,
+        make_fx,
+        lambda f: lambda x: torch.jit.trace(f, x, check_trace=False),
+    ):
+        assert kernels.is_fp32_on_cpu(x) and not kernels.is_watched()
+        transform(watched)(x)
+    for mode in (forward_ad.dual_level(), FakeTensorMode()):
+        with mode:
+            assert kernels.is_watched() and not kernels.is_fp32_on_cpu(x)
     assert kernels.is_fp32_on_cpu(x) and not kernels.is_watched()

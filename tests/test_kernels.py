@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_co
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lora_nlu import kernels
 from lora_nlu.lora import LoRALinear, mark_only_lora_as_trainable
@@ -783,6 +784,24 @@ def test_a_models_checkpointed_gradients_under_dropout_are_the_same(kind, settin
     for name, grad in grads.items():
         # not to the bit: a BLAS may round differently where it finds the recomputed rows at another alignment
         assert_close(model.get_parameter(name).grad, grad, 1e-6, what=name)
+
+
+@needs_library
+@pytest.mark.parametrize("trains", ["lora", "all"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_models_selectively_checkpointed_gradients_are_the_same(kind, trains):
+    def keeps_products(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = operation in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    model = lora_model(kind, trains, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    want = step(model)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    contexts = partial(create_selective_checkpoint_contexts, keeps_products)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    assert torch.equal(step(model), want)
+    for name, grad in grads.items():
+        assert_close(model.get_parameter(name).grad, grad, 2e-6, what=name)
 
 
 @needs_library

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cpp")
 CPU, PLAIN = torch.device("cpu"), (Tensor, nn.Parameter)  # other types may hold their numbers elsewhere
+MAKE_FX, FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 
 
@@ -43,14 +44,15 @@ def is_fp32_on_cpu(x: Tensor) -> bool:
 def is_watched() -> bool:
     """Whether something but torch.compile traces or transforms torch's operations, and would miss those of this file.
 
-    torch.func, torch.jit.trace, forward-mode derivatives, and the dispatch modes: make_fx, FakeTensorMode,
-    FlopCounterMode, selective checkpointing.
+    torch.func, torch.jit.trace, make_fx, FakeTensorMode and forward-mode derivatives. Not every dispatch mode: one may
+    be on in a checkpointed forward and off in its repetition, which has to draw the same dropout.
     """
     if torch.compiler.is_compiling():
         return False
-    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or forward_ad._current_level >= 0:
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 or forward_ad._current_level >= 0
+    mode = torch._C._get_dispatch_mode
+    return mode(MAKE_FX) is not None or mode(FAKE) is not None
 
 
 # --------------------------------------------------------------------------------- what is handed to compiled code

@@ -37,7 +37,7 @@ from lora_nlu.blocks import (
     embed_types,
     embed_words,
 )
-from lora_nlu.kernels import Dropout, Linear, attention
+from lora_nlu.kernels import Dropout, Linear, attention, is_watched
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
 
@@ -195,9 +195,9 @@ class DisentangledSelfAttention(nn.Module):
             scores = q @ k.transpose(-1, -2)  # [A, n, M, L]
             middle = slice(packed.length - length, packed.length + length - 1)  # the 2 L - 1 distances of this length
             if relative_key is not None:
-                scores += content_to_position(q, relative_key[:, :, middle], length)
+                scores = add_(scores, content_to_position(q, relative_key[:, :, middle], length))
             if relative_query is not None:
-                scores += position_to_content(k, relative_query[:, :, middle], q.shape[2])
+                scores = add_(scores, position_to_content(k, relative_query[:, :, middle], q.shape[2]))
             if packed.key_mask is not None:  # a masked query sees all keys alike, as transformers has it
                 seen = packed.key_mask.transpose(0, 1)  # [1, B, 1, S]
                 seen = seen & seen[..., : q.shape[2]].transpose(-1, -2)
@@ -263,6 +263,12 @@ class DisentangledSelfAttention(nn.Module):
                 "the update to the relative query too. Call lora.unmerge_lora_(model) and save the adapter."
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def add_(scores: Tensor, others: Tensor) -> Tensor:
+    """The sum, in the memory of `scores` unless that may be kept: by torch.func, or selective checkpointing's mode."""
+    is_kept = not torch.compiler.is_compiling() and (is_watched() or torch._C._len_torch_dispatch_stack() > 0)
+    return scores + others if is_kept else scores.add_(others)
 
 
 def content_to_position(q: Tensor, relative_key: Tensor, length: int) -> Tensor:
