@@ -218,6 +218,23 @@ def test_second_derivatives_under_dropout_are_the_slope_of_the_first(kind):
     assert_close(torch.cat([x.flatten() for x in got.values()]).double(), want, 2e-3)  # rounding divided by h
 
 
+@pytest.mark.parametrize("case", ["float64", "left padding", "no compiler"])
+def test_a_second_derivative_of_torchs_fused_attention_raises_and_of_its_plain_one_is_right(case, monkeypatch):
+    """RoBERTa where the kernels can't be had: as transformers' class, whose fused attention is the same."""
+    ours, theirs = twins(config_of("roberta"), attn_implementation="eager")
+    batch = dict(BATCH)
+    if case == "left padding":
+        batch = {name: x.flip(1) for name, x in batch.items()}
+    elif case == "no compiler":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    else:
+        ours.double()
+    with pytest.raises(RuntimeError, match="scaled_dot_product.* is not implemented"):
+        curvature(ours, batch)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_same_curvature(curvature(ours, batch), curvature(theirs.double(), batch))
+
+
 # torch.func, torch.autograd.functional and forward mode.
 
 
