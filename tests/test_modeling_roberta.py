@@ -14,6 +14,7 @@ from helpers import (
     ragged_batch,
     randomise_,
     tiny_config,
+    tiny_deberta_config,
     twins,
 )
 from peft import LoraConfig, get_peft_model
@@ -209,6 +210,21 @@ def test_first_tokens_alone_are_the_first_tokens_of_the_whole(kind):
     assert first.last_hidden_state.shape == (rows_of(inputs), 1, 32)
     assert_close(first.last_hidden_state[:, 0], whole.last_hidden_state[:, 0], 1e-6)
     assert_close(first.pooler_output, whole.pooler_output, 1e-6)
+
+
+@pytest.mark.parametrize("with_attentions", [True, False])
+@pytest.mark.parametrize("config", [tiny_config, tiny_deberta_config])
+def test_a_sequence_of_which_nothing_is_seen_has_transformers_gradients_with_and_without_attentions(
+    config, with_attentions
+):
+    # transformers' sdpa and eager differ there; the second alone gives attentions
+    ours, theirs = twins(config(), attn_implementation="eager" if with_attentions or config != tiny_config else None)
+    inputs = ragged_batch([9, 4, 7], pad=config().pad_token_id)
+    inputs["attention_mask"][1] = 0
+    for model in (ours, theirs):
+        out = model(**inputs, labels=torch.tensor([0, 2, 1]), output_attentions=with_attentions)
+        out.loss.backward()
+    assert_same_gradients(ours, theirs)
 
 
 def test_padding_is_zero_in_the_last_hidden_state():

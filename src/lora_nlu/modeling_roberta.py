@@ -53,8 +53,9 @@ def attend(
         q, k, v = (rows.view(n, -1, heads, head_size).transpose(1, 2) for rows in parts)  # [n, A, L, D]
         if with_probs or is_watched():  # torch's fused attention has no forward-mode and no second derivative
             scores = q @ k.transpose(-1, -2) / math.sqrt(head_size)  # [n, A, L, L]
-            if packed.key_mask is not None:
-                scores = scores.masked_fill(~packed.key_mask, torch.finfo(scores.dtype).min)
+            if packed.key_mask is not None:  # added, as transformers does: a row that sees nothing keeps its gradient
+                hidden = torch.zeros_like(packed.key_mask, dtype=scores.dtype)
+                scores = scores + hidden.masked_fill(~packed.key_mask, torch.finfo(scores.dtype).min)
             probs = F.dropout(scores.softmax(-1), dropout_p)  # of all sequences: there is one group
             if packed.is_padded:
                 probs = probs * packed.key_mask.transpose(-1, -2)  # type: ignore[union-attr]
