@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_config, tiny_deberta_config
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,10 +17,11 @@ from lora_nlu.adapters import attach_adapter, read_adapter, save_adapter
 from lora_nlu.convert import main
 from lora_nlu.errors import UserError
 from lora_nlu.lora import TARGETS, LoRALinear, mark_only_lora_as_trainable, merge_lora_, set_lora_, target_of
-from lora_nlu.methods import Bottleneck, mark_trainable, set_bottlenecks_
+from lora_nlu.methods import Bottleneck, mark_trainable, set_bottlenecks_, set_method
 from lora_nlu.modeling_roberta import RobertaModel
 
 KINDS = ["roberta", "deberta-v2"]
+LORA = {"apply_lora": True, "lora_r": 2, "lora_alpha": 7}
 
 
 def plain(kind: str, **settings: Any) -> Any:
@@ -123,6 +125,28 @@ def test_a_config_that_says_what_a_model_has_is_saved_as_it_is(kind, tmp_path):
             "dtype",
             "architectures",
         }
+
+
+@pytest.mark.parametrize("numbers", [0, [0]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_0_alone_is_layer_0_by_its_number_in_every_file_that_is_written(kind, numbers, tmp_path):
+    new_config = tiny_config if kind == "roberta" else tiny_deberta_config
+    config = new_config()
+    set_method(config, LORA | {"lora_layers": numbers, "lora_relative_query": True})
+    model: Any = randomise_(CLASSIFIERS[kind][0](config))
+    assert all(".layer.0." in name for name in layers(model)) and len(layers(model)) == 2
+    model.save_pretrained(tmp_path / "whole")
+    again = type(model).from_pretrained(tmp_path / "whole")
+    assert layers(again).keys() == layers(model).keys() and torch.equal(logits(again), logits(model))
+    mark_trainable(model)
+    save_adapter(model, tmp_path / "adapter", {})
+    state = {name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
+    ours, theirs = (model_class(new_config()) for model_class in CLASSIFIERS[kind])
+    for base in (ours, theirs):
+        base.load_state_dict(state)
+    attach_adapter(ours, read_adapter(str(tmp_path / "adapter")), None, allow_new_head=False)
+    assert torch.equal(logits(ours), logits(model))
+    assert_close(logits(PeftModel.from_pretrained(theirs, tmp_path / "adapter")), logits(model))
 
 
 def odd_ranks(model: Any) -> dict[str, tuple[int, float]]:

@@ -32,7 +32,8 @@ def set_method(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
     saved = {name: config.__dict__.pop(name) for name in SETTINGS if name in config.__dict__}
     applies = settings.get("apply_lora") and settings.get("lora_r") != 0  # rank 0 is plain fine-tuning
     for name in SETTINGS:
-        if settings.get(name) and (applies or name not in ("apply_lora", *LORA_SETTINGS)):
+        given = settings.get(name) or (name == "lora_layers" and settings.get(name) == 0)  # the first layer
+        if given and (applies or name not in ("apply_lora", *LORA_SETTINGS)):
             setattr(config, name, settings[name])
     return saved
 
