@@ -250,6 +250,15 @@ def test_a_bert_checkpoint_is_refused_with_the_supported_kinds(refused, glue, tm
     assert "'bert'" in message and "roberta" in message
 
 
+def test_a_quantised_base_is_refused_by_the_name_of_its_quantisation(refused, glue, tiny_model, tmp_path):
+    quantised = shutil.copytree(tiny_model, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    setting = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": setting}))
+    message = refused(1, *rte(glue, "--model_name_or_path", quantised, "--do_train", *LORA))
+    assert f"--model_name_or_path {quantised}: quantisation (bitsandbytes)" in message
+
+
 def test_a_truncated_or_missing_weights_file_is_refused(refused, glue, tiny_model, tmp_path):
     broken = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     flags = rte(glue, "--model_name_or_path", broken, "--do_train", *LORA)
