@@ -30,6 +30,9 @@ from lora_nlu.tasks import TASKS, Task
 from lora_nlu.trainer import STATE, whole_checkpoints
 
 STRESS = Path(__file__).parent / "stress"
+sys.path.insert(0, str(STRESS))
+import compare  # noqa: E402
+
 many = settings(deadline=None, derandomize=True, database=None, max_examples=300, suppress_health_check=[*HealthCheck])
 
 
@@ -46,6 +49,13 @@ def test_a_run_killed_at_random_moments_and_resumed_ends_bit_equal_to_one_left_a
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     summary = re.search(r"(\d+) kills .* (\d+) runs finished, \d+ s, (\d+) failures", done.stdout)
     assert summary and int(summary[1]) >= 6 and int(summary[2]) >= 1 and summary[3] == "0"
+
+
+def test_random_models_batches_and_masks_have_transformers_outputs_and_gradients():
+    worst, failures, judged = compare.compare_cases(0, range(60))
+    assert not failures and judged <= 1
+    drawn = [compare.drawn(0, number) for number in range(60)]
+    assert {case["mask"] for case in drawn} == {*compare.MASKS} and all(number >= 0 for _, number in worst.values())
 
 
 @pytest.fixture(scope="module")
