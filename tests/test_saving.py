@@ -250,9 +250,8 @@ GONE = {
 @pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
 @pytest.mark.parametrize("gone", GONE)
 @pytest.mark.parametrize(("kind", "method"), [("roberta", "lora"), ("deberta-v2", "lora"), ("roberta", "houlsby")])
-def test_a_saved_model_that_lacks_some_of_its_update_is_refused_by_the_name_of_what_is_gone(
-    kind, method, gone, form, tmp_path
-):
+def test_half_an_update_is_refused(kind, method, gone, form, tmp_path):
+    """By the name of what is gone: some of its matrices, or all of some layers."""
     model = with_lora(kind) if method == "lora" else plain(kind)
     if method != "lora":
         set_bottlenecks_(model, method, 3)
