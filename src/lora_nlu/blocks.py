@@ -164,9 +164,12 @@ class Checkpoints:
             added = {key: is_loaded(p) for key, p in model.named_parameters() if kind in key and _ADDED.search(key)}
             lacks = [key for key, loaded in added.items() if not loaded]
             if lacks and len(lacks) < len(added):
+                # Houlsby's places but those of attention are Pfeiffer's
+                is_pfeiffer = kind == ".adapter_" and all((".attention." in key) != added[key] for key in added)
+                given = "--adapter_type pfeiffer" if is_pfeiffer else "the settings it was saved with"
                 raise UserError(
                     f"{name}: is damaged, or was saved with other settings: of {len(added)} adapter tensors it lacks "
-                    f"{len(lacks)}, {lacks[0]} first.\nTake a whole copy, or give the settings it was saved with."
+                    f"{len(lacks)}, {lacks[0]} first.\nGive {given}, or take a whole copy."
                 )
         return (model, report) if output_loading_info else model
 
