@@ -220,7 +220,7 @@ def test_second_derivatives_under_dropout_are_the_slope_of_the_first(kind):
 
 @pytest.mark.parametrize("case", ["float64", "left padding", "no compiler"])
 def test_a_second_derivative_of_torchs_fused_attention_raises_and_of_its_plain_one_is_right(case, monkeypatch):
-    """RoBERTa where the kernels can't be had: as transformers' class, whose fused attention is the same."""
+    """RoBERTa where the kernels are not available: as transformers' class, whose fused attention is the same."""
     ours, theirs = twins(config_of("roberta"), attn_implementation="eager")
     batch = dict(BATCH)
     if case == "left padding":
@@ -434,8 +434,8 @@ def test_a_mode_around_a_checkpointed_forward_alone_changes_no_gradient(reentran
 def test_kernels_are_used_again_after_every_trace_and_transform():
     x = torch.ones(2, 3)
 
-    def watched(x: Tensor) -> Tensor:
-        assert kernels.is_watched()
+    def traced_sum(x: Tensor) -> Tensor:
+        assert kernels.is_traced()
         return x.sum()
 
     for transform in (
@@ -444,9 +444,9 @@ def test_kernels_are_used_again_after_every_trace_and_transform():
         make_fx,
         lambda f: lambda x: torch.jit.trace(f, x, check_trace=False),
     ):
-        assert kernels.is_fp32_on_cpu(x) and not kernels.is_watched()
-        transform(watched)(x)
+        assert kernels.can_replace(x) and not kernels.is_traced()
+        transform(traced_sum)(x)
     for mode in (forward_ad.dual_level(), FakeTensorMode()):
         with mode:
-            assert kernels.is_watched() and not kernels.is_fp32_on_cpu(x)
-    assert kernels.is_fp32_on_cpu(x) and not kernels.is_watched()
+            assert kernels.is_traced() and not kernels.can_replace(x)
+    assert kernels.can_replace(x) and not kernels.is_traced()

@@ -1,5 +1,5 @@
 """What is handed to compiled code: any strides, offsets and expanded dims give the numbers of the plain expression in
-float64; wrong sizes, dtypes and devices are errors, and so is memory that can't be had.
+float64; wrong sizes, dtypes and devices are errors, and so is a lack of memory.
 
 Memory beside a view's own elements is NaN: whoever reads it shows it.
 """
@@ -243,9 +243,9 @@ def test_matrices_of_another_shape_than_the_layers_are_an_error_that_names_them(
     layer = LoRALinear(size, size, r=4, lora_alpha=8).to(dtype)
     shape = tuple(size if n == 16 else n for n in shape)
     setattr(layer, name, nn.Parameter(torch.ones(shape, dtype=dtype)))
-    with pytest.raises((ValueError, RuntimeError), match="wanted|shapes"):
+    with pytest.raises((ValueError, RuntimeError), match="expected|shapes"):
         layer(noise(3, size).to(dtype))
-    with pytest.raises((ValueError, RuntimeError), match="wanted|shapes"):
+    with pytest.raises((ValueError, RuntimeError), match="expected|shapes"):
         layer.merge()
 
 
@@ -424,7 +424,7 @@ def test_quantize_dynamic_is_an_error_that_says_what_to_do_and_leaves_the_model(
 )  # fmt: skip
 def test_attention_on_tensors_that_do_not_belong_together_is_an_error(wrong):
     right = {"query": noise(7, 24), "key": noise(7, 24), "value": noise(7, 24), "heads": 3}
-    with pytest.raises(ValueError, match="wanted"):
+    with pytest.raises(ValueError, match="expected"):
         kernels.attention(packed=packed_batch([3, 4]), scale=0.5, p=0.1, **{**right, **wrong})
 
 
@@ -445,7 +445,7 @@ def test_sequences_that_are_not_the_rows_are_an_error(wrong):
     packed = SimpleNamespace(
         key_mask=None, length=longest, starts=lambda *_: tuple(map(torch.tensor, places)), batch=2, groups=()
     )
-    with pytest.raises(ValueError, match="wanted|sequences"):
+    with pytest.raises(ValueError, match="expected|sequences"):
         kernels.attention(noise(7, 24), noise(7, 24), noise(7, 24), packed, 3, 0.5, 0.0)
 
 
@@ -453,7 +453,7 @@ def test_sequences_that_are_not_the_rows_are_an_error(wrong):
 def test_a_batch_of_other_lengths_than_its_rows_is_an_error():
     for groups, length in ((((2, 4),), 4), (((1, 3), (1, 4)), 3), (((1, 7), (1, 0)), 7)):
         packed = PackedBatch(2, length, None, torch.zeros(2, dtype=torch.long), None, groups)
-        with pytest.raises(ValueError, match="wanted|sequences"):
+        with pytest.raises(ValueError, match="expected|sequences"):
             kernels.attention(noise(7, 24), noise(7, 24), noise(7, 24), packed, 3, 0.5, 0.0)
 
 
@@ -484,7 +484,7 @@ def test_a_tensor_that_torch_negates_when_it_is_read_is_read_negated(name):
     assert torch.equal(got, want)
 
 
-# Memory that can't be had.
+# A lack of memory.
 
 WITHOUT_MEMORY = """
 import os, resource, sys

@@ -958,7 +958,7 @@ class Subclass(Tensor):
 def test_there_are_kernels_for_fp32_tensors_on_the_cpu_alone(x):
     assert kernels.kernels_for(torch.ones(2, 3)) is kernels.library()
     assert kernels.kernels_for(nn.Parameter(torch.ones(2, 3))) is kernels.library()
-    assert not kernels.is_fp32_on_cpu(x) and kernels.kernels_for(x) is None
+    assert not kernels.can_replace(x) and kernels.kernels_for(x) is None
 
 
 def test_there_are_no_kernels_under_autocast_or_while_compiling(monkeypatch):

@@ -30,11 +30,11 @@ from lora_nlu.lora import (
     LoRALinear,
     count_parameters,
     lora_linear,
-    lora_places,
     mark_only_lora_as_trainable,
     merge_lora_,
     set_lora_,
     target_of,
+    targets_and_layers,
     unmerge_lora_,
 )
 from lora_nlu.modeling_roberta import RobertaForSequenceClassification
@@ -352,8 +352,8 @@ def test_every_target_is_one_layer_of_each_encoder_layer_of_both_models():
     ids=["none", "numbers, not words", "all", "beside the encoder"],
 )  # fmt: skip
 def test_places_are_the_targets_in_the_models_order_and_the_layers_numbers(names, targets, layers):
-    assert lora_places(names) == (targets, layers)
-    assert lora_places(iter(reversed(names))) == (targets, layers)
+    assert targets_and_layers(names) == (targets, layers)
+    assert targets_and_layers(iter(reversed(names))) == (targets, layers)
 
 
 # Dropout of what the update reads.
@@ -690,7 +690,7 @@ def test_saving_and_loading_a_lora_model_gives_every_tensor_back_bit_for_bit(tmp
         ({"lora_r": 4.0}, "config.lora_r 4.0"),
         ({"lora_alpha": None}, "config.lora_alpha None: apply_lora=True needs a number"),
         ({"lora_alpha": "8"}, "config.lora_alpha '8'"),
-        ({"lora_dropout": 1.0}, "config.lora_dropout 1.0: give a number from 0 up to, not including, 1"),
+        ({"lora_dropout": 1.0}, "config.lora_dropout 1.0: give a number from 0 to below 1"),
         ({"lora_dropout": -0.1}, "config.lora_dropout -0.1"),
     ],
 )
@@ -705,7 +705,9 @@ def test_a_setting_that_would_make_no_lora_in_silence_is_refused_by_name(kind, s
 @pytest.mark.parametrize("name", LORA_SETTINGS)
 def test_a_setting_without_apply_lora_is_refused_and_beside_false_means_nothing(name):
     value = {"lora_target_modules": ["key"], "lora_layers": [1]}.get(name, 0.5)
-    with pytest.raises(ValueError, match=f"config.{name} says how, and nothing says that: set apply_lora=True"):
+    with pytest.raises(
+        ValueError, match=f"config.{name} has no effect without apply_lora. Set apply_lora=True, or remove {name}."
+    ):
         RobertaForSequenceClassification(tiny_config(**{name: value}))
     model = RobertaForSequenceClassification(tiny_config(**{name: value}, apply_lora=False))
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
@@ -731,7 +733,7 @@ def test_pefts_spellings_of_modules_and_layers_make_the_lora_they_say(kind, sett
     )
     model = CLASSIFIERS[kind][0](config)
     made = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-    assert lora_places(made) == (targets, layers) and len(made) == len(targets) * len(layers)
+    assert targets_and_layers(made) == (targets, layers) and len(made) == len(targets) * len(layers)
     if made:
         model.save_pretrained(tmp_path)
         loaded = CLASSIFIERS[kind][0].from_pretrained(tmp_path)

@@ -28,7 +28,14 @@ from torch import Tensor, nn
 from lora_nlu.errors import UserError, no_memory, shown
 from lora_nlu.files import appearing, read_json, text_for_weights, write_json
 from lora_nlu.labels import check_labels, head_order, last_layer, listed, placeholders, recorded_labels
-from lora_nlu.lora import LoRALinear, check_plain, lora_places, set_lora_, unmerge_lora_, unmerged_parameters
+from lora_nlu.lora import (
+    LoRALinear,
+    check_not_quantised,
+    set_lora_,
+    targets_and_layers,
+    unmerge_lora_,
+    unmerged_parameters,
+)
 from lora_nlu.methods import describe_method, mark_trainable, set_bottlenecks_
 from lora_nlu.sharded import copy_into
 
@@ -690,7 +697,7 @@ def check_settings(
 ) -> None:
     """What is said (not None) of a LoRA adapter must be what its file knows. Raises UserError naming the flag to give.
 
-    targets and layers: as `lora.lora_places` gives them.
+    targets and layers: as `lora.targets_and_layers` gives them.
     """
     source, known = adapter.source, adapter.lora_alpha
     for name, rank in adapter.ranks.items():
@@ -708,7 +715,7 @@ def check_settings(
     reading = lora_relative_query if _is_deberta(adapter.state) and adapter.knows_relative_query else None
     if reading is not None and reading == adapter.frozen_relative_query:
         raise _other_reading(adapter)
-    has_targets, has_layers = lora_places(adapter.ranks)
+    has_targets, has_layers = targets_and_layers(adapter.ranks)
     asked: tuple[tuple[str, Any, Any], ...] = (
         ("lora_target_modules", targets, has_targets),
         ("lora_layers", layers, has_layers),
@@ -760,7 +767,7 @@ def attach_adapter(
     saying. Otherwise as `load_adapter`; on an error in the tensors the layers stay. Raises ValueError for a model with
     quantised layers.
     """
-    check_plain(model)
+    check_not_quantised(model)
     unmerge_lora_(model)
     layers: dict[str, tuple[int, float]] = {}
     if adapter.method == "lora":

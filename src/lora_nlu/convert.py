@@ -37,7 +37,7 @@ from lora_nlu.adapters import (
 from lora_nlu.errors import UsageError, UserError, shown
 from lora_nlu.files import appearing, publish, write_text
 from lora_nlu.labels import placeholders, set_labels
-from lora_nlu.lora import LoRALinear, lora_places, unmerged_parameters
+from lora_nlu.lora import LoRALinear, targets_and_layers, unmerged_parameters
 from lora_nlu.methods import set_method
 from lora_nlu.tasks import TASKS
 
@@ -266,7 +266,7 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
         alphas = sorted({*adapter.alphas().values()}) if adapter.lora_alpha is not None else []
         rows += [
             ("layers with LoRA", _layer_count(ranks)),
-            ("modules with LoRA", f"{len(ranks)}: {', '.join(lora_places(ranks)[0])}"),
+            ("modules with LoRA", f"{len(ranks)}: {', '.join(targets_and_layers(ranks)[0])}"),
             ("rank", ", ".join(map(str, sorted({*ranks.values()})))),
             ("alpha", ", ".join(f"{alpha:g}" for alpha in alphas) or "unknown: the file doesn't say"),
         ]

@@ -1,10 +1,10 @@
-"""The operations a training step is made of, as fast as a CPU has them, each beside the expression that defines it.
+"""Fast CPU versions of a training step's operations, each with the torch expression it replaces.
 
-Dense products in fp32 on a CPU go to oneDNN, which knows more processors than the BLAS torch calls (on AMD's AVX-512
-cores it is twice as fast). Dropout, the low-rank update, and attention over sequences of different lengths are the
-functions of kernels.cpp, compiled once with the machine's own compiler (seconds), kept in the user's cache. Without a
-compiler, on a GPU, in another dtype, under autocast, torch.compile or whatever else reads torch's operations, plain
-torch expressions do the same; they also give gradients of gradients.
+Dense products in fp32 on a CPU go to oneDNN, which is optimised for more processors than the BLAS that torch calls (on
+AMD's AVX-512 cores it is twice as fast). Dropout, the low-rank update, and attention over sequences of different
+lengths are the functions of kernels.cpp, compiled once with the machine's own compiler (seconds) and kept in the user's
+cache. Plain torch expressions compute the same without a compiler, on a GPU, in another dtype, under autocast,
+torch.compile, other traces and transforms (`is_traced`), and for higher-order derivatives.
 
 Dim letters: N rows, I in, O out features; H hidden, A heads, D head size, Q query rows, S longest sequence, V views.
 """
@@ -27,25 +27,27 @@ from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cpp")
-CPU, PLAIN = torch.device("cpu"), (Tensor, nn.Parameter)  # other types may hold their numbers elsewhere
-MAKE_FX, FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE
+CPU = torch.device("cpu")
+PLAIN_TENSORS = (Tensor, nn.Parameter)  # subclasses (quantised, DTensor) may keep their data elsewhere
+MAKE_FX, FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE  # modes of `is_traced`
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 
 
-def is_fp32_on_cpu(x: Tensor) -> bool:
-    """Whether torch's own operations on `x` can be replaced by those of this file."""
-    if x.dtype is not torch.float32 or not x.is_cpu or type(x) not in PLAIN:
+def can_replace(x: Tensor) -> bool:
+    """Whether the functions of this file may replace torch's on `x`: plain fp32 on a CPU, no autocast, no trace."""
+    if x.dtype is not torch.float32 or not x.is_cpu or type(x) not in PLAIN_TENSORS:
         return False
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or is_watched():
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or is_traced():
         return False
-    return torch._C._has_storage(x)  # a batch of gradients (is_grads_batched) has none
+    return torch._C._has_storage(x)  # a batch of gradients (is_grads_batched) has none; torch has no public test
 
 
-def is_watched() -> bool:
-    """Whether something but torch.compile traces or transforms torch's operations, and would miss those of this file.
+def is_traced() -> bool:
+    """Whether torch.func, torch.jit.trace, make_fx, FakeTensorMode or forward-mode derivatives are active.
 
-    torch.func, torch.jit.trace, make_fx, FakeTensorMode and forward-mode derivatives. Not every dispatch mode: one may
-    be on in a checkpointed forward and off in its repetition, which has to draw the same dropout.
+    They trace or transform torch's operations and would miss those of this file. So would torch.compile, which is asked
+    for separately. Other dispatch modes don't count: one may be on in a checkpointed forward and off when it is
+    recomputed, and both must draw the same dropout. torch has no public function that tells.
     """
     if torch.compiler.is_compiling():
         return False
@@ -55,43 +57,43 @@ def is_watched() -> bool:
     return mode(MAKE_FX) is not None or mode(FAKE) is not None
 
 
-# --------------------------------------------------------------------------------- what is handed to compiled code
-# It reads memory where it is told to, so everything it gets passes one of these three.
+# ------------------------------------------------------------------------------------- checks before compiled code
+# It reads memory by address, without bounds, so each tensor passes one of these three checks first.
 
 
 def check(name: str, x: Tensor, device: torch.device, *shape: int) -> None:
     """Raise ValueError unless x has this shape, on this device."""
     if x.shape != shape or x.device != device:
-        raise ValueError(f"{name}: wanted {list(shape)} on {device}, got {list(x.shape)} on {x.device}.")
+        raise ValueError(f"{name}: expected {list(shape)} on {device}, got {list(x.shape)} on {x.device}.")
 
 
 def memory(name: str, x: Tensor, *shape: int, dtype: torch.dtype = torch.float32, strided: bool = False) -> Tensor:
-    """x, its numbers one row after another in the CPU's memory; with `strided` as its strides say.
+    """x as a contiguous tensor that compiled code can read, copied if need be; with `strided`, of any strides.
 
-    Raises ValueError unless it has this shape and dtype, on the CPU.
+    Raises ValueError unless it is a plain tensor of this shape and dtype, on the CPU.
     """
-    if x.dtype is not dtype or type(x) not in PLAIN:
-        raise ValueError(f"{name}: wanted a plain {dtype} tensor, got {type(x).__name__}, {x.dtype}.")
+    if x.dtype is not dtype or type(x) not in PLAIN_TENSORS:
+        raise ValueError(f"{name}: expected a plain {dtype} tensor, got {type(x).__name__}, {x.dtype}.")
     check(name, x, CPU, *shape)
-    if x.is_neg():  # what torch negates when it reads it
+    if x.is_neg():  # a lazy negation: memory holds the numbers before it
         x = x.resolve_neg()
     x = x if strided else x.contiguous()
     if x.numel() and not x.data_ptr():
-        raise ValueError(f"{name}: wanted {list(shape)} in memory, and its memory was given back.")
+        raise ValueError(f"{name}: expected {list(shape)} in memory, but its storage was freed.")
     return x
 
 
 def is_dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether x W^T + b are fp32 on a CPU, of fitting sizes and not empty; if not, torch computes it or says why not.
+    """Whether `product` can compute x W^T + b: `can_replace`, not empty, of matching sizes. If not, F.linear must.
 
-    Raises ValueError if plain tensors are on several devices, which torch doesn't always see.
+    Raises ValueError if plain tensors are on several devices, which F.linear doesn't always notice (meta).
     """
-    fits = is_fp32_on_cpu(x) and x.numel() > 0 and x.dim() > 0
+    fits = can_replace(x) and x.numel() > 0 and x.dim() > 0
     for name, other in (("weight", weight), ("bias", bias)):
         if other is not None:
-            is_plain = type(other) in PLAIN
-            if other.device != x.device and is_plain and type(x) in PLAIN:
-                raise ValueError(f"{name}: wanted on {x.device}, where the input is, got on {other.device}.")
+            is_plain = type(other) in PLAIN_TENSORS
+            if other.device != x.device and is_plain and type(x) in PLAIN_TENSORS:
+                raise ValueError(f"{name}: expected on {x.device}, where the input is, but it is on {other.device}.")
             fits = fits and other.dtype is torch.float32 and is_plain
     if not fits:
         return False
@@ -107,9 +109,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises ValueError for several devices, torch's errors for sizes and dtypes that don't fit.
     """
-    # Below AVX-512 oneDNN is slow on a transposed view
+    # without AVX-512 oneDNN is slow on a transposed view
     if is_dense_product(x, weight, bias) and has_onednn() and (weight.is_contiguous() or has_avx512()):
-        bias = None if bias is None else bias.contiguous()  # of a bias oneDNN reads no strides
+        bias = None if bias is None else bias.contiguous()  # oneDNN ignores the strides of a bias
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -124,13 +126,13 @@ def has_avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-# Each autograd function saves its inputs themselves, not views of them, which would have no history, and returns no
-# view, which nobody could write to. With create_graph=True its backward runs in grad mode.
+# The autograd functions save their inputs themselves: a view made in `forward` would have no autograd history. They
+# return no views: torch refuses in-place writes to those. With create_graph=True their backward runs in grad mode.
 
 
-def is_differentiable(grad: Tensor) -> bool:
-    """Whether a backward must compute with torch's operations alone: for gradients of gradients, or many at once."""
-    return torch.is_grad_enabled() or is_watched() or not torch._C._has_storage(grad)
+def needs_torch_operations(grad: Tensor) -> bool:
+    """Whether a backward can't use compiled code: for a gradient of gradients, of a batch of them, or under a trace."""
+    return torch.is_grad_enabled() or is_traced() or not torch._C._has_storage(grad)
 
 
 class _Linear(torch.autograd.Function):
@@ -159,7 +161,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def by_rows(f: Any, x: Tensor, *rest: Any) -> Tensor:
-    """f(x [N, I], *rest) [N, O] for x [..., I], to [..., O]."""
+    """f(x, *rest), where f takes [N, I] and returns [N, O], for x [..., I]: [..., O]."""
     if x.dim() == 2:
         return f(x, *rest)
     y = f(x.reshape(-1, x.shape[-1]), *rest)
@@ -167,21 +169,21 @@ def by_rows(f: Any, x: Tensor, *rest: Any) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, its products by `product`."""
+    """`nn.Linear`, computed by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
     @property
     def qconfig(self) -> None:
-        """Of torch.ao.quantization, which knows layers by their exact class, and would skip this one in silence."""
+        """Set by torch.ao.quantization, which replaces layers of exactly nn.Linear and would silently skip this one."""
 
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
         raise RuntimeError(
-            "torch.ao.quantization replaces nn.Linear alone and would leave out this model's linear layers. Save the "
-            "model after lora.merge_lora_(model), load that folder in transformers' own class and quantize it there; "
-            "or use torchao.quantization.quantize_."
+            "torch.ao.quantization replaces layers of exactly nn.Linear and would silently skip those of this model, a "
+            "subclass. Save the model after lora.merge_lora_(model), load that folder in transformers' own class and "
+            "quantise it there; or use torchao.quantization.quantize_."
         )
 
 
@@ -190,43 +192,46 @@ class Linear(nn.Linear):
 
 def kernels_for(x: Tensor) -> Any:
     """The compiled kernels if they can work on tensors like `x`, else None."""
-    return library() if is_fp32_on_cpu(x) else None
+    return library() if can_replace(x) else None
 
 
 @lru_cache(maxsize=1)
 def library() -> Any:
-    """The compiled functions of kernels.cpp, or None where they can't be had, said once."""
+    """The compiled functions of kernels.cpp, or None where they are not available, with one warning."""
     if platform.system() != "Linux":
         return None
     try:
         return ctypes.CDLL(str(compiled()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
         reason = (str(getattr(e, "stderr", "") or "").strip() or str(e)).splitlines()[0]
-        logger.warning("Training on the CPU without compiled kernels, slower (%s). g++ makes them.", reason[:150])
+        logger.warning(
+            "Training on the CPU without compiled kernels, which is slower (%s). Install g++ to build them.",
+            reason[:150],
+        )
         return None
 
 
 def compiled() -> Path:
-    """The shared object in the user's cache, named by all that it depends on; compiled if it is not there whole."""
+    """The shared object in the user's cache, named by a hash of what it depends on; compiled unless it is complete."""
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))]
     depends_on = [SOURCE.read_text(), *FLAGS, platform.machine(), *cpu[:1]]
     name = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
     path = Path.home() / ".cache" / "lora_nlu" / f"kernels-{name}.so"
-    if not _is_whole(path):
+    if not _is_complete(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder, path.name)
             command = ["g++", *FLAGS, str(SOURCE), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-            with made.open("ab") as file:  # its length at its end: a library cut short would kill the process
+            with made.open("ab") as file:  # ends in its length: loading a truncated library would kill the process
                 file.write(file.tell().to_bytes(8, "little"))
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(made, path)  # another process may do the same; each renames a whole file
+            os.replace(made, path)  # another process may do the same; each renames a complete file
     return path
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     content = path.read_bytes() if path.exists() else b""
     return len(content) > 8 and content[-8:] == (len(content) - 8).to_bytes(8, "little")
 
@@ -254,7 +259,7 @@ def _threads() -> Any:
 
 
 def _run(name: str, *arguments: Any) -> None:
-    """Call a compiled function. Raises MemoryError if there is none for what it keeps beside its result."""
+    """Call a compiled function. Raises MemoryError if there is no memory for its working buffers."""
     if getattr(library(), name)(*arguments):
         raise MemoryError(f"{name}: not enough memory for its working buffers.")
 
@@ -267,7 +272,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if is_differentiable(grad):
+        if needs_torch_operations(grad):
             return grad * _Dropout.run(torch.ones(grad.shape), ctx.p, ctx.seed), None, None
         return _Dropout.run(grad, ctx.p, ctx.seed), None, None
 
@@ -299,7 +304,7 @@ class Dropout(nn.Dropout):
 def product_with_update(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, s: float
 ) -> tuple[Tensor, Tensor | None]:
-    """x W^T + b + s x down up, and x down where it came about. Not differentiable.
+    """x W^T + b + s x down up; and x down, or None where it was not computed. Not differentiable.
 
     x [N, I], weight [O, I], bias [O], down [I, R], up [R, O] to [N, O] and [N, R]. The compiled kernel adds the update
     to the product in one pass; without it the update is folded into the weight, one matmul instead of three. Raises
@@ -310,7 +315,7 @@ def product_with_update(
     for name, matrix, shape in (("weight", weight, (out, size)), ("down", down, (size, rank)), ("up", up, (rank, out))):
         check(name, matrix, x.device, *shape)
     tensors = (x, weight, down, up)
-    if not all(map(is_fp32_on_cpu, tensors)) or not library() or weight.shape[0] % library().vector_width():
+    if not all(map(can_replace, tensors)) or not library() or weight.shape[0] % library().vector_width():
         return product(x, torch.addmm(weight, up.t(), down.t(), alpha=s), bias), None
     x, u = memory("x", x, rows, size), x.new_empty(rows, rank)
     y = memory("product", product(x, weight, bias), rows, out)
@@ -321,24 +326,28 @@ def product_with_update(
     return y, u
 
 
+def count_views(relative: tuple[Tensor | None, ...]) -> int:
+    return next((table.shape[0] for table in relative if table is not None), 1)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor | None, ...],
-        places: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
+        starts: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
     ) -> Tensor:  # fmt: skip
         rows, width = key.shape[0], query.shape[-1]
         if heads < 1 or width % heads:
-            raise ValueError(f"attention: wanted a multiple of {heads} heads as the width, got {width}.")
+            raise ValueError(f"attention: expected a width divisible by {heads} heads, got {width}.")
         inputs = query, key, value
         query = memory("query", query, query.shape[0], width)
         key, value = memory("key", key, rows, width), memory("value", value, rows, width)
-        views = next((x.shape[0] for x in relative if x is not None), 1)
+        views = count_views(relative)
         shape = (views, 2 * longest - 1, width)
         tables = tuple(None if x is None else memory("relative table", x.detach(), *shape) for x in relative)
-        places = _Attention.checked_places(places, query.shape[0], rows, longest, views)
+        starts = _Attention.checked_starts(starts, query.shape[0], rows, longest, views)
         out, lse = torch.empty_like(query), query.new_empty(query.shape[0], heads)
-        ctx.settings = (tables, places, longest, heads, scale, p, seed)
+        ctx.settings = (tables, starts, longest, heads, scale, p, seed)
         _run("attention", *_Attention.arguments(query, key, value, *ctx.settings), _address(out), _address(lse))
         ctx.save_for_backward(*inputs, lse)
         return out
@@ -346,7 +355,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, lse = ctx.saved_tensors
-        if is_differentiable(grad):
+        if needs_torch_operations(grad):
             return *_Attention.differentiable_gradients(ctx, inputs, grad), *[None] * 7
         query, key, value = (memory(n, x, *x.shape) for n, x in zip(("query", "key", "value"), inputs, strict=True))
         grad = memory("attention's gradient", grad, *query.shape)
@@ -357,55 +366,55 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def differentiable_gradients(ctx: Any, inputs: list[Tensor], grad: Tensor) -> list[Tensor | None]:
-        """The gradients of query, key and value, by autograd through `attention_of_rows`."""
-        again = torch.is_grad_enabled()
+        """The gradients of query, key and value, by autograd through `torch_attention`."""
+        create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            query, key, value = inputs = [
-                x.view_as(x) for x in inputs
-            ]  # one may be made of another: the gradient stops at each
-            wanted = [x for x, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
-            out = attention_of_rows(query, key, value, *ctx.settings)
-            grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
+            # views, because one input may be computed from another, and the gradient must stop at each
+            query, key, value = inputs = [x.view_as(x) for x in inputs]
+            trained = [x for x, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
+            out = torch_attention(query, key, value, *ctx.settings)
+            grads = iter(torch.autograd.grad(out, trained, grad, create_graph=create_graph))
         return [next(grads) if needs else None for needs in ctx.needs_input_grad[:3]]
 
     @staticmethod
-    def checked_places(places: tuple[Tensor, ...], queries: int, keys: int, longest: int, views: int) -> Any:
-        """What `PackedBatch.starts` gives, as C reads it.
+    def checked_starts(starts: tuple[Tensor, ...], queries: int, keys: int, longest: int, views: int) -> Any:
+        """The result of `PackedBatch.starts`, readable by compiled code.
 
-        Raises ValueError unless every row is in one sequence, of up to `longest` keys and one query or one a key.
+        Raises ValueError unless each row is in one sequence, of 1 to `longest` keys and one query or as many as keys.
         """
-        count = places[2].numel()
+        count = starts[2].numel()
         sizes = (count + 1, count + 1, count)
-        places = tuple(memory("places", x, n, dtype=torch.int64) for x, n in zip(places, sizes, strict=True))
-        q, k, of = (x.tolist() for x in places)
+        starts = tuple(memory("starts", x, n, dtype=torch.int64) for x, n in zip(starts, sizes, strict=True))
+        q, k, view_of = (x.tolist() for x in starts)
         lengths = zip(q, q[1:], k, k[1:], strict=False)
         fit = all(0 < n - m <= longest and b - a in (1, n - m) for a, b, m, n in lengths)
-        if not fit or (q[0], q[-1], k[0], k[-1]) != (0, queries, 0, keys) or not all(0 <= v < views for v in of):
+        if not fit or (q[0], q[-1], k[0], k[-1]) != (0, queries, 0, keys) or not all(0 <= v < views for v in view_of):
             raise ValueError(
-                f"attention: wanted sequences of 1 to {longest} rows that share {queries} query and {keys} key rows, "
-                f"in {views} views, got them to start at {q[:9]} and {k[:9]}, in views {of[:9]}."
+                f"attention: expected sequences of 1 to {longest} rows that cover {queries} query and {keys} key rows, "
+                f"in {views} views; got query starts {q[:9]}, key starts {k[:9]}, views {view_of[:9]}."
             )
-        return places
+        return starts
 
     @staticmethod
     def arguments(
         query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor | None, ...],
-        places: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
+        starts: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
     ) -> list:  # fmt: skip
+        """The arguments that both compiled attention functions have, in their order."""
         width = query.shape[1]
-        views = next((x.shape[0] for x in relative if x is not None), 1)
+        views = count_views(relative)
         strided = [part for x in (query, key, value) for part in (_address(x), _int(width))]
-        sizes = map(_int, (places[2].numel(), heads, width // heads, longest))
+        sizes = map(_int, (starts[2].numel(), heads, width // heads, longest))
         draws = (ctypes.c_float(scale), ctypes.c_uint64(seed), _int(threshold(p)), _threads())
-        return [*strided, *map(_address, relative), _int(views), *map(_address, places), *sizes, *draws]
+        return [*strided, *map(_address, relative), _int(views), *map(_address, starts), *sizes, *draws]
 
 
-def attention_of_rows(
+def torch_attention(
     query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor | None, ...],
-    places: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
+    starts: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
 ) -> Tensor:  # fmt: skip
-    """What the kernel computes, sequence by sequence, of torch's operations alone: [Q, H], for derivatives."""
-    query_starts, key_starts, views = (x.tolist() for x in places)
+    """The compiled attention as torch operations, sequence by sequence: [Q, H]. For derivatives of its backward."""
+    query_starts, key_starts, views = (x.tolist() for x in starts)
     relative_key, relative_query = relative
     query, key, value = (x.unflatten(1, (heads, -1)).transpose(0, 1) for x in (query, key, value))  # [A, N, D]
     kept = _Dropout.run(torch.ones(query.shape[1] * heads, longest), p, seed).view(-1, heads, longest) if p else None
@@ -414,14 +423,14 @@ def attention_of_rows(
         rows, columns = slice(*query_starts[i : i + 2]), slice(*key_starts[i : i + 2])
         q, k, v = query[:, rows], key[:, columns], value[:, columns]  # [A, M, D], [A, L, D]
         scores = q @ k.transpose(1, 2)  # [A, M, L]
-        places_of_keys = longest - 1 + torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None]  # j - i, [M, L]
-        places_of_keys = places_of_keys.expand_as(scores)
+        column = longest - 1 + torch.arange(k.shape[1]) - torch.arange(q.shape[1])[:, None]  # S - 1 + j - i, [M, L]
+        column = column.expand_as(scores)
         if relative_key is not None:
             table = relative_key[view].unflatten(1, (heads, -1)).permute(1, 2, 0)  # [A, D, 2 S - 1]
-            scores = scores + (q @ table).gather(2, places_of_keys)
+            scores = scores + (q @ table).gather(2, column)
         if relative_query is not None:
             table = relative_query[view].unflatten(1, (heads, -1)).transpose(0, 1)  # [A, 2 S - 1, D]
-            scores = scores + (table @ k.transpose(1, 2)).gather(1, 2 * longest - 2 - places_of_keys)
+            scores = scores + (table @ k.transpose(1, 2)).gather(1, 2 * longest - 2 - column)
         probs = (scale * scores).softmax(-1)
         if kept is not None:
             probs = probs * kept[rows, :, : k.shape[1]].transpose(0, 1)
@@ -433,7 +442,7 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, packed: Any, heads: int, scale: float, p: float,
     relative_key: Tensor | None = None, relative_query: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """dropout(softmax(scores)) v within each sequence; None where the kernels can't, and the caller has to.
+    """dropout(softmax(scores)) v within each sequence; None where the kernels can't compute it and the caller must.
 
     Args:    query [Q, H], key and value [N, H], packed; `scale` times q . k; dropout p. relative_key, relative_query
              [V, 2 S - 1, H] without gradient: the tables by descending and ascending distance (modeling_deberta_v2).
@@ -445,6 +454,6 @@ def attention(
     if trains or packed.key_mask is not None or not 0 <= threshold(p) < 65536 or not kernels_for(query):
         return None
     seed = draw_seed() if p else 0
-    views = next((x.shape[0] for x in relative if x is not None), 1)
-    places = packed.starts(query.shape[0] != key.shape[0], views)
-    return _Attention.apply(query, key, value, relative, places, packed.length, heads, scale, p, seed)
+    views = count_views(relative)
+    starts = packed.starts(query.shape[0] != key.shape[0], views)
+    return _Attention.apply(query, key, value, relative, starts, packed.length, heads, scale, p, seed)

@@ -5,7 +5,7 @@ Dim letters: N rows (tokens), I in_features, O out_features, R rank.
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from lora_nlu.errors import UserError
 from lora_nlu.kernels import (
-    PLAIN,
+    PLAIN_TENSORS,
     Linear,
     by_rows,
     check,
     dropout,
-    is_watched,
+    is_traced,
     linear,
     product,
     product_with_update,
@@ -28,7 +28,7 @@ from lora_nlu.kernels import (
 # of the feed-forward.
 TARGETS = ("query", "key", "value", "dense", "intermediate", "output")
 DEFAULT_TARGETS = ("query", "value")
-# What a config says about its LoRA beside `apply_lora`.
+# The settings of a config that have no effect without `apply_lora`.
 LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "lora_dropout")
 
 
@@ -50,11 +50,11 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, down = ctx.saved_tensors
         s, (need_x, need_weight, need_bias, need_A, need_B, _) = ctx.scaling, ctx.needs_input_grad
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # gradients of gradients are asked for
-        multiply: Any = linear if again else product
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # for gradients of gradients
+        multiply: Any = linear if differentiable else product
         grad_x = up = None
-        if again:
-            up, down = linear(grad, B.t()), None  # what the forward made has no history
+        if differentiable:
+            up, down = linear(grad, B.t()), None  # the x A^T of the forward has no autograd history
             grad_x = linear(grad, weight.t()) + s * linear(up, A.t()) if need_x else None
         elif need_x:
             grad_x, up = product_with_update(grad, weight.t(), None, B, A, s)  # [N, I], [N, R]
@@ -73,7 +73,7 @@ def with_update(weight: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
 
 
 def _version(x: Tensor) -> int:
-    """How often a tensor was written to; -1 where torch doesn't count."""
+    """How often a tensor was written to in place; -1 where torch doesn't count."""
     return -1 if x.is_inference() else x._version
 
 
@@ -88,8 +88,8 @@ class LoRALinear(Linear):
     runs beside the frozen one, because a small B A would be rounded away in the sum.
 
     A merged layer's state dict holds `weight` with the update in it and no `lora_*`, so a file never counts the update
-    twice. While merged, a layer also keeps the weight [O, I] as it was, and what went into it: `unmerge` takes that out
-    again, whatever became of the matrices. Loading other matrices or another weight unmerges first.
+    twice. While merged, a layer also keeps the weight [O, I] as it was and copies of the matrices that were merged, so
+    `unmerge` is exact even if `lora_A` or `lora_B` changed. Loading other matrices or another weight unmerges first.
     """
 
     weight_before: Any  # a Tensor while merged, else None
@@ -139,13 +139,13 @@ class LoRALinear(Linear):
         """Whether `weight` holds the update."""
         return self.weight_before is not None
 
-    def forward(self, x: Tensor, with_update: bool = True) -> Tensor:
-        """x [..., I] -> [..., O]; without the update, merged or not, on request.
+    def forward(self, x: Tensor, apply_update: bool = True) -> Tensor:
+        """x [..., I] -> [..., O]; with `apply_update=False` the frozen layer alone, merged or not.
 
-        Raises RuntimeError for a merged layer that is asked to train or whose matrices are others than it merged,
-        ValueError for matrices of other shapes.
+        Raises RuntimeError for a merged layer that is to train or whose matrices changed since the merge, ValueError
+        for matrices of other shapes.
         """
-        if not with_update:
+        if not apply_update:
             return linear(x, self.frozen_weight(), self.bias)
         if self.merged:
             if not torch.compiler.is_compiling() and not self._holds_its_update():
@@ -154,22 +154,22 @@ class LoRALinear(Linear):
                 raise RuntimeError("A merged LoRALinear can't train: its lora_A and lora_B are unused. Call unmerge().")
             return linear(x, self.weight, self.bias)
         self.check_shapes()
-        seen = dropout(x, self.lora_dropout, self.training)
+        dropped = dropout(x, self.lora_dropout, self.training)
         tensors = (x, self.weight, self.bias, self.lora_A, self.lora_B)
-        if seen is x and x.numel() and self._is_one_product(*tensors):
+        if dropped is x and x.numel() and self._can_fuse(*tensors):
             return by_rows(_LoRALinear.apply, *tensors, self.scaling)
-        update = F.linear(F.linear(seen, self.lora_A), self.lora_B)
+        update = F.linear(F.linear(dropped, self.lora_A), self.lora_B)
         return linear(x, self.weight, self.bias) + self.scaling * update
 
     @staticmethod
-    def _is_one_product(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-        """Whether `_LoRALinear` can compute the layer; if not, torch's own operations do."""
+    def _can_fuse(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+        """Whether `_LoRALinear` can compute product and update together: plain fp32 tensors, no autocast, no trace."""
         if x.dtype is not torch.float32 or weight.dtype is not torch.float32:
             return False
         device = x.device.type
-        if is_watched() or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if is_traced() or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return False
-        return all(other is None or type(other) in PLAIN for other in (x, weight, *others))
+        return all(other is None or type(other) in PLAIN_TENSORS for other in (x, weight, *others))
 
     def check_shapes(self) -> None:
         """Raise ValueError unless lora_A [R, I] and lora_B [O, R] are of the weight's sizes, on its device."""
@@ -289,14 +289,12 @@ def lora_linear(config: Any, target: str, layer: int, in_features: int, out_feat
     """One of the `TARGETS` of an encoder layer: with LoRA where the config asks for it there, else a plain layer.
 
     `lora_r` and `lora_alpha` set rank and scaling, `lora_target_modules` (default: query and value) and `lora_layers`
-    (numbers from 0; default: all) the places, `lora_dropout` (default: 0) the dropout. Raises ValueError as
-    `check_lora`.
+    (numbers from 0; default: all) which layers have an update, `lora_dropout` (default: 0) the dropout. Raises
+    ValueError as `check_lora`.
     """
     check_lora(config)
-    r, numbers = lora_rank(config), getattr(config, "lora_layers", None)
-    targets = (
-        DEFAULT_TARGETS if (names := getattr(config, "lora_target_modules", None)) is None else target_names(names)
-    )
+    r, names, numbers = lora_rank(config), *(getattr(config, n, None) for n in ("lora_target_modules", "lora_layers"))
+    targets = DEFAULT_TARGETS if names is None else target_names(names)
     if not r or target not in targets or (numbers is not None and layer not in as_list(numbers)):
         return Linear(in_features, out_features)
     p = getattr(config, "lora_dropout", None) or 0.0
@@ -304,53 +302,62 @@ def lora_linear(config: Any, target: str, layer: int, in_features: int, out_feat
 
 
 def check_lora(config: Any) -> None:
-    """Raise ValueError, naming the setting, where a config says too little of its LoRA or what means nothing.
+    """Raise ValueError, naming the setting, if the LoRA settings of a config are incomplete or invalid.
 
-    A config without `apply_lora` must have no `LORA_SETTINGS`; with it false they mean nothing (a merged model's).
+    A config without `apply_lora` must have no `LORA_SETTINGS`; with `apply_lora=False` they are ignored (a merged
+    model's config keeps them).
     """
-    set_up = {name: value for name in LORA_SETTINGS if (value := getattr(config, name, None)) is not None}
+    settings = {name: value for name in LORA_SETTINGS if (value := getattr(config, name, None)) is not None}
     if not getattr(config, "apply_lora", False):
-        if set_up and not hasattr(config, "apply_lora"):
-            raise ValueError(f"config.{next(iter(set_up))} says how, and nothing says that: set apply_lora=True too.")
+        if settings and not hasattr(config, "apply_lora"):
+            first = next(iter(settings))
+            raise ValueError(
+                f"config.{first} has no effect without apply_lora. Set apply_lora=True, or remove {first}."
+            )
         return
-    r, alpha, p = (set_up.get(name) for name in ("lora_r", "lora_alpha", "lora_dropout"))
-    if not isinstance(r, int) or r < 0 or isinstance(r, bool):
+    r, alpha, p = (settings.get(name) for name in ("lora_r", "lora_alpha", "lora_dropout"))
+    if not is_number(r, int) or r < 0:
         raise ValueError(f"config.lora_r {r!r}: apply_lora=True needs a rank of 1 or more (0 is no LoRA).")
-    if r and (not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha)):
+    if r and not (is_number(alpha) and math.isfinite(alpha)):
         raise ValueError(
-            f"config.lora_alpha {alpha!r}: apply_lora=True needs a number; the scaling is lora_alpha / lora_r."
+            f"config.lora_alpha {alpha!r}: apply_lora=True needs a number: the scaling is lora_alpha / lora_r."
         )
-    if p is not None and (not isinstance(p, int | float) or isinstance(p, bool) or not 0 <= p < 1):
-        raise ValueError(f"config.lora_dropout {p!r}: give a number from 0 up to, not including, 1.")
-    if (names := set_up.get("lora_target_modules")) is not None:
+    if p is not None and not (is_number(p) and 0 <= p < 1):
+        raise ValueError(f"config.lora_dropout {p!r}: give a number from 0 to below 1.")
+    if (names := settings.get("lora_target_modules")) is not None:
         try:
             target_names(names)
         except ValueError as e:
             raise ValueError(f"config.lora_target_modules {names!r}: {e}") from e
-    if (numbers := set_up.get("lora_layers")) is not None:
-        count, given = config.num_hidden_layers, as_list(numbers)
-        if not given or not all(isinstance(n, int) and 0 <= n < count and not isinstance(n, bool) for n in given):
+    if (numbers := settings.get("lora_layers")) is not None:
+        count, numbers_list = config.num_hidden_layers, as_list(numbers)
+        if not numbers_list or not all(is_number(n, int) and 0 <= n < count for n in numbers_list):
             raise ValueError(
-                f"config.lora_layers {numbers!r}: the model has {count} layers, 0 to {count - 1}; name some."
+                f"config.lora_layers {numbers!r}: the model has {count} layers, 0 to {count - 1}; "
+                "give one or more of these numbers."
             )
 
 
+def is_number(value: Any, kind: Any = int | float) -> TypeGuard[float]:
+    """Whether a value is of this kind of number; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def as_list(value: Any) -> list[Any]:
-    """The values of a sequence that is no text, or the one value."""
+    """The elements of a list, range or other iterable; of a string or a single value, a list of it alone."""
     return [*value] if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
 def target_names(names: Any) -> list[str]:
-    """Names of `TARGETS`, in their order, from a sequence or a text with commas; `query_proj` is `query`.
+    """The `TARGETS` named by an iterable or a comma-separated string, in their order; `query_proj` means `query`.
 
-    Raises ValueError for the first that is none of them.
+    Raises ValueError for the first name that is none of them, and for no name.
     """
-    given = names.split(",") if isinstance(names, str) else as_list(names)
-    known = [str(name).strip().removesuffix("_proj") for name in given]
-    unknown = [name for name in known if name not in TARGETS]
-    if unknown or not known:
-        raise ValueError(f"{unknown[0] if unknown else ''!r} is none of {', '.join(TARGETS)}.")
-    return [name for name in TARGETS if name in known]
+    parts = names.split(",") if isinstance(names, str) else as_list(names)
+    targets = [str(part).strip().removesuffix("_proj") for part in parts] or [""]
+    if unknown := [target for target in targets if target not in TARGETS]:
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(TARGETS)}.")
+    return [target for target in TARGETS if target in targets]
 
 
 def target_of(name: str) -> str:
@@ -366,8 +373,8 @@ def target_of(name: str) -> str:
     }.get(module, name)
 
 
-def lora_places(names: Iterable[str]) -> tuple[list[str], list[int]]:
-    """The targets, in the order of `TARGETS`, and the numbers of the encoder layers among layers' names."""
+def targets_and_layers(names: Iterable[str]) -> tuple[list[str], list[int]]:
+    """The targets, in the order of `TARGETS`, and the numbers of the encoder layers that these module names are in."""
     names = list(names)
     found = {target_of(name) for name in names}
     numbers = {name.partition(".layer.")[2].partition(".")[0] for name in names} - {""}
@@ -375,31 +382,32 @@ def lora_places(names: Iterable[str]) -> tuple[list[str], list[int]]:
 
 
 def lora_rank(config: Any) -> int:
-    """`config.lora_r` where `config.apply_lora` is set, else 0: a checkpoint's config knows neither."""
+    """`config.lora_r` where `config.apply_lora` is set, else 0: a plain checkpoint's config has neither."""
     return (getattr(config, "lora_r", 0) or 0) if getattr(config, "apply_lora", False) else 0
 
 
 def describe_lora_(model: Any) -> None:
-    """Write into the config of `model` what `lora_linear` makes its layers of, where it says otherwise.
+    """Set the LoRA settings of `model.config` to those of its layers, so that `lora_linear` builds the same again.
 
-    A merged model's weights hold all there is to say. Raises UserError for LoRA that a config can't say.
+    A merged model needs none: its weights contain the update. Raises UserError for LoRA that a config can't describe,
+    and for a model of which only some layers are merged.
     """
     config = model.config
-    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    layers = {name: module for name, module in every.items() if isinstance(module, LoRALinear)}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: module for name, module in linear.items() if isinstance(module, LoRALinear)}
     if not layers and lora_rank(config):
         config.apply_lora = False
     if all(module.merged for module in layers.values()):
         return
     if merged := [name for name, module in layers.items() if module.merged]:
         raise UserError(
-            f"{merged[0]} is merged and other layers are not: their file couldn't be told from a damaged one.\n"
+            f"{merged[0]} is merged and other layers are not: the saved model would look like a damaged one.\n"
             "Merge all of them (lora.merge_lora_) or none (lora.unmerge_lora_), then save."
         )
-    targets, numbers = lora_places(layers)
-    meant = {name for name in every if target_of(name) in targets and {*lora_places([name])[1]} & {*numbers}}
+    targets, numbers = targets_and_layers(layers)
+    described = {n for n in linear if target_of(n) in targets and {*targets_and_layers([n])[1]} & {*numbers}}
     kinds = {(module.r, module.lora_alpha, module.lora_dropout) for module in layers.values()}
-    if len(kinds) > 1 or meant != {*layers} or not {*targets} <= {*TARGETS}:
+    if len(kinds) > 1 or described != {*layers} or not {*targets} <= {*TARGETS}:
         raise UserError(
             "config.json can describe LoRA with one rank, alpha and dropout, on the same modules of each layer; "
             "this model's LoRA is different and would be lost.\n"
@@ -423,7 +431,7 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
     KeyError for a name that is no linear layer of the model, ValueError for a layer that is quantised or otherwise
     replaced.
     """
-    check_plain(model, layers)
+    check_not_quantised(model, layers)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if unknown := sorted(set(layers) - set(linear)):
         raise KeyError(unknown[0])
@@ -448,25 +456,27 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
         setattr(model.get_submodule(parent), child, new.train(old.training))
 
 
-def check_plain(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Raise ValueError if a layer of these names is neither `nn.Linear` nor one of ours, or its weight isn't of floats.
+def check_not_quantised(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Raise ValueError if one of these layers (without names: of all `TARGETS`) is quantised or otherwise replaced.
 
-    bitsandbytes, torchao and others put classes or tensors of their own in place of a linear layer's. Without names,
-    every one of the `TARGETS` is looked at.
+    bitsandbytes, torchao and others replace `nn.Linear`, or its weight, by a class of their own, or make the weight integers.
     """
     modules = dict(model.named_modules())
     for name in [name for name in modules if target_of(name) in TARGETS] if names is None else names:
         layer: Any = modules.get(name)
         if not hasattr(layer, "in_features"):
             continue
-        is_known, weight = type(layer) in (nn.Linear, Linear, LoRALinear), layer.weight
-        kind = type(weight if is_known else layer)
-        is_torchs = kind.__module__.partition(".")[0] == "torch"
-        if not is_known or not is_torchs or not weight.is_floating_point():
+        found, is_plain = layer, type(layer) in (nn.Linear, Linear, LoRALinear)
+        if is_plain:
+            found = layer.weight
+            is_plain = type(found).__module__.partition(".")[0] == "torch" and found.is_floating_point()
+        if not is_plain:
+            kind = f"{type(found).__module__}.{type(found).__qualname__}"
+            what = f"{name} is a {kind}" if found is layer else f"{name}.weight is a {kind} of {found.dtype}"
             raise ValueError(
-                f"{name} is a {kind.__module__}.{kind.__qualname__}, not a plain linear layer: quantised or replaced "
-                "layers are not supported.\nUse the model in fp32, fp16 or bf16; to quantise what was trained, merge "
-                "it (convert --to merged) and load that in transformers' own class."
+                f"{what}: quantised or replaced linear layers are not supported.\nUse the model in fp32, fp16 or bf16. "
+                "To quantise what was trained, merge it (python -m lora_nlu.adapters convert ... --to merged) and load "
+                "that in transformers' own class."
             )
 
 
@@ -474,9 +484,9 @@ def mark_only_lora_as_trainable(model: Any) -> None:
     """Train the LoRA matrices and every parameter outside the encoder (`model.base_model`); freeze the rest.
 
     Call it after `from_pretrained`, which forgets `requires_grad`. With no LoRA in the model the head alone trains.
-    Raises ValueError if layers of the encoder were quantised, and their updates lost.
+    Raises ValueError for a model with quantised layers, whose updates are lost.
     """
-    check_plain(model)
+    check_not_quantised(model)
     for parameter in model.base_model.parameters():
         parameter.requires_grad_(False)
     for module in model.base_model.modules():

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_nlu.kernels import Linear
-from lora_nlu.lora import LORA_SETTINGS, LoRALinear, check_plain, lora_places, mark_only_lora_as_trainable
+from lora_nlu.lora import (
+    LORA_SETTINGS,
+    LoRALinear,
+    check_not_quantised,
+    mark_only_lora_as_trainable,
+    targets_and_layers,
+)
 
 ADAPTER_TYPES = ("houlsby", "pfeiffer")
 SETTINGS = (
@@ -71,7 +77,7 @@ def set_bottlenecks_(model: Any, adapter_type: str, adapter_size: int) -> None:
 
     Raises ValueError for a model with quantised layers.
     """
-    check_plain(model)
+    check_not_quantised(model)
     config = model.config
     config.apply_adapter, config.adapter_type, config.adapter_size = True, adapter_type, adapter_size
     for name, module in model.base_model.named_modules():
@@ -95,7 +101,7 @@ def mark_trainable(model: Any) -> None:
 
     Call it after `from_pretrained`, which forgets `requires_grad`. Raises ValueError for a model with quantised layers.
     """
-    check_plain(model)
+    check_not_quantised(model)
     if not trains_a_part(model):
         model.requires_grad_(True)
         return
@@ -116,7 +122,7 @@ def describe_method(model: Any) -> dict[str, Any]:
     adapter = next((module for module in modules.values() if isinstance(module, Bottleneck)), None)
     method: dict[str, Any] = {"name": "head" if getattr(config, "head_only", False) else "full"}
     if lora:
-        targets, layers = lora_places(lora)
+        targets, layers = targets_and_layers(lora)
         every = len(layers) == config.num_hidden_layers
         p = max(module.lora_dropout for module in lora.values())
         method = {"name": "lora", "targets": targets, "layers": None if every else layers, "lora_dropout": p}

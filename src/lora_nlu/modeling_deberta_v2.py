@@ -37,7 +37,7 @@ from lora_nlu.blocks import (
     embed_types,
     embed_words,
 )
-from lora_nlu.kernels import Dropout, Linear, attention, is_watched
+from lora_nlu.kernels import Dropout, Linear, attention, is_traced
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
 
@@ -228,7 +228,7 @@ class DisentangledSelfAttention(nn.Module):
     def relative(self, projection: nn.Linear, table: Tensor) -> Tensor:
         """The table [V, U, H] through a projection shared with tokens; the config decides about its update."""
         if isinstance(projection, LoRALinear) and not lora_relative_query(self.config):
-            return projection(table, with_update=False)
+            return projection(table, apply_update=False)  # called as a module: hooks load offloaded weights
         return projection(table)
 
     def relative_projections(self) -> list[nn.Module]:
@@ -267,7 +267,7 @@ class DisentangledSelfAttention(nn.Module):
 
 def add_(scores: Tensor, others: Tensor) -> Tensor:
     """The sum, in the memory of `scores` unless that may be kept: by torch.func, or selective checkpointing's mode."""
-    is_kept = not torch.compiler.is_compiling() and (is_watched() or torch._C._len_torch_dispatch_stack() > 0)
+    is_kept = not torch.compiler.is_compiling() and (is_traced() or torch._C._len_torch_dispatch_stack() > 0)
     return scores + others if is_kept else scores.add_(others)
 
 

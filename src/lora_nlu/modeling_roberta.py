@@ -25,7 +25,7 @@ from lora_nlu.blocks import (
     embed_types,
     embed_words,
 )
-from lora_nlu.kernels import Dropout, attention, is_watched
+from lora_nlu.kernels import Dropout, attention, is_traced
 from lora_nlu.lora import LoRALinear, lora_linear
 from lora_nlu.packing import PackedBatch
 
@@ -51,7 +51,7 @@ def attend(
     probs = None
     for n, _, parts in packed.grouped(query, key, value):
         q, k, v = (rows.view(n, -1, heads, head_size).transpose(1, 2) for rows in parts)  # [n, A, L, D]
-        if with_probs or is_watched():  # torch's fused attention has no forward-mode and no second derivative
+        if with_probs or is_traced():  # torch's fused attention has no forward-mode and no second derivative
             scores = q @ k.transpose(-1, -2) / math.sqrt(head_size)  # [n, A, L, L]
             if packed.key_mask is not None:  # added, as transformers does: a row that sees nothing keeps its gradient
                 hidden = torch.zeros_like(packed.key_mask, dtype=scores.dtype)
