@@ -1,14 +1,27 @@
 #!/usr/bin/env bash
-# Makes or reuses .venv, installs, then runs the linter, the type checker and the whole test suite.
-#   bash scripts/test.sh                     everything
+# Makes or reuses .venv, installs, then runs the linter, the type checker and the test suite.
+#   bash scripts/test.sh                     the suite
 #   bash scripts/test.sh tests/test_lora.py  pytest arguments go through
+#   bash scripts/test.sh --all               the suite, then what takes longer: stress runs, the tests of transformers and PEFT
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/scripts/install.sh"
+all=
+if [[ "${1:-}" == --all ]]; then
+  all=yes
+  shift
+fi
 install dev
 cd "$root"
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1   # two test processes, a thread each
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-exec "$venv/bin/python" -m pytest -n 2 --dist loadfile -ra "$@"
+"$venv/bin/python" -m pytest -n 2 --dist loadfile -ra "$@"
+[[ -n "$all" ]] || exit 0
+for long in "stress/kill_and_resume.py --kills 200" "stress/full_disk.py --disks 20" \
+  "stress/fuzz.py --mutations 100000" "stress/compare.py --cases 5000" "foreign/run.py"; do
+  echo "== tests/$long"
+  # shellcheck disable=SC2086  # a file and its flags
+  "$venv/bin/python" tests/$long
+done
