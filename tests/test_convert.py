@@ -1,12 +1,14 @@
 """Adapters in other forms: they compute the same, what a form can't say is refused, nothing is written over."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import huggingface_hub
+import onnx
 import pytest
 import torch
 import transformers
@@ -115,6 +117,16 @@ def test_a_merged_model_in_transformers_own_class_is_exported_with_its_mask_by_t
         assert_close(program.module()(**other).logits, want)
     (got,) = ReferenceEvaluator(onnx_model).run(None, {name: tensor.numpy() for name, tensor in other.items()})
     assert_close(torch.from_numpy(got), want)
+
+
+def test_the_export_that_the_documents_show_runs(tmp_path, monkeypatch):
+    _, _, adapter = written("roberta", tmp_path, False, num_hidden_layers=1, max_position_embeddings=514)
+    assert main(["convert", str(adapter), str(tmp_path / "rte-model"), "--to", "merged"]) == 0
+    page = (Path(__file__).parents[1] / "docs" / "drop_in.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "onnx" in block]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert [output.name for output in onnx.load("rte.onnx").graph.output] == ["logits"]
 
 
 @pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])

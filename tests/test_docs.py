@@ -21,3 +21,11 @@ def test_every_test_that_a_document_names_is_there(document):
 def test_every_file_that_a_document_links_to_is_there(document):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
     assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_every_listed_difference_from_transformers_and_pefts_tests_is_documented_with_its_reason():
+    page = (ROOT / "docs" / "drop_in.md").read_text()
+    for line in (ROOT / "tests" / "foreign" / "differences.tsv").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pattern, reason = line.split("\t")
+            assert f"| `{pattern}` | {reason} |" in page
