@@ -251,7 +251,7 @@ def test_transformers_trainer_takes_the_loss_as_a_mean_and_keeps_the_columns_it_
 def test_a_mask_of_pairs_and_a_mask_that_is_added_are_refused(kind):
     model, ids = CLASSIFIERS[kind][0](config_of(kind)), torch.full((2, 3), 5)
     for shape in ((2, 3, 3), (2, 1, 3, 3), (2, 1, 1, 3)):
-        with pytest.raises(ValueError, match=r"\[batch, seq\] = \[2, 3\], got .* pairs of tokens is not supported"):
+        with pytest.raises(ValueError, match=r"\[batch, seq\] = \[2, 3\], got .* by query and key, are not supported"):
             model(ids, torch.ones(shape))
     for low in (-torch.inf, -1e4, torch.finfo(torch.float32).min, 0.5):
         with pytest.raises(ValueError, match="attention_mask has values other than 0 and 1"):
@@ -267,9 +267,7 @@ def test_a_mask_of_pairs_and_a_mask_that_is_added_are_refused(kind):
 def test_an_empty_batch_or_one_of_another_rank_is_refused_by_name(kind, shape, weight):
     model, ids = CLASSIFIERS[kind][0](config_of(kind, reg_loss_wgt=weight)), torch.zeros(shape, dtype=torch.long)
     for mask in (None, torch.ones(shape)):
-        with pytest.raises(
-            ValueError, match=r"input_ids must be \[batch, seq\], of one sequence of one token at least"
-        ):
+        with pytest.raises(ValueError, match=r"input_ids must be \[batch, seq\], at least one token of one sequence"):
             model(ids, mask, labels=torch.zeros(shape[0]).long())
         with pytest.raises(ValueError, match=r"inputs_embeds must be \[batch, seq, H\]"):
             model.base_model(
@@ -337,7 +335,7 @@ def test_numbers_to_regress_to_that_are_not_of_the_logits_shape_are_refused(kind
     for count, wrong in ((2, [(8,), (2, 4), (4, 1), (4,)]), (1, [(3,), (8,), (4, 2)])):
         model = CLASSIFIERS[kind][0](config_of(kind, num_labels=count, problem_type="regression"))
         for shape in wrong:
-            with pytest.raises(ValueError, match=rf"wants labels \[4, {count}\] as the logits', got"):
+            with pytest.raises(ValueError, match=rf"needs labels of the logits' shape \[4, {count}\], got"):
                 model(**batch_of(kind), labels=torch.zeros(shape))
         for shape in [(4, 2)] if count == 2 else [(4,), (4, 1)]:
             assert model(**batch_of(kind), labels=torch.zeros(shape)).loss.shape == ()

@@ -1,4 +1,4 @@
-"""What RoBERTa and DeBERTa-V2 have in common: the parts of a layer, the way through the layers, the classifier.
+"""What both models share: the parts of a layer, loading and saving, the forward of encoder and classifier.
 
 Dim letters: B sequences, S longest of them, N real tokens, Q query rows (N, or B for first tokens alone), H hidden,
 A heads, C labels.
@@ -23,30 +23,30 @@ from lora_nlu.methods import bottleneck
 from lora_nlu.packing import PackedBatch
 from lora_nlu.regularization import classification_loss, cutoff, two_view_losses
 
-Given = Tensor | None
-_ADDED = re.compile(r"\.(lora|adapter)_[AB]\b")  # names of what LoRA or a bottleneck adds
-# Keywords that transformers' forward takes too and that change nothing in an encoder: a decoder's, a tokenizer's.
-WITHOUT_EFFECT = {"use_cache", "cache_position"} | {
-    "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping",
+OptionalTensor = Tensor | None
+_ADDED = re.compile(r"\.(lora|adapter)_[AB]\b")  # in the names of the parameters of LoRA and bottlenecks
+# Keywords of transformers' forward that change nothing in an encoder: of a decoder's cache, of a tokenizer's output.
+IGNORED_KEYWORDS = {
+    "use_cache", "cache_position", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping",
 }  # fmt: skip
-# ... and that change something in other models, or did.
-NOT_SUPPORTED = {"past_key_values", "encoder_hidden_states", "encoder_attention_mask", "head_mask", "is_causal"}
+# Keywords that would change the result: only None and False are accepted.
+REFUSED_KEYWORDS = {"past_key_values", "encoder_hidden_states", "encoder_attention_mask", "head_mask", "is_causal"}
 
 
-def check_others(others: dict[str, Any]) -> None:
-    """Raise ValueError for a keyword that would have to be ignored, TypeError for one that nobody knows."""
-    for name, value in others.items():
-        if name in NOT_SUPPORTED:
+def check_keywords(keywords: dict[str, Any]) -> None:
+    """Raise ValueError for a keyword that this model can't honour, TypeError for one that transformers lacks too."""
+    for name, value in keywords.items():
+        if name in REFUSED_KEYWORDS:
             if value is not None and value is not False:
-                raise ValueError(f"{name} is not supported: this model is an encoder. Leave it out.")
-        elif name not in WITHOUT_EFFECT:
+                raise ValueError(f"{name} is not supported by this encoder. Leave it out.")
+        elif name not in IGNORED_KEYWORDS:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
 
 
 def embed_words(embedding: nn.Embedding, input_ids: Any, inputs_embeds: Any, packed: PackedBatch) -> Tensor:
     """Rows [N, H] of ids [B, S] or embeddings [B, S, H], one of them None.
 
-    A hook on the embedding, such as NEFTune's, expects [B, S, H]: with one the whole grid is embedded.
+    A hook on the embedding, such as NEFTune's, expects [B, S, H]: with a hook, padding is embedded too.
     """
     if inputs_embeds is not None:
         return packed.pack(inputs_embeds)
@@ -55,10 +55,10 @@ def embed_words(embedding: nn.Embedding, input_ids: Any, inputs_embeds: Any, pac
     return embedding(packed.pack(input_ids))
 
 
-def embed_types(embedding: nn.Embedding, token_type_ids: Given, packed: PackedBatch) -> Tensor:
+def embed_types(embedding: nn.Embedding, token_type_ids: OptionalTensor, packed: PackedBatch) -> Tensor:
     """Embeddings [N, H] of token types [B, S] or [1, S]; without any, [1, H], that of type 0, for every token."""
     if token_type_ids is None:
-        return embedding(packed.first_rows[:1])  # row 0; calling the module loads a weight that was offloaded
+        return embedding(packed.first_rows[:1])  # its value is 0, a type; calling the module loads offloaded weights
     return embedding(packed.pack(token_type_ids.expand(packed.batch, packed.length)))
 
 
@@ -68,7 +68,7 @@ def activation(name: Any) -> Any:
 
 
 class DenseAddNorm(nn.Module):
-    """LayerNorm(dropout(dense(x)) + residual): the end of both halves of a layer, with an adapter where one is set."""
+    """LayerNorm(dropout(dense(x)) + residual): the end of both halves of a layer, with its bottleneck, if any."""
 
     def __init__(self, config: Any, layer: int, in_features: int, after_attention: bool) -> None:
         super().__init__()
@@ -82,8 +82,8 @@ class DenseAddNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         rows = self.dropout(self.dense(x))
         if self.adapter is not None:
-            seen = self.LayerNorm(rows + residual) if self.adapter.reads_norm else rows
-            rows = self.adapter(seen, rows)
+            read = self.LayerNorm(rows + residual) if self.adapter.reads_norm else rows
+            rows = self.adapter(read, rows)
         return self.LayerNorm(rows + residual)
 
 
@@ -113,34 +113,35 @@ class Intermediate(nn.Module):
 
 
 def refuse_quantised(name: Any, setting: Any) -> None:
-    """Raise UserError if `setting`, a checkpoint's or a caller's quantization_config, is set."""
+    """Raise UserError, naming the method, if `setting` (a quantization_config, or flags of one) is set."""
     if setting:
-        given = setting if isinstance(setting, dict) else setting.to_dict()
-        kind = getattr(given.get("quant_method"), "value", given.get("quant_method")) or ", ".join(map(str, given))
+        values = setting if isinstance(setting, dict) else setting.to_dict()
+        method = getattr(values.get("quant_method"), "value", values.get("quant_method")) or ", ".join(map(str, values))
         raise UserError(
-            f"{name}: quantisation ({shown(kind)}) is not supported: these models compute with weights in fp32, fp16 "
-            "or bf16.\nLoad the plain checkpoint here. To quantise what was trained, merge it "
+            f"{name}: quantisation ({shown(method)}) is not supported: these models compute with weights in fp32, fp16 "
+            "or bf16.\nLoad the unquantised checkpoint. To quantise what was trained, merge it "
             "(python -m lora_nlu.adapters convert ... --to merged) and load that in transformers' own class."
         )
 
 
 class Checkpoints:
-    """Saving and loading of both models: what a method adds is never lost in between."""
+    """Saving and loading of both models, with checks that no tensor of LoRA or of a bottleneck gets lost."""
 
     config_class: Any
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """What a config calls our attention: "eager", the default, or "sdpa". Any other is refused."""
+        """The name of our attention in a config: "eager" (default) or "sdpa", one computation. Others are refused."""
         if requested_attention in (None, "eager", "sdpa"):
             return requested_attention or "eager"
         return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
+        """True, so that `set_attn_implementation` works; transformers would search the source of our module for it."""
         return True
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'; the config says where LoRA is. Raises UserError where it can't (`lora.describe_lora_`)."""
+        """As transformers', with the LoRA settings in the config. Raises UserError as `lora.describe_lora_`."""
         describe_lora_(self)
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
@@ -148,42 +149,43 @@ class Checkpoints:
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As transformers'.
 
-        Raises UserError if LoRA or bottlenecks of the checkpoint find no place, or half of it, and for quantisation.
+        Raises UserError if the checkpoint has LoRA or bottlenecks that the model lacks, or only some of those that it
+        has, and for quantisation.
         """
-        cls._refuse_quantised(*args, **kwargs)
+        cls._check_quantisation(*args, **kwargs)
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         name = model.name_or_path
-        left = sorted(key for key in report["unexpected_keys"] if _ADDED.search(key))
-        if left:
+        unused = sorted(key for key in report["unexpected_keys"] if _ADDED.search(key))
+        if unused:
             raise UserError(
-                f"{name}: contains {left[0]} and {len(left) - 1} more adapter tensors that this model lacks; they "
+                f"{name}: contains {unused[0]} and {len(unused) - 1} more adapter tensors that this model lacks; they "
                 "would be left out.\nGive the settings it was trained with (--apply_lora --lora_r R "
                 "--lora_alpha A), or the plain base model, and the adapter as --lora_path (adapters.attach_adapter)."
             )
-        for kind in (".lora_", ".adapter_"):
-            added = {key: is_loaded(p) for key, p in model.named_parameters() if kind in key and _ADDED.search(key)}
+        for kind in (r"\.lora_[AB]\b", r"\.adapter_[AB]\b"):
+            added = {key: is_loaded(p) for key, p in model.named_parameters() if re.search(kind, key)}
             lacks = [key for key, loaded in added.items() if not loaded]
             if lacks and len(lacks) < len(added):
-                # Houlsby's places but those of attention are Pfeiffer's
-                is_pfeiffer = kind == ".adapter_" and all((".attention." in key) != added[key] for key in added)
-                given = "--adapter_type pfeiffer" if is_pfeiffer else "the settings it was saved with"
+                # Pfeiffer's bottlenecks are Houlsby's without those after attention
+                is_pfeiffer = "adapter" in kind and all((".attention." in key) != added[key] for key in added)
+                remedy = "--adapter_type pfeiffer" if is_pfeiffer else "the settings it was saved with"
                 raise UserError(
                     f"{name}: is damaged, or was saved with other settings: of {len(added)} adapter tensors it lacks "
-                    f"{len(lacks)}, {lacks[0]} first.\nGive {given}, or take a whole copy."
+                    f"{len(lacks)}, {lacks[0]} first.\nGive {remedy}, or use a complete copy of the file."
                 )
         return (model, report) if output_loading_info else model
 
     @classmethod
-    def _refuse_quantised(
+    def _check_quantisation(
         cls, pretrained_model_name_or_path: Any = None, *_: Any, config: Any = None, **kwargs: Any
     ) -> None:
-        """Before transformers asks for the package: it would replace the layers, ours with what they add."""
+        """Raise UserError for quantisation, before transformers looks for its package and replaces layers with LoRA."""
         name = pretrained_model_name_or_path
-        asked = {key: kwargs[key] for key in ("load_in_8bit", "load_in_4bit", "gguf_file") if kwargs.get(key)}
-        refuse_quantised(name, kwargs.get("quantization_config") or asked)
+        flags = {key: kwargs[key] for key in ("load_in_8bit", "load_in_4bit", "gguf_file") if kwargs.get(key)}
+        refuse_quantised(name, kwargs.get("quantization_config") or flags)
         settings = getattr(config, "__dict__", None)
         if settings is None:
-            with suppress(Exception):  # what is wrong with the folder or id, transformers says
+            with suppress(Exception):  # transformers reports an unreadable folder or id afterwards
                 settings, _ = cls.config_class.get_config_dict(name if config is None else config, **kwargs)
         refuse_quantised(name, (settings or {}).get("quantization_config"))
 
@@ -200,19 +202,19 @@ class EncoderLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, packed: PackedBatch, first_only: bool, with_probs: bool, *positions: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """With `first_only`, keys and values come from every token, all the rest is computed for first tokens alone.
+        """With `first_only`, keys and values come from every token; all else is computed for first tokens alone.
 
-        `positions` is what the self-attention takes beside that: nothing, or DeBERTa's relative table.
+        `positions` are further arguments of the self-attention: none, or DeBERTa's relative table and distances.
         """
         queries = hidden_states.index_select(0, packed.first_rows) if first_only else hidden_states  # [Q, H]
         attended, probs = self.attention(queries, hidden_states, packed, with_probs, *positions)
         return self.output(self.intermediate(attended), attended), probs
 
 
-class Encoded:
-    """Rows [Q, H] after the latest layer, and of every layer so far: attentions [B, A, S, S], hidden states [B, S, H].
+class EncoderOutputs:
+    """Rows [Q, H] after the latest layer; of all layers so far hidden states [B, S, H] and attentions [B, A, S, S].
 
-    Hidden states are part of the graph: where they are wanted, the next layer reads its rows from the padded tensor.
+    Requested hidden states are part of the autograd graph: the next layer reads its rows from the padded tensor.
     """
 
     def __init__(self, rows: Tensor, packed: PackedBatch, with_hidden: bool) -> None:
@@ -222,7 +224,7 @@ class Encoded:
         self._set(rows)
 
     def add(self, rows: Tensor, probs: Tensor | None) -> None:
-        """What a layer, and all that belongs to it, computed."""
+        """Append the results of a layer (of DeBERTa's first: after its convolution)."""
         self._set(rows)
         self.attentions.append(probs)
 
@@ -234,15 +236,15 @@ class Encoded:
 
 
 class PackedEncoder:
-    """The forward of both base models: pack, embed, run the layers, pad again what was asked for."""
+    """The forward of both base models: pack, embed, run the layers, unpack what was requested."""
 
     config: Any
     embeddings: Any
     encoder: Any
-    pooler: Any  # of a model whose checkpoints have one; it may be None
+    pooler: Any  # only in RoBERTa, where it may be None
 
-    keeps_distances = False  # where attention reads distances, a hole in a mask must not close up
-    selects_hidden_states = False  # whether output_hidden_states may be numbers, as for transformers' class
+    keeps_distances = False  # attention depends on distances: packing must not close the holes of a mask
+    selects_hidden_states = False  # output_hidden_states may be layer numbers, as in transformers' RoBERTa
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
@@ -252,32 +254,32 @@ class PackedEncoder:
 
     def forward(
         self,
-        input_ids: Given = None,
-        attention_mask: Given = None,
-        token_type_ids: Given = None,
-        position_ids: Given = None,
-        inputs_embeds: Given = None,
+        input_ids: OptionalTensor = None,
+        attention_mask: OptionalTensor = None,
+        token_type_ids: OptionalTensor = None,
+        position_ids: OptionalTensor = None,
+        inputs_embeds: OptionalTensor = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         return_dict: bool | None = None,
         first_token_only: bool = False,
         views: int = 1,
-        **others: Any,
+        **keywords: Any,
     ) -> BaseModelOutput | tuple:
         """Encode a batch.
 
         Args:    input_ids [B, S] int64 or inputs_embeds [B, S, H], one of them; attention_mask [B, S], 0 = padding;
                  token_type_ids and position_ids [B, S] int64. `first_token_only` computes and returns just the first
-                 token of each sequence, exactly, where neither attentions nor hidden states are wanted. The batch is
-                 `views` equal parts, between which no dropout is shared.
+                 token of each sequence, exactly, unless attentions or hidden states are requested. The batch consists
+                 of `views` equal parts, between which no dropout is shared.
         Returns: last_hidden_state [B, S, H] ([B, 1, H] for first tokens only), 0 where the mask is 0; pooler_output
                  [B, H] of a model that has one; hidden_states and attentions ([B, A, S, S] a layer) on request. In the
                  fallback of `PackedBatch`, masked positions hold what transformers computes there. Where
                  output_hidden_states is a number or numbers (RoBERTa), hidden states of other numbers are None.
         Raises:  ValueError if both or neither input is given, a shape disagrees, the batch is empty or a sequence is
-                 too long; for other keywords as `check_others`.
+                 too long; for other keywords as `check_keywords`.
         """
-        check_others(others)
+        check_keywords(keywords)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         config = self.config
@@ -286,10 +288,10 @@ class PackedEncoder:
         first_token_only = first_token_only and not with_probs and not with_hidden
         grid: Any = input_ids if inputs_embeds is None else inputs_embeds
         if grid.dim() != (2 if inputs_embeds is None else 3) or not grid.numel():
-            name = (
+            must = (
                 "input_ids must be [batch, seq]" if inputs_embeds is None else "inputs_embeds must be [batch, seq, H]"
             )
-            raise ValueError(f"{name}, of one sequence of one token at least, got {list(grid.shape)}.")
+            raise ValueError(f"{must}, at least one token of one sequence, got {list(grid.shape)}.")
         batch, length = grid.shape[:2]
         packed = PackedBatch.from_mask(attention_mask, batch, length, grid.device, self.keeps_distances)
 
@@ -297,14 +299,14 @@ class PackedEncoder:
         encoded = self.encoder(rows, packed, first_token_only, with_hidden, with_probs, views)
         if first_token_only:
             rows = encoded.rows
-            if rows.shape[0] != batch:  # the last layer didn't narrow them: there is none, or DeBERTa's first convolves
+            if rows.shape[0] != batch:  # rows of all tokens: no layers, or a convolution after the only one
                 rows = rows.index_select(0, packed.first_rows)
             first = packed.in_batch_order(rows)  # [B, H]
             last_hidden_state = first[:, None]  # [B, 1, H]
         else:
             last_hidden_state = encoded.hidden_states[-1] if with_hidden else packed.unpack(encoded.rows)  # [B, S, H]
             first = last_hidden_state[:, 0]
-        hidden: list[Given] = [*encoded.hidden_states]
+        hidden: list[OptionalTensor] = [*encoded.hidden_states]
         if self.selects_hidden_states and not isinstance(with_hidden, bool):
             numbers = [with_hidden] if isinstance(with_hidden, int) else with_hidden
             hidden = [x if i in numbers or i - len(hidden) in numbers else None for i, x in enumerate(hidden)]
@@ -340,7 +342,7 @@ class SequenceClassifier:
     training: bool
     base_model: Any
     soft_labels = "multi_label_classification"  # what labels [B, C] mean to transformers' class of that name
-    accepts_loss_kwargs = False  # a Trainer that sees **others must not think that the loss is a sum it has to divide
+    accepts_loss_kwargs = False  # Trainer takes a forward with **keywords for one that divides by num_items_in_batch
 
     def head(self, first: Tensor) -> Tensor:
         """First tokens [B, H] to logits [B, C]."""
@@ -348,16 +350,16 @@ class SequenceClassifier:
 
     def forward(
         self,
-        input_ids: Given = None,
-        attention_mask: Given = None,
-        token_type_ids: Given = None,
-        position_ids: Given = None,
-        inputs_embeds: Given = None,
-        labels: Given = None,
+        input_ids: OptionalTensor = None,
+        attention_mask: OptionalTensor = None,
+        token_type_ids: OptionalTensor = None,
+        position_ids: OptionalTensor = None,
+        inputs_embeds: OptionalTensor = None,
+        labels: OptionalTensor = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         return_dict: bool | None = None,
-        **others: Any,
+        **keywords: Any,
     ) -> SequenceClassifierOutput | tuple:
         """Classify a batch; inputs, requests and errors as in `PackedEncoder.forward`.
 
@@ -383,7 +385,7 @@ class SequenceClassifier:
             return_dict=True,
             first_token_only=True,
             views=2 if weight else 1,
-            **others,
+            **keywords,
         )
         logits = self.head(output.last_hidden_state[:, 0])  # [B, C]
         problem_type = config.problem_type

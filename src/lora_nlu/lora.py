@@ -459,7 +459,7 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
 def check_not_quantised(model: nn.Module, names: Iterable[str] | None = None) -> None:
     """Raise ValueError if one of these layers (without names: of all `TARGETS`) is quantised or otherwise replaced.
 
-    bitsandbytes, torchao and others replace `nn.Linear`, or its weight, by a class of their own, or make the weight integers.
+    bitsandbytes, torchao and others replace `nn.Linear`, or its weight, by a class of their own, or store integers.
     """
     modules = dict(model.named_modules())
     for name in [name for name in modules if target_of(name) in TARGETS] if names is None else names:

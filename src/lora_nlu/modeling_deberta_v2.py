@@ -28,9 +28,9 @@ from transformers import DebertaV2Config, PreTrainedModel
 
 from lora_nlu.blocks import (
     Checkpoints,
-    Encoded,
     EncoderLayer,
-    Given,
+    EncoderOutputs,
+    OptionalTensor,
     PackedEncoder,
     SequenceClassifier,
     activation,
@@ -92,7 +92,12 @@ class DebertaV2Embeddings(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, input_ids: Any, token_type_ids: Given, position_ids: Given, inputs_embeds: Any, packed: PackedBatch
+        self,
+        input_ids: Any,
+        token_type_ids: OptionalTensor,
+        position_ids: OptionalTensor,
+        inputs_embeds: Any,
+        packed: PackedBatch,
     ) -> Tensor:
         """Ids or embeddings as in `PackedEncoder.forward`, exactly one of them None, to rows [N, H].
 
@@ -160,9 +165,10 @@ class DisentangledSelfAttention(nn.Module):
         """
         query, key, value = self.query_proj(queries), self.key_proj(hidden_states), self.value_proj(hidden_states)
         relative_key, relative_query = self.project(table, distances)  # [V, 2 S - 1, H] each, or None
-        # A layer under reentrant checkpointing runs without grad mode first, and must draw the same dropout then.
-        trains = self.training and not torch.is_grad_enabled() and self.trains_relative(table)
-        if not with_probs and type(self.dropout) is Dropout and not trains:
+        # The kernel gives the tables no gradients. Reentrant checkpointing runs a layer without grad mode first; where
+        # the recomputation can't use the kernel, neither may that run: the kernel draws other dropout than torch.
+        needs_table_grad = self.training and not torch.is_grad_enabled() and self.trains_relative(table)
+        if not with_probs and type(self.dropout) is Dropout and not needs_table_grad:
             p = self.dropout.p if self.training else 0.0
             fused = attention(query, key, value, packed, self.heads, 1 / self.scale, p, relative_key, relative_query)
             if fused is not None:
@@ -198,13 +204,14 @@ class DisentangledSelfAttention(nn.Module):
                 scores = add_(scores, content_to_position(q, relative_key[:, :, middle], length))
             if relative_query is not None:
                 scores = add_(scores, position_to_content(k, relative_query[:, :, middle], q.shape[2]))
-            if packed.key_mask is not None:  # a masked query sees all keys alike, as transformers has it
+            if packed.key_mask is not None:  # the scores of a masked query are all equal, as in transformers
                 seen = packed.key_mask.transpose(0, 1)  # [1, B, 1, S]
                 seen = seen & seen[..., : q.shape[2]].transpose(-1, -2)
                 scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
-            weights = self.dropout.forward(scores.softmax(-1))  # no hook: ZeRO-3 wants as many calls everywhere
+            # .forward: ZeRO-3 counts calls of modules by hooks and needs the same number on every rank
+            weights = self.dropout.forward(scores.softmax(-1))
             if with_probs:
-                probs = weights.transpose(0, 1)  # [B, A, S, S]: of all sequences, there is one group
+                probs = weights.transpose(0, 1)  # [B, A, S, S]: all sequences are in one padded group
                 if packed.is_padded:
                     probs = probs * packed.key_mask.transpose(-1, -2)  # type: ignore[union-attr]
                 weights = probs.transpose(0, 1)
@@ -238,19 +245,20 @@ class DisentangledSelfAttention(nn.Module):
         return [getattr(self, name) for name, used in zip(names, uses, strict=True) if used]
 
     def shared_updates(self) -> list[LoRALinear]:
-        """The projections with an update that the relative table goes through, where the two readings differ."""
+        """The projections with an update that tokens and relative table share: where `lora_relative_query` matters."""
         return [layer for layer in self.relative_projections() if self.shared and isinstance(layer, LoRALinear)]
 
     def trains_relative(self, table: Tensor | None) -> bool:
-        """Whether the relative keys or queries would have a gradient in grad mode."""
+        """Whether relative keys or queries would require gradients in grad mode."""
         if table is None:
             return False
         frozen = [] if lora_relative_query(self.config) else self.shared_updates()
-        trained = [table]
+        inputs = [table]
         for layer in self.relative_projections():
-            every = layer.named_parameters()
-            trained += [x for name, x in every if not (layer in frozen and name.startswith("lora_"))]
-        return any(x.requires_grad for x in trained)
+            for name, parameter in layer.named_parameters():
+                if layer not in frozen or not name.startswith("lora_"):
+                    inputs.append(parameter)
+        return any(x.requires_grad for x in inputs)
 
     def by_head(self, rows: Tensor | None) -> Tensor | None:
         """[V, 2 S - 1, H] to [A, V, 2 S - 1, D]."""
@@ -259,16 +267,17 @@ class DisentangledSelfAttention(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not lora_relative_query(self.config) and any(layer.merged for layer in self.shared_updates()):
             raise RuntimeError(
-                "A merged DeBERTa whose relative query is frozen can't be saved: whoever loads the file would apply "
-                "the update to the relative query too. Call lora.unmerge_lora_(model) and save the adapter."
+                "A merged DeBERTa whose relative query is frozen can't be saved: a model that loads the file would "
+                "apply the update to the relative query too. Call lora.unmerge_lora_(model) and save the adapter."
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 def add_(scores: Tensor, others: Tensor) -> Tensor:
-    """The sum, in the memory of `scores` unless that may be kept: by torch.func, or selective checkpointing's mode."""
-    is_kept = not torch.compiler.is_compiling() and (is_traced() or torch._C._len_torch_dispatch_stack() > 0)
-    return scores + others if is_kept else scores.add_(others)
+    """scores + others, in place unless a transform, a trace or selective checkpointing's mode may keep `scores`."""
+    # torch has no public function that tells whether a dispatch mode is on
+    may_be_kept = not torch.compiler.is_compiling() and (is_traced() or torch._C._len_torch_dispatch_stack() > 0)
+    return scores + others if may_be_kept else scores.add_(others)
 
 
 def content_to_position(q: Tensor, relative_key: Tensor, length: int) -> Tensor:
@@ -353,10 +362,10 @@ class DebertaV2Encoder(nn.Module):
 
     def forward(
         self, rows: Tensor, packed: PackedBatch, first_only: bool, with_hidden: bool, with_probs: bool, views: int
-    ) -> Encoded:
+    ) -> EncoderOutputs:
         """Embedded rows [N, H] through the layers; each of the batch's `views` parts has a dropout of the table."""
         table, distances = self.relative_table(packed, views)
-        encoded = Encoded(rows, packed, with_hidden)
+        encoded = EncoderOutputs(rows, packed, with_hidden)
         rows = encoded.rows
         for i, layer in enumerate(self.layer):
             convolves = i == 0 and self.conv is not None
@@ -371,7 +380,7 @@ def share_att_key(config: Any) -> bool:
 
 
 def position_kinds(config: Any) -> list[str]:
-    """What `pos_att_type`, a list or a text such as "c2p|p2c", names; "none" and "" name nothing."""
+    """The kinds of relative attention in `pos_att_type`, a list or string ("c2p|p2c"), without "none" and ""."""
     kinds = config.pos_att_type or []
     if isinstance(kinds, str):
         kinds = [kind.strip().lower() for kind in kinds.split("|")]
@@ -417,7 +426,7 @@ def check_config(config: Any) -> None:
 
 
 class DebertaV2PreTrainedModel(Checkpoints, PreTrainedModel):
-    """What both models share: configuration class, loading, initialisation."""
+    """What encoder and classifier share: configuration class, loading, initialisation."""
 
     config_class = DebertaV2Config
     base_model_prefix = "deberta"

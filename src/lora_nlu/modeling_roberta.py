@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, RobertaConfig
 
 from lora_nlu.blocks import (
     Checkpoints,
-    Encoded,
     EncoderLayer,
-    Given,
+    EncoderOutputs,
+    OptionalTensor,
     PackedEncoder,
     SequenceClassifier,
     embed_types,
@@ -51,12 +51,12 @@ def attend(
     probs = None
     for n, _, parts in packed.grouped(query, key, value):
         q, k, v = (rows.view(n, -1, heads, head_size).transpose(1, 2) for rows in parts)  # [n, A, L, D]
-        if with_probs or is_traced():  # torch's fused attention has no forward-mode and no second derivative
+        if with_probs or is_traced():  # torch's fused attention has no forward-mode and no second derivatives
             scores = q @ k.transpose(-1, -2) / math.sqrt(head_size)  # [n, A, L, L]
-            if packed.key_mask is not None:  # added, as transformers does: a row that sees nothing keeps its gradient
+            if packed.key_mask is not None:  # added, as transformers does: a row that sees no key keeps its gradient
                 hidden = torch.zeros_like(packed.key_mask, dtype=scores.dtype)
                 scores = scores + hidden.masked_fill(~packed.key_mask, torch.finfo(scores.dtype).min)
-            probs = F.dropout(scores.softmax(-1), dropout_p)  # of all sequences: there is one group
+            probs = F.dropout(scores.softmax(-1), dropout_p)  # with_probs: of all sequences, in one padded group
             if packed.is_padded:
                 probs = probs * packed.key_mask.transpose(-1, -2)  # type: ignore[union-attr]
             context = probs @ v
@@ -100,7 +100,12 @@ class RobertaEmbeddings(nn.Module):
         return positions.expand(batch, length)
 
     def forward(
-        self, input_ids: Any, token_type_ids: Given, position_ids: Given, inputs_embeds: Any, packed: PackedBatch
+        self,
+        input_ids: Any,
+        token_type_ids: OptionalTensor,
+        position_ids: OptionalTensor,
+        inputs_embeds: Any,
+        packed: PackedBatch,
     ) -> Tensor:
         """Ids or embeddings as in `PackedEncoder.forward`, exactly one of them None, to rows [N, H]."""
         shape, device = (packed.batch, packed.length), packed.first_rows.device
@@ -144,9 +149,9 @@ class RobertaEncoder(nn.Module):
 
     def forward(
         self, rows: Tensor, packed: PackedBatch, first_only: bool, with_hidden: bool, with_probs: bool, views: int
-    ) -> Encoded:
+    ) -> EncoderOutputs:
         """Embedded rows [N, H] through the layers; no dropout is shared by examples, so `views` changes nothing."""
-        encoded = Encoded(rows, packed, with_hidden)
+        encoded = EncoderOutputs(rows, packed, with_hidden)
         for i, layer in enumerate(self.layer):
             is_last = i + 1 == len(self.layer)
             encoded.add(*layer(encoded.rows, packed, first_only and is_last, with_probs))
@@ -165,12 +170,12 @@ class RobertaPooler(nn.Module):
 
 
 class RobertaPreTrainedModel(Checkpoints, PreTrainedModel):
-    """What both models share: configuration class, loading, initialisation."""
+    """What encoder and classifier share: configuration class, loading, initialisation."""
 
     config_class = RobertaConfig
     base_model_prefix = "roberta"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
+    _supports_sdpa = True  # as transformers' class says; "sdpa" and "eager" are one computation here
     _no_split_modules = ["EncoderLayer"]
     # A base checkpoint has the language-model head and pooler that a classifier lacks; what a method adds starts anew.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"pooler\.", r"position_ids$"]

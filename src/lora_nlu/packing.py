@@ -16,18 +16,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Where the real tokens of one padded batch went.
+    """Where the real tokens of one padded batch are in the packed rows.
 
     slots:       [N] int64, place of each packed row in the flat [B * S] grid; None if every token is real and in place.
     first_rows:  [B] int64, packed row of each sequence's first token, sequences in packed (sorted) order.
     unsort:      [B] int64, packed place of each sequence of the batch; None if the order is the batch's.
     groups:      (count, length) of each run of equally long sequences, in packed order.
-    key_mask:    [B, 1, 1, S] bool, True where attention may look; None except in the fallback below and in `padded`.
-    is_padded:   whether the masked rows are padding, which nobody reads: `padded`, not the fallback.
+    key_mask:    [B, 1, 1, S] bool, True for keys that attention may see; None but in the fallback and in `padded`.
+    is_padded:   True in `padded`, where nobody reads the masked rows; False in the fallback, where the caller may.
 
-    Fallback: where a sequence's first position is masked (left padding), callers still read that position, as
-    transformers does; and where distances count, a hole in a mask must not close up. Such a batch keeps all of its
-    B * S tokens as rows, in one group, under `key_mask`.
+    Fallback: a batch keeps all of its B * S tokens as rows, in one group with a `key_mask`, where a sequence's first
+    position is masked (left padding), because callers read that position, as transformers does; and where distances
+    count and a mask has holes, because packing would close them.
     """
 
     batch: int
@@ -45,9 +45,9 @@ class PackedBatch:
     ) -> "PackedBatch":
         """Plan the packing of a [B, S] batch from its attention mask ([B, S], 0 = padding; None = all real).
 
-        With `keep_distances`, tokens of a sequence are as far apart packed as they were: a mask with holes falls back.
-        Waits for the GPU once, for the lengths. Raises ValueError if the mask has another shape, or is of floats that
-        are not 0 and 1; RuntimeError where it has no numbers yet: in torch.jit.trace, torch.export, vmap over masks.
+        With `keep_distances`, a mask with holes takes the fallback. Waits for the GPU once, for the lengths. Raises
+        ValueError if the mask has another shape, or is of floats other than 0 and 1; RuntimeError where its values are
+        not known yet: in torch.jit.trace, torch.export and vmap over masks.
         """
         dense = cls(
             batch=batch,
@@ -62,29 +62,30 @@ class PackedBatch:
         if mask.shape != (batch, length):
             raise ValueError(
                 f"attention_mask must be [batch, seq] = {[batch, length]}, got {list(mask.shape)}."
-                + (" A mask of pairs of tokens is not supported." if mask.dim() > 2 else "")
+                + (" Masks of more dimensions, by query and key, are not supported." if mask.dim() > 2 else "")
             )
-        has_numbers = torch.compiler.is_compiling() or torch._C._has_storage(mask)
-        if torch.jit.is_tracing() or torch.compiler.is_exporting() or not has_numbers:
+        # a batch of masks under vmap has no storage; torch has no public test for that
+        has_values = torch.compiler.is_compiling() or torch._C._has_storage(mask)
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or not has_values:
             raise RuntimeError(
-                "attention_mask: its numbers decide which rows are computed, so a trace, an export or vmap would keep "
-                "those of one mask. Leave it out where nothing is padded, or use transformers' own class: save the "
-                "model after lora.merge_lora_(model) and load that folder there."
+                "attention_mask can't be traced, exported or batched by vmap: its values decide which rows are "
+                "computed. Leave it out where nothing is padded, or use transformers' own class: save the model after "
+                "lora.merge_lora_(model) and load that folder there."
             )
         mask = mask.to(device)
         real = mask != 0
         in_place = real[:, 0].all()
         if keep_distances:
             in_place &= (real[:, 1:] <= real[:, :-1]).all()
-        facts = [real.sum(1), in_place[None].long()]
+        values = [real.sum(1), in_place[None].long()]
         if mask.is_floating_point():
-            facts.append(((mask == 0) | (mask == 1)).all()[None].long())
-        said = torch.cat(facts).tolist()
-        lengths, (packable, *are_flags) = said[:batch], said[batch:]
-        if not all(are_flags):
+            values.append(((mask == 0) | (mask == 1)).all()[None].long())
+        numbers = torch.cat(values).tolist()  # one transfer
+        lengths, (packable, *is_binary) = numbers[:batch], numbers[batch:]
+        if not all(is_binary):
             raise ValueError(
-                "attention_mask has values other than 0 and 1; give 1 for a token and 0 for padding. (A mask that is "
-                "added to scores, 0 and -inf, says the opposite.)"
+                "attention_mask has values other than 0 and 1. Give 1 for a token and 0 for padding; an additive mask, "
+                "0 for a token and -inf for padding, is not supported."
             )
         if not packable:
             return cls(**{**vars(dense), "key_mask": real[:, None, None, :]})
@@ -117,14 +118,14 @@ class PackedBatch:
         return torch.tensor([0, *self.lengths]).cumsum(0)
 
     def starts(self, first_tokens: bool, views: int) -> tuple[Tensor, Tensor, Tensor]:
-        """[B + 1] first query row of each sequence and N; the same of its keys; [B] the view it is of.
+        """[B + 1] first query row of each sequence, then Q; [B + 1] the same of keys, then N; [B] its view.
 
         All int64 on the CPU, sequences in packed order. With `first_tokens` there is one query row a sequence.
         """
         queries = torch.arange(self.batch + 1) if first_tokens else self.row_starts
         # sorting by length is stable and views have equal lengths: of each group, the first part is the first view
-        of = [i * views // count for count, _ in self.groups for i in range(count)]
-        return queries, self.row_starts, torch.tensor(of)
+        view_of = [i * views // count for count, _ in self.groups for i in range(count)]
+        return queries, self.row_starts, torch.tensor(view_of)
 
     def grouped(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
         """(count, L, (query, key, value) rows) of each group of equally long sequences.
@@ -150,10 +151,10 @@ class PackedBatch:
         return grid.view(self.batch, self.length, *rows.shape[1:])
 
     def attends_padded(self, device: torch.device, with_probs: bool) -> bool:
-        """Whether attention on this device should be one masked call on the padded grid, not one a group.
+        """Whether attention should be one masked call on the padded grid instead of one call a group.
 
-        The one place that decides. A GPU starts many small products slower than it computes their padding; and
-        probabilities that are returned as [B, A, S, S] are computed so, for their gradient.
+        On a GPU, padding costs less than many small products; and probabilities to return need it for their gradient,
+        as [B, A, S, S] tensors in the autograd graph.
         """
         return self.slots is not None and (with_probs or (len(self.groups) > 1 and device.type != "cpu"))
 
@@ -170,7 +171,7 @@ class PackedBatch:
         return self.unpack(rows).flatten(0, 1) if len(rows) == len(self.slots) else self.in_batch_order(rows)  # type: ignore
 
     def from_padded(self, rows: Tensor) -> Tensor:
-        """The way back from `to_padded`."""
+        """The inverse of `to_padded`."""
         if len(rows) == self.batch * self.length:
             return rows.index_select(0, self.slots)  # type: ignore
         return torch.zeros_like(rows).index_copy(0, self.unsort, rows)  # type: ignore

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PROBLEMS = (
+PROBLEM_TYPES = (
     "regression",
     "single_label_classification",
     "multi_label_classification",
@@ -23,15 +23,17 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
 
     `problem_type` decides, or else the labels: numbers [B] for one label (mean squared error), class ids [B]
     (cross-entropy, rows with a negative id left out), floats [B, C] (binary cross-entropy, or with
-    "soft_label_classification" cross-entropy against distributions). Raises ValueError for any other problem, and for
-    numbers to regress to that are not of the logits' shape.
+    "soft_label_classification" cross-entropy against distributions). Raises ValueError for any other problem type,
+    and for regression labels of another shape than the logits.
     """
     problem_type, logits = problem_type or _problem(logits, labels), _wide(logits)
-    if problem_type not in PROBLEMS:
-        raise ValueError(f"config.problem_type {problem_type!r} is none of {', '.join(PROBLEMS)}.")
+    if problem_type not in PROBLEM_TYPES:
+        raise ValueError(f"config.problem_type {problem_type!r} is none of {', '.join(PROBLEM_TYPES)}.")
     if problem_type == "regression":
         if labels.shape != logits.shape and not (logits.shape[1] == 1 and labels.numel() == len(logits)):
-            raise ValueError(f"Regression wants labels {list(logits.shape)} as the logits', got {list(labels.shape)}.")
+            raise ValueError(
+                f"Regression needs labels of the logits' shape {list(logits.shape)}, got {list(labels.shape)}."
+            )
         return F.mse_loss(logits.reshape(-1), labels.to(logits.dtype).reshape(-1))
     if problem_type == "single_label_classification":
         labels = labels.reshape(-1).long()
