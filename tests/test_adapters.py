@@ -517,7 +517,7 @@ def test_a_bin_of_a_bare_deberta_is_read_as_one_of_a_classifier_is(tmp_path):
     model = randomise_(DebertaV2Model(tiny_deberta_config(apply_lora=True, lora_r=R, lora_alpha=ALPHA)))
     mark_trainable(model)
     adapter = read_adapter(str(published(tmp_path / "encoder.bin", trained(model))))
-    assert adapter.frozen_relative_query and not adapter.knows_relative_query
+    assert adapter.frozen_relative_query and not adapter.records_relative_query
     encoder = DebertaV2Model(tiny_deberta_config())
     encoder.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "lora_" not in name})
     attach_adapter(encoder, adapter, ALPHA, allow_new_head=False)

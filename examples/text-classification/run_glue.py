@@ -211,7 +211,7 @@ def prepare_model(
     if adapter:
         say(args, *adapters.attach_adapter(model, adapter, model_args.lora_alpha, args.do_train, wanted))
         guess = ""
-        if not adapter.knows_relative_query and model.frozen_relative_query is not None:
+        if not adapter.records_relative_query and model.frozen_relative_query is not None:
             way = "without LoRA, the reference's way" if adapter.frozen_relative_query else "with LoRA, PEFT's way"
             guess = f"; the relative query {way}, which the file can't confirm"
         say(args, f"Loaded {adapter.source}: {contents(adapter, model_args)}{guess}.")

@@ -44,8 +44,8 @@ _FILES = [CONFIG, METADATA, "adapter_model.*"]
 _LORA, _LORA_FROZEN_RELATIVE_QUERY = "LORA", "LORA_FROZEN_RELATIVE_QUERY"  # peft_type; PEFT knows the first
 _METHODS = {"BITFIT": "bitfit", "HOULSBY": "houlsby", "PFEIFFER": "pfeiffer", "HEAD": "head"}  # and none of these
 _PEFT_PREFIX = "base_model.model."
-_BARE = ("encoder.", "embeddings.")  # how a name starts in a model without a classifier, PEFT's FEATURE_EXTRACTION
-_ENCODERS = ("roberta.", "deberta.", *_BARE)
+_BARE = ("encoder.", "embeddings.")  # first parts of names in an encoder without classifier (FEATURE_EXTRACTION)
+_ENCODERS = ("roberta.", "deberta.", *_BARE)  # of an encoder's names, with a classifier or without
 _DENSE = r"(attention\.output|intermediate|output)\.dense"
 # The layers that can have an update, by the first part of their names
 LAYERS = {
@@ -55,7 +55,7 @@ LAYERS = {
         r"|deberta\.embeddings\.embed_proj"
     ),
 }
-# What PEFT takes target_modules for where there are none, and for "all-linear"
+# The modules that PEFT adapts without target_modules, and with "all-linear"
 _DEFAULT_TARGETS = ["query", "value", "query_proj", "value_proj"]
 _ALL_LINEAR = [*_DEFAULT_TARGETS, "key", "key_proj", "pos_key_proj", "pos_query_proj", "embed_proj", "dense"]
 # Settings of an adapter_config.json that are read, and those that change nothing in what a trained adapter computes.
@@ -124,12 +124,12 @@ class Adapter:
 
     @property
     def is_bare(self) -> bool:
-        """Whether it is of the encoder alone, `RobertaModel` or `DebertaV2Model`."""
+        """Whether it was trained on an encoder without classifier, `RobertaModel` or `DebertaV2Model`."""
         return any(name.startswith(_BARE) for name in self.state)
 
     @property
-    def knows_relative_query(self) -> bool:
-        """Whether the file tells how a DeBERTa's relative query was trained, which a `.bin` doesn't."""
+    def records_relative_query(self) -> bool:
+        """Whether the file records how a DeBERTa's relative query was trained, which a `.bin` doesn't."""
         return self.lora_alpha is not None or not _is_deberta(self.state)
 
     @property
@@ -213,7 +213,7 @@ def save_adapter(
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter, a LoRA one that knows its alpha, as a folder; each file appears whole or not at all.
+    """Write an adapter, a LoRA one with its alpha known, as a folder; each file appears complete or not at all.
 
     The metadata gets the kind and a hash of the weights, by which files of two runs in one folder are found out.
     """
@@ -235,7 +235,7 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
 
 
 def _peft_config(adapter: Adapter) -> dict[str, Any]:
-    """The `adapter_config.json` under which PEFT builds the layers of an adapter and expects what it holds."""
+    """The `adapter_config.json` with which PEFT builds the layers of an adapter and expects its tensors."""
     common = {
         "task_type": "FEATURE_EXTRACTION" if adapter.is_bare else "SEQ_CLS",
         "base_model_name_or_path": adapter.metadata.get("base_model"),
@@ -245,18 +245,18 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
         return {"peft_type": kind, **common}
     ranks, prefix = adapter.ranks, "" if adapter.is_bare else f"{encoder_prefix(adapter)}."
     r = _most_common(ranks.values())
-    targets, whole, biases = adapter.targets, set(), False
+    targets, trained_modules, biases = adapter.targets, set(), False
     if not isinstance(targets, str):
         targets = [target for target in targets if any(n == target or n.endswith(f".{target}") for n in ranks)]
     for name in adapter.state:
         if not _LORA_KEY.search(name):
             module, _, kind = name.rpartition(".")
             if not name.startswith(prefix):
-                whole.add(name.split(".")[0])
+                trained_modules.add(name.split(".")[0])
             elif kind == "bias":
                 biases = True
             else:
-                whole.add(module)
+                trained_modules.add(module)
     return {
         "peft_type": _LORA_FROZEN_RELATIVE_QUERY if adapter.frozen_relative_query else _LORA,
         **common,
@@ -267,7 +267,7 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": targets,
-        "modules_to_save": sorted(whole),
+        "modules_to_save": sorted(trained_modules),
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": adapter.alpha_pattern,
         "use_rslora": adapter.use_rslora,
@@ -275,22 +275,23 @@ def _peft_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def encoder_prefix(adapter: Adapter) -> str:
-    """`roberta` or `deberta`: the first part of the names of its layers; "" for a head or a bare encoder."""
+    """`roberta` or `deberta`: the first part of its layers' names; "" for a head alone and for a bare encoder."""
     return next((prefix for name in adapter.state if (prefix := name.split(".")[0]) in ("roberta", "deberta")), "")
 
 
 def _is_deberta(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are of a DeBERTa; in a bare encoder its `query_proj`, ... tell."""
     return any(name.startswith("deberta.") or (name.startswith(_BARE) and "_proj." in name) for name in names)
 
 
 def foreign_layer(adapter: Adapter) -> str | None:
-    """A layer with an update that none of the models here has, or not the one that has the others; None if all fit."""
-    prefix, names = encoder_prefix(adapter), {name: name for name in adapter.ranks}
+    """The first layer with an update that the adapter's model, RoBERTa or DeBERTa-V2, lacks; None if it has all."""
+    prefix, start, names = encoder_prefix(adapter), "", list(adapter.ranks)
     if adapter.is_bare:
         prefix = "deberta" if _is_deberta(adapter.state) else "roberta"
-        names = {name: f"{prefix}.{name}" for name in names if name != "pooler.dense"}
+        start, names = f"{prefix}.", [name for name in names if name != "pooler.dense"]
     known = LAYERS.get(prefix)
-    return next((name for name, whole in names.items() if known is None or not known.fullmatch(whole)), None)
+    return next((name for name in names if known is None or not known.fullmatch(start + name)), None)
 
 
 def _most_common(values: Iterable[Any]) -> Any:
@@ -354,12 +355,15 @@ def read_adapter(path: str, flag: str = "", **hub: Any) -> Adapter:
 def _complete(adapter: Adapter) -> Adapter:
     """The adapter, if it is one: matrices in pairs, A [R, in] and B [out, R]. Raises UserError."""
     if adapter.method != "lora":
-        wanted = _TRAINED.get(adapter.method)
-        if wanted and not any(wanted.search(name) and name.startswith(_ENCODERS) for name in adapter.state):
-            raise UserError(f"{adapter.source}: says it holds {adapter.method}, and there is nothing of that in it.")
-        if wanted == _BOTTLENECK_KEY and adapter.adapter_size is None:
-            first = next(name for name in adapter.state if wanted.search(name)).replace("adapter_B", "adapter_A")
-            raise UserError(f"{adapter.source}: not a whole adapter: the file lacks {first}.")
+        pattern = _TRAINED.get(adapter.method)
+        trained = [n for n in adapter.state if pattern and pattern.search(n) and n.startswith(_ENCODERS)]
+        if pattern and not trained:
+            raise UserError(
+                f"{adapter.source}: {CONFIG} says {adapter.method}, but the file contains no tensor that it trains."
+            )
+        if pattern == _BOTTLENECK_KEY and adapter.adapter_size is None:
+            lacks = trained[0].replace("adapter_B", "adapter_A")
+            raise UserError(f"{adapter.source}: not a complete adapter: the file lacks {lacks}.")
         return adapter
     layers = {name.rpartition(".")[0]: None for name in adapter.state if _LORA_KEY.search(name)}
     if not layers:
@@ -368,7 +372,7 @@ def _complete(adapter: Adapter) -> Adapter:
         pair = [f"{layer}.lora_A", f"{layer}.lora_B"]
         for name in pair:
             if name not in adapter.state:
-                raise UserError(f"{adapter.source}: not a whole adapter: the file lacks {name}.")
+                raise UserError(f"{adapter.source}: not a complete adapter: the file lacks {name}.")
         A, B = (list(adapter.state[name].shape) for name in pair)
         if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
             raise UserError(f"{adapter.source}: {pair[0]} is {A} and {pair[1]} is {B}; expected [r, in] and [out, r].")
@@ -568,7 +572,7 @@ def _check_contents(folder: Path, config: dict[str, Any], state: dict[str, Tenso
 
 
 def _targets(config: dict[str, Any]) -> list[str] | str:
-    """The layers that an `adapter_config.json` means, as names or, where it leaves some out, as one pattern."""
+    """The layers that an `adapter_config.json` adapts, as names or, where it excludes some, as one pattern."""
     targets, layers, excluded = (config.get(k) for k in ("target_modules", "layers_to_transform", "exclude_modules"))
     targets = _DEFAULT_TARGETS if targets is None else _ALL_LINEAR if targets == "all-linear" else targets
     if layers in (None, []) and not excluded:
@@ -678,12 +682,12 @@ def with_labels(adapter: Adapter, labels: Sequence[str] | None) -> Adapter:
 
 def head_names(model: Any) -> list[str]:
     """Names of the parameters outside the encoder; a bare encoder has none."""
-    within = _encoder_of(model)
-    return [name for name, _ in model.named_parameters() if not name.startswith(within)]
+    prefix = _encoder_prefix_in(model)
+    return [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
 
 
-def _encoder_of(model: Any) -> str:
-    """How the names of a model's encoder start: "" in the encoder itself."""
+def _encoder_prefix_in(model: Any) -> str:
+    """What the names of the encoder's parameters start with in a model: "roberta."; "" in a bare encoder."""
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
@@ -695,7 +699,7 @@ def check_settings(
     targets: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
 ) -> None:
-    """What is said (not None) of a LoRA adapter must be what its file knows. Raises UserError naming the flag to give.
+    """Raise UserError, naming the flag to give, if a setting that is not None differs from that of a LoRA adapter.
 
     targets and layers: as `lora.targets_and_layers` gives them.
     """
@@ -705,14 +709,14 @@ def check_settings(
             shape = list(adapter.state[f"{name}.lora_A"].shape)
             raise UserError(
                 f"{source}: {name}.lora_A is {shape} in the file, [{lora_r}, {shape[-1]}] by --lora_r {lora_r}.\n"
-                f"Give --lora_r {rank}, or leave it out: the file knows its rank."
+                f"Give --lora_r {rank}, or leave it out: the file records its rank."
             )
     if known is not None and lora_alpha is not None and known != lora_alpha:
         raise UserError(
             f"{source}: was trained with lora_alpha {known:g}, but --lora_alpha is {lora_alpha:g}.\n"
-            f"Give --lora_alpha {known:g}, or leave it out: the file knows its alpha."
+            f"Give --lora_alpha {known:g}, or leave it out: the file records its alpha."
         )
-    reading = lora_relative_query if _is_deberta(adapter.state) and adapter.knows_relative_query else None
+    reading = lora_relative_query if _is_deberta(adapter.state) and adapter.records_relative_query else None
     if reading is not None and reading == adapter.frozen_relative_query:
         raise _other_reading(adapter)
     has_targets, has_layers = targets_and_layers(adapter.ranks)
@@ -725,7 +729,7 @@ def check_settings(
             file, flags = (",".join(map(str, places)) for places in (has, said))
             raise UserError(
                 f"{source}: has its updates in {file}, by --{flag} they would be in {flags}.\n"
-                f"Leave --{flag} out: the file knows its layers."
+                f"Leave --{flag} out: the file records its layers."
             )
 
 
@@ -734,13 +738,13 @@ def with_relative_query(adapter: Adapter, lora_relative_query: bool | None) -> A
 
     None is without, as the reference trained. An adapter that tells stays as it is.
     """
-    if adapter.knows_relative_query or lora_relative_query is None:
+    if adapter.records_relative_query or lora_relative_query is None:
         return adapter
     return replace(adapter, frozen_relative_query=not lora_relative_query)
 
 
 def _other_reading(adapter: Adapter) -> UserError:
-    if not adapter.knows_relative_query:
+    if not adapter.records_relative_query:
         trained, others = ("without", "with") if adapter.frozen_relative_query else ("with", "without")
         return UserError(
             f"{adapter.source}: doesn't tell whether LoRA was on the relative positions' query. It is read as "
@@ -810,7 +814,7 @@ def _attach_lora(model: Any, adapter: Adapter, lora_alpha: float | None) -> dict
     """Make the LoRA layers of an adapter; returns (rank, scaling) of each. Raises UserError."""
     layers = adapter.layers(lora_alpha)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    wanted = [name for name in linear if name.startswith(_encoder_of(model)) and _is_target(adapter, name)]
+    wanted = [name for name in linear if name.startswith(_encoder_prefix_in(model)) and _is_target(adapter, name)]
     missing, unexpected = ([f"{n}.lora_A" for n in a if n not in b] for a, b in ((wanted, layers), (layers, linear)))
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)
@@ -991,21 +995,21 @@ def _other_model(adapter: Adapter, model: Any, missing: list[str], unexpected: l
             f"{adapter.source}: holds {kind} and no classifier: train one from it (--do_train).\n"
             f"(It lacks {missing[0]} and {len(missing) - 1} others.)"
         )
-    classifier = model.base_model is not model
-    if adapter.is_bare and classifier:
+    has_classifier = model.base_model is not model
+    if adapter.is_bare and has_classifier:
         return UserError(
             f"{adapter.source}: was trained on an encoder alone (its keys lack '{model.base_model_prefix}.').\n"
             f"Attach it to {type(model.base_model).__name__}, or train it in PEFT on {type(model).__name__}."
         )
-    if not adapter.is_bare and not classifier and encoder_prefix(adapter):
+    if not has_classifier and encoder_prefix(adapter):
         return UserError(
             f"{adapter.source}: was trained on a model with a classifier (its keys start with "
-            f"'{encoder_prefix(adapter)}.').\nAttach it to one, whose `base_model` is the encoder with the update."
+            f"'{encoder_prefix(adapter)}.').\nAttach it to such a model; its `base_model` is then the adapted encoder."
         )
     lists = (("lacks", missing), ("has but the model lacks", unexpected))
-    said = "; ".join(f"{verb} {', '.join(names[:3])}{' ...' if names[3:] else ''}" for verb, names in lists if names)
+    found = "; ".join(f"{verb} {', '.join(names[:3])}{' ...' if names[3:] else ''}" for verb, names in lists if names)
     return UserError(
-        f"{adapter.source}: not an adapter of this model: the file {said}.\n"
+        f"{adapter.source}: not an adapter of this model: the file {found}.\n"
         f"Layers with {adapter.method}: {_layer_count(adapter.state)} in the file, {model.config.num_hidden_layers} in "
         f"the {model.config.model_type} model."
     )

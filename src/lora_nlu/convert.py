@@ -275,7 +275,7 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
             rows.append(("scaling", f"{', '.join(f'{x:g}' for x in adapter.scalings())} ({how})"))
     if ranks and prefix == "deberta":
         said = "frozen" if adapter.frozen_relative_query else "with LoRA, as in PEFT"
-        rows.append(("relative query", said if adapter.knows_relative_query else "unknown: the file doesn't say"))
+        rows.append(("relative query", said if adapter.records_relative_query else "unknown: the file doesn't say"))
     if adapter.adapter_size is not None:
         places = [name for name in encoder if name.endswith(".adapter_A.weight")]
         rows += [
@@ -323,12 +323,15 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
     if foreign := foreign_layer(adapter):
         raise UserError(f"{source}: it can't be used here: no RoBERTa or DeBERTa-V2 has the layer {foreign}.")
     if adapter.is_bare:
-        raise UserError(f"{source}: was trained on an encoder alone, without a classifier; it can't be converted.")
+        raise UserError(
+            f"{source}: was trained on an encoder alone, without a classifier, and can't be converted; "
+            "attach it to the bare model (adapters.attach_adapter)."
+        )
     check_values(adapter)
     if adapter.method == "lora" and (to != "bin" or lora_alpha is not None):
         adapter.alphas(lora_alpha)  # says so where neither knows the alpha, or they differ
     notes = []
-    if not adapter.knows_relative_query and to != "bin":
+    if not adapter.records_relative_query and to != "bin":
         way = "the reference's way; --lora_relative_query is PEFT's" if adapter.frozen_relative_query else "PEFT's way"
         has = "without" if adapter.frozen_relative_query else "with"
         notes.append(f"{source}: taken as trained {has} LoRA on the relative query ({way}), which it can't confirm.")
@@ -380,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "inspect":
             print(inspect(adapter))
         else:
-            if args.lora_relative_query and adapter.knows_relative_query:
+            if args.lora_relative_query and adapter.records_relative_query:
                 raise UsageError(f"--lora_relative_query: {adapter.source} is no DeBERTa .bin; leave it out.")
             adapter = with_relative_query(adapter, args.lora_relative_query or None)
             print(convert(adapter, args.destination.absolute(), args.to, args.lora_alpha, args.base))

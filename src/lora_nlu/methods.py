@@ -38,8 +38,8 @@ def set_method(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
     saved = {name: config.__dict__.pop(name) for name in SETTINGS if name in config.__dict__}
     applies = settings.get("apply_lora") and settings.get("lora_r") != 0  # rank 0 is plain fine-tuning
     for name in SETTINGS:
-        given = settings.get(name) or (name == "lora_layers" and settings.get(name) == 0)  # the first layer
-        if given and (applies or name not in ("apply_lora", *LORA_SETTINGS)):
+        is_set = settings.get(name) or (name == "lora_layers" and settings.get(name) == 0)  # 0: the first layer
+        if is_set and (applies or name not in ("apply_lora", *LORA_SETTINGS)):
             setattr(config, name, settings[name])
     return saved
 
@@ -73,7 +73,7 @@ def bottleneck(config: Any, after_attention: bool) -> Bottleneck | None:
 
 
 def set_bottlenecks_(model: Any, adapter_type: str, adapter_size: int) -> None:
-    """Give a model of ours new adapters of this kind, initialised as a loaded model's are, in place of any it has.
+    """Give a model new bottlenecks of this kind in place of any it has, initialised as after `from_pretrained`.
 
     Raises ValueError for a model with quantised layers.
     """
