@@ -25,13 +25,16 @@ def test_a_test_that_does_not_pass_with_their_classes_is_no_difference(outcome):
 
 def test_a_difference_that_no_pattern_matches_is_unexpected():
     found = {"peft/test_x.py::test_a[Roberta]": FAILED, "peft/test_x.py::test_b[Roberta]": FAILED}
-    assert run.judge(found, {"peft/*::test_a[[]Roberta]": "reason"}) == (list(found), ["peft/*::test_a[[]Roberta]"])
-    assert run.judge(found, {"peft/*::test_a[*": "reason"}) == (["peft/test_x.py::test_b[Roberta]"], [])
-    assert run.judge(found, {"peft/*::test_a": "reason"})[0] == list(found)  # the full name
+    assert run.unexpected_and_stale(found, {"peft/*::test_a[[]Roberta]": "reason"}) == (
+        list(found),
+        ["peft/*::test_a[[]Roberta]"],
+    )
+    assert run.unexpected_and_stale(found, {"peft/*::test_a[*": "reason"}) == (["peft/test_x.py::test_b[Roberta]"], [])
+    assert run.unexpected_and_stale(found, {"peft/*::test_a": "reason"})[0] == list(found)  # the full name
 
 
 def test_a_listed_difference_that_no_longer_occurs_is_stale():
-    assert run.judge({}, {"peft/*::test_a": "reason"}) == ([], ["peft/*::test_a"])
+    assert run.unexpected_and_stale({}, {"peft/*::test_a": "reason"}) == ([], ["peft/*::test_a"])
 
 
 def test_every_listed_difference_has_a_suite_and_a_reason():

@@ -1,7 +1,7 @@
 """Model testers for transformers' ModelTesterMixin: RoBERTa and DeBERTa-V2, a test class per configuration.
 
 Environment variable FOREIGN_SIDE=ours|theirs chooses the classes; everything else is the same. transformers' classes
-carry the LoRA settings in their config without a use for them.
+ignore the LoRA settings in their config.
 """
 
 import os
@@ -30,12 +30,12 @@ SIZES = {
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
 }
-if not THEIRS:  # Tests read here what a model can return. Ours returns it without transformers' recorder.
+if not THEIRS:  # Tests look here for what a model can return; our models don't use transformers' recorder for it.
     lora_nlu.modeling_roberta.RobertaPreTrainedModel._can_record_outputs = {"hidden_states": EncoderLayer}
 
 
-class Sizes:
-    """What ModelTesterMixin asks of a model tester: sizes, a config and a batch of 5 sequences of up to 7 tokens."""
+class ModelTester:
+    """What ModelTesterMixin needs of a model tester: sizes, a config and a batch of 5 sequences of up to 7 tokens."""
 
     is_training = True
     batch_size, seq_length = 5, 7
@@ -54,19 +54,19 @@ class Sizes:
             mask[:, 0] = True
         else:
             mask = torch.arange(self.seq_length) < torch.tensor([7, 3, 5, 1, 6])[:, None]
-        # ordinary tokens under the mask too: RoBERTa counts positions by padding tokens, and embeddings have none
+        # no padding tokens: RoBERTa counts positions by them, which it can't for inputs_embeds
         ids = torch.randint(3, self.vocab_size, shape)
         return self.get_config(), {"input_ids": ids, "attention_mask": mask.long()}
 
 
 class ModelTests(ModelTesterMixin):
-    test_can_init_all_missing_weights_before_2023 = True  # a test that older models skip, unless asked
+    test_can_init_all_missing_weights_before_2023 = True  # the mixin skips this test for older models by default
     config_class = None
     holes = False
     settings = {}
 
     def setUp(self):
-        self.model_tester = Sizes(self.config_class, self.holes, self.settings)
+        self.model_tester = ModelTester(self.config_class, self.holes, self.settings)
 
     def test_config(self):
         ConfigTester(self, config_class=self.config_class, hidden_size=36).run_common_tests()
@@ -113,7 +113,7 @@ class TestRobertaLora(RobertaTests, unittest.TestCase):
 
 
 class TestRobertaLoraEverywhere(RobertaTests, unittest.TestCase):
-    """Several tests take the first class alone: here the classifier."""
+    """Several tests use only the first class: here the classifier."""
 
     all_model_classes = RobertaTests.all_model_classes[::-1]
     settings = LORA | {"lora_target_modules": list(TARGETS), "lora_dropout": 0.1}
@@ -133,7 +133,7 @@ class TestDebertaV2Absolute(DebertaV2Tests, unittest.TestCase):
 
 
 class TestDebertaV2OwnKeys(DebertaV2Tests, unittest.TestCase):
-    """Relative attention without buckets, with projections of its own, and smaller embeddings."""
+    """Relative attention without buckets, with its own projections; embeddings smaller than the hidden size."""
 
     settings = {"relative_attention": True, "pos_att_type": "p2c|c2p", "embedding_size": 16}
 

@@ -1,6 +1,6 @@
 """The pytest plugin of run.py: fixed seeds, the classes under test, local checkpoints for PEFT, outcomes as JSON.
 
-FOREIGN_SIDE=ours|theirs chooses the classes, FOREIGN_RESULTS names the JSON file: test -> [outcome, its text].
+FOREIGN_SIDE=ours|theirs chooses the classes, FOREIGN_RESULTS names the JSON file: test -> [outcome, pytest's report].
 """
 
 import json
@@ -24,7 +24,7 @@ install_stubs()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The Auto classes, through which PEFT's tests load every model, return ours."""
+    """Make the Auto classes, through which PEFT's tests load every model, return ours."""
     if os.environ["FOREIGN_SIDE"] == "ours":
         roberta, deberta = modeling_roberta, modeling_deberta_v2
         AutoModel.register(RobertaConfig, roberta.RobertaModel, exist_ok=True)
@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Replaces the Hub's names in the module's list of models, which its decorators and tests share."""
+    """Replace the Hub's model names, in place: the module's decorators and tests share one list of them."""
     for mark in metafunc.definition.iter_markers("parametrize"):
         if mark.args[0] == "model_id":
             mark.args[1][:] = CHECKPOINTS
@@ -49,7 +49,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Keeps the worst outcome of a test's phases and subtests."""
+    """Keep the worst outcome of a test's phases and subtests."""
     name = report.nodeid.rpartition("/")[2].lstrip(":")
     text = str(report.longrepr or "")
     if name not in results or SEVERITY.index(report.outcome) > SEVERITY.index(results[name][0]):
@@ -57,5 +57,5 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not hasattr(session.config, "workerinput"):  # with -n the workers' reports arrive in the first process
+    if not hasattr(session.config, "workerinput"):  # of pytest-xdist's processes the controller gets all reports
         Path(os.environ["FOREIGN_RESULTS"]).write_text(json.dumps(results, indent=1))

@@ -12,12 +12,12 @@ The tests come from the source distributions of the pinned releases. They are do
 - peft: tests/test_seq_classifier.py and tests/test_feature_extraction_models.py, on tiny random checkpoints made here
   (plugin.py puts them in place of the models on the Hub, and our classes in place of transformers').
 
-A difference is a test that passes with transformers' classes and fails, or is skipped, with ours. Those by design are
-listed in differences.tsv (pattern with *, reason). The exit code is 1 if there is any other, or if a listed one no
-longer occurs.
+A difference is a test that passes with transformers' classes and fails, is skipped or is missing with ours. Intended
+differences are listed in differences.tsv (pattern with *, reason). The exit code is 1 if another one occurs, or if a
+listed one no longer does.
 
-Needs the `dev` extra, and from the network the two archives (12 MB) alone. Takes 5.5 minutes of CPU time, 7:40 measured
-with two processes on two cores that were busy with other work.
+Needs the `dev` extra, and the network for the two archives (12 MB). Takes 5.5 minutes of CPU time; 7:40 minutes were
+measured with two processes on two cores that were busy with other work.
 """
 
 import argparse
@@ -47,37 +47,36 @@ TEST_FILES = {
     "transformers": [str(HERE / "model_cases.py")],
     "peft": ["{tests}/test_seq_classifier.py", "{tests}/test_feature_extraction_models.py"],
 }
-# Folders in place of the Hub's models. PEFT's tests look for "Bert", "Roberta" and, in any case, "deberta" in a name.
+# Folders in place of the Hub's models. PEFT's tests search the name for "Bert", "Roberta" and (any case) "deberta".
 CHECKPOINTS = ("tiny-Roberta", "tiny-DeBertaV2")
 SIDES = {"theirs": "transformers' own", "ours": "our"}
-Results = dict[str, list[str]]  # test: outcome, its text
+Results = dict[str, list[str]]  # test: outcome, pytest's report
 
 
 def download(suite: str, folder: Path) -> Path:
-    """The source distribution in `folder`, from the package index unless it is there.
+    """The source distribution in `folder`, downloaded from the package index unless it is there.
 
-    Exits if its hash is another, or if another release is installed.
+    Exits if its sha256 is wrong, or if another release is installed.
     """
     release, sha256 = ARCHIVES[suite]
     if release != (installed := f"{suite}-{version(suite)}"):
         sys.exit(f"{installed} is installed; these are the tests of {release} (constraints.txt).")
     archive = folder / f"{release}.tar.gz"
-    if not archive.exists():
+    if archive.exists():
+        source, content = f"{archive} (delete it)", archive.read_bytes()
+    else:
         index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/") + f"/{suite}/"
         with urllib.request.urlopen(index, timeout=60) as page:
             links = re.findall(r'href="([^"]+)"', page.read().decode())
-        link = next((html.unescape(x) for x in links if f"/{archive.name}" in x), None)
-        if link is None:
+        source = next((urljoin(index, html.unescape(link)) for link in links if f"/{archive.name}" in link), "")
+        if not source:
             sys.exit(f"{index} lists no {archive.name}.")
-        with urllib.request.urlopen(urljoin(index, link), timeout=300) as file:
+        with urllib.request.urlopen(source, timeout=300) as file:
             content = file.read()
-        found = hashlib.sha256(content).hexdigest()
-        if found != sha256:
-            sys.exit(f"{link}: sha256 is {found}, expected {sha256}.")
-        archive.write_bytes(content)
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        sys.exit(f"{archive}: sha256 is {found}, expected {sha256}. Delete the file.")
+        sys.exit(f"{source}: sha256 is {found}, expected {sha256}.")
+    archive.write_bytes(content)
     return archive
 
 
@@ -109,9 +108,8 @@ def make_checkpoints(folder: Path) -> None:
     for name, config in zip(CHECKPOINTS, configs, strict=True):
         torch.manual_seed(0)
         model = transformers.AutoModelForSequenceClassification.from_config(config)
-        bare = transformers.AutoModel.from_config(
-            config
-        ).state_dict()  # with RoBERTa's pooler, for the tests of AutoModel
+        # the bare model has RoBERTa's pooler, which the tests of AutoModel need
+        bare = transformers.AutoModel.from_config(config).state_dict()
         state = model.state_dict() | {f"{model.base_model_prefix}.{key}": x for key, x in bare.items()}
         model.save_pretrained(folder / name, state_dict=state)
         transformers.PreTrainedTokenizerFast(
@@ -124,7 +122,7 @@ def run_suite(suite: str, side: str, folder: Path, processes: int, selection: st
     tests = folder / ARCHIVES[suite][0] / "tests"
     log, results, settings = (folder / f"{suite}-{side}.{kind}" for kind in ("log", "json", "ini"))
     results.unlink(missing_ok=True)
-    settings.write_text("[pytest]\n")  # none of the repository's settings
+    settings.write_text("[pytest]\n")  # in place of the repository's settings
     command = [sys.executable, "-m", "pytest", *(file.format(tests=tests) for file in TEST_FILES[suite])]
     command += ["-q", "-c", str(settings), "--rootdir", str(folder), "--noconftest", "--disable-warnings"]
     command += ["-p", "no:cacheprovider", "-p", "foreign.plugin", "-n", str(processes)]
@@ -156,21 +154,21 @@ def matches(pattern: str, test: str) -> bool:
 
 
 def find_differences(theirs: Results, ours: Results) -> Results:
-    """Tests that pass with transformers' classes and not with ours: outcome with ours and its text."""
+    """Tests that pass with transformers' classes and not with ours, with our outcome and report."""
     found = {test: ours.get(test, ["missing", ""]) for test, (outcome, _) in theirs.items() if outcome == "passed"}
     return {test: result for test, result in found.items() if result[0] != "passed"}
 
 
-def judge(differences: Results, expected: dict[str, str]) -> tuple[list[str], list[str]]:
+def unexpected_and_stale(differences: Results, expected: dict[str, str]) -> tuple[list[str], list[str]]:
     """Differences that no pattern matches, and patterns that match no difference."""
     unexpected = [test for test in differences if not any(matches(pattern, test) for pattern in expected)]
     stale = [pattern for pattern in expected if not any(matches(pattern, test) for test in differences)]
     return unexpected, stale
 
 
-def error_line(text: str) -> str:
-    """The line of pytest's text that names the error, or the last one."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+def error_line(report: str) -> str:
+    """The line of pytest's report that names the error, or the last one."""
+    lines = [line.strip() for line in report.splitlines() if line.strip()] or [""]
     return next((line[1:].strip() for line in lines if line.startswith("E  ")), lines[-1])
 
 
@@ -179,7 +177,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--only", choices=list(ARCHIVES), help="run this suite alone")
-    parser.add_argument("-k", dest="selection", default="", metavar="EXPR", help="pytest's -k; no entry is then stale")
+    parser.add_argument(
+        "-k", dest="selection", default="", metavar="EXPR", help="pytest's -k; stale entries are then not reported"
+    )
     parser.add_argument("-n", dest="processes", type=int, default=2, metavar="N", help="test processes (default 2)")
     parser.add_argument("--work", type=Path, metavar="DIR", help="keep archives, tests and logs here for the next run")
     parser.add_argument("--keep", action="store_true", help="keep the temporary folder, and print its name")
@@ -192,7 +192,9 @@ def main() -> int:
     start = time.perf_counter()
     folder = (arguments.work or Path(tempfile.mkdtemp(prefix="foreign-"))).resolve()
     if HERE.parents[1] in (folder, *folder.parents):
-        sys.exit(f"--work {folder} is in the repository; nothing of transformers or PEFT may get there.")
+        sys.exit(
+            f"--work {folder} is in the repository; choose a folder outside: files of transformers and PEFT must not get into it."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     suites = [arguments.only] if arguments.only else list(ARCHIVES)
     for suite in suites:
@@ -217,15 +219,15 @@ def main() -> int:
         for pattern, reason in read_expected(HERE / "differences.tsv").items()
         if pattern.split("/")[0] in suites
     }
-    unexpected, stale = judge(differences, expected)
+    unexpected, stale = unexpected_and_stale(differences, expected)
     if arguments.selection:
         stale = []
     for pattern, reason in expected.items():
         tests = [test for test in differences if matches(pattern, test)]
         print(f"expected, {len(tests)} tests: {pattern}: {reason}")
     for test in unexpected:
-        outcome, text = differences[test]
-        print(f"UNEXPECTED, {outcome} with ours: {test}: {error_line(text)}")
+        outcome, report = differences[test]
+        print(f"UNEXPECTED, {outcome} with ours: {test}: {error_line(report)}")
     for pattern in stale:
         print(f"STALE: no difference matches {pattern}; delete it from {HERE / 'differences.tsv'}.")
     seconds = round(time.perf_counter() - start)
@@ -236,8 +238,8 @@ def main() -> int:
         shutil.rmtree(folder)
     if arguments.json:
         outcomes = {test: outcome for test, (outcome, _) in differences.items()}
-        report = {"counts": counts, "differences": outcomes, "unexpected": unexpected, "stale": stale}
-        arguments.json.write_text(json.dumps(report | {"seconds": seconds}, indent=1) + "\n")
+        summary = {"counts": counts, "differences": outcomes, "unexpected": unexpected, "stale": stale}
+        arguments.json.write_text(json.dumps(summary | {"seconds": seconds}, indent=1) + "\n")
     return 1 if unexpected or stale else 0
 
 

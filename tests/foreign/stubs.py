@@ -1,5 +1,6 @@
-"""Modules that the foreign test files import and that neither their source distributions nor this project's environment
-have. Each stands here with the reason why it may be nearly empty; nothing else of theirs is replaced.
+"""Stubs of modules that the foreign test files import and that are neither in their source distributions nor installed.
+
+The comment of each says why a stub is enough. Nothing else of theirs is replaced.
 """
 
 import sys
