@@ -192,9 +192,7 @@ def main() -> int:
     start = time.perf_counter()
     folder = (arguments.work or Path(tempfile.mkdtemp(prefix="foreign-"))).resolve()
     if HERE.parents[1] in (folder, *folder.parents):
-        sys.exit(
-            f"--work {folder} is in the repository; choose a folder outside: files of transformers and PEFT must not get into it."
-        )
+        sys.exit(f"--work {folder} is in the repository, where no file of transformers or PEFT may be. Choose another.")
     folder.mkdir(parents=True, exist_ok=True)
     suites = [arguments.only] if arguments.only else list(ARCHIVES)
     for suite in suites:
