@@ -101,7 +101,7 @@ def test_gradients_of_gradients_of_inputs_made_of_each_other_are_those_in_float6
 
 @needs_library
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_a_graph_kept_gives_the_same_gradients_of_both_orders_again(name):
+def test_gradients_of_a_retained_graph_are_the_same_each_time(name):
     f, inputs = operations()[name]
     leaves = [nn.Parameter(0.3 * x) for x in inputs]
     value = torch.tanh(f(*leaves)).pow(2).sum()
@@ -198,7 +198,7 @@ def test_second_derivatives_of_a_merged_model_are_those_of_float64():
 
 @needs_library
 @pytest.mark.parametrize("kind", KINDS)
-def test_second_derivatives_under_dropout_are_the_slope_of_the_first(kind):
+def test_second_derivatives_under_dropout_are_finite_differences_of_the_first(kind):
     model = lora_model(kind, "lora", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, pad_token_id=1)
     parameters = [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
     got = seeded(curvature, model, BATCH)
@@ -295,13 +295,13 @@ def functions(request):
 
 
 @pytest.mark.parametrize("how", JACOBIANS)
-def test_a_jacobian_by_any_of_torchs_ways_is_that_of_float64(functions, how):
+def test_a_jacobian_by_each_function_of_torch_is_that_of_float64(functions, how):
     *_, A, logits, _, jacobian, _ = functions
     assert_close(JACOBIANS[how](logits, A).double(), jacobian)
 
 
 @pytest.mark.parametrize("how", HESSIANS)
-def test_a_hessian_by_any_of_torchs_ways_is_that_of_float64(functions, how):
+def test_a_hessian_by_each_function_of_torch_is_that_of_float64(functions, how):
     *_, A, _, loss, _, hessian = functions
     assert_close(HESSIANS[how](loss, A).double(), hessian)
 
@@ -416,7 +416,7 @@ def test_a_graph_of_make_fx_computes_what_the_model_does(called, kind):  # noqa:
 
 @needs_library
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_a_mode_around_a_checkpointed_forward_alone_changes_no_gradient(reentrant):
+def test_a_dispatch_mode_around_only_the_forward_of_a_checkpointed_model_changes_no_gradient(reentrant):
     model = lora_model("deberta-v2", "all", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     batch, results = ragged_batch([5, 3], pad=0), []

@@ -30,7 +30,7 @@ def batch_of(kind: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager", None])
-def test_either_name_of_transformers_attentions_is_ours(kind, attention, tmp_path):
+def test_attn_implementation_sdpa_and_eager_are_both_accepted(kind, attention, tmp_path):
     ours, theirs = CLASSIFIERS[kind]
     assert ours._supports_sdpa == theirs._supports_sdpa and ours._can_set_attn_implementation()  # what callers look at
     model = randomise_(ours._from_config(config_of(kind), attn_implementation=attention)).eval()
@@ -43,7 +43,7 @@ def test_either_name_of_transformers_attentions_is_ours(kind, attention, tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_config_that_transformers_class_has_used_makes_our_model(kind, tmp_path):
+def test_a_config_that_transformers_class_has_used_builds_our_model(kind, tmp_path):
     ours, theirs = CLASSIFIERS[kind]
     config = config_of(kind)
     model = randomise_(theirs(config)).eval()
@@ -57,7 +57,7 @@ def test_a_config_that_transformers_class_has_used_makes_our_model(kind, tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_config_of_a_subclass_or_read_by_autoconfig_makes_our_model(kind, tmp_path):
+def test_a_config_of_a_subclass_or_read_by_autoconfig_builds_our_model(kind, tmp_path):
     ours, theirs = CLASSIFIERS[kind]
     subclass = type("Mine", (RobertaConfig if kind == "roberta" else DebertaV2Config,), {})
     model = randomise_(theirs(config_of(kind))).eval()
@@ -69,7 +69,7 @@ def test_a_config_of_a_subclass_or_read_by_autoconfig_makes_our_model(kind, tmp_
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention", "nonsense"])
-def test_an_attention_we_lack_is_refused_by_name(kind, attention):
+def test_an_unsupported_attn_implementation_is_refused_by_name(kind, attention):
     ours, _ = CLASSIFIERS[kind]
     name = {"flash_attention_2": "Flash Attention 2", "nonsense": '"nonsense"'}.get(attention, attention)
     with pytest.raises(ValueError, match=name):
@@ -102,7 +102,7 @@ def test_an_offloaded_model_has_the_logits_it_has_in_memory(kind, place, tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_module_in_the_place_of_the_token_types_is_called(kind):
+def test_a_module_that_replaces_the_token_type_embeddings_is_called(kind):
     class Doubled(nn.Embedding):
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(ids)
@@ -166,7 +166,7 @@ def test_the_last_hidden_state_is_the_last_of_the_hidden_states(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_change_of_a_hidden_state_in_a_hook_of_its_gradient_reaches_the_layers_before_it(kind):
+def test_a_gradient_hook_on_a_hidden_state_changes_the_gradients_of_the_layers_before_it(kind):
     gradients = []
     for factor in (1, 0):
         model = randomise_(CLASSIFIERS[kind][0](config_of(kind)))
@@ -199,7 +199,7 @@ def test_output_hidden_states_may_be_numbers_of_layers_as_in_transformers(kind, 
     assert [x is None for x in base[-1]] == [x is None for x in want]
 
 
-def test_numbers_of_hidden_states_and_two_views_go_together():
+def test_selected_hidden_states_can_be_requested_with_two_views():
     model = CLASSIFIERS["roberta"][0](tiny_config(reg_loss_wgt=1.0))
     output = model(**batch_of("roberta"), labels=torch.arange(4) % 3, output_hidden_states=[-1])
     assert [x if x is None else x.shape for x in output.hidden_states] == [None, None, (4, 7, 32)]
@@ -207,7 +207,7 @@ def test_numbers_of_hidden_states_and_two_views_go_together():
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_keywords_that_change_nothing_in_an_encoder_are_taken_as_in_transformers(kind, whole):
+def test_keywords_that_change_nothing_in_an_encoder_are_accepted_as_in_transformers(kind, whole):
     ours, theirs = (model if whole else model.base_model for model in twins(config_of(kind)))
     batch = batch_of(kind)
     for more in (
@@ -248,7 +248,7 @@ def test_transformers_trainer_takes_the_loss_as_a_mean_and_keeps_the_columns_it_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_mask_of_pairs_and_a_mask_that_is_added_are_refused(kind):
+def test_masks_by_query_and_key_and_additive_masks_are_refused(kind):
     model, ids = CLASSIFIERS[kind][0](config_of(kind)), torch.full((2, 3), 5)
     for shape in ((2, 3, 3), (2, 1, 3, 3), (2, 1, 1, 3)):
         with pytest.raises(ValueError, match=r"\[batch, seq\] = \[2, 3\], got .* by query and key, are not supported"):
@@ -279,7 +279,7 @@ def test_an_empty_batch_or_one_of_another_rank_is_refused_by_name(kind, shape, w
 
 
 @pytest.mark.parametrize("padding", MASKS)
-def test_a_roberta_without_layers_is_transformers_own(padding):
+def test_a_roberta_without_layers_computes_what_transformers_does(padding):
     ours, theirs = twins(tiny_config(num_hidden_layers=0))
     ids = torch.randint(3, 50, (3, 5), generator=torch.Generator().manual_seed(0))
     mask = None if MASKS[padding] is None else torch.tensor(MASKS[padding])
@@ -308,7 +308,7 @@ def test_pos_att_type_is_read_as_transformers_reads_it(kinds, shared):
     assert_close(ours(**batch_of("deberta-v2")).logits, theirs(**batch_of("deberta-v2")).logits)
 
 
-def test_pos_att_type_set_to_a_text_after_the_configs_construction_is_read_too():
+def test_pos_att_type_set_to_a_string_after_the_configs_construction_is_read_too():
     config = tiny_deberta_config(pos_att_type=None)
     config.pos_att_type = "c2p|p2c"
     ours, theirs = twins(config)
@@ -320,7 +320,7 @@ def test_pos_att_type_set_to_a_text_after_the_configs_construction_is_read_too()
 
 @pytest.mark.parametrize("weight", [0, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_problem_type_that_nobody_knows_is_refused_by_name(kind, weight):  # transformers returns no loss
+def test_an_unknown_problem_type_is_refused_by_name(kind, weight):  # transformers returns no loss
     model = CLASSIFIERS[kind][0](config_of(kind, problem_type="classification", reg_loss_wgt=weight))
     for labels in (torch.arange(4) % 3, torch.rand(4, 3)):
         with pytest.raises(
@@ -331,7 +331,7 @@ def test_a_problem_type_that_nobody_knows_is_refused_by_name(kind, weight):  # t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_to_regress_to_that_are_not_of_the_logits_shape_are_refused(kind):
+def test_regression_labels_of_another_shape_than_the_logits_are_refused(kind):
     for count, wrong in ((2, [(8,), (2, 4), (4, 1), (4,)]), (1, [(3,), (8,), (4, 2)])):
         model = CLASSIFIERS[kind][0](config_of(kind, num_labels=count, problem_type="regression"))
         for shape in wrong:

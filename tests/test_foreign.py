@@ -8,7 +8,7 @@ from foreign import run
 PASSED, FAILED, SKIPPED = ["passed", ""], ["failed", "AssertionError"], ["skipped", "reason"]
 
 
-def test_a_test_that_passes_with_their_classes_alone_is_a_difference_also_if_it_is_skipped_or_missing_with_ours():
+def test_a_test_that_passes_only_with_transformers_classes_is_a_difference_even_if_skipped_or_missing_with_ours():
     theirs = {"fails": PASSED, "is skipped": PASSED, "is missing": PASSED, "passes": PASSED}
     ours = {"fails": FAILED, "is skipped": SKIPPED, "passes": PASSED}
     assert run.find_differences(theirs, ours) == {
@@ -19,7 +19,7 @@ def test_a_test_that_passes_with_their_classes_alone_is_a_difference_also_if_it_
 
 
 @pytest.mark.parametrize("outcome", [FAILED, SKIPPED])
-def test_a_test_that_does_not_pass_with_their_classes_is_no_difference(outcome):
+def test_a_test_that_does_not_pass_with_transformers_classes_is_no_difference(outcome):
     assert run.find_differences({"a": outcome}, {"a": FAILED}) == {}
 
 
@@ -48,7 +48,7 @@ def test_the_archives_are_the_tested_versions():
         assert release.replace("-", "==") in pins
 
 
-def test_an_archive_of_another_hash_is_refused(tmp_path):
+def test_an_archive_with_a_wrong_hash_is_refused(tmp_path):
     with tarfile.open(tmp_path / "peft-0.21.2.tar.gz", "w:gz"):
         pass
     with pytest.raises(SystemExit, match="sha256 is [0-9a-f]{64}, expected b803"):

@@ -291,7 +291,7 @@ class Noted(Tensor):
 
 
 @pytest.mark.parametrize("layer", [kernels.Linear(48, 32), LoRALinear(48, 32, 4, 8)], ids=["linear", "update"])
-def test_a_weight_of_a_subclass_is_torchs_to_multiply(layer):
+def test_a_product_with_a_weight_of_a_tensor_subclass_is_left_to_torch(layer):
     """The update, and all gradients, are then those of the textbook."""
     randomise_(layer)
     weight, x = Int8(layer.weight.detach()), noise(2, 5, 48).requires_grad_()
@@ -309,7 +309,7 @@ def test_a_weight_of_a_subclass_is_torchs_to_multiply(layer):
 
 
 @pytest.mark.parametrize("which", ["x", "weight", "bias", "lora_A", "lora_B"])
-def test_any_input_of_a_subclass_is_torchs_to_compute_with(which):
+def test_an_operation_with_any_input_of_a_tensor_subclass_is_left_to_torch(which):
     layer = randomise_(LoRALinear(48, 32, 4, 8))
     x = noise(5, 48)
     want = layer(x)
@@ -346,7 +346,7 @@ def test_a_distributed_layer_computes_what_it_does_on_one_device():
 
 @pytest.mark.parametrize("where", ["fake", "meta"])
 @pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_a_model_without_numbers_gives_results_of_the_right_shapes(kind, where):
+def test_fake_and_meta_models_give_outputs_of_the_right_shapes(kind, where):
     """No kernel reads the memory that such tensors don't have."""
     config = (tiny_config if kind == "roberta" else tiny_deberta_config)(apply_lora=True, lora_r=4, lora_alpha=8)
     model, ids = CLASSIFIERS[kind][0](config).train(), torch.ones(3, 7, dtype=torch.long)

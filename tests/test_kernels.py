@@ -631,7 +631,7 @@ def test_without_gradients_the_result_is_the_same(name):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("shape", [(6, 48), (48,), (2, 3, 48)], ids=["2-D", "1-D", "3-D"])
 @pytest.mark.parametrize("name", ["linear", "update", "folded update", "dropout", "attention", "relative attention"])
-def test_what_a_layer_returns_can_be_written_to(name, shape, grad):
+def test_the_output_of_a_layer_can_be_changed_in_place(name, shape, grad):
     """As torch's layers let it: the same numbers and gradients as of the sum that makes a new tensor."""
     if "attention" in name:
         packed = packed_batch([2, 4])
@@ -664,7 +664,7 @@ def test_what_a_layer_returns_can_be_written_to(name, shape, grad):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_what_a_model_returns_can_be_written_to(kind, training):
+def test_the_outputs_of_a_model_can_be_changed_in_place(kind, training):
     config = (tiny_config if kind == "roberta" else tiny_deberta_config)(apply_lora=True, lora_r=4, lora_alpha=8)
     model = randomise_(CLASSIFIERS[kind][0](config)).train(training)
     batch = ragged_batch([5, 3], pad=config.pad_token_id)
@@ -807,7 +807,7 @@ def test_a_models_selectively_checkpointed_gradients_are_the_same(kind, trains):
 @needs_library
 @pytest.mark.parametrize("what", ["table", "key", "query", "nothing", "another layer"])
 @pytest.mark.parametrize("shared", [True, False])
-def test_attention_that_trains_draws_the_same_dropout_in_grad_mode_and_without(what, shared):
+def test_attention_with_trained_relative_positions_draws_the_same_dropout_with_and_without_grad_mode(what, shared):
     model = lora_model("deberta-v2", "lora", attention_probs_dropout_prob=0.3, share_att_key=shared).train()
     attention = model.deberta.encoder.layer[0].attention.self
     model.requires_grad_(False)

@@ -694,7 +694,7 @@ def test_saving_and_loading_a_lora_model_gives_every_tensor_back_bit_for_bit(tmp
         ({"lora_dropout": -0.1}, "config.lora_dropout -0.1"),
     ],
 )
-def test_a_setting_that_would_make_no_lora_in_silence_is_refused_by_name(kind, settings, message):
+def test_a_lora_setting_that_would_be_ignored_is_refused_by_name(kind, settings, message):
     config = (tiny_config if kind == "roberta" else tiny_deberta_config)(
         **{"apply_lora": True, "lora_r": 4, "lora_alpha": 8} | settings
     )
@@ -703,7 +703,7 @@ def test_a_setting_that_would_make_no_lora_in_silence_is_refused_by_name(kind, s
 
 
 @pytest.mark.parametrize("name", LORA_SETTINGS)
-def test_a_setting_without_apply_lora_is_refused_and_beside_false_means_nothing(name):
+def test_a_lora_setting_without_apply_lora_is_refused_and_with_it_false_has_no_effect(name):
     value = {"lora_target_modules": ["key"], "lora_layers": [1]}.get(name, 0.5)
     with pytest.raises(
         ValueError, match=f"config.{name} has no effect without apply_lora. Set apply_lora=True, or remove {name}."
@@ -727,7 +727,7 @@ def test_a_setting_without_apply_lora_is_refused_and_beside_false_means_nothing(
         ({"lora_r": 0}, [], []),
     ],
 )
-def test_pefts_spellings_of_modules_and_layers_make_the_lora_they_say(kind, settings, targets, layers, tmp_path):
+def test_pefts_spellings_of_modules_and_layers_are_accepted(kind, settings, targets, layers, tmp_path):
     config = (tiny_config if kind == "roberta" else tiny_deberta_config)(
         **{"apply_lora": True, "lora_r": 4, "lora_alpha": 8} | settings
     )

@@ -214,9 +214,7 @@ def test_first_tokens_alone_are_the_first_tokens_of_the_whole(kind):
 
 @pytest.mark.parametrize("with_attentions", [True, False])
 @pytest.mark.parametrize("config", [tiny_config, tiny_deberta_config])
-def test_a_sequence_of_which_nothing_is_seen_has_transformers_gradients_with_and_without_attentions(
-    config, with_attentions
-):
+def test_a_fully_masked_sequence_has_transformers_gradients_with_and_without_attentions(config, with_attentions):
     # transformers' sdpa and eager differ there; the second alone gives attentions
     ours, theirs = twins(config(), attn_implementation="eager" if with_attentions or config != tiny_config else None)
     inputs = ragged_batch([9, 4, 7], pad=config().pad_token_id)

@@ -42,7 +42,7 @@ def saved(request, tmp_path_factory) -> tuple[Any, Path]:
 
 
 @pytest.mark.parametrize("asked", ASKED)
-def test_quantisation_asked_for_on_loading_is_refused_by_name_before_its_package_is_looked_for(asked, saved):
+def test_quantisation_requested_on_loading_is_refused_by_name_before_its_package_is_imported(asked, saved):
     model, folder = saved
     arguments, name = ASKED[asked]
     for model_class in (type(model), type(model.base_model)):
@@ -64,7 +64,7 @@ def test_quantisation_asked_for_on_loading_is_refused_by_name_before_its_package
         {"load_in_8bit": True},
     ],
 )
-def test_a_quantised_checkpoint_is_refused_by_name_whoever_reads_its_config(setting, saved, tmp_path):
+def test_a_quantised_checkpoint_is_refused_by_name_however_its_config_is_given(setting, saved, tmp_path):
     model, folder = saved
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
@@ -113,7 +113,7 @@ def dynamically(old: nn.Linear) -> nn.Module:
 
 @pytest.mark.parametrize("quantise", [of_class, of_weight, of_dtype, dynamically])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_method_is_given_to_a_model_with_quantised_layers_and_the_layer_is_named(kind, quantise, tmp_path):
+def test_no_method_is_applied_to_a_model_with_quantised_layers_and_the_error_names_the_layer(kind, quantise, tmp_path):
     def quantised(**settings: Any) -> Any:
         model = CLASSIFIERS[kind][0](KINDS[kind](**settings))
         linear = [n for n, m in model.base_model.named_modules() if isinstance(m, nn.Linear) and ".layer." in n]

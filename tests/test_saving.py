@@ -129,7 +129,7 @@ def test_a_config_that_says_what_a_model_has_is_saved_as_it_is(kind, tmp_path):
 
 @pytest.mark.parametrize("numbers", [0, [0]])
 @pytest.mark.parametrize("kind", KINDS)
-def test_layer_0_alone_is_layer_0_by_its_number_in_every_file_that_is_written(kind, numbers, tmp_path):
+def test_lora_on_layer_0_alone_is_on_layer_0_alone_in_every_saved_form(kind, numbers, tmp_path):
     new_config = tiny_config if kind == "roberta" else tiny_deberta_config
     config = new_config()
     set_method(config, LORA | {"lora_layers": numbers, "lora_relative_query": True})
