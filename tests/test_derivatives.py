@@ -1,6 +1,6 @@
-"""Derivatives beyond the first backward: of second order, many at once, forward; and traces of torch's operations.
+"""Derivatives beyond an ordinary backward: higher-order, batched, forward-mode; and traces of torch's operations.
 
-Everything is compared with float64, of a textbook's expression or of transformers' own model.
+They are compared with float64: of a textbook expression, of our model, or of transformers'.
 """
 
 import copy
@@ -40,7 +40,7 @@ KINDS = ["roberta", "deberta-v2"]
 
 
 def textbooks() -> dict[str, Any]:
-    """The expression of each of `operations`."""
+    """The textbook expression of each of `operations`."""
     packed, tables = packed_batch([17, 3, 40]), [noise(1, 79, 48, seed=seed) for seed in (3, 4)]
     dropped, kept = factors(60, 48, 0.3), factors(60 * 3, 40, 0.3)
     return {
@@ -53,23 +53,23 @@ def textbooks() -> dict[str, Any]:
     }
 
 
-def penalty(f: Any, inputs: list[Tensor], wanted: list[Tensor], order: int = 2) -> list[Tensor]:
-    """Gradients of the squared norm of the gradients of a function of f's result, and so on up to `order`."""
+def penalty(f: Any, inputs: list[Tensor], trained: list[Tensor], order: int = 2) -> list[Tensor]:
+    """Gradients of a gradient penalty on f (the squared norm of its gradients); of order 3, of a penalty on that."""
     value = torch.tanh(f(*inputs)).pow(2).sum()
     for _ in range(order - 1):
-        grads = torch.autograd.grad(value, wanted, create_graph=True)
+        grads = torch.autograd.grad(value, trained, create_graph=True)
         value = sum((g.pow(2).sum() for g in grads), torch.zeros((), dtype=value.dtype))
-    return list(torch.autograd.grad(value, wanted))
+    return list(torch.autograd.grad(value, trained))
 
 
 def assert_same_penalty(name: str, trained: Any, order: int = 2, of: Any = lambda f: f) -> None:
-    """The penalty of an operation in fp32 is its textbook's in float64; inputs number `trained` have gradients."""
+    """The penalty of an operation in fp32 has the gradients of its textbook in float64, for inputs number `trained`."""
     f, inputs = operations()[name]
     results = []
     for function, dtype in ((f, torch.float32), (textbooks()[name], torch.float64)):
         leaves = [0.3 * x.detach().to(dtype) for x in inputs]
-        wanted = [leaves[i].requires_grad_() for i in trained if i < len(leaves)]
-        results.append(penalty(of(function), leaves, wanted, order))
+        with_grad = [leaves[i].requires_grad_() for i in trained if i < len(leaves)]
+        results.append(penalty(of(function), leaves, with_grad, order))
     for i, (got, want) in enumerate(zip(*results, strict=True)):
         assert_close(got.double(), want, 2e-5 if order > 2 else 1e-5, what=f"{name}, input {trained[i]}")
 
@@ -93,7 +93,7 @@ def test_gradients_of_third_order_are_those_in_float64(name):
 @pytest.mark.parametrize(
     ("trained", "made"),
     [([0], lambda q, k, v: (q, q, q)), ([0, 1, 2], lambda q, k, v: (q, k + torch.sin(q), v * q))],
-    ids=["the same", "one of the other"],
+    ids=["the same", "computed from another"],
 )
 def test_gradients_of_gradients_of_inputs_made_of_each_other_are_those_in_float64(name, trained, made):
     assert_same_penalty(name, trained, of=lambda f: lambda *inputs: f(*made(*inputs)))
@@ -131,11 +131,11 @@ def test_many_gradients_at_once_are_the_gradients_one_by_one(name):
         assert not got.requires_grad
 
 
-# Whole models.
+# Models.
 
 
 def curvature(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The Hessian of the loss times a random vector, by parameter."""
+    """The product of the loss's Hessian and a random vector, by parameter."""
     parameters = {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
     loss = model(**batch, labels=torch.arange(4) % 3).loss
     grads = torch.autograd.grad(loss, list(parameters.values()), create_graph=True, materialize_grads=True)
@@ -147,7 +147,7 @@ def curvature(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def assert_same_curvature(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert got.keys() == want.keys() and len(got) >= 4
     largest = max(x.abs().max().item() for x in want.values())
-    for name, second in want.items():  # where the exact one is 0, noise
+    for name, second in want.items():  # where the exact value is 0, ours is rounding noise
         assert_close(got[name].double(), second, scale=max(second.abs().max().item(), 0.05 * largest), what=name)
 
 
@@ -204,7 +204,7 @@ def test_second_derivatives_under_dropout_are_finite_differences_of_the_first(ki
     got = seeded(curvature, model, BATCH)
     directions = [noise(*p.shape, seed=i) for i, p in enumerate(parameters)]
 
-    def slope(step: float) -> Tensor:  # of the loss along the vector that the Hessian was multiplied by
+    def slope(step: float) -> Tensor:  # the loss's gradient after a step along the Hessian product's vector
         for p, direction in zip(parameters, directions, strict=True):
             p.data.add_(step * direction)
         loss = seeded(lambda: model(**BATCH, labels=torch.arange(4) % 3).loss)
@@ -215,12 +215,14 @@ def test_second_derivatives_under_dropout_are_finite_differences_of_the_first(ki
 
     h = 1e-3
     want = (8 * (slope(h) - slope(-h)) - (slope(2 * h) - slope(-2 * h))) / (12 * h)
-    assert_close(torch.cat([x.flatten() for x in got.values()]).double(), want, 2e-3)  # rounding divided by h
+    assert_close(
+        torch.cat([x.flatten() for x in got.values()]).double(), want, 2e-3
+    )  # rounding errors are divided by h
 
 
 @pytest.mark.parametrize("case", ["float64", "left padding", "no compiler"])
 def test_a_second_derivative_of_torchs_fused_attention_raises_and_of_its_plain_one_is_right(case, monkeypatch):
-    """RoBERTa where the kernels are not available: as transformers' class, whose fused attention is the same."""
+    """RoBERTa without the kernels; transformers' class uses the same fused attention."""
     ours, theirs = twins(config_of("roberta"), attn_implementation="eager")
     batch = dict(BATCH)
     if case == "left padding":
@@ -261,7 +263,7 @@ HESSIANS = {
     "func.hessian": lambda f, A: torch.func.hessian(f)(A),
     "jacrev twice": lambda f, A: torch.func.jacrev(torch.func.jacrev(f))(A),
 }
-PRODUCTS = {  # with a vector: of the Jacobian if it is a jvp, else of the Hessian
+PRODUCTS = {  # of a vector with the Jacobian (names that end in "jvp") or with the Hessian
     "functional.hvp": lambda f, A, v: functional.hvp(f, A, v)[1],
     "functional.vhp": lambda f, A, v: functional.vhp(f, A, v)[1],
     "functional.jvp": lambda f, A, v: functional.jvp(f, A, v)[1],
@@ -273,7 +275,7 @@ PRODUCTS = {  # with a vector: of the Jacobian if it is a jvp, else of the Hessi
 
 @pytest.fixture(scope="module", params=["roberta", "deberta-v2", "relative query"])
 def functions(request):
-    """Logits and loss as functions of one lora_A: in fp32, and their derivatives in float64."""
+    """A model, a lora_A of it, logits and loss as functions of that in fp32, and their derivatives in float64."""
     kind, settings = request.param, {}
     if kind == "relative query":
         kind, settings = "deberta-v2", {"lora_relative_query": True}
@@ -294,24 +296,24 @@ def functions(request):
     return model, name, A, *of(model), jacobian, hessian
 
 
-@pytest.mark.parametrize("how", JACOBIANS)
-def test_a_jacobian_by_each_function_of_torch_is_that_of_float64(functions, how):
+@pytest.mark.parametrize("function", JACOBIANS)
+def test_a_jacobian_by_each_function_of_torch_is_that_of_float64(functions, function):
     *_, A, logits, _, jacobian, _ = functions
-    assert_close(JACOBIANS[how](logits, A).double(), jacobian)
+    assert_close(JACOBIANS[function](logits, A).double(), jacobian)
 
 
-@pytest.mark.parametrize("how", HESSIANS)
-def test_a_hessian_by_each_function_of_torch_is_that_of_float64(functions, how):
+@pytest.mark.parametrize("function", HESSIANS)
+def test_a_hessian_by_each_function_of_torch_is_that_of_float64(functions, function):
     *_, A, _, loss, _, hessian = functions
-    assert_close(HESSIANS[how](loss, A).double(), hessian)
+    assert_close(HESSIANS[function](loss, A).double(), hessian)
 
 
-@pytest.mark.parametrize("how", PRODUCTS)
-def test_a_product_with_a_hessian_or_jacobian_is_that_of_float64(functions, how):
+@pytest.mark.parametrize("function", PRODUCTS)
+def test_a_product_with_a_hessian_or_jacobian_is_that_of_float64(functions, function):
     *_, A, logits, loss, jacobian, hessian = functions
     v = noise(*A.shape)
-    got = PRODUCTS[how](logits if how.endswith("jvp") else loss, A, v)
-    derivative = jacobian if how.endswith("jvp") else hessian
+    got = PRODUCTS[function](logits if function.endswith("jvp") else loss, A, v)
+    derivative = jacobian if function.endswith("jvp") else hessian
     assert_close(got.double(), (derivative * v.double()).sum((-1, -2)), 2e-5)
 
 
@@ -376,7 +378,7 @@ def test_a_trace_without_a_mask_computes_what_the_model_does_or_raises(kind, dty
             try:
                 got = trace(ids)
             except RuntimeError:
-                assert kind == "deberta-v2" and lengths != [5, 5]  # its table has the rows of one length
+                assert kind == "deberta-v2" and lengths != [5, 5]  # its relative table is traced for one length
                 continue
             assert_close(got, model(ids), 1e-5 if dtype == torch.float32 else 0.05)
 
@@ -404,7 +406,7 @@ def test_a_model_compiled_as_one_graph_has_the_same_gradients_and_refuses_their_
 @needs_library
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_of_make_fx_computes_what_the_model_does(called, kind):  # noqa: F811
-    """What a compiled kernel computed would be a constant in it."""
+    """The result of a compiled kernel would be a constant in the graph."""
     model = Logits(lora_model(kind, "lora")).eval()
     ids, other = (ragged_batch([5, 5], seed=seed)["input_ids"] for seed in (0, 3))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Both models in the place of transformers' own: its configs, arguments, hooks and outputs, taken or refused."""
+"""Both models in place of transformers' own: configs, arguments, hooks and outputs, accepted as there or refused."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def batch_of(kind: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("attention", ["sdpa", "eager", None])
 def test_attn_implementation_sdpa_and_eager_are_both_accepted(kind, attention, tmp_path):
     ours, theirs = CLASSIFIERS[kind]
-    assert ours._supports_sdpa == theirs._supports_sdpa and ours._can_set_attn_implementation()  # what callers look at
+    assert ours._supports_sdpa == theirs._supports_sdpa and ours._can_set_attn_implementation()  # what callers check
     model = randomise_(ours._from_config(config_of(kind), attn_implementation=attention)).eval()
     model.save_pretrained(tmp_path)
     loaded = ours.from_pretrained(tmp_path, attn_implementation=attention).eval()
@@ -47,10 +47,10 @@ def test_a_config_that_transformers_class_has_used_builds_our_model(kind, tmp_pa
     ours, theirs = CLASSIFIERS[kind]
     config = config_of(kind)
     model = randomise_(theirs(config)).eval()
-    mine = ours(config).eval()
-    assert config._attn_implementation == ("sdpa" if kind == "roberta" else "eager")  # what transformers made of it
-    mine.load_state_dict(model.state_dict())
-    assert_close(mine(**batch_of(kind)).logits, model(**batch_of(kind)).logits)
+    built = ours(config).eval()
+    assert config._attn_implementation == ("sdpa" if kind == "roberta" else "eager")  # what transformers set in it
+    built.load_state_dict(model.state_dict())
+    assert_close(built(**batch_of(kind)).logits, model(**batch_of(kind)).logits)
     model.save_pretrained(tmp_path)
     loaded = ours.from_pretrained(tmp_path, config=model.config).eval()
     assert_close(loaded(**batch_of(kind)).logits, model(**batch_of(kind)).logits)
@@ -78,7 +78,7 @@ def test_an_unsupported_attn_implementation_is_refused_by_name(kind, attention):
         ours(config_of(kind)).set_attn_implementation(attention)
 
 
-# Offloaded weights, and modules in the place of ours.
+# Offloaded weights, and modules that replace ours.
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -149,14 +149,14 @@ def test_hidden_states_and_attentions_have_transformers_values_and_gradients(kin
         output.loss.backward()
         outputs.append(output)
     got, want = outputs
-    real, pairs = mask == 1, (mask[:, None, :, None] * mask[:, None, None, :]).expand(-1, 4, -1, -1) == 1
+    real, real_pairs = mask == 1, (mask[:, None, :, None] * mask[:, None, None, :]).expand(-1, 4, -1, -1) == 1
     assert (len(got.hidden_states), len(got.attentions)) == (4, 3)
-    for name, places in (("hidden_states", real), ("attentions", pairs)):
+    for name, positions in (("hidden_states", real), ("attentions", real_pairs)):
         for i, (x, y) in enumerate(zip(getattr(got, name), getattr(want, name), strict=True)):
-            assert_close(x[places], y[places], what=f"{name}[{i}]")
-            assert_close(x.grad[places], y.grad[places], 2e-5, what=f"gradient of {name}[{i}]")
+            assert_close(x[positions], y[positions], what=f"{name}[{i}]")
+            assert_close(x.grad[positions], y.grad[positions], 2e-5, what=f"gradient of {name}[{i}]")
             if padding in ("right padding", "one length"):
-                assert x.shape == y.shape and not x[~places].any() and not x.grad[~places].any()
+                assert x.shape == y.shape and not x[~positions].any() and not x.grad[~positions].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,14 +179,16 @@ def test_a_gradient_hook_on_a_hidden_state_changes_the_gradients_of_the_layers_b
     assert gradients[0][1] == gradients[1][1] > 0
 
 
-# What forward takes, as transformers does, or refuses by name.
+# Arguments of forward, accepted as in transformers or refused by name.
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("wanted", [[0, -1], [1], 1, -1, 0, (0,), [5], [-4], [], True, False, None])
-def test_output_hidden_states_may_be_numbers_of_layers_as_in_transformers(kind, wanted):
+@pytest.mark.parametrize("requested", [[0, -1], [1], 1, -1, 0, (0,), [5], [-4], [], True, False, None])
+def test_output_hidden_states_may_be_numbers_of_layers_as_in_transformers(kind, requested):
     ours, theirs = twins(config_of(kind))
-    got, want = (model.eval()(**batch_of(kind), output_hidden_states=wanted).hidden_states for model in (ours, theirs))
+    got, want = (
+        model.eval()(**batch_of(kind), output_hidden_states=requested).hidden_states for model in (ours, theirs)
+    )
     if want is None:
         assert got is None
         return
@@ -195,7 +197,7 @@ def test_output_hidden_states_may_be_numbers_of_layers_as_in_transformers(kind, 
     for x, y in zip(got, want, strict=True):
         if y is not None:
             assert_close(x[real], y[real])
-    base = ours.base_model(**batch_of(kind), output_hidden_states=wanted, return_dict=False)
+    base = ours.base_model(**batch_of(kind), output_hidden_states=requested, return_dict=False)
     assert [x is None for x in base[-1]] == [x is None for x in want]
 
 
@@ -205,10 +207,10 @@ def test_selected_hidden_states_can_be_requested_with_two_views():
     assert [x if x is None else x.shape for x in output.hidden_states] == [None, None, (4, 7, 32)]
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("is_classifier", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_keywords_that_change_nothing_in_an_encoder_are_accepted_as_in_transformers(kind, whole):
-    ours, theirs = (model if whole else model.base_model for model in twins(config_of(kind)))
+def test_keywords_that_change_nothing_in_an_encoder_are_accepted_as_in_transformers(kind, is_classifier):
+    ours, theirs = (model if is_classifier else model.base_model for model in twins(config_of(kind)))
     batch = batch_of(kind)
     for more in (
         {"special_tokens_mask": batch["attention_mask"], "offset_mapping": torch.zeros(4, 7, 2), "length": LENGTHS},
@@ -217,7 +219,7 @@ def test_keywords_that_change_nothing_in_an_encoder_are_accepted_as_in_transform
         {"overflow_to_sample_mapping": torch.arange(4), "cache_position": torch.arange(7)},
     ):
         got, want = (model.eval()(**batch, **more)[0] for model in (ours, theirs))
-        if whole:
+        if is_classifier:
             assert_close(got, want)
         else:
             assert_close(got[batch["attention_mask"] == 1], want[batch["attention_mask"] == 1])
@@ -275,7 +277,7 @@ def test_an_empty_batch_or_one_of_another_rank_is_refused_by_name(kind, shape, w
             )
 
 
-# Configs at the edge.
+# Edge cases of configs.
 
 
 @pytest.mark.parametrize("padding", MASKS)

@@ -1,4 +1,4 @@
-"""The comparison of foreign/run.py, on outcomes written by hand; the foreign tests themselves take minutes."""
+"""The comparison in foreign/run.py, on outcomes written by hand; the foreign tests themselves take minutes."""
 
 import tarfile
 

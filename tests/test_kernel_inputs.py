@@ -258,11 +258,11 @@ def test_matrices_of_another_dtype_or_device_are_an_error(name, kind):
         layer(noise(3, 16))
 
 
-# Tensors whose numbers are elsewhere.
+# Tensor subclasses, and tensors without data in memory.
 
 
 class Int8(Tensor):
-    """A weight as quantisation libraries have it: eight bits and a scale, of which torch knows F.linear alone."""
+    """A weight as in quantisation libraries: int8 and a scale; F.linear is its only operation."""
 
     @staticmethod
     def __new__(cls, x: Tensor) -> "Int8":
@@ -286,13 +286,13 @@ class Int8(Tensor):
         raise NotImplementedError(f"{function} of int8")
 
 
-class Noted(Tensor):
-    """Numbers of its own; everything that it is part of is torch's to do."""
+class Marked(Tensor):
+    """A subclass that torch's operations return when it is an input, and compiled code would not."""
 
 
 @pytest.mark.parametrize("layer", [kernels.Linear(48, 32), LoRALinear(48, 32, 4, 8)], ids=["linear", "update"])
 def test_a_product_with_a_weight_of_a_tensor_subclass_is_left_to_torch(layer):
-    """The update, and all gradients, are then those of the textbook."""
+    """The update and all gradients equal the textbook's."""
     randomise_(layer)
     weight, x = Int8(layer.weight.detach()), noise(2, 5, 48).requires_grad_()
     layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -314,18 +314,18 @@ def test_an_operation_with_any_input_of_a_tensor_subclass_is_left_to_torch(which
     x = noise(5, 48)
     want = layer(x)
     if which == "x":
-        x = x.as_subclass(Noted)
+        x = x.as_subclass(Marked)
     else:
-        setattr(layer, which, nn.Parameter(getattr(layer, which).detach().as_subclass(Noted)))
+        setattr(layer, which, nn.Parameter(getattr(layer, which).detach().as_subclass(Marked)))
     y = layer(x)
-    assert type(y) is Noted
+    assert type(y) is Marked
     assert_close(y.as_subclass(Tensor), want)
     if which in ("x", "weight", "bias"):
         y = kernels.linear(x, layer.weight, layer.bias)
-        assert type(y) is Noted
+        assert type(y) is Marked
         assert_close(y.as_subclass(Tensor), F.linear(noise(5, 48), layer.weight, layer.bias).as_subclass(Tensor))
     if which == "x":
-        assert type(kernels.dropout(x, 0.5, True)) is Noted
+        assert type(kernels.dropout(x, 0.5, True)) is Marked
 
 
 def test_a_distributed_layer_computes_what_it_does_on_one_device():
@@ -347,7 +347,7 @@ def test_a_distributed_layer_computes_what_it_does_on_one_device():
 @pytest.mark.parametrize("where", ["fake", "meta"])
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_fake_and_meta_models_give_outputs_of_the_right_shapes(kind, where):
-    """No kernel reads the memory that such tensors don't have."""
+    """Such tensors have no memory that a kernel could read."""
     config = (tiny_config if kind == "roberta" else tiny_deberta_config)(apply_lora=True, lora_r=4, lora_alpha=8)
     model, ids = CLASSIFIERS[kind][0](config).train(), torch.ones(3, 7, dtype=torch.long)
     if where == "fake":

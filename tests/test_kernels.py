@@ -632,7 +632,7 @@ def test_without_gradients_the_result_is_the_same(name):
 @pytest.mark.parametrize("shape", [(6, 48), (48,), (2, 3, 48)], ids=["2-D", "1-D", "3-D"])
 @pytest.mark.parametrize("name", ["linear", "update", "folded update", "dropout", "attention", "relative attention"])
 def test_the_output_of_a_layer_can_be_changed_in_place(name, shape, grad):
-    """As torch's layers let it: the same numbers and gradients as of the sum that makes a new tensor."""
+    """As with torch's layers; values and gradients are those of the operation that makes a new tensor."""
     if "attention" in name:
         packed = packed_batch([2, 4])
         tables = [noise(1, 7, 48, seed=seed) for seed in (3, 4)] if "relative" in name else []
@@ -811,7 +811,7 @@ def test_attention_with_trained_relative_positions_draws_the_same_dropout_with_a
     model = lora_model("deberta-v2", "lora", attention_probs_dropout_prob=0.3, share_att_key=shared).train()
     attention = model.deberta.encoder.layer[0].attention.self
     model.requires_grad_(False)
-    attention.query_proj.lora_A.requires_grad_(shared)  # trains the queries, and not the relative ones
+    attention.query_proj.lora_A.requires_grad_(shared)  # trains the queries, not the relative queries
     table, distances = model.deberta.encoder.relative_table(packed := packed_batch([9, 4]), 1)
     table.requires_grad_(what == "table")
     if what in ("key", "query"):

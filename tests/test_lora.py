@@ -666,7 +666,7 @@ def test_saving_and_loading_a_lora_model_gives_every_tensor_back_bit_for_bit(tmp
     assert again.roberta.encoder.layer[0].attention.self.query.scaling == ALPHA / R
 
 
-# Settings in a config that would make no LoRA, or less than they say.
+# Settings in a config that would make no LoRA, or less LoRA than they describe.
 
 
 @pytest.mark.parametrize("kind", ["roberta", "deberta-v2"])

@@ -20,7 +20,7 @@ from lora_nlu.methods import mark_trainable, set_bottlenecks_
 
 KINDS = {"roberta": tiny_config, "deberta-v2": tiny_deberta_config}
 LORA = {"apply_lora": True, "lora_r": 2, "lora_alpha": 4}
-ASKED: dict[str, tuple[dict[str, Any], str]] = {
+REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "bitsandbytes, 8 bits": ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "bitsandbytes"),
     "bitsandbytes, 4 bits": ({"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}, "bitsandbytes"),
     "a dict": ({"quantization_config": {"quant_method": "torchao", "quant_type": "int8_weight_only"}}, "torchao"),
@@ -41,10 +41,10 @@ def saved(request, tmp_path_factory) -> tuple[Any, Path]:
     return model, folder
 
 
-@pytest.mark.parametrize("asked", ASKED)
-def test_quantisation_requested_on_loading_is_refused_by_name_before_its_package_is_imported(asked, saved):
+@pytest.mark.parametrize("request_name", REQUESTS)
+def test_quantisation_requested_on_loading_is_refused_by_name_before_its_package_is_imported(request_name, saved):
     model, folder = saved
-    arguments, name = ASKED[asked]
+    arguments, name = REQUESTS[request_name]
     for model_class in (type(model), type(model.base_model)):
         with pytest.raises(UserError, match=rf"{folder}: quantisation \({name}\).*\n.*--to merged.*own class"):
             model_class.from_pretrained(folder, **arguments)
@@ -60,7 +60,7 @@ def test_quantisation_requested_on_loading_is_refused_by_name_before_its_package
         {"quant_method": "gptq", "bits": 4},
         {"quant_method": "compressed-tensors"},
         {"quant_method": "fp8"},
-        {"quant_method": "of tomorrow"},
+        {"quant_method": "not yet known"},
         {"load_in_8bit": True},
     ],
 )
@@ -81,7 +81,7 @@ def test_a_quantised_checkpoint_is_refused_by_name_however_its_config_is_given(s
 
 
 class Int8Linear(nn.Linear):
-    """What bitsandbytes makes of a linear layer: a subclass with a weight of int8."""
+    """Like a quantised layer of bitsandbytes: a subclass with an int8 weight."""
 
     def __init__(self, old: nn.Linear) -> None:
         super().__init__(old.in_features, old.out_features)
@@ -89,29 +89,29 @@ class Int8Linear(nn.Linear):
 
 
 class ScaledTensor(Tensor):
-    """What torchao makes of a weight: a tensor of a class of its own that calls itself fp32."""
+    """Like a quantised weight of torchao: a tensor subclass whose dtype is float32."""
 
 
-def of_class(old: nn.Linear) -> nn.Module:
+def with_layer_class(old: nn.Linear) -> nn.Module:
     return Int8Linear(old)
 
 
-def of_weight(old: nn.Linear) -> nn.Module:
+def with_weight_class(old: nn.Linear) -> nn.Module:
     old.weight = nn.Parameter(old.weight.detach().as_subclass(ScaledTensor))
     return old
 
 
-def of_dtype(old: nn.Linear) -> nn.Module:
+def with_int8_weight(old: nn.Linear) -> nn.Module:
     new = nn.Linear(old.in_features, old.out_features)
     new.weight = nn.Parameter(old.weight.detach().to(torch.int8), requires_grad=False)
     return new
 
 
-def dynamically(old: nn.Linear) -> nn.Module:
+def with_dynamic_layer(old: nn.Linear) -> nn.Module:
     return dynamic.Linear(old.in_features, old.out_features)
 
 
-@pytest.mark.parametrize("quantise", [of_class, of_weight, of_dtype, dynamically])
+@pytest.mark.parametrize("quantise", [with_layer_class, with_weight_class, with_int8_weight, with_dynamic_layer])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_method_is_applied_to_a_model_with_quantised_layers_and_the_error_names_the_layer(kind, quantise, tmp_path):
     def quantised(**settings: Any) -> Any:
@@ -133,7 +133,7 @@ def test_no_method_is_applied_to_a_model_with_quantised_layers_and_the_error_nam
         save_adapter(model, tmp_path / method, {})
         with pytest.raises(ValueError, match=message):
             attach_adapter(quantised(), read_adapter(str(tmp_path / method)), None, allow_new_head=False)
-        with pytest.raises(ValueError, match=message):  # layers that had an update, and lost it
+        with pytest.raises(ValueError, match=message):  # layers whose update was lost
             mark_trainable(quantised(**settings))
     query = "query" if kind == "roberta" else "query_proj"
     name = f"{kind.removesuffix('-v2')}.encoder.layer.1.attention.self.{query}"

@@ -243,7 +243,7 @@ GONE = {
     "every A": "_A",
     "one B": r"layer\.1\.output.*_B|layer\.1.*query.*_B",
     "one A": r"layer\.1\.output.*_A|layer\.1.*query.*_A",
-    "what one layer has": r"layer\.1\.",
+    "all of one layer": r"layer\.1\.",
 }
 
 
@@ -251,7 +251,7 @@ GONE = {
 @pytest.mark.parametrize("gone", GONE)
 @pytest.mark.parametrize(("kind", "method"), [("roberta", "lora"), ("deberta-v2", "lora"), ("roberta", "houlsby")])
 def test_half_an_update_is_refused(kind, method, gone, form, tmp_path):
-    """By the name of what is gone: some of its matrices, or all of some layers."""
+    """The error names the first missing tensor: one kind of matrix, or all matrices of some layers, are gone."""
     model = with_lora(kind) if method == "lora" else plain(kind)
     if method != "lora":
         set_bottlenecks_(model, method, 3)

@@ -14,7 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import read_json
-from lora_nlu.lora import target_names
+from lora_nlu.lora import LORA_SETTINGS, target_names
 from lora_nlu.metrics import greater_is_better
 
 # old name: new flag that takes the same value
@@ -258,13 +258,13 @@ def check_method(m: Any) -> None:
         said.append("apply_bitfit")
     if len(said) > 1:
         raise UsageError(f"--{said[0]} and --{said[1]}: choose one of them.")
-    for flag, path, hows in (
-        ("apply_lora", "lora_path", ("lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "lora_dropout")),
+    for flag, path, settings in (
+        ("apply_lora", "lora_path", LORA_SETTINGS),
         ("apply_adapter", "adapter_path", ("adapter_type", "adapter_size")),
     ):
-        given = next((name for name in hows if getattr(m, name) is not None), None)
-        if given and not (getattr(m, flag) or getattr(m, path)):
-            raise UsageError(f"--{given} says how, and nothing says that: give --{flag} too.")
+        setting = next((name for name in settings if getattr(m, name) is not None), None)
+        if setting and not (getattr(m, flag) or getattr(m, path)):
+            raise UsageError(f"--{setting} has no effect without --{flag}. Add --{flag}, or remove --{setting}.")
 
 
 def set_best_metric(args: Any, names: tuple[str, ...]) -> list[str]:

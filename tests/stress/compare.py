@@ -1,22 +1,22 @@
-"""Our models beside transformers' own, on random configurations, masks and lengths.
+"""Compares our models with transformers' own, on random configurations, masks and lengths.
 
     OMP_NUM_THREADS=1 nice python tests/stress/compare.py --cases 5000 [--seed 0] [--case N]
 
 A case draws a model (RoBERTa or DeBERTa-V2, the classifier or the bare encoder) with its sizes and settings, LoRA or
-none, what trains, training or evaluation, a batch with its mask, and which outputs are asked for. transformers' class
-gets the same weights; LoRA is merged into them, W + s B A, and a DeBERTa whose relative query is frozen has projections
-of its own for it. Compared are, in fp32, to the tensor's largest number:
+none, what trains, training or evaluation, a batch with its mask, and which outputs are requested. transformers' class
+gets the same weights, with LoRA merged into them (W + s B A); for a DeBERTa whose relative query is frozen, it gets
+separate projections of the relative positions. Compared in fp32, relative to the tensor's largest number:
 
     logits, loss, hidden states, attentions      1e-5
     gradients of all that trains                 2e-5: sums over all tokens, in another order (tests/helpers.py)
 
-Where a difference is larger, transformers' model in float64 judges: ours may be three times as far from it as theirs.
+A larger difference passes if ours is at most three times as far from transformers' model in float64 as theirs is.
 
-LoRA's gradients by the chain rule from that of transformers' merged weight: dA = s B^T dW, dB = s dW A^T. Hidden states
-and attentions count at real tokens, and ours must be 0 at padding; where a batch falls back to all of its positions (a
-masked first token; in DeBERTa, a hole in a mask), masked positions count too.
+LoRA's gradients are computed by the chain rule from that of transformers' merged weight: dA = s B^T dW, dB = s dW A^T.
+Hidden states and attentions are compared at real tokens, and ours must be 0 at padding. Where a batch falls back to all
+of its positions (a masked first token; in DeBERTa, a hole in a mask), masked positions are compared too.
 
-Case N of a seed is always the same; --case N repeats one and prints what it is. Exit code 1 if any differs.
+Case N of a seed is always the same; --case N repeats it and prints its settings. Exit code 1 if a case differs.
 """
 
 import argparse
@@ -54,7 +54,7 @@ MASKS = ("none", "ones", "right", "right", "right", "right", "left", "holes", "z
 
 
 def drawn(seed: int, number: int) -> dict[str, Any]:
-    """All that a case is, in plain values."""
+    """The settings of a case, as plain values."""
     rng = random.Random(f"{seed} {number}")
     one = rng.choice
     kind, with_gradients = one(("roberta", "deberta-v2")), rng.random() < 0.7
@@ -145,7 +145,7 @@ def mask_of(kind: str, batch: int, length: int, generator: torch.Generator) -> T
 
 
 def inputs_of(case: dict[str, Any], generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-    """What both models are called with, labels aside, and the mask [B, S] as bool."""
+    """The arguments of both models, without labels, and the mask [B, S] as bool."""
     config, shape = case["config"], (case["batch"], case["length"])
     mask = mask_of(case["mask"], *shape, generator)
     ids = torch.randint(2, config["vocab_size"], shape, generator=generator)
@@ -171,7 +171,7 @@ def labels_of(case: dict[str, Any], generator: torch.Generator) -> Tensor:
     if problem in ("regression", "multi_label_classification") or (problem is None and case["labels"] == "floats"):
         return torch.rand(batch, count, generator=generator)
     labels = torch.randint(count, (batch,), generator=generator)
-    labels[1:][torch.rand(batch - 1, generator=generator) < 0.2] = -100  # left out
+    labels[1:][torch.rand(batch - 1, generator=generator) < 0.2] = -100  # not in the loss
     return labels
 
 
@@ -183,7 +183,7 @@ def updates(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def own_projections(model: Any) -> dict[str, str]:
-    """Projections of a DeBERTa whose relative query is frozen: the tokens' name to the relative table's."""
+    """For a DeBERTa whose relative query is frozen: names of the tokens' projections to those of relative positions."""
     if not getattr(model, "frozen_relative_query", False):
         return {}
     pairs = {"query_proj": ("p2c", "pos_query_proj"), "key_proj": ("c2p", "pos_key_proj")}
@@ -199,7 +199,7 @@ def our_model(case: dict[str, Any], seed: int) -> Any:
     config_class = RobertaConfig if case["kind"] == "roberta" else DebertaV2Config
     model_class = (BARE if case["bare"] else CLASSIFIERS)[case["kind"]][0]
     model: Any = randomise_(model_class(config_class(**case["config"], problem_type=case["problem"])), seed)
-    with torch.no_grad():  # wide layers would saturate attention, which then multiplies what rounding does
+    with torch.no_grad():  # wide layers would saturate attention, which amplifies rounding errors
         for parameter in model.parameters():
             parameter.mul_(min(1.0, (24 / parameter.shape[-1]) ** 0.5) if parameter.dim() > 1 else 1.0)
     if case["trains"] == "lora":
@@ -212,7 +212,7 @@ def our_model(case: dict[str, Any], seed: int) -> Any:
 
 
 def their_model(case: dict[str, Any], ours: Any, dtype: torch.dtype) -> Any:
-    """transformers' model of the same function, its merged weights rounded once."""
+    """transformers' model of the same function; its merged weights are computed in float64 and rounded once."""
     state = {name: tensor.double() for name, tensor in ours.state_dict().items() if "lora_" not in name}
     settings = {name: v for name, v in case["config"].items() if not name.startswith(("lora_", "apply_"))}
     for tokens, positions in own_projections(ours).items():
@@ -224,7 +224,7 @@ def their_model(case: dict[str, Any], ours: Any, dtype: torch.dtype) -> Any:
         state[f"{name}.weight"] = state[f"{name}.weight"] + update
     config = type(ours.config)(**settings, problem_type=case["problem"])
     if case["attentions"]:
-        config._attn_implementation = "eager"  # the one that gives any
+        config._attn_implementation = "eager"  # sdpa returns none
     model = (BARE if case["bare"] else CLASSIFIERS)[case["kind"]][1](config).to(dtype)
     model.load_state_dict(state)
     return model.train(case["training"])
@@ -236,9 +236,9 @@ def their_model(case: dict[str, Any], ours: Any, dtype: torch.dtype) -> Any:
 def results(
     model: Any, case: dict[str, Any], inputs: dict[str, Tensor], labels: Tensor, seen: Tensor, seed: int
 ) -> dict[str, Tensor | None]:
-    """What comes out at the positions seen, and what else isn't 0; gradients by parameter, if any.
+    """Outputs at the positions `seen`, ours also at the others (padding, to be 0), and gradients by parameter.
 
-    Those of the loss and of a random sum of all the rest.
+    The gradients are those of the loss plus a random sum of the other outputs.
     """
     dtype, is_ours = next(model.parameters()).dtype, type(model).__module__.startswith("lora_nlu")
     inputs = dict(inputs)
@@ -272,11 +272,11 @@ def results(
 
 
 def as_ours(ours: Any, want: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    """transformers' results with the gradients of our parameters, and what the smallest of them are measured against.
+    """transformers' results with the gradients of our parameters, and the least scale of each gradient's error.
 
-    A gradient that is 0 by cancellation has the rounding of its terms left: where attention ignores a parameter (a
-    key's bias; a query's weight over a single token) they are about as large as the value's gradients, those of a bias
-    as its weight's, and those of LoRA as the products that it sums.
+    A gradient that is 0 by cancellation keeps the rounding errors of its terms. Where attention ignores a parameter (a
+    key's bias; a query's weight over a single token), these terms are about as large as the value's gradients; those of
+    a bias as its weight's gradients; those of LoRA as the products that are summed.
     """
     grads = {name.removeprefix("gradient of "): t for name, t in want.items() if name.startswith("gradient of ")}
     of_tokens = dict(grads)
@@ -308,7 +308,7 @@ def as_ours(ours: Any, want: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 
 def relative(got: Tensor | None, want: Tensor | None, floor: float) -> float:
-    """The largest difference by the largest number wanted, or the floor; None stands for zeros."""
+    """The largest difference, relative to the largest expected number or to `floor` if larger; None means zeros."""
     if got is None or want is None:
         one = want if got is None else got
         return 0.0 if one is None or not one.any() else math.inf
@@ -317,11 +317,11 @@ def relative(got: Tensor | None, want: Tensor | None, floor: float) -> float:
     if not want.numel() or torch.equal(got, want):
         return 0.0
     scale = max(want.abs().max().item(), floor)
-    return (got - want).abs().max().item() / scale if scale else math.inf  # not a number stays one
+    return (got - want).abs().max().item() / scale if scale else math.inf  # NaN stays NaN
 
 
 def errors_of(case: dict[str, Any], seed: int) -> tuple[dict[str, float], bool]:
-    """The largest error of each kind of result, and whether float64 had to judge."""
+    """The largest error of each kind of result, and whether a comparison needed float64."""
     generator = torch.Generator().manual_seed(seed)
     inputs, mask = inputs_of(case, generator)
     batch = (case, inputs, labels_of(case, generator), seen_of(case, mask), seed)
@@ -355,7 +355,7 @@ def seen_of(case: dict[str, Any], mask: Tensor) -> Tensor:
 
 
 def compare_cases(seed: int, numbers: range) -> tuple[dict[str, tuple[float, int]], dict[int, str], int]:
-    """The worst error of each kind with its case, what failed by case, and how many cases float64 judged."""
+    """The worst error of each kind with its case, failures by case, and how many cases needed float64."""
     worst: dict[str, tuple[float, int]] = dict.fromkeys(BOUNDS, (0.0, -1))
     failures, count = {}, 0
     for number in numbers:
@@ -376,7 +376,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="only this one, and what it is")
+    parser.add_argument("--case", type=int, help="run this case alone and print its settings")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -391,7 +391,7 @@ def main() -> int:
     for kind, (error, number) in worst.items():
         print(f"worst {kind}: {error:.2g} of the largest, case {number} (bound {BOUNDS[kind]:.0e})")
     seconds = time.monotonic() - begun
-    print(f"{len(numbers)} cases, {judged} of them judged by float64 and not in the worst above")
+    print(f"{len(numbers)} cases, {judged} of them decided in float64 and not in the worst errors above")
     print(f"{len(failures)} failures, {seconds:.0f} s")
     return 1 if failures else 0
 
