@@ -213,7 +213,7 @@ def save_adapter(
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter, a LoRA one with its alpha known, as a folder; each file appears complete or not at all.
+    """Write an adapter, a LoRA one with its alpha, as a folder; each file appears complete or not at all.
 
     The metadata gets the kind and a hash of the weights, by which files of two runs in one folder are found out.
     """
@@ -814,8 +814,8 @@ def _attach_lora(model: Any, adapter: Adapter, lora_alpha: float | None) -> dict
     """Make the LoRA layers of an adapter; returns (rank, scaling) of each. Raises UserError."""
     layers = adapter.layers(lora_alpha)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    wanted = [name for name in linear if name.startswith(_encoder_prefix_in(model)) and _is_target(adapter, name)]
-    missing, unexpected = ([f"{n}.lora_A" for n in a if n not in b] for a, b in ((wanted, layers), (layers, linear)))
+    targets = [name for name in linear if name.startswith(_encoder_prefix_in(model)) and _is_target(adapter, name)]
+    missing, unexpected = ([f"{n}.lora_A" for n in a if n not in b] for a, b in ((targets, layers), (layers, linear)))
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)
     set_lora_(model, layers)

@@ -45,9 +45,9 @@ def can_replace(x: Tensor) -> bool:
 def is_traced() -> bool:
     """Whether torch.func, torch.jit.trace, make_fx, FakeTensorMode or forward-mode derivatives are active.
 
-    They trace or transform torch's operations and would miss those of this file. So would torch.compile, which is asked
-    for separately. Other dispatch modes don't count: one may be on in a checkpointed forward and off when it is
-    recomputed, and both must draw the same dropout. torch has no public function that tells.
+    They trace or transform torch's operations and would miss those of this file. (torch.compile is checked separately.)
+    Other dispatch modes don't count: one may be on in a checkpointed forward and off when it is recomputed, and both
+    must draw the same dropout. The private names: torch has no public function for these states.
     """
     if torch.compiler.is_compiling():
         return False
