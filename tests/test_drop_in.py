@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload, disk_offload
 from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_config, tiny_deberta_config, twins
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, DebertaV2Config, RobertaConfig, Trainer, TrainingArguments
 
@@ -99,6 +101,35 @@ def test_an_offloaded_model_has_the_logits_it_has_in_memory(kind, place, tmp_pat
         assert model.base_model.embeddings.token_type_embeddings.weight.is_meta
         assert torch.equal(model(**batch).logits, want[0])
         assert torch.equal(model(**batch, token_type_ids=types).logits, want[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lora_model_is_loaded_with_some_layers_on_disk_and_saved_from_there(kind, tmp_path):
+    model = randomise_(CLASSIFIERS[kind][0](config_of(kind, apply_lora=True, lora_r=4, lora_alpha=8))).eval()
+    model.save_pretrained(tmp_path / "whole")
+    whole = (
+        "",
+        model.base_model_prefix,
+        f"{model.base_model_prefix}.encoder",
+        f"{model.base_model_prefix}.encoder.layer",
+    )
+    places = {
+        name: "disk" if name.endswith("layer.1") else "cpu"
+        for name, _ in model.named_modules()
+        if name not in whole and name.rpartition(".")[0] in whole
+    }
+    loaded = type(model).from_pretrained(tmp_path / "whole", device_map=places, offload_folder=tmp_path / "off").eval()
+    assert loaded.base_model.encoder.layer[1].output.dense.weight.is_meta
+    want = model(**batch_of(kind)).logits
+    assert_close(loaded(**batch_of(kind)).logits, want)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_close(type(model).from_pretrained(tmp_path / "again").eval()(**batch_of(kind)).logits, want)
+    weights = load_file(tmp_path / "whole" / "model.safetensors")  # what is on disk is no excuse for what is gone
+    del weights[next(name for name in weights if "layer.1" in name and "lora_B" in name)]
+    save_file(weights, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(KeyError, match="lora_B"):
+        loaded = type(model).from_pretrained(tmp_path / "whole", device_map=places, offload_folder=tmp_path / "off")
+        loaded(**batch_of(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -341,3 +372,56 @@ def test_regression_labels_of_another_shape_than_the_logits_are_refused(kind):
                 model(**batch_of(kind), labels=torch.zeros(shape))
         for shape in [(4, 2)] if count == 2 else [(4,), (4, 1)]:
             assert model(**batch_of(kind), labels=torch.zeros(shape)).loss.shape == ()
+
+
+# Dropout, changed as users do, by its modules.
+
+
+def dropouts(model: nn.Module) -> dict[str, nn.Dropout]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+
+
+@pytest.mark.parametrize("settings", [{}, {"apply_lora": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.5}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropout_set_to_0_in_every_dropout_module_is_off(kind, settings):
+    model = randomise_(
+        CLASSIFIERS[kind][0](config_of(kind, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, **settings))
+    )
+    model.requires_grad_(False)  # attention of the kernels; without this DeBERTa's is torch's
+    want = model.eval()(**batch_of(kind)).logits
+    for module in dropouts(model).values():
+        module.p = 0
+    assert_close(model.train()(**batch_of(kind)).logits, want)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_drops_by_the_mode_of_the_module_that_transformers_asks(kind, grad):
+    # RoBERTa's attention asks the module of the attention, DeBERTa's the module of the dropout.
+    for model in twins(config_of(kind, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)):
+        on_alone, off_alone = [], []
+        for mode, differ in ((False, on_alone), (True, off_alone)):
+            model.train(mode)
+            for name, module in dropouts(model).items():
+                module.train(not mode and "attention.self.dropout" in name)
+            with torch.set_grad_enabled(grad):
+                one, other = (model(**batch_of(kind)).logits for _ in range(2))
+            differ.append((one - other).abs().max() > 1e-3)
+        assert on_alone == [kind == "deberta-v2"] and off_alone == [kind == "roberta"], type(model)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True}, {"output_attentions": True}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tuple_has_its_parts_in_transformers_order(kind, asked, pooled):
+    classes = (BASES[kind], getattr(transformers, BASES[kind].__name__))
+    settings = {"add_pooling_layer": pooled} if kind == "roberta" else {}
+    ours, theirs = (each(config_of(kind), **settings).eval() for each in classes)
+    ours.load_state_dict(randomise_(theirs).state_dict())
+    theirs.set_attn_implementation("eager")
+    inputs = {"input_ids": batch_of(kind)["input_ids"], **asked}
+    assert [*ours(**inputs)] == [name for name in theirs(**inputs) if name != "cross_attentions"]  # ()
+    got, want = (model(**inputs, return_dict=False) for model in (ours, theirs))
+    for mine, other in zip(got, want, strict=False):
+        for x, y in zip(*(each if isinstance(each, tuple) else (each,) for each in (mine, other)), strict=True):
+            assert_close(x, y)

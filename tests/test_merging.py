@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import disk_offload
 from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_config, tiny_deberta_config
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 
 from lora_nlu.adapters import attach_adapter, base_fingerprint, load_adapter, read_adapter, save_adapter
 from lora_nlu.convert import merged_state
@@ -350,3 +352,37 @@ def test_without_gradients_or_compiled_a_merged_layer_computes_the_same():
         assert_close(copied(x).clone(), want)
     layer.merge()
     assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), want)
+
+
+# Weights that what is written to doesn't stay in.
+
+REMADE = {
+    "weight_norm": nn.utils.weight_norm,
+    "parametrized": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("kind", REMADE)
+def test_a_weight_made_of_others_or_not_in_memory_is_neither_merged_nor_unmerged(kind):
+    for first in ("merge", "unmerge"):
+        layer = layers(model_of("roberta"))[0].eval()
+        if first == "unmerge":
+            layer.merge()
+        REMADE[kind](layer)
+        x = torch.randn(3, 32)
+        before = layer(x)
+        with pytest.raises(ValueError, match="made of other parameters"):
+            getattr(layer, first)()
+        assert_close(layer(x), before)
+
+
+@pytest.mark.parametrize("merge", [merge_lora_, LoRALinear.merge])
+def test_a_weight_that_is_offloaded_is_not_merged(merge, tmp_path):
+    model = model_of("roberta").eval()
+    want = logits(model)
+    disk_offload(model, tmp_path, execution_device="cpu")
+    with pytest.raises(ValueError, match="meta device"):
+        merge(layers(model)[0])
+    assert_close(logits(model), want)

@@ -19,6 +19,7 @@ from helpers import (
 )
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
@@ -1342,3 +1343,42 @@ def test_padding_beyond_the_position_table_is_no_error():
     short = ragged_batch([8, 5], pad=0)
     wide = {name: torch.nn.functional.pad(tensor, (0, 12)) for name, tensor in short.items()}
     assert_close(model(**wide).logits, model(**short).logits)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs)
+
+
+@pytest.mark.parametrize("relative_query", [False, True])
+@pytest.mark.parametrize("wrap", [Wrapped, checkpoint_wrapper, "peft"])
+def test_an_updated_projection_inside_another_module_is_read_as_the_config_says(wrap, relative_query):
+    settings = {"lora_target_modules": ["query", "key"], "lora_relative_query": relative_query}
+    config = tiny_deberta_config(apply_lora=True, lora_r=4, lora_alpha=8, **settings)
+    model = randomise_(DebertaV2ForSequenceClassification(config)).eval()
+    inputs = {**ragged_batch([9, 7, 3], pad=0), "labels": torch.tensor([0, 1, 2])}
+    want = model(**inputs)
+    want.loss.backward()
+    gradient = model.deberta.encoder.layer[0].attention.self.query_proj.lora_A.grad.clone()
+    if wrap == "peft":  # its update starts at 0
+        got = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["query_proj", "key_proj"])).eval()
+        got = got.base_model.model
+    else:
+        got = model
+        for layer in got.deberta.encoder.layer:
+            attention = layer.attention.self
+            attention.query_proj, attention.key_proj = wrap(attention.query_proj), wrap(attention.key_proj)
+    assert got.frozen_relative_query == (not relative_query)
+    got.zero_grad()
+    output = got(**inputs)
+    assert_close(output.logits, want.logits)
+    if wrap != "peft":
+        output.loss.backward()
+        matrix = next(
+            x for name, x in got.named_parameters() if "layer.0" in name and "query_proj" in name and "lora_A" in name
+        )
+        assert_close(matrix.grad, gradient)

@@ -163,7 +163,8 @@ class Checkpoints:
                 "--lora_alpha A), or the plain base model, and the adapter as --lora_path (adapters.attach_adapter)."
             )
         for kind in (r"\.lora_[AB]\b", r"\.adapter_[AB]\b"):
-            added = {key: is_loaded(p) for key, p in model.named_parameters() if re.search(kind, key)}
+            every = {key: p for key, p in model.named_parameters() if re.search(kind, key)}
+            added = {key: is_loaded(p) or p.is_meta for key, p in every.items()}  # meta: stays on the disk
             lacks = [key for key, loaded in added.items() if not loaded]
             if lacks and len(lacks) < len(added):
                 # Pfeiffer's bottlenecks are Houlsby's without those after attention
@@ -310,14 +311,17 @@ class PackedEncoder:
         if self.selects_hidden_states and not isinstance(with_hidden, bool):
             numbers = [with_hidden] if isinstance(with_hidden, int) else with_hidden
             hidden = [x if i in numbers or i - len(hidden) in numbers else None for i, x in enumerate(hidden)]
-        output: Any = BaseModelOutputWithPooling if hasattr(self, "pooler") else BaseModelOutput
-        output = output(
-            last_hidden_state=last_hidden_state,
-            hidden_states=tuple(hidden) if with_hidden else None,
-            attentions=tuple(encoded.attentions) if with_probs else None,
-        )
-        if getattr(self, "pooler", None) is not None:
-            output["pooler_output"] = self.pooler(first)
+        parts: dict[str, Any] = {
+            "last_hidden_state": last_hidden_state,
+            "hidden_states": tuple(hidden) if with_hidden else None,
+            "attentions": tuple(encoded.attentions) if with_probs else None,
+        }
+        output: Any
+        if hasattr(self, "pooler"):  # given now, not later: a tuple has its parts in the order of the class's fields
+            pooled = None if self.pooler is None else self.pooler(first)
+            output = BaseModelOutputWithPooling(pooler_output=pooled, **parts)
+        else:
+            output = BaseModelOutput(**parts)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from lora_nlu.errors import UserError
 from lora_nlu.kernels import (
     PLAIN_TENSORS,
+    Dropout,
     Linear,
     by_rows,
     check,
-    dropout,
     is_traced,
     linear,
     product,
@@ -110,7 +110,7 @@ class LoRALinear(Linear):
             raise ValueError(f"LoRALinear needs a rank of at least 1, got r={r}; rank 0 is nn.Linear.")
         self.r = r
         self.scaling = lora_alpha / r
-        self.lora_dropout = lora_dropout
+        self.dropout = Dropout(lora_dropout)
         for name in ("weight_before", "merged_A", "merged_B"):  # buffers: they follow when the layer moves
             self.register_buffer(name, None, persistent=False)
         self.merged_scaling = 0.0
@@ -135,6 +135,15 @@ class LoRALinear(Linear):
         return next((value for value in near if value / self.r == self.scaling), alpha)
 
     @property
+    def lora_dropout(self) -> float:
+        """The p of `dropout`, a module: whoever turns off a model's dropouts by their class turns off this one too."""
+        return self.dropout.p
+
+    @lora_dropout.setter
+    def lora_dropout(self, p: float) -> None:
+        self.dropout.p = p
+
+    @property
     def merged(self) -> bool:
         """Whether `weight` holds the update."""
         return self.weight_before is not None
@@ -154,7 +163,7 @@ class LoRALinear(Linear):
                 raise RuntimeError("A merged LoRALinear can't train: its lora_A and lora_B are unused. Call unmerge().")
             return linear(x, self.weight, self.bias)
         self.check_shapes()
-        dropped = dropout(x, self.lora_dropout, self.training)
+        dropped = self.dropout(x)
         tensors = (x, self.weight, self.bias, self.lora_A, self.lora_B)
         if dropped is x and x.numel() and self._can_fuse(*tensors):
             return by_rows(_LoRALinear.apply, *tensors, self.scaling)
@@ -179,9 +188,13 @@ class LoRALinear(Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put (alpha / r) B A, as they are now, into `weight` in place, once; a second call does nothing."""
+        """Put (alpha / r) B A, as they are now, into `weight` in place, once; a second call does nothing.
+
+        Raises ValueError for a weight that can't be written to: computed from others, or not in memory.
+        """
         if self.merged and self._holds_its_update():
             return
+        self._check_writable()
         self.unmerge()
         merged = self.merged_weight()
         self.weight_before, self.merged_scaling = self.weight.detach().clone(), self.scaling
@@ -191,11 +204,25 @@ class LoRALinear(Linear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take out of `weight` what `merge` put in; without a merge, do nothing."""
+        """Take out of `weight` what `merge` put in; without a merge, do nothing. Raises as `merge`."""
         if self.merged:
+            self._check_writable()
             self.weight.copy_(self.frozen_weight())
             self.weight_before = self.merged_A = self.merged_B = None
             self._left = {}
+
+    def _check_writable(self) -> None:
+        """Raise ValueError if what is written to `weight` would be lost."""
+        if not isinstance(self.weight, nn.Parameter):
+            raise ValueError(
+                "The weight of a LoRALinear is made of other parameters (torch.nn.utils.parametrize, weight_norm, "
+                "prune): what merge() or unmerge() write to it would be lost. Remove that first, or merge before it."
+            )
+        if self.weight.is_meta:
+            raise ValueError(
+                "The weight of a LoRALinear is on the meta device, where nothing is kept: merge or unmerge before the "
+                "model is offloaded (accelerate), or after it is loaded."
+            )
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

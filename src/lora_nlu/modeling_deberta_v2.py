@@ -157,19 +157,21 @@ class DisentangledSelfAttention(nn.Module):
         with_probs: bool,
         table: Tensor | None,
         distances: Tensor | None,
+        table_trains: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """queries [Q, H] and hidden_states [N, H] to context [Q, H] and, if asked, probabilities [B, A, S, S].
 
         table [V, U, H] and distances [2 S - 1] int64: the relative table's rows in use, and which one each distance
-        from -(S - 1) to S - 1 has.
+        from -(S - 1) to S - 1 has; whether the table has a gradient in grad mode.
         """
         query, key, value = self.query_proj(queries), self.key_proj(hidden_states), self.value_proj(hidden_states)
         relative_key, relative_query = self.project(table, distances)  # [V, 2 S - 1, H] each, or None
         # The kernel gives the tables no gradients. Reentrant checkpointing runs a layer without grad mode first; where
         # the recomputation can't use the kernel, neither may that run: the kernel draws other dropout than torch.
-        needs_table_grad = self.training and not torch.is_grad_enabled() and self.trains_relative(table)
+        drops = self.dropout.training
+        needs_table_grad = drops and not torch.is_grad_enabled() and self.trains_relative(table, table_trains)
         if not with_probs and type(self.dropout) is Dropout and not needs_table_grad:
-            p = self.dropout.p if self.training else 0.0
+            p = self.dropout.p if drops else 0.0
             fused = attention(query, key, value, packed, self.heads, 1 / self.scale, p, relative_key, relative_query)
             if fused is not None:
                 return fused, None
@@ -234,8 +236,9 @@ class DisentangledSelfAttention(nn.Module):
 
     def relative(self, projection: nn.Linear, table: Tensor) -> Tensor:
         """The table [V, U, H] through a projection shared with tokens; the config decides about its update."""
-        if isinstance(projection, LoRALinear) and not lora_relative_query(self.config):
-            return projection(table, apply_update=False)  # called as a module: hooks load offloaded weights
+        if not lora_relative_query(self.config) and updated(projection):
+            # called as a module: hooks load offloaded weights; what wraps a layer hands it the argument
+            return projection(table, apply_update=False)
         return projection(table)
 
     def relative_projections(self) -> list[nn.Module]:
@@ -246,19 +249,16 @@ class DisentangledSelfAttention(nn.Module):
 
     def shared_updates(self) -> list[LoRALinear]:
         """The projections with an update that tokens and relative table share: where `lora_relative_query` matters."""
-        return [layer for layer in self.relative_projections() if self.shared and isinstance(layer, LoRALinear)]
+        return [update for layer in self.relative_projections() if self.shared for update in updated(layer)]
 
-    def trains_relative(self, table: Tensor | None) -> bool:
+    def trains_relative(self, table: Tensor | None, table_trains: bool) -> bool:
         """Whether relative keys or queries would require gradients in grad mode."""
         if table is None:
             return False
-        frozen = [] if lora_relative_query(self.config) else self.shared_updates()
-        inputs = [table]
-        for layer in self.relative_projections():
-            for name, parameter in layer.named_parameters():
-                if layer not in frozen or not name.startswith("lora_"):
-                    inputs.append(parameter)
-        return any(x.requires_grad for x in inputs)
+        without = [] if lora_relative_query(self.config) else self.shared_updates()
+        unused = {id(x) for layer in without for x in (layer.lora_A, layer.lora_B)}
+        used = (x for layer in self.relative_projections() for x in layer.parameters() if id(x) not in unused)
+        return table_trains or any(x.requires_grad for x in used)
 
     def by_head(self, rows: Tensor | None) -> Tensor | None:
         """[V, 2 S - 1, H] to [A, V, 2 S - 1, D]."""
@@ -271,6 +271,11 @@ class DisentangledSelfAttention(nn.Module):
                 "apply the update to the relative query too. Call lora.unmerge_lora_(model) and save the adapter."
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def updated(projection: nn.Module) -> list[LoRALinear]:
+    """The layer with an update that a projection is, or that PEFT's or another module wraps."""
+    return [module for module in projection.modules() if isinstance(module, LoRALinear)]
 
 
 def add_(scores: Tensor, others: Tensor) -> Tensor:
@@ -365,12 +370,14 @@ class DebertaV2Encoder(nn.Module):
     ) -> EncoderOutputs:
         """Embedded rows [N, H] through the layers; each of the batch's `views` parts has a dropout of the table."""
         table, distances = self.relative_table(packed, views)
+        sources = [getattr(self, name) for name in ("rel_embeddings", "LayerNorm") if hasattr(self, name)]
+        table_trains = any(x.requires_grad for module in sources for x in module.parameters())
         encoded = EncoderOutputs(rows, packed, with_hidden)
         rows = encoded.rows
         for i, layer in enumerate(self.layer):
             convolves = i == 0 and self.conv is not None
             narrow = first_only and i + 1 == len(self.layer) and not convolves
-            output, probs = layer(encoded.rows, packed, narrow, with_probs, table, distances)
+            output, probs = layer(encoded.rows, packed, narrow, with_probs, table, distances, table_trains)
             encoded.add(self.conv(rows, output, packed) if convolves else output, probs)  # type: ignore[misc]
         return encoded
 

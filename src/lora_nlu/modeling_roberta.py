@@ -126,7 +126,7 @@ class RobertaSelfAttention(nn.Module):
         if size % config.num_attention_heads:
             raise ValueError(f"hidden_size {size} is no multiple of num_attention_heads {config.num_attention_heads}.")
         self.heads = config.num_attention_heads
-        self.dropout_p = config.attention_probs_dropout_prob
+        self.dropout = Dropout(config.attention_probs_dropout_prob)  # for its p, which may be changed
         self.query = lora_linear(config, "query", layer, size, size)
         self.key = lora_linear(config, "key", layer, size, size)
         self.value = lora_linear(config, "value", layer, size, size)
@@ -134,7 +134,7 @@ class RobertaSelfAttention(nn.Module):
     def forward(
         self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool
     ) -> tuple[Tensor, Tensor | None]:
-        dropout_p = self.dropout_p if self.training else 0.0
+        dropout_p = self.dropout.p if self.training else 0.0
         query, key, value = self.query(queries), self.key(hidden_states), self.value(hidden_states)
         return attend(query, key, value, packed, self.heads, dropout_p, with_probs)
 
