@@ -1,6 +1,8 @@
 """The comparison in foreign/run.py, on outcomes written by hand; the foreign tests themselves take minutes."""
 
+import subprocess
 import tarfile
+from pathlib import Path
 
 import pytest
 from foreign import run
@@ -53,3 +55,14 @@ def test_an_archive_with_a_wrong_hash_is_refused(tmp_path):
         pass
     with pytest.raises(SystemExit, match="sha256 is [0-9a-f]{64}, expected b803"):
         run.unpack_tests("peft", tmp_path)
+
+
+def test_a_suite_of_which_no_test_ran_is_an_error_and_not_a_success(tmp_path, monkeypatch):
+    def pytest_without_tests(command, env, stdout, **_):  # as pytest-xdist ends if a test file can't be imported
+        Path(env["FOREIGN_RESULTS"]).write_text("{}")
+        stdout.write("ModuleNotFoundError: No module named 'parameterized'")
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(run.subprocess, "run", pytest_without_tests)
+    with pytest.raises(SystemExit, match="exit code 1:\n.*No module named"):
+        run.run_suite("transformers", "ours", tmp_path, 1, "")

@@ -137,9 +137,10 @@ def run_suite(suite: str, side: str, folder: Path, processes: int, selection: st
     }
     with log.open("w") as output:
         code = subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=output).returncode
-    if code not in (0, 1) or not results.exists():  # 1: some tests failed
+    outcomes = json.loads(results.read_text()) if results.exists() else {}
+    if code not in (0, 1) or not outcomes:  # 1: some tests failed, or a file could not be imported
         sys.exit(f"pytest ended with exit code {code}:\n" + "\n".join(log.read_text().splitlines()[-30:]))
-    return json.loads(results.read_text())
+    return outcomes
 
 
 def read_expected(path: Path) -> dict[str, str]:
