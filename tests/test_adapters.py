@@ -1188,3 +1188,15 @@ def test_evaluation_refuses_a_missing_head_and_a_head_for_another_number_of_labe
     half = {name: t for name, t in state.items() if name != "classifier.dense.bias"}
     assert "classifier.dense.bias" in refused(published(tmp_path / "half.bin", half))
     assert "classifier.dense.bias" in refused(tmp_path / "half.bin", training=True)
+
+
+@pytest.mark.parametrize("layers", [[1], None])
+@pytest.mark.parametrize("kind", ["roberta", "deberta-v2"])
+def test_an_adapter_for_each_example_of_a_batch_is_refused(kind, layers):  # PEFT's adapter_names
+    config = tiny_config() if kind == "roberta" else tiny_deberta_config()
+    settings = {"target_modules": ["query" if kind == "roberta" else "query_proj"], "layers_to_transform": layers}
+    model = get_peft_model(CLASSIFIERS[kind][0](config), LoraConfig(init_lora_weights=False, **settings))
+    model.add_adapter("other", LoraConfig(init_lora_weights=False, **settings))
+    batch = ragged_batch([9, 7, 3], pad=config.pad_token_id)
+    with pytest.raises(ValueError, match="adapter_names"):
+        model.eval()(**batch, adapter_names=["default", "other", "__base__"])

@@ -220,6 +220,27 @@ def test_second_derivatives_under_dropout_are_finite_differences_of_the_first(ki
     )  # rounding errors are divided by h
 
 
+@needs_library
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_of_a_model_in_fp32_do_not_depend_on_the_default_dtype(kind):
+    model = lora_model(kind, "lora", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, pad_token_id=1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def second() -> tuple[Tensor, ...]:
+        loss = model(**BATCH, labels=torch.arange(4) % 3).loss
+        grads = torch.autograd.grad(loss, parameters, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), parameters)
+
+    want = seeded(second)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = seeded(second)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for x, y in zip(got, want, strict=True):
+        assert_close(x, y)
+
+
 @pytest.mark.parametrize("case", ["float64", "left padding", "no compiler"])
 def test_a_second_derivative_of_torchs_fused_attention_raises_and_of_its_plain_one_is_right(case, monkeypatch):
     """RoBERTa without the kernels; transformers' class uses the same fused attention."""

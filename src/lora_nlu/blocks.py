@@ -191,6 +191,13 @@ class Checkpoints:
         refuse_quantised(name, (settings or {}).get("quantization_config"))
 
 
+def refuse_adapter_names(layer: nn.Module) -> None:
+    """Raise ValueError if PEFT was given an adapter for each example: rows are tokens, or examples by their length."""
+    for module in layer.modules():
+        if any("adapter_names" in getattr(hook, "keywords", ()) for hook in module._forward_pre_hooks.values()):
+            raise ValueError("adapter_names: PEFT's adapter for each example is not supported; give one to the batch.")
+
+
 class EncoderLayer(GradientCheckpointingLayer):
     """One encoder layer around a model's self-attention: [N, H] to [Q, H]."""
 
@@ -207,7 +214,10 @@ class EncoderLayer(GradientCheckpointingLayer):
 
         `positions` are further arguments of the self-attention: none, or DeBERTa's relative table and distances.
         """
-        queries = hidden_states.index_select(0, packed.first_rows) if first_only else hidden_states  # [Q, H]
+        queries = hidden_states  # [Q, H]
+        if first_only:
+            refuse_adapter_names(self)
+            queries = hidden_states.index_select(0, packed.first_rows)
         attended, probs = self.attention(queries, hidden_states, packed, with_probs, *positions)
         return self.output(self.intermediate(attended), attended), probs
 

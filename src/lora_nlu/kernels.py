@@ -273,7 +273,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if needs_torch_operations(grad):
-            return grad * _Dropout.run(torch.ones(grad.shape), ctx.p, ctx.seed), None, None
+            return grad * _Dropout.run(torch.ones(grad.shape, dtype=torch.float32), ctx.p, ctx.seed), None, None
         return _Dropout.run(grad, ctx.p, ctx.seed), None, None
 
     @staticmethod
@@ -417,7 +417,8 @@ def torch_attention(
     query_starts, key_starts, views = (x.tolist() for x in starts)
     relative_key, relative_query = relative
     query, key, value = (x.unflatten(1, (heads, -1)).transpose(0, 1) for x in (query, key, value))  # [A, N, D]
-    kept = _Dropout.run(torch.ones(query.shape[1] * heads, longest), p, seed).view(-1, heads, longest) if p else None
+    ones = torch.ones(query.shape[1] * heads, longest, dtype=torch.float32)  # whatever the default dtype is
+    kept = _Dropout.run(ones, p, seed).view(-1, heads, longest) if p else None
     contexts = []
     for i, view in enumerate(views):
         rows, columns = slice(*query_starts[i : i + 2]), slice(*key_starts[i : i + 2])
