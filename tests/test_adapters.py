@@ -462,7 +462,7 @@ def test_what_peft_trained_on_a_bare_encoder_gives_the_same_features_here_and_sa
         for n, p in theirs.named_parameters()
         if p.requires_grad and ".lora_" not in n
     }
-    save_adapter(ours, tmp_path / "ours", {})
+    save_adapter(ours, str(tmp_path / "ours"), {})
     again = theirs_class(new_config())
     again.load_state_dict(weights)
     assert json.loads((tmp_path / "ours" / CONFIG).read_text())["task_type"] == "FEATURE_EXTRACTION"

@@ -330,7 +330,7 @@ def test_a_deberta_without_layers_returns_its_embeddings(padding):  # transforme
     ids = torch.randint(3, 50, (3, 5), generator=torch.Generator().manual_seed(0))
     mask = None if MASKS[padding] is None else torch.tensor(MASKS[padding])
     output = model(ids, mask, output_hidden_states=True)
-    assert torch.equal(output.logits, model.head(output.hidden_states[0][:, 0]))
+    assert torch.equal(output.logits, model.head(output.hidden_states[0]))
     assert_close(model(ids, mask).logits, output.logits, 1e-6)
 
 
@@ -425,3 +425,76 @@ def test_a_tuple_has_its_parts_in_transformers_order(kind, asked, pooled):
     for mine, other in zip(got, want, strict=False):
         for x, y in zip(*(each if isinstance(each, tuple) else (each,) for each in (mine, other)), strict=True):
             assert_close(x, y)
+
+
+# Code written for transformers' classes.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("settings", [{}, {"type_vocab_size": 2, "embedding_size": 16, "share_att_key": False}])
+def test_parameters_come_in_transformers_order(kind, settings):
+    """By which an optimizer's state, `parameters_to_vector` and the weights of a seed go."""
+    ours, theirs = CLASSIFIERS[kind]
+    torch.manual_seed(0)
+    mine = ours(config_of(kind, **settings))
+    torch.manual_seed(0)
+    other = theirs(config_of(kind, **settings))
+    names = [name for name, _ in mine.named_parameters()]
+    assert names == [name for name, _ in other.named_parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(mine.parameters(), other.parameters(), strict=True))
+
+
+class MeanPooled(nn.Module):
+    """A head that reads every token: [B, S, H] to [B, C]; [B, H] as a DeBERTa's pooler."""
+
+    def __init__(self, size: int, labels: int | None) -> None:
+        super().__init__()
+        self.dense = nn.Linear(size, labels or size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.dense(features[:, :3].mean(1))  # the shortest sequence has three tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["replaced", "theirs", "patched", "called"])
+def test_a_head_in_the_place_of_ours_reads_what_it_reads_in_transformers_class(kind, how):
+    ours, theirs = twins(config_of(kind))
+    name = "classifier" if kind == "roberta" else "pooler"
+    batch = batch_of(kind)
+    if how == "replaced":
+        head = randomise_(MeanPooled(32, 3 if kind == "roberta" else None))
+        for model in (ours, theirs):
+            setattr(model, name, head)
+    elif how == "theirs":
+        setattr(ours, name, getattr(theirs, name))
+    elif how == "patched":
+        head = randomise_(MeanPooled(32, 3 if kind == "roberta" else None))
+        for model in (ours, theirs):
+            getattr(model, name).forward = head.forward
+    else:
+        for model in (ours, theirs):
+            hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+            model.called = getattr(model, name)(hidden)
+        assert_close(ours.called, theirs.called)
+    assert_close(ours(**batch).logits, theirs(**batch).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_by_torch_func_of_a_loss_that_takes_its_batch_as_arguments_are_transformers(kind):
+    ours, theirs = twins(config_of(kind))
+    batch = batch_of(kind)
+
+    def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+        def loss(parameters: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            return torch.func.functional_call(model, parameters, (), inputs).loss
+
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        return torch.func.grad(loss)(
+            parameters, batch["input_ids"], batch["attention_mask"], torch.tensor([0, 1, 2, 1])
+        )
+
+    want = gradients(theirs)
+    largest = max(grad.abs().max().item() for grad in want.values())
+    for name, grad in gradients(ours).items():
+        assert_close(grad, want[name], scale=largest, what=name)

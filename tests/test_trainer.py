@@ -267,6 +267,18 @@ def test_save_total_limit_keeps_the_last_checkpoints_and_the_best(limit, tmp_pat
     assert len(whole_checkpoints(str(tmp_path / "best"))) == limit
 
 
+def test_an_optimizer_state_in_another_order_of_the_parameters_is_refused(uninterrupted, tmp_path):
+    """By the shapes: a fused AdamW would write beyond a smaller tensor's memory."""
+    checkpoint = tmp_path / "checkpoint-4"
+    shutil.copytree(uninterrupted[0] / checkpoint.name, checkpoint)
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    moments = saved["state"]  # lora_A [4, 32] and lora_B [32, 4] are the first two
+    moments[0], moments[1] = moments[1], moments[0]
+    torch.save(saved, checkpoint / "optimizer.pt")
+    with pytest.raises(UserError, match=r"exp_avg is \[32, 4\] for a parameter \[4, 32\]"):
+        new_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_without_lora_a_checkpoint_holds_the_whole_model_and_resumes_bit_equal(tmp_path):
     first = new_trainer(tmp_path, lora=False)
     first.train()

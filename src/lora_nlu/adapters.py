@@ -206,10 +206,10 @@ def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tenso
 
 
 def save_adapter(
-    model: Any, folder: Path, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None
+    model: Any, folder: Path | str, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None
 ) -> None:
     """Write the trained parameters of a model as an adapter folder; each file appears whole or not at all."""
-    write_adapter(adapter_of(model, metadata, state_dict), folder)
+    write_adapter(adapter_of(model, metadata, state_dict), Path(folder))
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:

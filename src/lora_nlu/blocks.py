@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    SequenceClassifierOutput,
+)
 
 from lora_nlu.errors import UserError, shown
 from lora_nlu.kernels import Dropout
@@ -60,6 +64,11 @@ def embed_types(embedding: nn.Embedding, token_type_ids: OptionalTensor, packed:
     if token_type_ids is None:
         return embedding(packed.first_rows[:1])  # its value is 0, a type; calling the module loads offloaded weights
     return embedding(packed.pack(token_type_ids.expand(packed.batch, packed.length)))
+
+
+def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what this class does: nobody replaced or wrapped it, or its `forward`."""
+    return type(module).forward is kind.forward and "forward" not in vars(module)
 
 
 def activation(name: Any) -> Any:
@@ -312,11 +321,9 @@ class PackedEncoder:
             rows = encoded.rows
             if rows.shape[0] != batch:  # rows of all tokens: no layers, or a convolution after the only one
                 rows = rows.index_select(0, packed.first_rows)
-            first = packed.in_batch_order(rows)  # [B, H]
-            last_hidden_state = first[:, None]  # [B, 1, H]
+            last_hidden_state = packed.in_batch_order(rows)[:, None]  # [B, 1, H]
         else:
             last_hidden_state = encoded.hidden_states[-1] if with_hidden else packed.unpack(encoded.rows)  # [B, S, H]
-            first = last_hidden_state[:, 0]
         hidden: list[OptionalTensor] = [*encoded.hidden_states]
         if self.selects_hidden_states and not isinstance(with_hidden, bool):
             numbers = [with_hidden] if isinstance(with_hidden, int) else with_hidden
@@ -328,8 +335,8 @@ class PackedEncoder:
         }
         output: Any
         if hasattr(self, "pooler"):  # given now, not later: a tuple has its parts in the order of the class's fields
-            pooled = None if self.pooler is None else self.pooler(first)
-            output = BaseModelOutputWithPooling(pooler_output=pooled, **parts)
+            pooled = None if self.pooler is None else self.pooler(last_hidden_state)
+            output = BaseModelOutputWithPoolingAndCrossAttentions(pooler_output=pooled, **parts)
         else:
             output = BaseModelOutput(**parts)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -358,9 +365,13 @@ class SequenceClassifier:
     soft_labels = "multi_label_classification"  # what labels [B, C] mean to transformers' class of that name
     accepts_loss_kwargs = False  # Trainer takes a forward with **keywords for one that divides by num_items_in_batch
 
-    def head(self, first: Tensor) -> Tensor:
-        """First tokens [B, H] to logits [B, C]."""
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """[B, S, H], or [B, 1, H] of first tokens, to logits [B, C]."""
         raise NotImplementedError(f"{type(self).__name__} must define its head.")
+
+    def reads_first_token_only(self) -> bool:
+        """Whether the head is this package's own; one put in its place may read every token."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its head reads.")
 
     def forward(
         self,
@@ -397,11 +408,11 @@ class SequenceClassifier:
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            first_token_only=True,
+            first_token_only=self.reads_first_token_only(),
             views=2 if weight else 1,
             **keywords,
         )
-        logits = self.head(output.last_hidden_state[:, 0])  # [B, C]
+        logits = self.head(output.last_hidden_state)  # [B, C]
         problem_type = config.problem_type
         if problem_type is None and labels is not None and labels.dim() == 2 and labels.shape[1] > 1:
             problem_type = self.soft_labels

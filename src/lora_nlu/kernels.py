@@ -182,8 +182,9 @@ class Linear(nn.Linear):
     def qconfig(self, value: Any) -> None:
         raise RuntimeError(
             "torch.ao.quantization replaces layers of exactly nn.Linear and would silently skip those of this model, a "
-            "subclass. Save the model after lora.merge_lora_(model), load that folder in transformers' own class and "
-            "quantise it there; or use torchao.quantization.quantize_."
+            "subclass. Quantise the model in transformers' own class: save it (LoRA: save the adapter and merge it by "
+            "python -m lora_nlu.adapters convert ... --to merged) and load that folder there; or use "
+            "torchao.quantization.quantize_."
         )
 
 

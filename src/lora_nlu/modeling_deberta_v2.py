@@ -36,6 +36,7 @@ from lora_nlu.blocks import (
     activation,
     embed_types,
     embed_words,
+    has_forward_of,
 )
 from lora_nlu.kernels import Dropout, Linear, attention, is_traced
 from lora_nlu.lora import LoRALinear, lora_linear
@@ -482,8 +483,8 @@ class ContextPooler(nn.Module):
         self.dropout = nn.Dropout(config.pooler_dropout)
         self.activation = activation(config.pooler_hidden_act)
 
-    def forward(self, first: Tensor) -> Tensor:
-        return self.activation(self.dense(self.dropout(first)))
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.activation(self.dense(self.dropout(hidden_states[:, 0])))
 
 
 class DebertaV2ForSequenceClassification(SequenceClassifier, DebertaV2PreTrainedModel):
@@ -501,5 +502,8 @@ class DebertaV2ForSequenceClassification(SequenceClassifier, DebertaV2PreTrained
         self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)  # 0 counts
         self.post_init()
 
-    def head(self, first: Tensor) -> Tensor:
-        return self.classifier(self.dropout(self.pooler(first)))
+    def head(self, hidden_states: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.pooler(hidden_states)))
+
+    def reads_first_token_only(self) -> bool:
+        return has_forward_of(self.pooler, ContextPooler)

@@ -24,6 +24,7 @@ from lora_nlu.blocks import (
     SequenceClassifier,
     embed_types,
     embed_words,
+    has_forward_of,
 )
 from lora_nlu.kernels import Dropout, attention, is_traced
 from lora_nlu.lora import LoRALinear, lora_linear
@@ -76,10 +77,11 @@ class RobertaEmbeddings(nn.Module):
             raise ValueError("RoBERTa counts positions from pad_token_id + 1: the config must set pad_token_id.")
         self.padding_idx = config.pad_token_id
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=self.padding_idx)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size, padding_idx=self.padding_idx)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
+        # last, as in transformers: optimizer states and seeds go by the order of the parameters
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, size, padding_idx=self.padding_idx)
 
     def positions(self, input_ids: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
         """Positions [B, S] (or [1, S]) counted from padding_idx + 1; padding tokens stay at padding_idx.
@@ -159,14 +161,14 @@ class RobertaEncoder(nn.Module):
 
 
 class RobertaPooler(nn.Module):
-    """tanh(dense(first token)): [B, H] to [B, H]."""
+    """tanh(dense(first token)): [B, S, H] to [B, H]."""
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, first: Tensor) -> Tensor:
-        return torch.tanh(self.dense(first))
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.tanh(self.dense(hidden_states[:, 0]))
 
 
 class RobertaPreTrainedModel(Checkpoints, PreTrainedModel):
@@ -208,7 +210,7 @@ class RobertaModel(PackedEncoder, RobertaPreTrainedModel):
 
 
 class RobertaClassificationHead(nn.Module):
-    """dropout, dense, tanh, dropout, out_proj on the first token: [B, H] to [B, C]."""
+    """dropout, dense, tanh, dropout, out_proj on the first token: [B, S, H] to [B, C]."""
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
@@ -217,8 +219,8 @@ class RobertaClassificationHead(nn.Module):
         self.dropout = nn.Dropout(next(p for p in choices if p is not None))  # 0 counts
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
 
-    def forward(self, first: Tensor) -> Tensor:
-        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(first)))))
+    def forward(self, features: Tensor) -> Tensor:
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(features[:, 0])))))
 
 
 class RobertaForSequenceClassification(SequenceClassifier, RobertaPreTrainedModel):
@@ -231,5 +233,8 @@ class RobertaForSequenceClassification(SequenceClassifier, RobertaPreTrainedMode
         self.classifier = RobertaClassificationHead(config)
         self.post_init()
 
-    def head(self, first: Tensor) -> Tensor:
-        return self.classifier(first)
+    def head(self, hidden_states: Tensor) -> Tensor:
+        return self.classifier(hidden_states)
+
+    def reads_first_token_only(self) -> bool:
+        return has_forward_of(self.classifier, RobertaClassificationHead)

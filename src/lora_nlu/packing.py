@@ -14,6 +14,18 @@ import torch
 from torch import Tensor
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether vmap has one of many tensors in x, whose values then can't be read; torch has no public test for that."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)  # torch.func.grad's and the like
+    return False
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Where the real tokens of one padded batch are in the packed rows.
@@ -64,13 +76,12 @@ class PackedBatch:
                 f"attention_mask must be [batch, seq] = {[batch, length]}, got {list(mask.shape)}."
                 + (" Masks of more dimensions, by query and key, are not supported." if mask.dim() > 2 else "")
             )
-        # a batch of masks under vmap has no storage; torch has no public test for that
-        has_values = torch.compiler.is_compiling() or torch._C._has_storage(mask)
-        if torch.jit.is_tracing() or torch.compiler.is_exporting() or not has_values:
+        if torch.jit.is_tracing() or torch.compiler.is_exporting() or is_batched(mask):
             raise RuntimeError(
                 "attention_mask can't be traced, exported or batched by vmap: its values decide which rows are "
-                "computed. Leave it out where nothing is padded, or use transformers' own class: save the model after "
-                "lora.merge_lora_(model) and load that folder there."
+                "computed. Leave it out where nothing is padded, or use transformers' own class: save the model (LoRA: "
+                "save the adapter and merge it by python -m lora_nlu.adapters convert ... --to merged) and load that "
+                "folder there."
             )
         mask = mask.to(device)
         real = mask != 0

@@ -151,6 +151,19 @@ def _damage_said(checkpoint: str | None) -> Iterator[None]:
         raise
 
 
+def _check_moments(optimizer: Any) -> None:
+    """Raise ValueError where Adam's moments are of other shapes than its parameters: fused, it would write beyond them.
+
+    A file holds them by number, so this is how parameters in another order show.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's holds torch's
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        for parameter, moments in optimizer.state.items():
+            for name, moment in moments.items():
+                if isinstance(moment, Tensor) and moment.dim() and moment.shape != parameter.shape:
+                    raise ValueError(f"{name} is {list(moment.shape)} for a parameter {list(parameter.shape)}")
+
+
 # An evaluation scores every row once, in order and all of them together, whatever the flags say of training's batches.
 _EVALUATION: dict[str, Any] = {
     "dataloader_drop_last": False, "dataloader_persistent_workers": False, "eval_do_concat_batches": True,
@@ -557,6 +570,7 @@ class AdapterTrainer(Trainer):
                 adapters.check_archive(path)
             if not checkpoint or not self.is_fsdp_enabled:
                 super()._load_optimizer_and_scheduler(checkpoint)
+                _check_moments(self.optimizer)
                 return
             read = partial(torch.load, map_location="cpu", weights_only=True)
             load_optimizer_state(self.optimizer, read(Path(checkpoint, OPTIMIZER_NAME)))
