@@ -105,12 +105,12 @@ def read_sentences(path: Path) -> tuple[list[str], torch.Tensor]:
 
 @torch.no_grad()
 def first_token_features(model: RobertaForSequenceClassification, tokenizer, sentences: list[str]) -> torch.Tensor:
-    """Last hidden state of each sentence's first token: [sentences, hidden]."""
+    """Last hidden state of each sentence's first token: [sentences, 1, hidden]."""
     features = []
     for start in range(0, len(sentences), 64):
         batch = tokenizer(sentences[start : start + 64], padding=True, truncation=True, max_length=128)
         batch = {name: torch.tensor(value) for name, value in batch.items()}
-        features.append(model.roberta(**batch, first_token_only=True).last_hidden_state[:, 0])
+        features.append(model.roberta(**batch, first_token_only=True).last_hidden_state)
     return torch.cat(features)
 
 
