@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import io
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,72 +11,19 @@ from types import ModuleType
 
 import pytest
 import torch
-from runs import SCRIPT, Outcome, Run, sentence, write_checkpoint, write_tsv
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import RobertaConfig
+from runs import SCRIPT, Outcome, Run, write_checkpoint, write_glue, write_vocabulary
 
 from lora_nlu.errors import UserError
 
 
 @pytest.fixture(scope="session")
 def glue(tmp_path_factory) -> Path:
-    """RTE, CoLA, MNLI, AX and STS-B as the standard download lays them out; one word in the text tells the label."""
-    folder, rng = tmp_path_factory.mktemp("glue"), random.Random(0)
-    for name, rows in (("train", 48), ("dev", 24), ("test", 10)):
-        rte, cola, stsb = [["index", "sentence1", "sentence2", "label"]], [], [list("abcdefg")]
-        stsb[0] += ["sentence1", "sentence2", "score"]
-        if name == "test":
-            cola.append(["index", "sentence"])
-            rte[0].pop()
-            stsb[0].pop()
-        for i in range(rows):
-            yes, score = rng.random() < 0.5, rng.randint(0, 5)
-            rte.append([i, sentence(rng), sentence(rng, "surely" if yes else "never")])
-            cola.append([i, sentence(rng, "well" if yes else "of")])
-            stsb.append([i, *"bcdefg", sentence(rng), sentence(rng, "very " * score + "alike")])
-            if name != "test":
-                rte[-1].append("entailment" if yes else "not_entailment")
-                cola[-1] = ["src", int(yes), "" if yes else "*", cola[-1][1]]
-                stsb[-1].append(f"{score:.3f}")
-        write_tsv(folder / "RTE" / f"{name}.tsv", rte)
-        write_tsv(folder / "CoLA" / f"{name}.tsv", cola)
-        write_tsv(folder / "STS-B" / f"{name}.tsv", stsb)
-    words = {"entailment": "surely", "neutral": "perhaps", "contradiction": "never"}
-    for name, rows in (
-        ("train", 48),
-        ("dev_matched", 24),
-        ("dev_mismatched", 18),
-        ("test_matched", 7),
-        ("test_mismatched", 9),
-    ):
-        mnli: list[list[object]] = [["index", "sentence1", "sentence2", "label1", "gold_label"]]
-        for i in range(rows):
-            label = rng.choice([*words])
-            mnli.append([i, sentence(rng), sentence(rng, words[label]), label, label])
-        if name.startswith("test"):
-            mnli = [row[:3] for row in mnli]
-        write_tsv(folder / "MNLI" / f"{name}.tsv", mnli)
-    ax = [[i, sentence(rng), sentence(rng, rng.choice([*words.values()]))] for i in range(5)]
-    write_tsv(folder / "AX" / "test.tsv", [["index", "sentence1", "sentence2"], *ax])
-    return folder
+    return write_glue(tmp_path_factory.mktemp("glue"))
 
 
 @pytest.fixture(scope="session")
 def vocabulary(tmp_path_factory, glue) -> Path:
-    """vocab.json and merges.txt of a byte-level BPE trained on the GLUE folder's text."""
-    folder = tmp_path_factory.mktemp("vocabulary")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train([str(path) for path in sorted(glue.glob("*/train.tsv"))], trainer)
-    bpe.model.save(str(folder))
-    RobertaConfig().save_pretrained(folder)
-    return folder
+    return write_vocabulary(tmp_path_factory.mktemp("vocabulary"), glue)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """DeBERTa-V2, R-Drop and cutoff from a script's first line to the last file, on sentences with a tiny model."""
 
-import json
 import os
 import random
 import shutil
@@ -12,58 +11,14 @@ import pytest
 import sentencepiece
 import torch
 from peft import LoraConfig, get_peft_model
-from runs import LORA, Outcome, contents, sentence, write_tsv
+from runs import LORA, Outcome, contents, cut_off, sentence, write_deberta, write_sentencepiece, write_tsv
 from test_run_glue import read, scores, succeeded, trained_flat
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config, DebertaV2ForMaskedLM
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config
 
 ROOT = Path(__file__).parents[2]
 GLUE = Path(os.environ.get("GLUE_DIR") or ROOT.parent / "shared" / "glue")
 needs_glue = pytest.mark.skipif(not GLUE.is_dir(), reason=f"no GLUE download at {GLUE}; set GLUE_DIR")
 SHORT = ["--max_steps", "6", "--max_seq_length", "64", "--learning_rate", "1e-2", "--logging_steps", "2"]
-
-
-def write_sentencepiece(folder: Path, text: Path, do_lower_case: bool = False) -> None:
-    """spm.model and its settings as Microsoft's checkpoints have them: [PAD] 0, [CLS] 1, [SEP] 2, [UNK] 3."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "spm"),
-        vocab_size=150,
-        hard_vocab_limit=False,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        pad_piece="[PAD]",
-        bos_piece="[CLS]",
-        eos_piece="[SEP]",
-        unk_piece="[UNK]",
-        minloglevel=2,
-    )
-    (folder / "spm.vocab").unlink()
-    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
-
-
-def write_deberta(folder: Path, **settings) -> Path:
-    """A checkpoint in v2-xxlarge's style around the tokenizer in `folder`: encoder and masked-language head."""
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    config = DebertaV2Config(
-        vocab_size=160,
-        max_position_embeddings=64,
-        relative_attention=True,
-        position_buckets=16,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type="p2c|c2p",
-        position_biased_input=False,
-        conv_kernel_size=3,
-        conv_act="gelu",
-        initializer_range=0.2,
-        **(shape | settings),
-    )
-    torch.manual_seed(0)
-    DebertaV2ForMaskedLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -85,20 +40,6 @@ def tiny_deberta(tmp_path_factory, text) -> Path:
 def run(call, tiny_deberta, glue) -> Callable[..., Outcome]:
     """run_glue.py with the tiny DeBERTa, without a check of how it ends."""
     return lambda *flags: call("--model_name_or_path", tiny_deberta, "--glue_dir", glue, *flags)
-
-
-def cut_off(whole: Path, folder: Path, after: int) -> Path:
-    """What a run would have left if it had been cut off after the checkpoint of that step."""
-    shutil.copytree(whole, folder)
-    for path in folder.glob("*"):
-        if path.is_file():
-            path.unlink()
-        elif path.name != f"checkpoint-{after}":
-            shutil.rmtree(path)
-    run = read(whole / "run.json")
-    del run["trained"]
-    (folder / "run.json").write_text(json.dumps(run))
-    return folder
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizer

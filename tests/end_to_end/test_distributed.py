@@ -18,8 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import LORA, SCRIPT, write_checkpoint
-from test_deberta import cut_off, write_deberta, write_sentencepiece
+from runs import LORA, SCRIPT, cut_off, write_models
 from test_run_glue import read, rte, scores, succeeded, trained_flat
 
 from lora_nlu import blocks, runs
@@ -43,15 +42,9 @@ needs_deepspeed = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def steady(tmp_path_factory, vocabulary, glue) -> dict[str, Path]:
+def steady(tmp_path_factory, glue) -> dict[str, Path]:
     """Both models without dropout."""
-    folder = tmp_path_factory.mktemp("steady")
-    write_checkpoint(folder / "roberta", vocabulary, **STEADY)
-    text = folder / "text.txt"
-    text.write_text("".join(path.read_text() for path in sorted(glue.glob("*/train.tsv"))))
-    write_sentencepiece(folder / "deberta", text)
-    write_deberta(folder / "deberta", **STEADY)
-    return {name: folder / name for name in ("roberta", "deberta")}
+    return write_models(tmp_path_factory.mktemp("steady"), glue, **STEADY)
 
 
 def history(output: Path, key: str) -> torch.Tensor:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LORA, Outcome, sentence, write_tsv
+from runs import LORA, Outcome, cut_off, sentence, write_tsv
 from safetensors.torch import load_file, save_file
-from test_deberta import cut_off
 from test_run_glue import read, scores, succeeded, trained_flat
 
 LEARN = ["--learning_rate", "1e-2", "--num_train_epochs", "8", "--max_seq_length", "64", "--save_strategy", "no"]

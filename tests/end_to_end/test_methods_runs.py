@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LORA, Outcome, contents
+from runs import LORA, Outcome, contents, cut_off
 from safetensors.torch import load_file
-from test_deberta import cut_off
 from test_run_glue import read, scores, succeeded
 from transformers import RobertaConfig, RobertaForSequenceClassification
 

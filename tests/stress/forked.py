@@ -42,9 +42,8 @@ import datasets  # noqa: E402
 import scipy.stats  # noqa: E402, F401
 import sklearn.metrics  # noqa: E402, F401
 import transformers  # noqa: E402
-from runs import LORA, SCRIPT, sentence, write_checkpoint, write_tsv  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import AutoConfig, AutoTokenizer, RobertaConfig, Trainer  # noqa: E402, F401
+from runs import LORA, SCRIPT, sentence, write_checkpoint, write_tsv, write_vocabulary  # noqa: E402
+from transformers import AutoConfig, AutoTokenizer, Trainer  # noqa: E402, F401
 
 import lora_nlu.data  # noqa: E402
 import lora_nlu.loading  # noqa: E402
@@ -136,18 +135,7 @@ def prepare(work: Path) -> tuple[Path, Path]:
 
 
 def _write_model(work: str) -> None:
-    vocabulary = Path(work, "vocabulary")
-    vocabulary.mkdir(parents=True, exist_ok=True)
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special, alphabet = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train([str(Path(work, "glue", "RTE", "train.tsv"))], trainer)
-    bpe.model.save(str(vocabulary))
-    RobertaConfig().save_pretrained(vocabulary)
-    write_checkpoint(Path(work, "model"), vocabulary)
+    write_checkpoint(Path(work, "model"), write_vocabulary(Path(work, "vocabulary"), Path(work, "glue")))
 
 
 def flags(glue: Path, model: Path, output: Path, cache: Path, steps: int, save_steps: int) -> list[object]:
