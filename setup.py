@@ -11,7 +11,7 @@ setup(
     license="MIT",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"lora_nlu": ["*.cpp"]},
+    package_data={"lora_nlu.ops": ["*.cpp"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",

@@ -23,7 +23,7 @@ from common import XXLARGE
 from safetensors.torch import save_file
 from transformers import DebertaV2Config
 
-from lora_nlu.modeling_deberta_v2 import DebertaV2Model
+from lora_nlu.models.modeling_deberta_v2 import DebertaV2Model
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_GLUE = ROOT / "examples" / "text-classification" / "run_glue.py"

@@ -19,7 +19,7 @@ from typing import Any
 
 from common import HERE, RESULTS, XXLARGE
 
-from lora_nlu.tasks import TASKS
+from lora_nlu.data.tasks import TASKS
 
 # Mean tokens an example where lengths.json has no counts: MRPC and QNLI were counted once, MNLI and QQP are ASSUMED
 MEANS = {"mrpc": 53, "qnli": 51, "mnli": 40, "qqp": 30}

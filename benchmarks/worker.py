@@ -60,9 +60,9 @@ def build_peer(config: Any) -> torch.nn.Module:
 
 
 def build_ours(config: Any) -> torch.nn.Module:
-    from lora_nlu.lora import mark_only_lora_as_trainable
-    from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
-    from lora_nlu.modeling_roberta import RobertaForSequenceClassification
+    from lora_nlu.methods.table import mark_only_lora_as_trainable
+    from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
+    from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 
     config.apply_lora, config.lora_r, config.lora_alpha = True, LORA_R, LORA_ALPHA
     is_roberta = isinstance(config, RobertaConfig)
@@ -73,23 +73,26 @@ def build_ours(config: Any) -> torch.nn.Module:
 
 # Which attribute of ours to put back to what stood there before; each is the plain torch expression.
 def folded(x: Tensor, weight: Tensor, bias: Any, down: Tensor, up: Tensor, s: float) -> tuple[Tensor, None]:
-    from lora_nlu.kernels import product
+    from lora_nlu.ops.kernels import product
 
     return product(x, torch.addmm(weight, up.t(), down.t(), alpha=s), bias), None
 
 
 LEVERS: dict[str, list[tuple[str, Any]]] = {
-    "onednn": [("kernels.has_onednn", lambda: False)],
-    "kernels": [("kernels.library", lambda: None)],
-    "attention": [("modeling_roberta.attention", lambda *a: None), ("modeling_deberta_v2.attention", lambda *a: None)],
-    "low-rank": [("lora.product_with_update", folded)],
-    "dropout": [("kernels.dropout", F.dropout)],
+    "onednn": [("ops.kernels.has_onednn", lambda: False)],
+    "kernels": [("ops.kernels.library", lambda: None)],
+    "attention": [
+        ("models.modeling_roberta.attention", lambda *a: None),
+        ("models.modeling_deberta_v2.attention", lambda *a: None),
+    ],
+    "low-rank": [("methods.lora.product_with_update", folded)],
+    "dropout": [("ops.kernels.dropout", F.dropout)],
 }
 
 
 def pull(lever: str) -> None:
     for path, value in LEVERS[lever]:
-        module, name = path.split(".")
+        module, name = path.rsplit(".", 1)
         setattr(importlib.import_module(f"lora_nlu.{module}"), name, value)
 
 

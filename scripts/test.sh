@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes or reuses .venv, installs, then runs the linter, the type checker and the test suite.
 #   bash scripts/test.sh                     the suite
-#   bash scripts/test.sh tests/test_lora.py  pytest arguments go through
+#   bash scripts/test.sh tests/methods/test_lora.py  pytest arguments go through
 #   bash scripts/test.sh --all               the suite, then what takes longer: stress runs, the tests of transformers and PEFT
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from lora_nlu import kernels
+from lora_nlu.ops import kernels
 
 # Started in the background or by nohup, this process ignores Ctrl-C or a closed terminal, and so would every program
 # that a test interrupts.

@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import DebertaV2Config, RobertaConfig
 
-from lora_nlu.modeling_deberta_v2 import DebertaV2ForSequenceClassification
-from lora_nlu.modeling_roberta import RobertaForSequenceClassification
+from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
+from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 
 # model type: our classifier, transformers' own
 CLASSIFIERS: dict[str, tuple[Any, Any]] = {

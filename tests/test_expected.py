@@ -11,9 +11,8 @@ import pytest
 import torch
 from transformers import DebertaV2Config, DebertaV2Model, RobertaConfig, RobertaModel
 
-from lora_nlu import modeling_deberta_v2, modeling_roberta
-from lora_nlu.lora import count_parameters
-from lora_nlu.methods import mark_trainable
+from lora_nlu.methods.table import count_parameters, mark_trainable
+from lora_nlu.models import modeling_deberta_v2, modeling_roberta
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))

@@ -1,86 +1,116 @@
-"""Who may import whom: low-level modules know nothing of those above them; the library never reads the command line."""
+"""Who may import whom: packages in one order, modules of a package in one order; packages that stay cheap to import."""
 
 import ast
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "lora_nlu"
-ALLOWED = {
-    "__init__": set(),
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# Each package, or single module, with those that it may import.
+BELOW: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
-    "tasks": {"errors"},
-    "metrics": {"errors"},
-    "labels": {"errors", "tasks"},
-    "kernels": set(),
-    "lora": {"errors", "kernels"},
-    "methods": {"kernels", "lora"},
-    "packing": {"errors"},
-    "regularization": set(),
-    "blocks": {"errors", "kernels", "lora", "methods", "packing", "regularization"},
-    "modeling_roberta": {"kernels", "lora", "packing", "blocks"},
-    "modeling_deberta_v2": {"kernels", "lora", "packing", "blocks"},
-    "sharded": set(),
-    "adapters": {
-        "lora",
-        "methods",
-        "errors",
-        "files",
-        "labels",
-        "sharded",
-        "convert",
-    },  # the last one as a program only: python -m lora_nlu.adapters
-    "convert": {"adapters", "labels", "loading", "lora", "methods", "tasks", "errors", "files"},
-    "data": {"labels", "tasks", "errors"},
-    "flags": {"errors", "files", "lora", "metrics"},
-    "loading": {
-        "adapters",
-        "blocks",
-        "labels",
-        "modeling_roberta",
-        "modeling_deberta_v2",
-        "methods",
-        "errors",
-        "files",
-        "lora",
-    },
-    "processes": {"errors"},
-    "trainer": {"adapters", "methods", "errors", "files", "processes", "regularization", "sharded"},
-    "runs": {"convert", "trainer", "adapters", "data", "labels", "metrics", "lora", "methods", "errors", "files"},
-    "submission": {"tasks", "errors", "files"},
-    "pictures": {"tasks", "files"},
-    "report": {"submission", "pictures", "tasks", "errors", "files"},
-    "similarity": {"adapters", "errors", "files"},
+    "labels": {"errors"},
+    "lazy": set(),
+    "ops": {"errors"},
+    "methods": {"errors", "ops"},
+    "models": {"errors", "files", "labels", "ops", "methods"},
+    "adapters": {"errors", "files", "labels", "ops", "methods", "models", "data"},
+    "data": {"errors", "files", "labels"},
+    "training": {"errors", "files", "labels", "ops", "methods", "models", "adapters", "data"},
+    "report": {"errors", "files", "data", "adapters"},
+    "similarity": {"report"},  # the earlier spelling of a command
 }
-MODULES = sorted(PACKAGE.rglob("*.py"))
+# The modules of each package from the lowest: each may import those before it.
+ORDER = {
+    "ops": ["packing", "sharding", "tensors", "kernels"],
+    "methods": ["description", "lora", "bottleneck", "table"],
+    "models": ["losses", "layers", "modeling_roberta", "modeling_deberta_v2", "loading", "tokenizer"],
+    "adapters": ["adapter", "peft_format", "reading", "writing", "attaching", "model_card", "converting", "__main__"],
+    "data": ["tasks", "metrics", "examples", "tokenization", "glue", "user_files", "loading"],
+    "training": [
+        "processes", "preparation", "legacy_flags", "arguments", "checks", "checkpoints", "trainer", "runs", "summary",
+    ],
+    "report": ["paper", "submission", "collect", "pictures", "tables", "similarity", "__main__"],
+}  # fmt: skip
+# Only these of a package may import adapters: what compares two of them.
+READS_ADAPTERS = {"report": {"similarity"}}
+NO_LIBRARIES = ["data", "methods", "training", "report"]
+
+
+def name_of(path: Path) -> str:
+    """A module's name below `lora_nlu`: "data.tasks"; "data" for a package's `__init__.py`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
 def imported(tree: ast.AST) -> set[str]:
-    """Our own modules that a file imports, at any depth of its code."""
+    """Our own modules that a file imports, at any depth of its code, by their names below `lora_nlu`."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level:
             names |= {f"lora_nlu.{node.module or alias.name}" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "lora_nlu":
-            names |= {f"lora_nlu.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
-    return {name.split(".")[1] for name in names if name.startswith("lora_nlu.")}
+            module = node.module or ""
+            for alias in node.names:
+                below = PACKAGE.joinpath(*module.split(".")[1:], alias.name)
+                is_module = module.startswith("lora_nlu") and (below.is_dir() or below.with_suffix(".py").is_file())
+                names.add(f"{module}.{alias.name}" if is_module else module)
+    return {name.partition(".")[2] for name in names if name.startswith("lora_nlu.")}
 
 
-def test_every_source_file_has_its_place_in_the_order():
-    assert {path.stem for path in MODULES} == set(ALLOWED)
+PACKAGES = [path for path in MODULES if path.name == "__init__.py"]  # whose imports are for type checkers
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_every_package_and_module_has_a_place_in_the_order():
+    packages = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert packages == ORDER.keys()
+    assert {path.stem for path in PACKAGE.glob("*.py")} | packages == BELOW.keys() | {"__init__"}
+    for package, modules in ORDER.items():
+        assert {path.stem for path in (PACKAGE / package).glob("*.py")} == {*modules, "__init__"}, package
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path not in PACKAGES], ids=name_of)
 def test_a_module_imports_only_those_below_it(path):
-    assert imported(ast.parse(path.read_text())) <= ALLOWED.get(path.stem, set())
+    package, _, module = name_of(path).partition(".")
+    for name in imported(ast.parse(path.read_text())):
+        other, _, part = name.partition(".")
+        if other == package:
+            assert ORDER[package].index(part) < ORDER[package].index(module), name
+        else:
+            assert other in BELOW[package], name
+            assert other != "adapters" or module in READS_ADAPTERS.get(package, {module}), name
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if is_lazy_import(p)], ids=lambda path: name_of(path) or "lora_nlu"
+)
+def test_a_package_provides_lazily_just_what_type_checkers_see(path):
+    package = importlib.import_module(f"lora_nlu.{name_of(path)}".rstrip("."))
+    checked = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    declared = {alias.name: node.module for node in checked for alias in node.names if node.module != "typing"}
+    declared.pop("lazy_names")
+    assert sorted(declared) == package.__all__
+    for name, module in declared.items():
+        assert getattr(package, name) is getattr(importlib.import_module(str(module)), name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        package.nothing  # noqa: B018
+
+
+def test_importing_these_packages_brings_in_no_library_that_is_slow_to_import():
+    code = f"import sys, importlib\nfor name in {NO_LIBRARIES}: importlib.import_module('lora_nlu.' + name)\n"
+    code += "print({'torch', 'transformers', 'datasets', 'numpy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: name_of(path) or "lora_nlu")
 def test_no_module_reads_the_command_line_or_the_environment(path):
     forbidden = {("sys", "argv"), ("os", "environ"), ("os", "environb"), ("os", "getenv"), ("os", "putenv")}
     used = set()
@@ -94,8 +124,8 @@ def test_no_module_reads_the_command_line_or_the_environment(path):
 
 @pytest.mark.parametrize(
     "line",
-    ["import lora_nlu.data", "from lora_nlu.data import tokenize", "from lora_nlu import data", "from .data import x",
-     "from . import data", "def f():\n    from lora_nlu import data"],
+    ["import lora_nlu.data.tasks", "from lora_nlu.data.tasks import TASKS", "from lora_nlu.data import tasks",
+     "from .data.tasks import x", "def f():\n    from lora_nlu.data import tasks"],
 )  # fmt: skip
 def test_the_walk_sees_every_way_to_import(line):
-    assert imported(ast.parse(line)) == {"data"}
+    assert imported(ast.parse(line)) == {"data.tasks"}

@@ -6,10 +6,13 @@ import pytest
 import torch
 from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_config, tiny_deberta_config
 
-from lora_nlu.adapters import attach_adapter, read_adapter, save_adapter
+from lora_nlu.adapters.attaching import attach_adapter
+from lora_nlu.adapters.reading import read_adapter
+from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
-from lora_nlu.labels import Head, config_labels, head_order, recorded_labels, rows_by_name, set_labels
-from lora_nlu.loading import load_model
+from lora_nlu.labels import config_labels, head_order, recorded_labels, rows_by_name, set_labels
+from lora_nlu.models.loading import load_model
+from lora_nlu.training.preparation import Head
 
 CONFIGS = {"roberta": tiny_config, "deberta-v2": tiny_deberta_config}
 NAMES = ("yes", "no", "perhaps")

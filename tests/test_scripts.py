@@ -17,9 +17,9 @@ import pytest
 import torch
 from transformers import RobertaConfig
 
-from lora_nlu.methods import mark_trainable
-from lora_nlu.modeling_roberta import RobertaForSequenceClassification
-from lora_nlu.tasks import TASKS
+from lora_nlu.data.tasks import TASKS
+from lora_nlu.methods.table import mark_trainable
+from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = "examples/text-classification/run_glue.py"

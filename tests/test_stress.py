@@ -20,14 +20,20 @@ from helpers import randomise_, tiny_config
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lora_nlu.adapters import CONFIG, METADATA, WEIGHTS, attach_adapter, read_adapter, save_adapter
-from lora_nlu.data import Examples, load_files, read_glue_file
+from lora_nlu.adapters.attaching import attach_adapter
+from lora_nlu.adapters.reading import read_adapter
+from lora_nlu.adapters.writing import save_adapter
+from lora_nlu.data.examples import Examples
+from lora_nlu.data.glue import read_glue_file
+from lora_nlu.data.tasks import TASKS, Task
+from lora_nlu.data.user_files import load_files
 from lora_nlu.errors import UserError
-from lora_nlu.lora import LoRALinear, mark_only_lora_as_trainable
-from lora_nlu.modeling_roberta import RobertaForSequenceClassification
-from lora_nlu.runs import RUN, prepare_output_dir
-from lora_nlu.tasks import TASKS, Task
-from lora_nlu.trainer import STATE, whole_checkpoints
+from lora_nlu.files import CONFIG, METADATA, WEIGHTS
+from lora_nlu.methods.lora import LoRALinear
+from lora_nlu.methods.table import mark_only_lora_as_trainable
+from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
+from lora_nlu.training.checkpoints import STATE, whole_checkpoints
+from lora_nlu.training.runs import RUN, prepare_output_dir
 
 STRESS = Path(__file__).parent / "stress"
 sys.path.insert(0, str(STRESS))

@@ -15,23 +15,49 @@ import torch
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 from transformers.integrations import deepspeed, is_tensorboard_available
 
-from lora_nlu import adapters, data, labels, loading, processes, runs
+from lora_nlu.adapters.adapter import Adapter
+from lora_nlu.adapters.attaching import attach_adapter, check_settings, head_rows, with_labels, with_relative_query
+from lora_nlu.adapters.reading import read_adapter
+from lora_nlu.data.examples import Examples, choose_rows, describe_examples, digest
+from lora_nlu.data.glue import use_cache_if_hub_unreachable
+from lora_nlu.data.loading import load_examples, with_diagnostics
+from lora_nlu.data.metrics import compute_metrics
+from lora_nlu.data.tasks import TASKS
+from lora_nlu.data.tokenization import tokenize
 from lora_nlu.errors import UsageError, UserError, shown
-from lora_nlu.flags import (
-    check_args,
-    check_smoothing,
-    parse,
-    parse_layers,
-    parse_names,
-    parse_targets,
-    set_best_metric,
+from lora_nlu.files import CONFIG
+from lora_nlu.labels import check_config, check_labels, config_labels, listed, recorded_labels, rows_by_name
+from lora_nlu.methods.description import ADAPTER_TYPES, SETTINGS, set_method
+from lora_nlu.methods.lora import LoRALinear
+from lora_nlu.models.loading import (
+    base_fingerprint,
+    check_method,
+    load_config,
+    load_model,
+    longest_input,
+    own_adapter,
+    set_task,
+    set_two_views,
 )
-from lora_nlu.lora import LoRALinear
-from lora_nlu.methods import ADAPTER_TYPES, SETTINGS, set_method
-from lora_nlu.metrics import compute_metrics
-from lora_nlu.runs import say
-from lora_nlu.tasks import TASKS
-from lora_nlu.trainer import AdapterTrainer
+from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
+from lora_nlu.training import processes
+from lora_nlu.training.arguments import parse, parse_layers, parse_names, parse_targets
+from lora_nlu.training.checks import check_args, check_smoothing, set_best_metric
+from lora_nlu.training.preparation import Head
+from lora_nlu.training.processes import say
+from lora_nlu.training.runs import (
+    check_all_alike,
+    depends_on_evaluations,
+    evaluate,
+    predict,
+    prepare_output_dir,
+    record_evaluation,
+    recorded,
+    run_metadata,
+    train,
+)
+from lora_nlu.training.summary import closing_table, describe_run
+from lora_nlu.training.trainer import AdapterTrainer
 
 
 def flag(help: str, default: Any = None, **metadata: Any) -> Any:
@@ -176,7 +202,7 @@ def prepare_model(
     model_args: ModelArguments,
     args: RunArguments,
     config: Any,
-    adapter: adapters.Adapter | None,
+    adapter: Adapter | None,
     base_labels: tuple[str, ...] | None,
 ) -> tuple[Any, Any, str]:
     """The model with its LoRA settings, weights and adapter, its tokenizer and base fingerprint. Raises UserError.
@@ -192,24 +218,24 @@ def prepare_model(
     saved = set_method(config, method)
     if model_args.lora_relative_query and config.model_type != "deberta-v2":
         raise UsageError(f"--lora_relative_query: a {config.model_type} model has no relative positions.")
-    wanted = labels.config_labels(config)
-    replaces_head = adapter and (not args.do_train or adapters.head_rows(adapter, wanted) is not None)
+    wanted = config_labels(config)
+    replaces_head = adapter and (not args.do_train or head_rows(adapter, wanted) is not None)
     set_seed(args.seed)  # A and the head are drawn while loading
     deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would read weights in pieces; it cuts a whole model up as well
     needs_head = not args.do_train and adapter is None
-    model, notes = loading.load_model(name, config, needs_head, base_labels, not replaces_head, **hub)
-    loading.check_method(model, name, saved)
+    model, notes = load_model(name, config, needs_head, base_labels, not replaces_head, **hub)
+    check_method(model, name, saved)
     if needs_head:
-        check_is_trained(model_args, args, saved, bool(loading.own_adapter(model)))
+        check_is_trained(model_args, args, saved, bool(own_adapter(model)))
     if args.deepspeed:
         deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
     say(args, *notes)
-    base = adapters.base_fingerprint(model)
-    tokenizer, notes = loading.load_tokenizer(model_args.tokenizer_name or name, config, **hub)
+    base = base_fingerprint(model)
+    tokenizer, notes = load_tokenizer(model_args.tokenizer_name or name, config, **hub)
     say(args, *notes)
-    loading.set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
+    set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
     if adapter:
-        say(args, *adapters.attach_adapter(model, adapter, model_args.lora_alpha, args.do_train, wanted))
+        say(args, *attach_adapter(model, adapter, model_args.lora_alpha, args.do_train, wanted))
         guess = ""
         if not adapter.records_relative_query and model.frozen_relative_query is not None:
             way = "without LoRA, the reference's way" if adapter.frozen_relative_query else "with LoRA, PEFT's way"
@@ -234,14 +260,14 @@ def check_is_trained(model_args: ModelArguments, args: RunArguments, saved: dict
     if flag is None or (flag in ("apply_lora", "apply_adapter") and has_own):
         return
     door = "lora_path" if flag == "apply_lora" else "adapter_path"
-    folder = args.output_dir if Path(args.output_dir, adapters.CONFIG).is_file() else "FOLDER"
+    folder = args.output_dir if Path(args.output_dir, CONFIG).is_file() else "FOLDER"
     raise UsageError(
         f"--{flag} says what trains, and nothing trains here (--do_train) or is given that was trained.\n"
         f"Give it: --{door} {folder}. Or leave --{flag} out: {m.model_name_or_path} is evaluated as it is."
     )
 
 
-def contents(adapter: adapters.Adapter, model_args: ModelArguments) -> str:
+def contents(adapter: Adapter, model_args: ModelArguments) -> str:
     """What an adapter is, in a few words."""
     if adapter.method != "lora":
         return adapter.method + (f", size {adapter.adapter_size}" if adapter.adapter_size else "")
@@ -253,14 +279,14 @@ def contents(adapter: adapters.Adapter, model_args: ModelArguments) -> str:
     return f"rank {', '.join(map(str, ranks))}, alpha {said}"
 
 
-def load_adapter(model_args: ModelArguments, config: Any) -> adapters.Adapter | None:
+def load_adapter(model_args: ModelArguments, config: Any) -> Adapter | None:
     """The adapter of --lora_path or --adapter_path, if its file holds what the flags say. Raises UserError."""
     path = model_args.lora_path or model_args.adapter_path
     if not path:
         return None
     door = "--lora_path" if model_args.lora_path else "--adapter_path"
-    adapter = adapters.read_adapter(path, door, cache_dir=model_args.cache_dir, token=model_args.token)
-    adapter = adapters.with_relative_query(adapter, model_args.lora_relative_query)
+    adapter = read_adapter(path, door, cache_dir=model_args.cache_dir, token=model_args.token)
+    adapter = with_relative_query(adapter, model_args.lora_relative_query)
     m, has = model_args, adapter.method
     if (has == "lora") != bool(m.lora_path):
         right = "lora_path" if has == "lora" else "adapter_path"
@@ -271,24 +297,24 @@ def load_adapter(model_args: ModelArguments, config: Any) -> adapters.Adapter | 
     if wanted != (has, adapter.adapter_size) or (m.apply_adapter and not adapter.adapter_size):
         raise UserError(f"{adapter.source}: holds {contents(adapter, m)}, and the flags say otherwise.")
     targets, layers = parse_targets(m.lora_target_modules), parse_layers(m.lora_layers, config.num_hidden_layers)
-    adapters.check_settings(adapter, m.lora_r, m.lora_alpha, m.lora_relative_query, targets, layers)
+    check_settings(adapter, m.lora_r, m.lora_alpha, m.lora_relative_query, targets, layers)
     return adapter
 
 
 def trained_head(
     model_args: ModelArguments, data_args: DataArguments, args: RunArguments, config: Any, adapter: Any
-) -> labels.Head:
+) -> Head:
     """The head that the run starts from or evaluates, with the names of its labels where they are recorded or given.
 
     Raises UsageError or UserError if --labels fits neither it nor the task.
     """
     if adapter and adapter.label_count:
-        head = labels.Head(str(adapter.source), adapter.labels, adapter.label_count)
+        head = Head(str(adapter.source), adapter.labels, adapter.label_count)
     else:
         name, made = model_args.model_name_or_path, next(iter(config.architectures or ()), "")
-        say(args, *labels.check_config(name, config))
+        say(args, *check_config(name, config))
         saved_as = "" if made.endswith("ForSequenceClassification") else made
-        head = labels.Head(name, labels.recorded_labels(config), config.num_labels, saved_as)
+        head = Head(name, recorded_labels(config), config.num_labels, saved_as)
     if head.labels is None and head.count == 1:
         head = replace(head, labels=())  # one output is a number
     names = parse_names("labels", data_args.labels)
@@ -296,14 +322,14 @@ def trained_head(
         return head
     if data_args.task_name and not (told := TASKS[data_args.task_name].labels):
         raise UsageError(f"--labels: {data_args.task_name} is a regression, which has no label names. Leave it out.")
-    if data_args.task_name and labels.rows_by_name(names, told) is None:
-        raise UsageError(f"--labels: {data_args.task_name} has {labels.listed(told)}; give these, class 0 first.")
+    if data_args.task_name and rows_by_name(names, told) is None:
+        raise UsageError(f"--labels: {data_args.task_name} has {listed(told)}; give these, class 0 first.")
     return head.named(names, names_new_labels=args.do_train and not data_args.task_name)
 
 
 def read_examples(
-    model_args: ModelArguments, data_args: DataArguments, args: RunArguments, head: labels.Head
-) -> tuple[data.Examples, labels.Head]:
+    model_args: ModelArguments, data_args: DataArguments, args: RunArguments, head: Head
+) -> tuple[Examples, Head]:
     """The examples that the flags ask for, and the head with the names of what it is taken to tell.
 
     Raises UserError for what can't be read, and for examples whose labels a head that isn't trained here doesn't tell.
@@ -319,24 +345,24 @@ def read_examples(
     place, texts = (data_args.glue_dir, model_args.cache_dir, model_args.token), data_args.text_columns
     columns, absent = (parse_names("text_columns", texts), data_args.label_column), ""
     with args.main_process_first(desc="loading the examples"):
-        examples = data.load_examples(task, place[0], files, wanted, known, *place[1:], *columns, named_by)
+        examples = load_examples(task, place[0], files, wanted, known, *place[1:], *columns, named_by)
         if task == "mnli" and args.do_predict:
-            examples, absent = data.with_diagnostics(examples, *place)
+            examples, absent = with_diagnostics(examples, *place)
     if known is None and not task and not args.do_train:
         say(args, head.check_ids(examples.labels))
         head = replace(head, labels=examples.labels)
     if not args.do_train:
-        labels.check_labels(head.source, head.labels, examples.labels)
+        check_labels(head.source, head.labels, examples.labels)
     say(args, *([f"No predictions for the diagnostic set (AX): {absent}"] if absent else []))
     limits = {"train": data_args.max_train_samples, "valid": data_args.max_eval_samples}
     limits["test"] = data_args.max_predict_samples
     limits = {split: limits.get(split[:5], limits.get(split[:4])) for split in examples.splits}
-    examples = data.choose_rows(examples, limits, data_args.sample_seed)
-    say(args, *data.describe(examples, data_args.sample_seed))
+    examples = choose_rows(examples, limits, data_args.sample_seed)
+    say(args, *describe_examples(examples, data_args.sample_seed))
     return examples, head
 
 
-def other_columns(adapter: adapters.Adapter, examples: data.Examples) -> list[str]:
+def other_columns(adapter: Adapter, examples: Examples) -> list[str]:
     """A line on the text columns of one's own files, if they are not those that the adapter was trained on."""
     trained = adapter.metadata.get("text_columns")
     if not isinstance(trained, list) or trained == [*examples.texts]:  # an older version recorded none
@@ -348,38 +374,38 @@ def other_columns(adapter: adapters.Adapter, examples: data.Examples) -> list[st
 def main(argv: list[str]) -> None:
     model_args, data_args, args = parse_args(argv)
     if args.process_index == 0:
-        runs.prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+        prepare_output_dir(args.output_dir, args.overwrite_output_dir)
     name, task = model_args.model_name_or_path, data_args.task_name or "custom"
     adapter_path = model_args.lora_path or model_args.adapter_path
     on_disk = [name, *([adapter_path] if adapter_path else [])]
     if data_args.task_name and not data_args.glue_dir or not all(Path(path).exists() for path in on_disk):
-        data.use_cache_if_hub_unreachable()
+        use_cache_if_hub_unreachable()
 
-    config = loading.load_config(model_args.config_name or name, **hub_settings(model_args))
+    config = load_config(model_args.config_name or name, **hub_settings(model_args))
     adapter = load_adapter(model_args, config)
     if adapter and (trained_on := adapter.metadata.get("task", task)) != task:
         say(args, f"{adapter.source}: was trained on {shown(trained_on)}; this is {task}.")
-    base_labels, head = labels.recorded_labels(config), trained_head(model_args, data_args, args, config, adapter)
+    base_labels, head = recorded_labels(config), trained_head(model_args, data_args, args, config, adapter)
     examples, head = read_examples(model_args, data_args, args, head)
     if adapter and not data_args.task_name:
         say(args, *other_columns(adapter, examples))
     if adapter and adapter.label_count:
-        adapter = adapters.with_labels(adapter, head.labels)
+        adapter = with_labels(adapter, head.labels)
     else:
         base_labels = head.labels
-    loading.set_task(config, task, examples.labels, model_args.cls_dropout)
+    set_task(config, task, examples.labels, model_args.cls_dropout)
 
     model, tokenizer, base = prepare_model(model_args, args, config, adapter, base_labels)
-    reads, started_from = loading.tokenizer_fingerprint(tokenizer), adapter_path or name
-    trained_with = adapter.metadata if adapter else runs.recorded(Path(name))
-    loading.check_tokenizer(started_from, trained_with, reads, "Give the one it was trained with as --tokenizer_name.")
-    max_length, limit = data_args.max_seq_length, loading.longest_input(config)
+    reads, started_from = tokenizer_fingerprint(tokenizer), adapter_path or name
+    trained_with = adapter.metadata if adapter else recorded(Path(name))
+    check_tokenizer(started_from, trained_with, reads, "Give the one it was trained with as --tokenizer_name.")
+    max_length, limit = data_args.max_seq_length, longest_input(config)
     if max_length > limit:
         say(args, f"--max_seq_length {max_length} is more than the model's {limit} positions; using {limit}.")
         max_length = int(limit)
     with args.main_process_first(desc="tokenising"):
         cache = (model_args.cache_dir, data_args.overwrite_cache)
-        tables, cut = data.tokenize(examples, tokenizer, max_length, *cache)
+        tables, cut = tokenize(examples, tokenizer, max_length, *cache)
     say(args, *cut)
 
     names = TASKS[task].metrics if task in TASKS else ("pearson", "mse") if examples.is_regression else ("accuracy",)
@@ -390,10 +416,10 @@ def main(argv: list[str]) -> None:
     known |= {"tokenizer_fingerprint": reads}
     decided = {"max_seq_length": max_length, "train_samples": len(tables.get("train", ()))}
     if "train" in tables:
-        decided["train_data"] = data.digest(tables["train"])
+        decided["train_data"] = digest(tables["train"])
         scored = [table for split, table in tables.items() if split.startswith("validation")]
-        if scored and runs.depends_on_evaluations(args):
-            decided["eval_data"] = data.digest(scored[0])  # the set that is evaluated while training
+        if scored and depends_on_evaluations(args):
+            decided["eval_data"] = digest(scored[0])  # the set that is evaluated while training
     if data_args.train_file and args.do_train:
         known |= {"train_file": Path(data_args.train_file).name, "text_columns": [*examples.texts]}
     decided |= {key: getattr(model_args, key) for key in ("cls_dropout", "reg_loss_wgt", "masking_prob")}
@@ -408,18 +434,18 @@ def main(argv: list[str]) -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, padding=padding, max_length=max_length),
         compute_metrics=lambda p: compute_metrics(names, p.predictions, p.label_ids),
-        metadata=runs.run_metadata(args, model, task, examples.labels, known, decided),
+        metadata=run_metadata(args, model, task, examples.labels, known, decided),
     )
-    runs.check_all_alike(trainer)
+    check_all_alike(trainer)
     if args.do_train:
-        runs.train(trainer, args.overwrite_output_dir)
+        train(trainer, args.overwrite_output_dir)
     else:
-        runs.record_evaluation(trainer, adapter_path or name)
-    metrics = runs.evaluate(trainer, tables, names[0]) if args.do_eval else {}
+        record_evaluation(trainer, adapter_path or name)
+    metrics = evaluate(trainer, tables, names[0]) if args.do_eval else {}
     if args.do_train:
-        runs.describe(trainer, metrics, names[0])
-    written = runs.predict(trainer, tables) if args.do_predict else []
-    say(args, runs.closing_table(trainer, metrics, names[0], tables), *(f"  predictions: {path}" for path in written))
+        describe_run(trainer, metrics, names[0])
+    written = predict(trainer, tables) if args.do_predict else []
+    say(args, closing_table(trainer, metrics, names[0], tables), *(f"  predictions: {path}" for path in written))
 
 
 if __name__ == "__main__":

@@ -1,3 +1,40 @@
-"""LoRA fine-tuning of RoBERTa on GLUE: the update written into the model, real tokens only, adapter files as output."""
+"""LoRA fine-tuning of RoBERTa and DeBERTa-V2 on GLUE, on real tokens only, with adapter files as output."""
+
+from typing import TYPE_CHECKING
+
+from lora_nlu.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lora_nlu.adapters.adapter import Adapter as Adapter
+    from lora_nlu.adapters.attaching import attach_adapter as attach_adapter
+    from lora_nlu.adapters.reading import read_adapter as read_adapter
+    from lora_nlu.adapters.writing import save_adapter as save_adapter
+    from lora_nlu.methods.lora import LoRALinear as LoRALinear
+    from lora_nlu.methods.lora import merge_lora_ as merge_lora_
+    from lora_nlu.methods.lora import unmerge_lora_ as unmerge_lora_
+    from lora_nlu.methods.table import count_parameters as count_parameters
+    from lora_nlu.methods.table import mark_trainable as mark_trainable
+    from lora_nlu.models.loading import load_model as load_model
+    from lora_nlu.models.modeling_deberta_v2 import (
+        DebertaV2ForSequenceClassification as DebertaV2ForSequenceClassification,
+    )
+    from lora_nlu.models.modeling_deberta_v2 import DebertaV2Model as DebertaV2Model
+    from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification as RobertaForSequenceClassification
+    from lora_nlu.models.modeling_roberta import RobertaModel as RobertaModel
 
 __version__ = "0.1.0"
+
+__getattr__, __all__ = lazy_names(
+    __name__,
+    {
+        "models.modeling_deberta_v2": "DebertaV2ForSequenceClassification DebertaV2Model",
+        "models.modeling_roberta": "RobertaForSequenceClassification RobertaModel",
+        "adapters.adapter": "Adapter",
+        "adapters.attaching": "attach_adapter",
+        "adapters.reading": "read_adapter",
+        "adapters.writing": "save_adapter",
+        "methods.lora": "LoRALinear merge_lora_ unmerge_lora_",
+        "methods.table": "count_parameters mark_trainable",
+        "models.loading": "load_model",
+    },
+)

@@ -9,6 +9,8 @@ from typing import Any
 
 from lora_nlu.errors import UserError, shown
 
+CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "run_metadata.json"
+
 
 def publish(partial: Path, final: Path) -> None:
     """Give a completely written file or folder its name: on the disk first, then renamed."""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, RobertaConfig
 
 from lora_nlu.files import write_json
-from lora_nlu.modeling_roberta import RobertaForSequenceClassification
+from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 
 SHORT = ["--max_steps", "4", "--save_steps", "4", "--max_seq_length", "64"]
 

@@ -10,10 +10,10 @@ import torch
 from runs import LORA, Outcome, sentence
 from safetensors.torch import load_file
 
+from lora_nlu.data.metrics import METRICS, greater_is_better
 from lora_nlu.errors import UsageError
-from lora_nlu.flags import set_best_metric
-from lora_nlu.metrics import METRICS, greater_is_better
-from lora_nlu.runs import deciding_settings
+from lora_nlu.training.checks import set_best_metric
+from lora_nlu.training.runs import deciding_settings
 
 STEPS = ["--do_train", "--max_seq_length", "32", "--logging_steps", "1", "--learning_rate", "1e-2", *LORA]
 BEST = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--load_best_model_at_end"]

@@ -13,7 +13,8 @@ from test_run_glue import read, rte, succeeded
 from transformers import AutoTokenizer
 
 from lora_nlu.errors import UserError
-from lora_nlu.trainer import is_finite, last_finite_checkpoint
+from lora_nlu.ops.sharding import is_finite
+from lora_nlu.training.checkpoints import last_finite_checkpoint
 
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SHORT = ["--max_seq_length", 64, "--max_steps", 8, "--save_steps", 2, "--logging_steps", 1, "--do_train", "--do_eval"]
@@ -122,13 +123,13 @@ def test_a_run_that_is_taken_up_or_begun_afresh_no_longer_counts_as_diverged(poi
         seen.append(read(tmp_path / "o" / "run.json"))
         raise UserError("seen")
 
-    monkeypatch.setattr("lora_nlu.runs.AdapterTrainer.train", look)
+    monkeypatch.setattr("lora_nlu.training.runs.AdapterTrainer.train", look)
     for more in ([], ["--overwrite_output_dir"]):
         assert "diverged" in read(tmp_path / "o" / "run.json")
         assert call(*flags, *more).err == "seen" and "diverged" not in seen[-1]
         monkeypatch.undo()
         assert call(*flags).code == 1
-        monkeypatch.setattr("lora_nlu.runs.AdapterTrainer.train", look)
+        monkeypatch.setattr("lora_nlu.training.runs.AdapterTrainer.train", look)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -20,8 +20,8 @@ from runs import LORA, SCRIPT, Outcome, contents, sentence, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from lora_nlu.submission import find_runs, read_predictions
-from lora_nlu.tasks import TASKS
+from lora_nlu.data.tasks import TASKS
+from lora_nlu.report.submission import find_runs, read_predictions
 
 LEARN = ["--learning_rate", "1e-2", "--num_train_epochs", "15", "--max_seq_length", "64", "--logging_steps", "10"]
 SHORT = ["--max_steps", "6", "--max_seq_length", "64", "--learning_rate", "1e-2"]

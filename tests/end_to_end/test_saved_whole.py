@@ -11,9 +11,10 @@ from test_deberta import text, tiny_deberta  # noqa: F401 (fixtures)
 from test_run_glue import scores, succeeded
 from transformers import AutoTokenizer
 
-from lora_nlu.adapters import attach_adapter, read_adapter
+from lora_nlu.adapters.attaching import attach_adapter
+from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.labels import set_labels
-from lora_nlu.loading import load_config, load_model
+from lora_nlu.models.loading import load_config, load_model
 
 STEPS = ["--max_steps", "4", "--learning_rate", "1e-2"]
 PFEIFFER = ["--apply_adapter", "--adapter_type", "pfeiffer", "--adapter_size", "4"]

@@ -15,9 +15,10 @@ from runs import LORA, NOUNS, VERBS, Outcome
 from test_run_glue import read, scores, succeeded
 from transformers import AutoTokenizer, RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification
 
-from lora_nlu.convert import main as convert
-from lora_nlu.data import Examples, tokenize
-from lora_nlu.loading import load_tokenizer, tokenizer_fingerprint
+from lora_nlu.adapters.__main__ import main as convert
+from lora_nlu.data.examples import Examples
+from lora_nlu.data.tokenization import tokenize
+from lora_nlu.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 RUN = ["--max_seq_length", "48", "--learning_rate", "1e-2", "--save_strategy", "no"]
 WORDS = [*NOUNS, *VERBS, "the", "and", "surely", "never"]

@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 from test_run_glue import read, rte, scores, succeeded
 from transformers import AutoTokenizer, TrainingArguments
 
-from lora_nlu import runs
-from lora_nlu.adapters import WEIGHTS, attach_adapter, read_adapter
+from lora_nlu.adapters.attaching import attach_adapter
+from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError
-from lora_nlu.modeling_roberta import RobertaForSequenceClassification
+from lora_nlu.files import WEIGHTS
+from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
+from lora_nlu.training.runs import _ALWAYS_RECORDED, SCHEDULE, WITHOUT_EFFECT, deciding_settings, left_at_default
 
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SHORT = ["--max_seq_length", 64, "--max_steps", 3, "--logging_steps", 1, "--learning_rate", "1e-2"]
@@ -141,11 +143,11 @@ DECIDING = """
 def test_every_field_of_the_pinned_training_arguments_is_on_one_side_on_purpose(run_glue):
     """What decides is a list here and the rest in runs.py; a field that transformers adds stands on neither."""
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    assert not runs.WITHOUT_EFFECT & {*DECIDING}
-    assert names == {*DECIDING} | runs.WITHOUT_EFFECT - {"overwrite_output_dir", "logging_dir"}
+    assert not WITHOUT_EFFECT & {*DECIDING}
+    assert names == {*DECIDING} | WITHOUT_EFFECT - {"overwrite_output_dir", "logging_dir"}
     ours = {field.name for field in dataclasses.fields(run_glue.RunArguments)} - names
-    assert ours - runs.WITHOUT_EFFECT == {"early_stopping_patience", "early_stopping_threshold"}
-    assert {*runs.SCHEDULE} < runs.WITHOUT_EFFECT
+    assert ours - WITHOUT_EFFECT == {"early_stopping_patience", "early_stopping_threshold"}
+    assert {*SCHEDULE} < WITHOUT_EFFECT
 
 
 def test_a_field_that_is_not_known_decides_and_every_setting_is_plain_and_stable_json(tmp_path):
@@ -156,16 +158,16 @@ def test_a_field_that_is_not_known_decides_and_every_setting_is_plain_and_stable
     given = {"lr_scheduler_kwargs": {"b": 1, "a": [1, 2]}, "optim_args": "momentum=0.9", "label_names": ["labels"]}
     given |= {"accelerator_config": {"non_blocking": True}, "lr_scheduler_type": "cosine", "neftune_noise_alpha": 5}
     args = Newer(output_dir=str(tmp_path), use_cpu=True, report_to="none", **given)
-    settings = runs.deciding_settings(args)
+    settings = deciding_settings(args)
     assert settings["of_next_year"] == 0.5 and settings["lr_scheduler_type"] == "cosine"
     assert settings["accelerator_config"] == {"non_blocking": True}
     assert json.loads(json.dumps(settings)) == settings
     assert [*settings["lr_scheduler_kwargs"]] == ["a", "b"]
-    defaults = runs.left_at_default(args, settings)
+    defaults = left_at_default(args, settings)
     assert "of_next_year" in defaults and not {*given} & {*defaults} and "learning_rate" not in defaults
     plain = Newer(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    settings = runs.deciding_settings(plain)
-    assert {*settings} - {*runs.left_at_default(plain, settings)} == {*runs._ALWAYS_RECORDED, "examples_a_step"}
+    settings = deciding_settings(plain)
+    assert {*settings} - {*left_at_default(plain, settings)} == {*_ALWAYS_RECORDED, "examples_a_step"}
 
 
 @pytest.fixture(scope="module")

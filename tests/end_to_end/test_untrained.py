@@ -12,7 +12,7 @@ from runs import LORA, contents
 from test_run_glue import read, rte, scores, succeeded
 from transformers import RobertaForSequenceClassification, RobertaModel
 
-from lora_nlu.adapters import read_adapter
+from lora_nlu.adapters.reading import read_adapter
 
 SHORT = ["--max_seq_length", "64", "--learning_rate", "1e-2"]
 METHODS = {

@@ -13,10 +13,10 @@ from tests.test_configuration_common import ConfigTester  # transformers', from 
 from tests.test_modeling_common import ModelTesterMixin
 from transformers import DebertaV2Config, RobertaConfig
 
-import lora_nlu.modeling_deberta_v2
-import lora_nlu.modeling_roberta
-from lora_nlu.blocks import EncoderLayer
-from lora_nlu.lora import TARGETS
+import lora_nlu.models.modeling_deberta_v2
+import lora_nlu.models.modeling_roberta
+from lora_nlu.methods.description import TARGETS
+from lora_nlu.models.layers import EncoderLayer
 
 THEIRS = os.environ["FOREIGN_SIDE"] == "theirs"
 SIZES = {
@@ -31,7 +31,7 @@ SIZES = {
     "attention_probs_dropout_prob": 0.1,
 }
 if not THEIRS:  # Tests look here for what a model can return; our models don't use transformers' recorder for it.
-    lora_nlu.modeling_roberta.RobertaPreTrainedModel._can_record_outputs = {"hidden_states": EncoderLayer}
+    lora_nlu.models.modeling_roberta.RobertaPreTrainedModel._can_record_outputs = {"hidden_states": EncoderLayer}
 
 
 class ModelTester:
@@ -74,13 +74,13 @@ class ModelTests(ModelTesterMixin):
 
 class RobertaTests(ModelTests):
     config_class = RobertaConfig
-    module = transformers if THEIRS else lora_nlu.modeling_roberta
+    module = transformers if THEIRS else lora_nlu.models.modeling_roberta
     all_model_classes = (module.RobertaModel, module.RobertaForSequenceClassification)
 
 
 class DebertaV2Tests(ModelTests):
     config_class = DebertaV2Config
-    module = transformers if THEIRS else lora_nlu.modeling_deberta_v2
+    module = transformers if THEIRS else lora_nlu.models.modeling_deberta_v2
     all_model_classes = (module.DebertaV2Model, module.DebertaV2ForSequenceClassification)
 
 

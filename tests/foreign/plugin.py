@@ -15,7 +15,7 @@ from foreign.run import CHECKPOINTS
 from foreign.stubs import install_stubs
 from transformers import AutoModel, AutoModelForSequenceClassification, DebertaV2Config, RobertaConfig
 
-from lora_nlu import modeling_deberta_v2, modeling_roberta
+from lora_nlu.models import modeling_deberta_v2, modeling_roberta
 
 SEVERITY = ["passed", "skipped", "failed"]
 results: dict[str, list[str]] = {}

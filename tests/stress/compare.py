@@ -38,9 +38,11 @@ from helpers import CLASSIFIERS, randomise_  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import DebertaV2Config, RobertaConfig  # noqa: E402
 
-from lora_nlu.lora import TARGETS, LoRALinear, mark_only_lora_as_trainable, merge_lora_  # noqa: E402
-from lora_nlu.modeling_deberta_v2 import DebertaV2Model  # noqa: E402
-from lora_nlu.modeling_roberta import RobertaModel  # noqa: E402
+from lora_nlu.methods.description import TARGETS
+from lora_nlu.methods.lora import LoRALinear, merge_lora_
+from lora_nlu.methods.table import mark_only_lora_as_trainable
+from lora_nlu.models.modeling_deberta_v2 import DebertaV2Model
+from lora_nlu.models.modeling_roberta import RobertaModel
 
 BARE = {
     "roberta": (RobertaModel, transformers.RobertaModel),

@@ -45,10 +45,9 @@ import transformers  # noqa: E402
 from runs import LORA, SCRIPT, sentence, write_checkpoint, write_tsv, write_vocabulary  # noqa: E402
 from transformers import AutoConfig, AutoTokenizer, Trainer  # noqa: E402, F401
 
-import lora_nlu.data  # noqa: E402
-import lora_nlu.loading  # noqa: E402
-import lora_nlu.runs  # noqa: E402, F401
-import lora_nlu.trainer  # noqa: E402, F401
+import lora_nlu.models.loading  # noqa: E402
+import lora_nlu.training.runs  # noqa: E402, F401
+import lora_nlu.training.trainer  # noqa: E402, F401
 
 datasets.disable_progress_bars()
 transformers.logging.set_verbosity_error()

@@ -45,10 +45,13 @@ import forked  # noqa: E402, F401
 import torch  # noqa: E402
 from helpers import randomise_, tiny_config  # noqa: E402
 
-from lora_nlu import adapters  # noqa: E402
-from lora_nlu.errors import UserError  # noqa: E402
-from lora_nlu.lora import mark_only_lora_as_trainable  # noqa: E402
-from lora_nlu.modeling_roberta import RobertaForSequenceClassification  # noqa: E402
+from lora_nlu.adapters.attaching import load_adapter
+from lora_nlu.adapters.reading import read_adapter
+from lora_nlu.adapters.writing import save_adapter
+from lora_nlu.errors import UserError
+from lora_nlu.files import METADATA, WEIGHTS
+from lora_nlu.methods.table import mark_only_lora_as_trainable
+from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 
 FORMATS = ("zip", "pickle in zip", "legacy", "safetensors", "run")
 SECONDS, MEMORY = 10, 2**31
@@ -72,10 +75,10 @@ def original(kind: str, folder: Path) -> tuple[Path, Path, dict[str, torch.Tenso
     state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     folder.mkdir(parents=True, exist_ok=True)
     if kind in ("safetensors", "run"):
-        adapters.save_adapter(model, folder, {"task": "custom", "labels": ["a", "b", "c"]})
+        save_adapter(model, folder, {"task": "custom", "labels": ["a", "b", "c"]})
         if kind == "safetensors":
-            (folder / adapters.METADATA).unlink()
-        return folder, folder / adapters.WEIGHTS, state
+            (folder / METADATA).unlink()
+        return folder, folder / WEIGHTS, state
     path = folder / "adapter.bin"
     torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
     return path, path, state
@@ -201,8 +204,8 @@ class Reader:
 
     def outcome(self) -> str:
         try:
-            adapter = adapters.read_adapter(str(self.source))
-            adapters.load_adapter(self.model, adapter, allow_new_head=False)
+            adapter = read_adapter(str(self.source))
+            load_adapter(self.model, adapter, allow_new_head=False)
         except UserError as e:
             if not self.untouched():
                 return "a refusal changed the model"

@@ -35,12 +35,16 @@ import forked  # noqa: E402
 import torch  # noqa: E402
 from transformers.trainer_pt_utils import safe_globals  # noqa: E402
 
-from lora_nlu import adapters, runs, trainer  # noqa: E402
+from lora_nlu.adapters.reading import read_adapter
+from lora_nlu.files import CONFIG, METADATA, WEIGHTS
+from lora_nlu.training import checkpoints
+from lora_nlu.training.checkpoints import STATE, whole_checkpoints
+from lora_nlu.training.runs import _find_checkpoint
 
 STEPS = 60
-SAVING = trainer._SAVING
+SAVING = checkpoints.SAVING
 FILES = {
-    adapters.CONFIG, adapters.WEIGHTS, adapters.METADATA, trainer.STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth"
+    CONFIG, WEIGHTS, METADATA, STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth"
 }  # fmt: skip
 MOMENTS = ("any time", "in a save", "in a save", "in a save", "after a save", "at the start")  # the last: new runs only
 
@@ -89,9 +93,9 @@ def differences(checkpoint: Path, alone: Path) -> list[str]:
     if missing := FILES - {path.name for path in checkpoint.iterdir()}:
         return [f"{checkpoint.name} lacks {', '.join(sorted(missing))}"]
     want = alone / checkpoint.name
-    if not adapters.read_adapter(str(checkpoint)).ranks:
+    if not read_adapter(str(checkpoint)).ranks:
         wrong.append("no LoRA matrices")
-    if digest(checkpoint / adapters.WEIGHTS) != digest(want / adapters.WEIGHTS):
+    if digest(checkpoint / WEIGHTS) != digest(want / WEIGHTS):
         wrong.append("another adapter")
     with safe_globals():
         for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -100,7 +104,7 @@ def differences(checkpoint: Path, alone: Path) -> list[str]:
                 wrong.append(f"{file}: other contents")
                 continue
             wrong += [f"{file}: {key} differs" for key in right if not same(got[key], right[key])]
-    got, right = (json.loads((folder / trainer.STATE).read_text()) for folder in (checkpoint, want))
+    got, right = (json.loads((folder / STATE).read_text()) for folder in (checkpoint, want))
     if evaluations(got) != evaluations(right) or got["best_global_step"] != right["best_global_step"]:
         wrong.append("other evaluations or another best step")
     return [f"{checkpoint.name}: {what}" for what in wrong]
@@ -109,17 +113,17 @@ def differences(checkpoint: Path, alone: Path) -> list[str]:
 def inspect(output: str, alone: str) -> dict[str, Any]:
     """What a killed run left: what is wrong, the checkpoint that resume takes, and those that lack files."""
     folder, wrong = Path(output), []
-    whole = trainer.whole_checkpoints(output)
+    whole = whole_checkpoints(output)
     for checkpoint in whole:
         try:
             wrong += differences(checkpoint, Path(alone))
         except Exception as e:  # whatever it is, this checkpoint doesn't load
             wrong.append(f"{checkpoint.name} is listed as whole and doesn't load: {type(e).__name__}: {e}")
-    chosen = runs._find_checkpoint(output, None)
+    chosen = _find_checkpoint(output, None)
     if chosen != (str(whole[-1]) if whole else None):
         wrong.append(f"resume takes {chosen}, the last whole one is {whole[-1:]}")
     if whole:
-        best = json.loads((whole[-1] / trainer.STATE).read_text())["best_model_checkpoint"]
+        best = json.loads((whole[-1] / STATE).read_text())["best_model_checkpoint"]
         if not best or Path(best) not in whole:
             wrong.append(f"the best model, {best}, is not among the whole checkpoints")
     torn = [p.name for p in folder.glob("checkpoint-*") if FILES - {file.name for file in p.iterdir()}]
@@ -130,18 +134,18 @@ def compare(output: str, alone: str, limit: int = STEPS) -> list[str]:
     """How a finished run, which keeps `limit` checkpoints, differs from the one left alone."""
     folder, want = Path(output), Path(alone)
     wrong = inspect(output, alone)["wrong"]
-    if digest(folder / adapters.WEIGHTS) != digest(want / adapters.WEIGHTS):
+    if digest(folder / WEIGHTS) != digest(want / WEIGHTS):
         wrong.append("another final adapter")
-    got, right = (json.loads((f / trainer.STATE).read_text()) for f in (folder, want))
+    got, right = (json.loads((f / STATE).read_text()) for f in (folder, want))
     if got["global_step"] != STEPS or evaluations(got) != evaluations(right):
         wrong.append("other evaluations or another number of steps")
     bests = [Path(state["best_model_checkpoint"]) for state in (got, right)]
-    if bests[0].name != bests[1].name or digest(bests[0] / adapters.WEIGHTS) != digest(bests[1] / adapters.WEIGHTS):
+    if bests[0].name != bests[1].name or digest(bests[0] / WEIGHTS) != digest(bests[1] / WEIGHTS):
         wrong.append("another best model")
     scores = [json.loads((f / "eval_results.json").read_text()) for f in (folder, want)]
     if any(scores[0][key] != scores[1][key] for key in ("eval_loss", "eval_accuracy", "eval_samples")):
         wrong.append("other final scores")
-    if len(trainer.whole_checkpoints(output)) > limit:
+    if len(whole_checkpoints(output)) > limit:
         wrong.append("more checkpoints than --save_total_limit")
     left = [path for path in folder.rglob("*") if path.name == SAVING or path.name.endswith(".partial")]
     return wrong + [f"left behind: {path.relative_to(folder)}" for path in left]

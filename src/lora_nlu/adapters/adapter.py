@@ -1,0 +1,170 @@
+"""A saved adapter in memory."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_nlu.errors import UserError
+from lora_nlu.labels import last_layer
+
+_BARE = ("encoder.", "embeddings.")  # first parts of names in an encoder without classifier (FEATURE_EXTRACTION)
+ENCODER_PREFIXES = ("roberta.", "deberta.", *_BARE)  # of an encoder's names, with a classifier or without
+_DENSE = r"(attention\.output|intermediate|output)\.dense"
+# The layers that can have an update, by the first part of their names
+LAYERS = {
+    "roberta": re.compile(rf"roberta\.encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|{_DENSE})"),
+    "deberta": re.compile(
+        rf"deberta\.encoder\.layer\.\d+\.(attention\.self\.(query|key|value|pos_key|pos_query)_proj|{_DENSE})"
+        r"|deberta\.embeddings\.embed_proj"
+    ),
+}
+# The modules that PEFT adapts without target_modules, and with "all-linear"
+PEFT_DEFAULT_TARGETS = ["query", "value", "query_proj", "value_proj"]
+NAME_ENDING = r"(.*\.)?({})$"  # how PEFT matches the names in rank_pattern and alpha_pattern
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A saved adapter in memory: tensors by the model's own parameter names, and how the update is scaled.
+
+    lora_alpha:             None where the file doesn't know it (a published `.bin`).
+    alpha_pattern:          alpha of layers whose names match, as PEFT reads patterns; the others have lora_alpha.
+    use_rslora:             the scaling is alpha / sqrt(r), not alpha / r.
+    frozen_relative_query:  how a DeBERTa was trained (modeling_deberta_v2.py); a `.bin` is taken for the reference's.
+    lora_dropout:           the dropout it was trained with; it changes nothing in what the adapter computes.
+    targets:                names, or a pattern, of the layers that must have an update.
+    base_weights:           weights of those layers in a checkpoint of a whole model, which may hold the update already.
+    method:                 lora, or bitfit, houlsby, pfeiffer, head (methods.py): nothing of the above is theirs.
+    """
+
+    source: Path
+    state: dict[str, Tensor]
+    lora_alpha: float | None = None
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    frozen_relative_query: bool = False
+    lora_dropout: float = 0.0
+    targets: Sequence[str] | str = tuple(PEFT_DEFAULT_TARGETS)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    base_weights: dict[str, Tensor] = field(default_factory=dict)
+    method: str = "lora"
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Label names in id order, () for regression, None where the file doesn't record them."""
+        names = self.metadata.get("labels")
+        return None if names is None else tuple(names)
+
+    @property
+    def label_count(self) -> int | None:
+        """Rows of the head's last layer; None where there is no head."""
+        last = last_layer(self.state)
+        return None if last is None else len(torch.atleast_1d(self.state[f"{last}.weight"]))
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each layer with an update, by the layer's name."""
+        suffix = ".lora_A"
+        return {name.removesuffix(suffix): t.shape[0] for name, t in self.state.items() if name.endswith(suffix)}
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it was trained on an encoder without classifier, `RobertaModel` or `DebertaV2Model`."""
+        return any(name.startswith(_BARE) for name in self.state)
+
+    @property
+    def records_relative_query(self) -> bool:
+        """Whether the file records how a DeBERTa's relative query was trained, which a `.bin` doesn't."""
+        return self.lora_alpha is not None or not is_deberta(self.state)
+
+    @property
+    def adapter_size(self) -> int | None:
+        """Width of the bottleneck, where there is one."""
+        return next((t.shape[0] for name, t in self.state.items() if name.endswith(".adapter_A.weight")), None)
+
+    def alphas(self, lora_alpha: float | None = None) -> dict[str, float]:
+        """The alpha of each layer with an update; `lora_alpha` is for a file that doesn't know its own.
+
+        Raises UserError without either, or if they contradict each other.
+        """
+        if self.lora_alpha is None and lora_alpha is None:
+            raise UserError(
+                f"{self.source} doesn't say which lora_alpha it was trained with; another one gives wrong answers.\n"
+                "Give --lora_alpha: 16 for the published RoBERTa files, 32 for the published DeBERTa ones."
+            )
+        if None not in (self.lora_alpha, lora_alpha) and self.lora_alpha != lora_alpha:
+            raise UserError(f"{self.source}: was trained with lora_alpha {self.lora_alpha:g}, not {lora_alpha:g}.")
+        known = lora_alpha if self.lora_alpha is None else self.lora_alpha
+        if not is_positive(known, (int, float)):
+            raise UserError(f"{self.source}: --lora_alpha {known}: expected a positive number.")
+        return {name: by_pattern(self.alpha_pattern, name, known) for name in self.ranks}
+
+    def scalings(self, lora_alpha: float | None = None) -> list[float]:
+        """By what updates are scaled, each number once; `lora_alpha` and errors as `alphas` has them."""
+        return sorted({scaling for _, scaling in self.layers(lora_alpha).values()})
+
+    def layers(self, lora_alpha: float | None = None) -> dict[str, tuple[int, float]]:
+        """(rank, scaling) of each layer with an update; `lora_alpha` and errors as `alphas` has them."""
+        ranks, alphas = self.ranks, self.alphas(lora_alpha)
+        roots = {name: math.sqrt(rank) if self.use_rslora else rank for name, rank in ranks.items()}
+        return {name: (rank, alphas[name] / roots[name]) for name, rank in ranks.items()}
+
+
+def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that ends a module's name, as PEFT matches `rank_pattern` and `alpha_pattern`."""
+    for pattern, value in patterns.items():
+        if re.match(NAME_ENDING.format(pattern), name):
+            return value
+    return default
+
+
+def encoder_prefix(adapter: Adapter) -> str:
+    """`roberta` or `deberta`: the first part of its layers' names; "" for a head alone and for a bare encoder."""
+    return next((prefix for name in adapter.state if (prefix := name.split(".")[0]) in ("roberta", "deberta")), "")
+
+
+def is_deberta(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are of a DeBERTa; in a bare encoder its `query_proj`, ... tell."""
+    return any(name.startswith("deberta.") or (name.startswith(_BARE) and "_proj." in name) for name in names)
+
+
+def foreign_layer(adapter: Adapter) -> str | None:
+    """The first layer with an update that the adapter's model, RoBERTa or DeBERTa-V2, lacks; None if it has all."""
+    prefix, start, names = encoder_prefix(adapter), "", list(adapter.ranks)
+    if adapter.is_bare:
+        prefix = "deberta" if is_deberta(adapter.state) else "roberta"
+        start, names = f"{prefix}.", [name for name in names if name != "pooler.dense"]
+    known = LAYERS.get(prefix)
+    return next((name for name in names if known is None or not known.fullmatch(start + name)), None)
+
+
+def most_common(values: Iterable[Any]) -> Any:
+    every = list(values)
+    return max(every, key=every.count)
+
+
+def is_positive(value: Any, types: Any) -> bool:
+    """A positive number that stays one in any arithmetic with ranks."""
+    return isinstance(value, types) and not isinstance(value, bool) and 1e-12 <= value <= 1e12
+
+
+def is_target(adapter: Adapter, name: str) -> bool:
+    """Whether PEFT's `target_modules` mean this layer: a list names it or its end, a string is a pattern of it."""
+    if isinstance(adapter.targets, str):
+        return re.fullmatch(adapter.targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in adapter.targets)
+
+
+def layer_count(names: Iterable[str]) -> int:
+    return len({match.group(1) for name in names if (match := re.search(r"\.layer\.(\d+)\.", name))})
+
+
+def looks_like_hub_id(base: str) -> bool:
+    return _HUB_ID.fullmatch(base) is not None and not Path(base).exists()

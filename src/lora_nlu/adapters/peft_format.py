@@ -1,0 +1,148 @@
+"""PEFT's adapter_config.json: written, checked, read."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lora_nlu.adapters.adapter import (
+    NAME_ENDING,
+    PEFT_DEFAULT_TARGETS,
+    Adapter,
+    encoder_prefix,
+    is_positive,
+    most_common,
+)
+from lora_nlu.errors import UserError, shown
+from lora_nlu.methods.description import LORA_KEY
+
+_LORA, LORA_FROZEN_RELATIVE_QUERY = "LORA", "LORA_FROZEN_RELATIVE_QUERY"  # peft_type; PEFT knows the first
+METHODS_BY_TYPE = {
+    "BITFIT": "bitfit",
+    "HOULSBY": "houlsby",
+    "PFEIFFER": "pfeiffer",
+    "HEAD": "head",
+}  # none of these
+PEFT_PREFIX = "base_model.model."
+_ALL_LINEAR = [*PEFT_DEFAULT_TARGETS, "key", "key_proj", "pos_key_proj", "pos_query_proj", "embed_proj", "dense"]
+# Settings of an adapter_config.json that are read, and those that change nothing in what a trained adapter computes.
+_HONOURED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
+_NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save",
+    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+_STARTS = ("gaussian", "orthogonal", "eva", "mica")  # of init_lora_weights; they leave the base weights alone
+OTHER_HEADS = re.compile("TOKEN_CLS|QUESTION_ANS|ForTokenClassification|ForQuestionAnswering")
+
+
+def peft_config(adapter: Adapter) -> dict[str, Any]:
+    """The `adapter_config.json` with which PEFT builds the layers of an adapter and expects its tensors."""
+    common = {
+        "task_type": "FEATURE_EXTRACTION" if adapter.is_bare else "SEQ_CLS",
+        "base_model_name_or_path": adapter.metadata.get("base_model"),
+    }
+    if adapter.method != "lora":
+        kind = next(kind for kind, method in METHODS_BY_TYPE.items() if method == adapter.method)
+        return {"peft_type": kind, **common}
+    ranks, prefix = adapter.ranks, "" if adapter.is_bare else f"{encoder_prefix(adapter)}."
+    r = most_common(ranks.values())
+    targets, trained_modules, biases = adapter.targets, set(), False
+    if not isinstance(targets, str):
+        targets = [target for target in targets if any(n == target or n.endswith(f".{target}") for n in ranks)]
+    for name in adapter.state:
+        if not LORA_KEY.search(name):
+            module, _, kind = name.rpartition(".")
+            if not name.startswith(prefix):
+                trained_modules.add(name.split(".")[0])
+            elif kind == "bias":
+                biases = True
+            else:
+                trained_modules.add(module)
+    return {
+        "peft_type": LORA_FROZEN_RELATIVE_QUERY if adapter.frozen_relative_query else _LORA,
+        **common,
+        "r": r,
+        "lora_alpha": adapter.lora_alpha,
+        "lora_dropout": adapter.lora_dropout,
+        "bias": "all" if biases else "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": targets,
+        "modules_to_save": sorted(trained_modules),
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": adapter.alpha_pattern,
+        "use_rslora": adapter.use_rslora,
+    }
+
+
+def targets_of(config: dict[str, Any]) -> list[str] | str:
+    """The layers that an `adapter_config.json` adapts, as names or, where it excludes some, as one pattern."""
+    targets, layers, excluded = (config.get(k) for k in ("target_modules", "layers_to_transform", "exclude_modules"))
+    targets = PEFT_DEFAULT_TARGETS if targets is None else _ALL_LINEAR if targets == "all-linear" else targets
+    if layers in (None, []) and not excluded:
+        return targets
+    patterns = [names if isinstance(names, str) else _any_of(names) for names in (targets, excluded or [])]
+    where = config.get("layers_pattern") or ["[^.]*"]
+    stacks = "|".join([where] if isinstance(where, str) else where)
+    numbers = "|".join(map(str, layers if isinstance(layers, list) else [layers]))
+    within = rf"(?=(?:|.*?\.)(?:{stacks})\.(?:{numbers})\.)" if layers not in (None, []) else ""
+    return f"(?!(?:{patterns[1]})$){within}(?:{patterns[0]})" if excluded else f"{within}(?:{patterns[0]})"
+
+
+def _any_of(names: list[str]) -> str:
+    """A pattern of the modules whose names, or the ends of whose names, are these."""
+    return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+
+
+def check_peft_config(path: Path, config: dict[str, Any]) -> None:
+    """Refuse, by name, what PEFT can say and this model would compute differently. Raises UserError."""
+    kind = config.get("peft_type")
+    if isinstance(kind, str) and kind in METHODS_BY_TYPE:
+        return
+    if kind not in (_LORA, LORA_FROZEN_RELATIVE_QUERY):
+        raise UserError(f"{path}: peft_type is {shown(kind)}; LORA is the only PEFT type supported here.")
+    p = config.get("lora_dropout") or 0.0
+    if not isinstance(p, (int, float)) or not 0 <= p <= 1:
+        raise UserError(f"{path}: lora_dropout is {shown(p)}; expected a number from 0 to 1.")
+    for key, types in (("r", int), ("lora_alpha", (int, float))):
+        if not is_positive(config.get(key), types):  # without one PEFT would take its default of 8
+            raise UserError(f"{path}: {key} is {shown(config.get(key))}; expected a positive number.")
+    patterns = []
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        names = config.get(key)
+        if isinstance(names, str):
+            patterns.append((key, names))
+        elif names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise UserError(f"{path}: {key} is neither a list of names nor a pattern.")
+        elif key == "layers_pattern":
+            patterns += [(key, name) for name in names or []]
+    numbers = config.get("layers_to_transform")
+    numbers = numbers if isinstance(numbers, list) else [numbers or 0]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise UserError(
+            f"{path}: layers_to_transform is {shown(config['layers_to_transform'])}; expected layer numbers."
+        )
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key) or "", str):
+            raise UserError(f"{path}: {key} is {shown(config[key])}; expected a string.")
+    for key, values in (("use_rslora", (None, False, True)), ("bias", (None, "none", "all", "lora_only"))):
+        if config.get(key) not in values or type(config.get(key)) is int:
+            raise UserError(f"{path}: {key} is {shown(config[key])}; expected {', '.join(map(str, values[1:]))}.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        given = config.get(key) or {}
+        if not isinstance(given, dict) or not all(is_positive(value, (int, float)) for value in given.values()):
+            raise UserError(f"{path}: {key} is no map from names to positive numbers.")
+        patterns += [(key, NAME_ENDING.format(pattern)) for pattern in given]
+    for key, pattern in patterns:
+        try:
+            if len(pattern) > 10_000:
+                raise re.error("too long")
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as e:
+            raise UserError(f"{path}: {key}: {shown(pattern)} is not a valid pattern ({shown(e)}).") from e
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in _STARTS:  # PiSSA, OLoRA and others change the base weights
+        raise UserError(f"{path}: init_lora_weights={shown(start)} is not supported: it changes the base weights.")
+    for key, value in config.items():
+        if value and key not in _HONOURED | _NEUTRAL:
+            raise UserError(f"{path}: {shown(key)}={shown(value)} is not supported.")

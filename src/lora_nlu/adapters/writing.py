@@ -1,0 +1,76 @@
+"""A trained model to an adapter folder."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from lora_nlu.adapters.adapter import Adapter, most_common
+from lora_nlu.adapters.peft_format import PEFT_PREFIX, peft_config
+from lora_nlu.files import CONFIG, METADATA, WEIGHTS, appearing, write_json
+from lora_nlu.methods.description import LORA_KEY
+from lora_nlu.methods.lora import LoRALinear, unmerged_parameters
+from lora_nlu.methods.table import describe_method
+from lora_nlu.ops.tensors import fingerprint
+
+
+def trained_state(model: Any, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The parameters of `model` that train, from `state_dict` where a distributed engine has gathered one.
+
+    A merged model's are those of the unmerged one.
+    """
+    state = unmerged_parameters(model) if state_dict is None else state_dict
+    return {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None) -> Adapter:
+    """What trains in a model whose encoder is frozen, but for its method's part, as the adapter that it is."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if not layers:
+        method = describe_method(model)["name"]
+        return Adapter(Path(), trained_state(model, state_dict), metadata=metadata, method=method)
+    alphas = {name: layer.lora_alpha for name, layer in layers.items()}
+    alpha = most_common(alphas.values())
+    # A short name stands for every module that ends in it: only if all of those have an update.
+    short = sorted({name.rpartition(".")[2] for name in layers})
+    meant = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in short]
+    return Adapter(
+        Path(),
+        trained_state(model, state_dict),
+        alpha,
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        frozen_relative_query=bool(getattr(model, "frozen_relative_query", False)),
+        lora_dropout=max(layer.lora_dropout for layer in layers.values()),
+        targets=short if len(meant) == len(layers) else sorted(layers),
+        metadata=metadata,
+    )
+
+
+def save_adapter(
+    model: Any, folder: Path | str, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Write the trained parameters of a model as an adapter folder; each file appears whole or not at all."""
+    write_adapter(adapter_of(model, metadata, state_dict), Path(folder))
+
+
+def write_adapter(adapter: Adapter, folder: Path) -> None:
+    """Write an adapter, a LoRA one with its alpha, as a folder; each file appears complete or not at all.
+
+    The metadata gets the kind and a hash of the weights, by which files of two runs in one folder are found out.
+    """
+    tensors = {}
+    for name, tensor in adapter.state.items():
+        layer = name.removesuffix(".bias")
+        if LORA_KEY.search(name):
+            name = f"{name}.weight"
+        elif layer != name and layer in adapter.ranks:
+            name = f"{layer}.base_layer.bias"
+        tensors[f"{PEFT_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
+    config = peft_config(adapter)
+    folder.mkdir(parents=True, exist_ok=True)
+    with appearing(folder / WEIGHTS) as partial:
+        partial.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file would hide it from other users
+    written = {"peft_type": config["peft_type"], "weights_fingerprint": fingerprint(adapter.state)}
+    write_json(folder / METADATA, adapter.metadata | written)
+    write_json(folder / CONFIG, config)

@@ -1,0 +1,90 @@
+"""Examples to token ids, cached on disk."""
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+
+from lora_nlu.data.examples import LABEL, Examples
+from lora_nlu.errors import UserError
+
+_LENGTH = "tokens_uncut"  # of the tokenised tables on disk: an example's tokens before truncation
+
+
+def tokenize(
+    examples: Examples, tokenizer: Any, max_length: int, cache_dir: str | None = None, overwrite_cache: bool = False
+) -> tuple[dict[str, Dataset], list[str]]:
+    """Encode text to input_ids (and token_type_ids, attention_mask, label), truncated to `max_length`, unpadded.
+
+    Returns the tables and a line for each split of which texts were cut. Cached in `cache_dir` (or the datasets
+    library's) under a name made of text, tokenizer and length; written to a temporary name first, so several processes
+    may share it. Raises UserError if the tokenizer doesn't know the text.
+    """
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "lora_nlu")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = f"{tokenizer.__class__.__name__} {tokenizer.truncation_side} {tokenizer.model_input_names}"
+    identity = f"{settings} {_tokenizer_identity(tokenizer)} {max_length} {_LENGTH}"
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        pairs = batch.get("text_pair")
+        encoded = tokenizer(batch["text"], pairs, truncation=True, max_length=max_length)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        if full := [i for i, length in enumerate(lengths) if length >= max_length]:  # these may have been longer
+            columns = [[column[i] for i in full] for column in (batch["text"], pairs) if column]
+            for i, ids in zip(full, tokenizer(*columns, verbose=False)["input_ids"], strict=True):
+                lengths[i] = len(ids)
+        return {**encoded, _LENGTH: lengths}
+
+    encoded, notes = {}, []
+    for split, table in examples.splits.items():
+        _check_vocabulary(table, tokenizer, split)
+        key = hashlib.sha256(f"{table._fingerprint} {len(table)} {identity}".encode()).hexdigest()[:32]
+        texts = [name for name in table.column_names if name != LABEL]
+        tokens = table.map(
+            encode,
+            batched=True,
+            remove_columns=texts,
+            cache_file_name=str(folder / f"{split}-{key}.arrow"),
+            load_from_cache_file=not overwrite_cache,
+            new_fingerprint=key,
+            desc=f"Tokenising {split}",
+        )
+        lengths = tokens.with_format("numpy")[_LENGTH][:]
+        if cut := int((lengths > max_length).sum()):
+            said = f"{split}: {cut} of {len(lengths)} examples are cut at --max_seq_length {max_length}"
+            notes.append(f"{said}; the longest has {lengths.max()} tokens.")
+        encoded[split] = tokens.remove_columns(_LENGTH)
+    return encoded, notes
+
+
+def _tokenizer_identity(tokenizer: Any) -> str:
+    """What decides the tokens: a fast tokenizer's own description, or the files that one in Python saves."""
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()  # what it did before must not show
+        tokenizer.backend_tokenizer.no_padding()
+        return tokenizer.backend_tokenizer.to_str()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())]
+    return f"{digests} emojis in words {getattr(tokenizer, 'demojizer', None) is not None}"
+
+
+def _check_vocabulary(table: Dataset, tokenizer: Any, split: str) -> None:
+    """A vocabulary read by the wrong tokenizer class makes words unknown, drops them or joins them up, silently."""
+    texts = [text[:200] for text in table[:100]["text"]]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    kept = sum(len(tokenizer.decode(row, skip_special_tokens=True).split()) for row in ids)
+    lost = sum(len(text.split()) for text in texts) - kept
+    if lost > max(10, kept):
+        raise UserError(
+            f"The tokenizer ({type(tokenizer).__name__}) knows almost none of the words of the {split} examples.\n"
+            "Its files don't fit its class: set tokenizer_class in tokenizer_config.json, or give --tokenizer_name."
+        )
+
+
+def token_count(table: Dataset) -> int:
+    """Real tokens of a tokenised table."""
+    return sum(len(row) for row in table["input_ids"])

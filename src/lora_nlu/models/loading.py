@@ -1,0 +1,239 @@
+"""From a checkpoint folder or Hub id to our model and its tokenizer, checked against what is asked of them."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig
+
+from lora_nlu.errors import UserError, first_line, no_memory, shown
+from lora_nlu.files import CONFIG, read_json, text_for_weights
+from lora_nlu.labels import check_labels, config_labels, head_order, last_layer, listed, set_labels
+from lora_nlu.methods.description import is_added
+from lora_nlu.methods.lora import unmerged_parameters
+from lora_nlu.methods.table import mark_trainable
+from lora_nlu.models.layers import refuse_quantised
+from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
+from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
+from lora_nlu.ops.tensors import is_loaded, not_finite
+
+MODELS: dict[str, Any] = {
+    "roberta": RobertaForSequenceClassification,
+    "deberta-v2": DebertaV2ForSequenceClassification,
+}
+
+
+def load_config(name: str, **hub: Any) -> Any:
+    """The configuration of a folder or Hub id; `hub`: cache_dir, token, revision.
+
+    Raises UserError if there is none, or none of a model we have.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+    except Exception as e:  # what a setting that makes no sense is called has many names
+        if Path(name, CONFIG).is_file() and not Path(name, "config.json").is_file():
+            settings = read_json(Path(name, CONFIG))
+            flag = "lora_path" if "LORA" in str(settings.get("peft_type")) else "adapter_path"
+            base = shown(settings.get("base_model_name_or_path") or "the model it was trained from")
+            raise UserError(
+                f"--model_name_or_path {name}: is an adapter.\n"
+                f"Give it as --{flag}, and its base ({base}) as --model_name_or_path."
+            ) from e
+        said = "neither a folder with a config.json nor a model available from the Hub"
+        if Path(name, "config.json").is_file():
+            said = "its config.json can't be used"
+        raise UserError(f"--model_name_or_path {name}: {said}.\n({first_line(e)})") from e
+    if config.model_type not in MODELS:
+        raise UserError(f"--model_name_or_path {name}: a {config.model_type!r} model; supported: {', '.join(MODELS)}.")
+    refuse_quantised(f"--model_name_or_path {name}", getattr(config, "quantization_config", None))
+    config._attn_implementation = "eager"  # as transformers calls the models' own; the file may ask for another
+    return config
+
+
+def set_task(config: Any, task: str, labels: tuple[str, ...], cls_dropout: float | None) -> None:
+    """Set what the task and the flags decide in a config, whatever its checkpoint was saved with.
+
+    What stays is the architecture. The head's dropout is `cls_dropout`, without it the model's hidden_dropout_prob.
+    """
+    set_labels(config, labels)
+    config.finetuning_task, config.cls_dropout, config.classifier_dropout = task, cls_dropout, None
+    config.output_hidden_states = config.output_attentions = False
+    config.return_dict = True
+
+
+def longest_input(config: Any) -> float:
+    """How many tokens the position table has room for; infinity for a DeBERTa, which has none."""
+    if config.model_type == "roberta":
+        return config.max_position_embeddings - config.pad_token_id - 1  # it counts from pad_token_id + 1
+    return config.max_position_embeddings if config.position_biased_input else math.inf
+
+
+def load_model(
+    name: str,
+    config: Any,
+    needs_head: bool,
+    trained_labels: Sequence[str] | None = None,
+    keeps_head: bool = True,
+    **hub: Any,
+) -> tuple[Any, list[str]]:
+    """The model of `config` with the weights of `name` in fp32, what trains in it marked; and lines worth saying.
+
+    trained_labels: what the head in the checkpoint tells, class 0 first; None where nothing records it. Its rows are
+    put in the order of the config's labels, and a head for others starts anew. Not so without `keeps_head`: an adapter
+    brings another.
+    What a method adds and a head that the checkpoint lacks are drawn from torch's global generator. Raises UserError if
+    weights are not finite, the encoder's are missing or misshapen, an adapter in them would be left out, or the head is
+    missing and `needs_head`.
+    """
+    verbosity, notes = transformers.logging.get_verbosity(), []
+    transformers.logging.set_verbosity_error()  # what is missing is checked and said below
+    try:
+        model, report = MODELS[config.model_type].from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **hub
+        )
+    except UserError:
+        raise
+    except Exception as e:  # what torch meets in a damaged file has many names
+        for path in sorted(Path(name).glob("*.safetensors")) or sorted(Path(name).glob("pytorch_model*.bin")):
+            if text := text_for_weights(path):
+                raise UserError(f"--model_name_or_path {name}: {path.name}: {text}") from e
+        said = "there is not enough memory for its weights" if no_memory(e) else "its weights can't be loaded"
+        raise UserError(f"--model_name_or_path {name}: {said} ({first_line(e)}).") from e
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers took an adapter beside the model, and its base
+        raise UserError(
+            f"--model_name_or_path {name}: holds a model and an adapter ({CONFIG}); it isn't clear which is meant.\n"
+            f"Give the adapter's files in a folder of their own as --lora_path, and the model without {CONFIG} here."
+        )
+    new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if wrong := sorted(new - set(head_names(model))):
+        raise UserError(
+            f"--model_name_or_path {name}: {len(wrong)} weights are missing or not of config.json's shape, "
+            f"{', '.join(wrong[:3])} among them."
+        )
+    if broken := not_finite(model.state_dict()):
+        raise UserError(
+            f"--model_name_or_path {name}: {len(broken)} of its weights are not finite (NaN or infinity), {broken[0]} "
+            "first.\nIts training diverged, or the file is damaged; take another checkpoint."
+        )
+    if unexpected := sorted(report["unexpected_keys"]):
+        notes.append(f"{name}: {len(unexpected)} weights have no place in the model: {', '.join(unexpected[:3])} ...")
+    if new and needs_head:
+        raise _no_head(name, config, trained_labels, report)
+    if needs_head:
+        check_labels(name, trained_labels, config_labels(config))
+    if keeps_head:
+        notes += _order_head_(model, name, trained_labels, report)
+    mark_trainable(model)
+    return model, notes
+
+
+def _no_head(name: str, config: Any, trained: Sequence[str] | None, report: dict[str, Any]) -> UserError:
+    """Why the head in a checkpoint's weights can't be evaluated: there is none, or it has other rows."""
+    shapes = {key: shape for key, shape, _ in report["mismatched_keys"]}
+    last = last_layer(shapes)
+    if last is None:
+        return UserError(f"{name} has no trained head. Train (--do_train), or give an adapter with --lora_path.")
+    rows = shapes[f"{last}.weight"][0]
+    if trained is not None and rows != (len(trained) or 1):
+        return UserError(
+            f"{name}: the head in its weights has {rows} rows, and its config.json has {len(trained) or 1} labels: "
+            f"{listed(trained)}."
+        )
+    told = f"{rows} classes" if trained is None else listed(trained)
+    return UserError(f"{name}: was trained to predict {told}; the examples have {listed(config_labels(config))}.")
+
+
+def own_adapter(model: Any) -> list[str]:
+    """Names of the LoRA matrices and bottlenecks that a model has of its checkpoint."""
+    return [name for name, parameter in model.named_parameters() if is_added(name) and is_loaded(parameter)]
+
+
+def check_method(model: Any, name: str, saved: dict[str, Any]) -> None:
+    """Raise UserError if LoRA or bottlenecks that a model has of its checkpoint were saved with other settings.
+
+    saved: those of the checkpoint's config, by name; the model's config has the flags'.
+    """
+    config, own = model.config, own_adapter(model)
+    if not own:
+        return
+    deciding = ["lora_alpha", "lora_relative_query"] if ".lora_" in own[0] else ["adapter_type"]
+    for setting in deciding:
+        was, now = saved.get(setting) or False, getattr(config, setting, None) or False
+        if was is False and setting != "lora_relative_query":
+            raise UserError(
+                f"--model_name_or_path {name}: holds {own[0]}, and its config.json doesn't say with which "
+                f"{setting} it was trained.\nGive the plain base model there, and this as --lora_path."
+            )
+        if was != now:
+            raise UserError(
+                f"--model_name_or_path {name}: contains {own[0]}, trained with {setting} {was}; the flags give "
+                f"{now}.\n{'Give' if was else 'Leave out'} --{setting}{'' if was in (True, False) else f' {was}'}."
+            )
+
+
+@torch.no_grad()
+def _order_head_(model: Any, name: str, trained: Sequence[str] | None, report: dict[str, Any]) -> list[str]:
+    """Put the rows of a checkpoint's head in the order of the model's labels, or draw it anew; lines worth saying."""
+    last = last_layer(model.state_dict())
+    if f"{last}.weight" in report["missing_keys"]:
+        return [] if trained is None else [f"{name}: has no trained head; a new one is initialised."]
+    shapes = {key: shape for key, shape, _ in report["mismatched_keys"]}
+    count = shapes.get(f"{last}.weight", [model.config.num_labels])[0]
+    rows, note = head_order(name, count, trained, config_labels(model.config))
+    if rows is None:
+        for layer in model.classifier.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=model.config.initializer_range)
+                nn.init.zeros_(layer.bias)
+    else:
+        for parameter in model.get_submodule(last).parameters():
+            parameter.copy_(parameter[rows])
+    return [note] if note else []
+
+
+def set_two_views(model: Any, tokenizer: Any, reg_loss_wgt: float, masking_prob: float) -> None:
+    """Turn R-Drop, and with `masking_prob` cutoff, on or off. Raises UserError without a token that stands for none."""
+    config = model.config
+    config.reg_loss_wgt, config.masking_prob = reg_loss_wgt, masking_prob
+    for name in ("unk_token_id", "special_token_ids"):
+        config.__dict__.pop(name, None)
+    if masking_prob:
+        if tokenizer.unk_token_id is None:
+            raise UserError("--masking_prob: the tokenizer has no unknown token to put in the place of others.")
+        config.unk_token_id = tokenizer.unk_token_id
+        config.special_token_ids = sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id})
+
+
+@torch.no_grad()
+def base_fingerprint(model: Any) -> str:
+    """A hash of the encoder's frozen weights, from up to 64 numbers of each tensor: milliseconds for 1.5B parameters.
+
+    The same in fp32 and bf16, merged or not. It tells one checkpoint from another, not from a copy with a few numbers
+    changed.
+    """
+    samples, names = [], []
+    for name, parameter in sorted(unmerged_parameters(model.base_model).items()):
+        if not is_added(name):
+            numbers = parameter.reshape(-1)
+            samples.append(numbers[:: max(1, numbers.numel() // 64)][:64].to(torch.bfloat16))
+            names.append(f"{name} {list(parameter.shape)}")
+    sampled = torch.cat(samples).view(torch.int16).cpu().numpy().tobytes()
+    return hashlib.sha256("\n".join(names).encode() + sampled).hexdigest()[:16]
+
+
+def head_names(model: Any) -> list[str]:
+    """Names of the parameters outside the encoder; a bare encoder has none."""
+    prefix = encoder_prefix_in(model)
+    return [name for name, _ in model.named_parameters() if not name.startswith(prefix)]
+
+
+def encoder_prefix_in(model: Any) -> str:
+    """What the names of the encoder's parameters start with in a model: "roberta."; "" in a bare encoder."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."

@@ -1,0 +1,87 @@
+"""The tokenizer of a checkpoint, and a fingerprint of what it does."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+from lora_nlu.errors import UserError, first_line, shown
+from lora_nlu.files import text_for_weights
+from lora_nlu.models.loading import longest_input
+
+# Mixed case, accents, punctuation, blanks, numbers: where tokenizers of one vocabulary differ
+_PROBE = "Ünïcode, CamelCase & naïve; ÉCOLE? don't  stop: 3.14% of «Straße» #tag @user it's-all_well… (yes!)"
+
+
+def _keep_files(tokenizer: Any) -> None:
+    """Let a tokenizer written in Python save the vocabulary files that it read.
+
+    BertweetTokenizer's own way drops a column of the merges, and who loads them gets other tokens.
+    """
+    kinds = {name: getattr(tokenizer, kind, None) for kind, name in tokenizer.vocab_files_names.items()}
+    contents = {name: Path(path).read_bytes() for name, path in kinds.items() if path and Path(path).is_file()}
+
+    def save_vocabulary(folder: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        paths = {Path(folder, f"{filename_prefix}-" * bool(filename_prefix) + name): name for name in contents}
+        for path, name in paths.items():
+            path.write_bytes(contents[name])
+        return tuple(map(str, paths))
+
+    tokenizer.save_vocabulary = save_vocabulary
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A hash of the tokens by their numbers and of what a pair of texts becomes: tens of ms for 128k tokens."""
+    tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
+    words = " ".join(tokens[:: max(1, len(tokens) // 64)])  # a small vocabulary may know nothing of the probe
+    read = tokenizer(f"{_PROBE} {words}", words.title(), verbose=False)["input_ids"]
+    return hashlib.sha256("\n".join([*tokens, str(read)]).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def check_tokenizer(source: str, known: dict[str, Any], fingerprint: str, remedy: str) -> None:
+    """Raise UserError if what `known` records was trained with another tokenizer; older metadata records none."""
+    if (trained := known.get("tokenizer_fingerprint", fingerprint)) != fingerprint:
+        raise UserError(
+            f"{source}: was trained with another tokenizer (fingerprint {shown(trained)}; this one has {fingerprint}): "
+            f"it would read other words.\n{remedy}"
+        )
+
+
+def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
+    """The tokenizer of a folder or Hub id, set for a model of `config`; and lines worth saying.
+
+    Whatever it was saved with, it pads and cuts on the right, up to the model's own limit. Raises UserError if there is
+    none, if it has more tokens than the model, or no token to pad with.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    except Exception as e:  # what transformers meets in missing or damaged files has many names
+        for path in sorted(Path(name).glob("*.model")):  # SentencePiece's
+            if text := text_for_weights(path, "tokens"):
+                raise UserError(f"{path}: {text}") from e
+        reason = (
+            f"{type(e).__name__}: {first_line(e)}" if isinstance(e, KeyError) else first_line(e)
+        )  # a name says nothing
+        raise UserError(f"No tokenizer in {name} that can be read ({reason}). Give --tokenizer_name.") from e
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where the files are missing
+        raise UserError(f"No tokenizer in {name} (it has no vocabulary). Give --tokenizer_name.")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"The tokenizer of {name} has {len(tokenizer)} tokens, the model only {config.vocab_size}.")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"The tokenizer of {name} has no padding token: set pad_token in its tokenizer_config.json.")
+    names, notes = tokenizer.model_input_names, []
+    if "token_type_ids" in names and config.type_vocab_size == 1:
+        names = [input_name for input_name in names if input_name != "token_type_ids"]
+        notes.append(f"{name}: token_type_ids are left out: the model has only one token type.")
+    tokenizer.model_input_names = names if "attention_mask" in names else [*names, "attention_mask"]
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = int(min(longest_input(config), VERY_LARGE_INTEGER))
+    if not tokenizer.is_fast:
+        _keep_files(tokenizer)
+        logging.getLogger("transformers.tokenization_python").setLevel(logging.ERROR)  # a warning for each pair it cuts
+        if getattr(tokenizer, "normalization", False) and tokenizer.demojizer is None:
+            notes.append(f"{name}: emojis are not converted to words; that needs: pip install emoji==0.6.0")
+    return tokenizer, notes

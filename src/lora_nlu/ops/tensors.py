@@ -1,0 +1,35 @@
+"""Checks and hashes of tensors."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def is_loaded(parameter: Tensor) -> bool:
+    """Whether `from_pretrained` found a parameter in the checkpoint."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def is_same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, in y's dtype."""
+    return x.shape == y.shape and not x.is_meta and not y.is_meta and torch.equal(x.to(y), y)
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """A hash of tensors with their names, dtypes and shapes, whatever file they are in."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity, or what fp32 has no number for."""
+    names = []
+    for name, tensor in state.items():
+        numbers = tensor.float() if tensor.is_floating_point() else tensor
+        if not numbers.sum().isfinite() and not numbers.isfinite().all():  # the sum is the faster to look at
+            names.append(name)
+    return names

@@ -1,0 +1,222 @@
+"""Tables of runs as Markdown, CSV and LaTeX."""
+
+import csv
+import io
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from statistics import mean, median, stdev
+from urllib.parse import quote
+
+from lora_nlu.data.tasks import TASKS
+from lora_nlu.files import write_text
+from lora_nlu.report.collect import Cell, differences
+
+PROTOCOL = (
+    "Medians over seeds ± standard deviation, in percent. `best epoch` takes each run's best evaluation while "
+    "training, the paper's protocol; `last` is of the model that training ended with, the best epoch's with "
+    "--load_best_model_at_end. That model makes the predictions, and by `last` a submission chooses among seeds. "
+    "`trainable` counts the encoder's part, as the paper does; `training` is the sum over tasks of the median time, "
+    "`memory` the most that a run held."
+)
+TEX = str.maketrans(
+    {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    | {character: rf"\{character}" for character in "&%$#_{}"}
+)
+RUN_COLUMNS = (
+    "model", "method", "task", "metric", "seed", "state", "best_percent", "last_percent", "paper_median_percent",
+    "trainable_in_encoder", "train_seconds", "peak_memory_gib", "folder",
+)  # fmt: skip
+
+
+def spread(figures: Sequence[float]) -> str:
+    """median ± standard deviation; without the latter for a single figure."""
+    return one_decimal(median(figures)) + (f" ± {one_decimal(stdev(figures))}" if len(figures) > 1 else "")
+
+
+def shown(cell: Cell | None, protocol: str, wanted: int) -> str:
+    """What a table says of a cell: its spread, of how many of the wanted seeds, or why there is none."""
+    figures = cell.figures(protocol) if cell else []
+    of = f" ({len(figures)} of {wanted})" if len(figures) < wanted else ""
+    return spread(figures) + of if figures else "unfinished" if cell else "-"
+
+
+def one_decimal(value: float) -> str:
+    """Halves go to the even digit: so the averages of the paper's figures come out as it prints them."""
+    return f"{Decimal(str(round(value, 9))):.1f}"
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def headings(cells: Sequence[Cell]) -> list[str]:
+    tasks = dict.fromkeys(cell.task for cell in cells)
+    persons = {"matthews": "Matthews", "pearson": "Pearson"}
+    metrics = [TASKS[task].metrics[0].partition("_")[0] for task in tasks]
+    columns = [f"{TASKS[task].title} {persons.get(name, name)}" for task, name in zip(tasks, metrics, strict=True)]
+    return ["method", "trainable", "", *columns, "average", "training", "memory"]
+
+
+def table(cells: Sequence[Cell]) -> list[list[str]]:
+    """The rows of one model's table under `headings`: of each method the best epoch, the last, and the paper's line."""
+    tasks, every_seed = list(dict.fromkeys(cell.task for cell in cells)), seeds(cells)
+    rows = []
+    for method in methods_of(cells):
+        mine = {cell.task: cell for cell in cells if cell.method == method}
+        sizes = "/".join(f"{n:,}" for n in sorted({run.trainable for cell in mine.values() for run in cell.runs}))
+        complete = len(mine) == len(tasks) and all(len(cell.done) == len(every_seed) for cell in mine.values())
+        for protocol, title in (("best", "best epoch"), ("last", "last")):
+            row = [method, sizes, title] if protocol == "best" else ["", "", title]
+            row += [shown(mine.get(task), protocol, len(every_seed)) for task in tasks]
+            row.append(one_decimal(mean(median(mine[task].figures(protocol)) for task in tasks)) if complete else "-")
+            rows.append([*row, *(costs(mine, len(tasks)) if protocol == "best" else ("", ""))])
+        papers = {cell.task: run.paper for cell in mine.values() for run in cell.runs if run.paper}
+        if papers:
+            row = ["", next(iter(papers.values())).trainable, "paper"]
+            for task in tasks:
+                figure, deviation = papers[task].figures[task] if task in papers else (None, None)
+                row.append("-" if figure is None else f"{figure:.1f}" + (f" ± {deviation:.1f}" if deviation else ""))
+            whole = len(papers) == len(tasks) and len({line.method for line in papers.values()}) == 1
+            average = one_decimal(mean(line.figures[task][0] for task, line in papers.items())) if whole else "-"
+            rows.append([*row, average, "", ""])
+    return rows
+
+
+def costs(mine: dict[str, Cell], wanted: int) -> tuple[str, str]:
+    """A method's time, of how many of the wanted tasks where some are missing, and its memory."""
+    times = [[run.seconds for run in cell.done if run.seconds is not None] for cell in mine.values()]
+    medians = [median(seconds) for seconds in times if seconds]
+    of = f" ({len(medians)} of {wanted} tasks)" if len(medians) < wanted else ""
+    memory = [run.memory_gib for cell in mine.values() for run in cell.done if run.memory_gib is not None]
+    return clock(sum(medians)) + of if medians else "-", f"{max(memory):.1f} GiB" if memory else "-"
+
+
+def methods_of(cells: Sequence[Cell]) -> list[str]:
+    """Fine-tuning first, then by what trains in the encoder."""
+    trainable = {cell.method: run.trainable for cell in cells for run in cell.runs}
+    return sorted(trainable, key=lambda name: (not name.startswith("fine-tuning"), trainable[name], name))
+
+
+def seeds(cells: Sequence[Cell]) -> list[int]:
+    return sorted({run.seed for cell in cells for run in cell.runs})
+
+
+def rank_table(cells: Sequence[Cell]) -> list[list[str]]:
+    """The paper's table of ranks: of each task and set of layers with LoRA a row, of each rank a column; or nothing."""
+    swept, wanted = rank_cells(cells), len(seeds(cells))
+    ranks = sorted({rank for mine in swept.values() for rank, _ in mine})
+    rows = [["task", "LoRA on", *(f"r = {rank}" for rank in ranks)]]
+    for (task, where), mine in swept.items():
+        texts = {rank: " / ".join(shown(c, "best", wanted) for r, c in mine if r == rank) for rank in ranks}
+        rows.append([TASKS[task].title, where, *(texts[rank] or "-" for rank in ranks)])
+    return rows if swept else []
+
+
+def rank_cells(cells: Sequence[Cell]) -> dict[tuple[str, str], list[tuple[int, Cell]]]:
+    """Of each task and set of layers with LoRA the cells by rank, where runs of several ranks differ in nothing else.
+
+    Alpha may stay as the rank changes, or change with it: the scaling is not compared.
+    """
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[int, Cell]]] = {}
+    for cell in cells:
+        if (rank := cell.runs[0].rank) is not None:
+            rest = tuple(item for item in cell.runs[0].settings if item[0] != "scaling")
+            groups.setdefault((cell.task, rest), []).append((rank, cell))
+    groups = {key: mine for key, mine in groups.items() if len({rank for rank, _ in mine}) > 1}
+    swept: dict[tuple[str, str], list[tuple[int, Cell]]] = {}
+    for (task, rest), mine in groups.items():
+        said = differences([other for name, other in groups if name == task])[rest]
+        sets = {cell.runs[0].targets for _, cell in mine}
+        for targets in sorted(sets, key=lambda names: (names.count(","), names)):
+            where = targets + (f" ({said})" if said else "")
+            here = [(rank, cell) for rank, cell in mine if cell.runs[0].targets == targets]
+            swept[task, where] = sorted(here, key=lambda pair: pair[0])
+    return swept
+
+
+def notes(cells: Sequence[Cell], absent: Sequence[str]) -> list[str]:
+    """What a reader of the tables must know: unfinished and missing runs, and how MNLI's best epoch was chosen."""
+    lines = list(absent)
+    lacking: dict[str, list[str]] = {}
+    for cell in cells:
+        lines += [f"unfinished: {run.folder}, {run.progress}" for run in cell.unfinished]
+        here = seeds([other for other in cells if other.model == cell.model])
+        gone = [str(seed) for seed in here if seed not in {run.seed for run in cell.runs}]
+        if gone:
+            lacking.setdefault(", ".join(gone), []).append(f"{cell.method} on {TASKS[cell.task].title} ({cell.model})")
+    lines += [f"missing, seed{'s' * (',' in gone)} {gone}: {'; '.join(where)}" for gone, where in lacking.items()]
+    if any(cell.task == "mnli" for cell in cells):
+        lines.append(
+            "MNLI: `last` is on both validation sets together, as the paper's; the best epoch is on the matched."
+        )
+    single = dict.fromkeys(TASKS[cell.task].title for cell in cells if any(len(run.history) < 2 for run in cell.done))
+    if single:
+        lines.append(f"evaluated once, so that the best epoch is the last: runs of {', '.join(single)}")
+    return lines
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def latex(rows: Sequence[Sequence[str]]) -> str:
+    """A tabular that needs no package."""
+    escaped = [[cell.translate(TEX) for cell in row] for row in rows]
+    lines = [" & ".join(row) + r" \\" for row in escaped]
+    return "\n".join([rf"\begin{{tabular}}{{ll{'r' * (len(rows[0]) - 2)}}}", r"\hline", lines[0], r"\hline", *lines[1:],
+                      r"\hline", r"\end{tabular}"])  # fmt: skip
+
+
+def run_lines(cells: Sequence[Cell]) -> str:
+    """Every run as a line of CSV, finished or not."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(RUN_COLUMNS)
+    for cell in cells:
+        for run in cell.runs:
+            paper = run.paper.figures[run.task][0] if run.paper else None
+            figures = [None if figure is None else round(figure, 4) for figure in (run.best, run.last)]
+            state = "done" if run.last is not None else run.progress
+            row = [run.model, cell.method, run.task, TASKS[run.task].metrics[0], run.seed, state, *figures, paper]
+            writer.writerow([*row, run.trainable, run.seconds, run.memory_gib, run.folder])
+    return text.getvalue()
+
+
+def by_model(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    return {model: [c for c in cells if c.model == model] for model in dict.fromkeys(c.model for c in cells)}
+
+
+def write_report(cells: Sequence[Cell], absent: Sequence[str], folder: Path | None) -> str:
+    """The report as Markdown; with a folder also as files there, pictures among them where matplotlib is installed."""
+    pictures: dict[str, list[str]] = {}
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            from lora_nlu.report import pictures as drawing
+
+            for model, mine in by_model(cells).items():
+                pictures[model] = drawing.draw(mine, methods_of(mine), rank_cells(mine), folder)
+        except ImportError:
+            absent = [*absent, "no pictures: they need matplotlib (pip install 'lora-nlu[plots]')"]
+    text, tex = [], []
+    for model, mine in by_model(cells).items():
+        rows, ranks = [headings(mine), *table(mine)], rank_table(mine)
+        count = len(seeds(mine))
+        text += [f"## {model}, {count} seed{'s' * (count != 1)}", "", markdown(rows), ""]
+        tex += [f"% {model}", latex(rows), ""]
+        if ranks:
+            text += ["### Ranks, best epoch", "", markdown(ranks), ""]
+            tex += [f"% {model}, ranks", latex(ranks), ""]
+        text += [line for name in pictures.get(model, ()) for line in (f"![{name}]({quote(name)}.png)", "")]
+    text += [PROTOCOL, "", *(f"- {line}" for line in notes(cells, absent))]
+    tex += [f"% {line}" for line in (PROTOCOL, *notes(cells, absent), "")]
+    report = "\n".join(text).rstrip() + "\n"
+    if folder:
+        write_text(folder / "report.md", report)
+        write_text(folder / "report.tex", "\n".join(tex))
+        write_text(folder / "report.csv", run_lines(cells))
+    return report

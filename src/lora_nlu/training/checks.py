@@ -1,0 +1,190 @@
+"""A command line, or a JSON file of flags, to dataclasses, checked; flags of 2021 are translated."""
+
+import math
+import shutil
+from typing import Any
+
+import torch
+from transformers.integrations import get_available_reporting_integrations
+
+from lora_nlu.data.metrics import greater_is_better
+from lora_nlu.errors import UsageError
+from lora_nlu.methods.description import LORA_SETTINGS
+from lora_nlu.training.arguments import parse_names
+
+
+def check_compiler(backend: str | None, on_cpu: bool) -> None:
+    """torch.compile must know its backend, and find the compiler that it would start. Raises UsageError."""
+    if backend and backend not in torch._dynamo.list_backends(exclude_tags=()):
+        known = ", ".join(torch._dynamo.list_backends())
+        raise UsageError(f"--torch_compile_backend {backend}: unknown. Choose from: {known}.")
+    if backend == "inductor" and on_cpu and not shutil.which("g++"):
+        raise UsageError("--torch_compile: needs a C++ compiler on a CPU, and there is no g++. Leave the flag out.")
+
+
+def check_args(model_args: Any, data_args: Any, args: Any) -> None:
+    """What one flag says about another, in run_glue.py's three groups. Raises UsageError."""
+    check_method(model_args)
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict.")
+    if args.save_on_each_node:
+        raise UsageError("--save_on_each_node: the output folder is on a disk that all machines share; one writes.")
+    if args.auto_find_batch_size:
+        raise UsageError(
+            "--auto_find_batch_size would change the examples a step unseen. Lower --per_device_train_batch_size and "
+            "raise --gradient_accumulation_steps as much."
+        )
+    files = data_args.train_file or data_args.validation_file or data_args.test_file
+    if bool(data_args.task_name) == bool(files):
+        raise UsageError("give --task_name or files of your own (--train_file, ...), one of the two.")
+    if not data_args.task_name:
+        for wanted, file in (("train", "train_file"), ("eval", "validation_file"), ("predict", "test_file")):
+            if getattr(args, f"do_{wanted}") and not getattr(data_args, file):
+                raise UsageError(f"--do_{wanted} needs --{file}.")
+    texts, label_column = parse_names("text_columns", data_args.text_columns), data_args.label_column
+    for flag, value in (("text_columns", texts), ("label_column", label_column)):
+        if value is not None and data_args.task_name:
+            raise UsageError(
+                f"--{flag} is only for your own files: the columns of {data_args.task_name} are fixed. Leave it out."
+            )
+    if texts and len(texts) > 2:
+        raise UsageError(f"--text_columns {data_args.text_columns}: give one column, or two for pairs.")
+    if texts and (label_column or "label") in texts:
+        raise UsageError(f"--text_columns {data_args.text_columns}: {label_column or 'label'} is the column of labels.")
+    label_names = parse_names("labels", data_args.labels)
+    if label_names is not None and len(label_names) < 2:
+        raise UsageError(f"--labels {data_args.labels}: give two names or more; a regression has none.")
+    if absent := [name for name in args.report_to if name not in (there := get_available_reporting_integrations())]:
+        raise UsageError(f"--report_to {absent[0]}: not installed here. Choose from: {', '.join(['none', *there])}.")
+    if args.use_liger_kernel:
+        raise UsageError(
+            "--use_liger_kernel: Liger has no kernels for these models, which have their own. Leave it out."
+        )
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if getattr(args, name) and not args.dataloader_num_workers:
+            raise UsageError(
+                f"--{name} has no effect without --dataloader_num_workers 1 or more. Leave it out, or add it."
+            )
+    check_accelerator(args)
+    check_early_stopping(args)
+    check_compiler(args.torch_compile_backend, args.use_cpu)
+    counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for group, least, below, names in (
+        (model_args, 0, math.inf, ("lora_r",)),  # rank 0 is plain fine-tuning
+        (model_args, 0, math.inf, ("reg_loss_wgt",)),
+        (model_args, 0, 1, ("cls_dropout", "masking_prob", "lora_dropout")),
+        (args, 0, 1, ("label_smoothing_factor",)),
+        (model_args, 1, math.inf, ("adapter_size",)),
+        (data_args, 1, math.inf, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
+        (data_args, 4, math.inf, ("max_seq_length",)),
+        (data_args, 0, math.inf, ("sample_seed",)),
+        (args, 1, math.inf, (*counts, "early_stopping_patience")),
+        (args, 0, math.inf, ("early_stopping_threshold",)),
+        (args, 0, math.inf, ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps")),
+        (args, 0, math.inf, ("seed", "dataloader_num_workers", "logging_steps", "eval_steps", "save_steps")),
+    ):
+        for name in names:
+            if (value := getattr(group, name)) is not None and not least <= value < below:
+                wanted = f"{least} or more" if below == math.inf else f"from {least} to below {below}"
+                raise UsageError(f"--{name} {value}: must be {wanted}.")
+    if model_args.masking_prob and not model_args.reg_loss_wgt:
+        raise UsageError(
+            "--masking_prob needs --reg_loss_wgt: cutoff compares the pass with hidden tokens to a whole one."
+        )
+    if model_args.reg_loss_wgt and args.label_smoothing_factor:
+        raise UsageError("--label_smoothing_factor replaces the loss that --reg_loss_wgt adds to: give one of them.")
+    if model_args.lora_alpha is not None and not 0 < model_args.lora_alpha < math.inf:
+        raise UsageError(f"--lora_alpha {model_args.lora_alpha}: must be above 0.")
+
+
+def check_accelerator(args: Any) -> None:
+    """A step's examples must stay the same in any number of processes, and on resuming. Raises UsageError."""
+    config = args.accelerator_config
+    changed = {
+        "split_batches": config.split_batches,
+        "dispatch_batches": config.dispatch_batches,
+        "even_batches": not config.even_batches,
+        "use_seedable_sampler": not config.use_seedable_sampler,
+    }
+    if args.do_train and any(changed.values()):
+        names = ", ".join(name for name, is_changed in changed.items() if is_changed)
+        raise UsageError(f"--accelerator_config: {names} would change which examples a step has. Leave it out.")
+    if "num_steps" in (config.gradient_accumulation_kwargs or {}):
+        raise UsageError("--accelerator_config: num_steps is --gradient_accumulation_steps. Give that flag instead.")
+
+
+def check_early_stopping(args: Any) -> None:
+    """Stopping early needs evaluations to judge by. Raises UsageError."""
+    patience, threshold = args.early_stopping_patience, args.early_stopping_threshold
+    if patience is None and threshold:
+        raise UsageError("--early_stopping_threshold has no effect without --early_stopping_patience. Add it.")
+    if patience is not None and args.eval_strategy == "no":
+        raise UsageError(
+            "--early_stopping_patience counts evaluations while training: add --eval_strategy epoch or steps."
+        )
+
+
+def check_method(m: Any) -> None:
+    """One method at a time, with the flags it needs and no other's. Raises UsageError."""
+    if m.apply_lora and not m.lora_path and (m.lora_r is None or (m.lora_r and m.lora_alpha is None)):
+        raise UsageError(
+            "--apply_lora needs --lora_r and --lora_alpha (the paper's RoBERTa: --lora_r 8 --lora_alpha 16)."
+        )
+    if m.apply_adapter and not m.adapter_path and None in (m.adapter_type, m.adapter_size):
+        raise UsageError("--apply_adapter needs --adapter_type (houlsby or pfeiffer) and --adapter_size.")
+    exclusive = (("apply_lora", "lora_path"), ("apply_adapter", "adapter_path"), ("head_only",))
+    said = [
+        next(flag for flag in flags if getattr(m, flag)) for flags in exclusive if any(getattr(m, f) for f in flags)
+    ]
+    if said == ["adapter_path", "head_only"]:  # of a head alone, then
+        said = ["head_only"]
+    if m.apply_bitfit and "head_only" in said:
+        said.append("apply_bitfit")
+    if len(said) > 1:
+        raise UsageError(f"--{said[0]} and --{said[1]}: choose one of them.")
+    for flag, path, settings in (
+        ("apply_lora", "lora_path", LORA_SETTINGS),
+        ("apply_adapter", "adapter_path", ("adapter_type", "adapter_size")),
+    ):
+        setting = next((name for name in settings if getattr(m, name) is not None), None)
+        if setting and not (getattr(m, flag) or getattr(m, path)):
+            raise UsageError(f"--{setting} has no effect without --{flag}. Add --{flag}, or remove --{setting}.")
+
+
+def set_best_metric(args: Any, names: tuple[str, ...]) -> list[str]:
+    """Set the metric, and its direction, by which the best checkpoint is chosen: without the flag the task's first.
+
+    args: RunArguments; names: the task's metrics. Returns a line that says it, if anything goes by the metric. Raises
+    UsageError for a metric that is not evaluated, and for a direction that is not the metric's.
+    """
+    names = () if args.prediction_loss_only else names  # then nothing else is computed
+    known = ["loss", *names, *(["combined_score"] if len(names) > 1 and "mse" not in names else [])]
+    metric, direction = args.best_metric_flags
+    schedule = args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    stops = args.early_stopping_patience is not None
+    if metric is None and (schedule or stops or args.load_best_model_at_end or args.save_strategy == "best"):
+        metric = names[0] if names else "loss"
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise UsageError(f"--metric_for_best_model {metric}: not evaluated here. Choose from: {', '.join(known)}.")
+    args.metric_for_best_model = metric and metric.removeprefix("eval_")  # one setting under both names
+    args.greater_is_better = None if metric is None else greater_is_better(metric)
+    if metric is None:
+        return []
+    better, mode = ("greater", "max") if args.greater_is_better else ("smaller", "min")
+    if direction not in (None, args.greater_is_better):
+        raise UsageError(
+            f"--greater_is_better {str(direction).lower()}: {better} is better for --metric_for_best_model {metric}.\n"
+            "Leave --greater_is_better out: it follows from the metric."
+        )
+    if schedule:  # transformers' would take the smaller for the better, whatever the metric
+        settings = args.lr_scheduler_kwargs or {}
+        if settings.get("mode", mode) != mode:
+            raise UsageError(f"--lr_scheduler_kwargs: mode {settings['mode']!r}, but {better} is better for {metric}.")
+        args.lr_scheduler_kwargs = settings | {"mode": mode}
+    return [f"Best checkpoint{' and learning rate' * schedule} by {metric} ({better} is better)."]
+
+
+def check_smoothing(args: Any, is_regression: bool) -> None:
+    """A regression has no classes to smooth. Raises UsageError."""
+    if args.label_smoothing_factor and is_regression:
+        raise UsageError("--label_smoothing_factor is for classes, and these labels are numbers. Leave it out.")

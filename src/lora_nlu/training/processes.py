@@ -1,0 +1,106 @@
+"""How a program ends that may be one of several processes, and which of them says why."""
+
+import errno
+import gc
+import logging
+import re
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import transformers
+
+from lora_nlu.errors import UsageError, UserError, no_memory
+
+_NETWORK = ("aiohttp", "datasets", "fsspec", "httpx", "huggingface_hub", "requests", "ssl", "urllib", "urllib3")
+# seconds in which a launcher ends the processes that are left when one has ended
+ERROR_OF_ALL, ERROR_OF_ANOTHER = 3, 10
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an error says no more than that another process of the run is gone."""
+    gone = isinstance(error, RuntimeError) and re.search("gloo|[Cc]onnection (closed|reset)", str(error))
+    return isinstance(error, torch.distributed.DistError) or bool(gone)
+
+
+def _failed(error: OSError) -> str:
+    """What failed: the file, the network, writing, or else the line that says no more."""
+    said = error.strerror or (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    if error.filename:
+        return f"{said}: {error.filename}"
+    package = type(error).__module__.partition(".")[0]
+    if isinstance(error, ConnectionError | TimeoutError | socket.gaierror) or package in _NETWORK:
+        return f"the network, or a server, failed: {said}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return f"{said}, while writing"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{said} ({type(error).__name__} in {frame.name}, {frame.filename}:{frame.lineno})"
+
+
+def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str, str]) -> None:
+    """Run `main` on the flags; turn what a user can help into a message on stderr and an exit code.
+
+    argv: the program's name and flags; environ: where torchrun says which process this is. An error is said once a
+    machine: by its first process at once; by another only if the launcher has not ended it a little later, so that what
+    all processes meet is not said by all.
+    """
+    first, process = environ.get("LOCAL_RANK", "0") == "0", f" (process {environ.get('RANK')})"
+
+    def fail(message: object, code: int) -> NoReturn:
+        if not first:
+            time.sleep(ERROR_OF_ALL)
+        print(f"{Path(argv[0]).name}: error{'' if first else process}: {message}", file=sys.stderr, flush=True)
+        sys.exit(code)
+
+    logging.captureWarnings(True)
+    if not first:
+        logging.disable(logging.WARNING)
+        transformers.logging.disable_progress_bar()
+    try:
+        main(argv[1:])
+        gc.collect()  # DDP's reducer, freed after its process group, can wait forever for that one's threads
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # without this a process sometimes aborts at exit
+    except UsageError as e:
+        fail(e, 2)
+    except UserError as e:
+        if not first and isinstance(e.__cause__, KeyboardInterrupt):
+            sys.exit(1)  # the first says it
+        fail(e, 1)
+    except OSError as e:
+        fail(f"{_failed(e)}. What was saved before is untouched.", 1)
+    except torch.OutOfMemoryError as e:
+        fail(
+            f"the GPU's memory is full ({str(e).splitlines()[0][:150]}).\n"
+            "Take a smaller --per_device_train_batch_size and as many times the --gradient_accumulation_steps: the "
+            "same step; in evaluation, a smaller --per_device_eval_batch_size. docs/scaling.md has more.",
+            1,
+        )
+    except (MemoryError, RuntimeError) as e:
+        if no_memory(e):
+            fail(
+                f"there is not enough memory ({(str(e) or type(e).__name__).splitlines()[0][:150]}).\n"
+                "Lower --per_device_train_batch_size and raise --gradient_accumulation_steps by the same factor (the "
+                "step stays the same), or lower --per_device_eval_batch_size or --max_seq_length.",
+                1,
+            )
+        if not lost_process(e):
+            raise
+        time.sleep(ERROR_OF_ANOTHER)  # its own error comes first
+        fail(f"another process of this run ended ({str(e).splitlines()[0][:150]}). Its own error stands elsewhere.", 1)
+    except KeyboardInterrupt:
+        if not first:
+            sys.exit(1)
+        fail("interrupted. Checkpoints that were there are whole; the same command takes up from the last.", 1)
+
+
+def say(args: Any, *lines: str) -> None:
+    """Print lines once, whatever the number of processes."""
+    if args.process_index == 0:
+        for line in lines:
+            print(line, flush=True)

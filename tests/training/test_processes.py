@@ -1,0 +1,61 @@
+"""How a program ends: what failed is said truthfully, in one message and with its exit code."""
+
+import errno
+import socket
+import urllib.error
+from pathlib import Path
+
+import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from lora_nlu.training import processes
+
+
+def said(main, capsys) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        processes.run(main, ["run_glue.py"], {})
+    assert stopped.value.code == 1
+    message = capsys.readouterr().err
+    assert message.startswith("run_glue.py: error: ") and message.count("\n") == 1
+    assert "What was saved before is untouched" in message and "while writing results" not in message
+    return message
+
+
+def raising(error: OSError):
+    def main(argv: list[str]) -> None:
+        raise error
+
+    return main
+
+
+def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path, capsys):
+    def reads(argv: list[str]) -> None:
+        (tmp_path / "none.csv").read_text()
+
+    def writes(argv: list[str]) -> None:
+        Path("/dev/full").write_text("x" * 10)
+
+    assert f"No such file or directory: {tmp_path / 'none.csv'}." in said(reads, capsys)
+    assert "No space left on device, while writing." in said(writes, capsys)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        TimeoutError("timed out"),
+        socket.gaierror(-2, "Name or service not known"),
+        OfflineModeIsEnabled("no route"),
+        urllib.error.URLError("no route"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_network_that_fails_is_called_so(error, capsys):
+    message = said(raising(error), capsys)
+    assert "the network, or a server, failed: " in message and "writ" not in message
+
+
+def test_of_an_error_that_names_nothing_the_line_is_named(capsys):
+    message = said(raising(OSError("handle is closed")), capsys)
+    assert "handle is closed (OSError in main, " in message and "test_processes.py:" in message
+    assert "Input/output error (OSError in main" in said(raising(OSError(errno.EIO, "Input/output error")), capsys)
