@@ -88,9 +88,7 @@ def test_a_module_imports_only_those_below_it(path):
             assert other != "adapters" or module in READS_ADAPTERS.get(package, {module}), name
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in MODULES if is_lazy_import(p)], ids=lambda path: name_of(path) or "lora_nlu"
-)
+@pytest.mark.parametrize("path", PACKAGES, ids=lambda path: name_of(path) or "lora_nlu")
 def test_a_package_provides_lazily_just_what_type_checkers_see(path):
     package = importlib.import_module(f"lora_nlu.{name_of(path)}".rstrip("."))
     checked = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
