@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification as RobertaForSequenceClassification
     from lora_nlu.models.modeling_roberta import RobertaModel as RobertaModel
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __getattr__, __all__ = lazy_names(
     __name__,
