@@ -1,7 +1,16 @@
-"""What the documents name is there."""
+"""What the documents name exists: tests, files, headings, flags, messages; their commands are accepted."""
 
+import ast
+import functools
+import glob
+import importlib.util
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -11,9 +20,11 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
     *(ROOT / name / "README.md" for name in ("benchmarks", "results")),
 ]
+RUN_GLUE = ROOT / "examples" / "text-classification" / "run_glue.py"
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@every_document
 def test_every_test_that_a_document_names_is_there(document):
     there = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", document.read_text()))
@@ -21,10 +32,100 @@ def test_every_test_that_a_document_names_is_there(document):
     assert named or document.name != "reliability.md"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_file_that_a_document_links_to_is_there(document):
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
-    assert [link for link in links if not (document.parent / link).exists()] == []
+def anchors(document: Path) -> set[str]:
+    """The headings of a document as GitHub links to them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_document
+def test_every_file_and_heading_that_a_document_links_to_is_there(document):
+    for link, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", document.read_text()):
+        target = document.parent / link if link else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
+
+
+@every_document
+def test_every_path_that_a_document_names_is_there(document):
+    folders = "benchmarks|configs|docs|examples|results|scripts|src|tests"
+    for path in re.findall(rf"(?<![\w./~-])((?:{folders})/[\w./*-]*\w)(?![\w<*])", document.read_text()):
+        assert glob.glob(str(ROOT / path)) or glob.glob(str(document.parent / path)), path
+
+
+def test_the_readme_is_one_page_and_contributing_half_of_one():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 40
+
+
+def test_every_page_of_docs_is_in_the_readmes_table_of_links():
+    linked = set(re.findall(r"\]\(docs/(\w+\.md)\)", (ROOT / "README.md").read_text()))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def commands() -> list[str]:
+    """Each line of each bash block of README and docs, continued lines joined, comments removed."""
+    lines = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"^```bash\n(.*?)^```", document.read_text(), re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                lines.append(re.sub(r"\s+#.*", "", line).strip())
+    return [line for line in dict.fromkeys(lines) if line and " ..." not in line and not line.startswith("#")]
+
+
+@functools.cache
+def run_glue() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("run_glue", RUN_GLUE)
+    assert spec and spec.loader
+    module = sys.modules["run_glue"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if "run_glue.py" in line])
+def test_a_documented_command_of_run_glue_is_accepted_by_its_parser(command):
+    run_glue().parse_args(shlex.split(command.partition("run_glue.py")[2]))
+
+
+SCRIPTS = [line for line in commands() if re.match(r"(\w+=\S+ )*bash (scripts|results)/", line)]
+PROGRAMS = ("demo.sh", "test.sh")  # have no dry run
+
+
+@pytest.mark.parametrize("command", [line for line in SCRIPTS if not any(name in line for name in PROGRAMS)])
+def test_a_documented_script_starts_dry(command):
+    """With DRY_RUN=1, on the CPU unless the command says otherwise, without the Hub and without an MNLI adapter."""
+    settings = {"DRY_RUN": "1", "devices": "0", "MNLI_LORA": "none", "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")} | settings
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "run_glue.py" in done.stdout
+
+
+def test_enough_commands_are_tested():
+    assert len(SCRIPTS) >= 20 and sum("run_glue.py" in line for line in commands()) >= 5
+
+
+def messages() -> str:
+    """Every string of src/ and scripts/, the parts of an f-string joined by `...`."""
+    found = []
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(p.value) if isinstance(p, ast.Constant) else "..." for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found) + (ROOT / "scripts" / "launch.sh").read_text()
+
+
+def test_every_message_of_the_troubleshooting_page_exists():
+    table = (ROOT / "docs" / "troubleshooting.md").read_text().partition("\n\n")[2].partition("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+    quoted = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
+    assert len(quoted) >= 10
+    strings = messages()
+    for text in quoted:
+        fixed = [part for part in re.split(r"\.\.\.|\[[\d, ]+\]|lora_A is", text) if part.strip()]
+        assert all(part.strip() in strings for part in fixed), text
 
 
 def test_every_listed_difference_from_transformers_and_pefts_tests_is_documented_with_its_reason():

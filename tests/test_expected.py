@@ -1,4 +1,4 @@
-"""What docs/scaling.md says that a run costs, against the models, the launcher, the README and measured files."""
+"""What docs/scaling.md says that a run costs, against the models, the launcher, docs/speed.md and measured files."""
 
 import json
 import os
@@ -36,12 +36,16 @@ def config(name: str, **more: object):
 
 
 def test_the_program_prints_the_documents_tables():
+    """Four of its six tables are in the document, and five rows each of the two with a row for every script."""
     command = [sys.executable, str(ROOT / "benchmarks" / "expected.py")]
     tables = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split("\n\n")
     assert len(tables) == 6
-    at = [DOC.find(f"\n\n{table}\n") for table in tables]
-    assert min(at) > 0, f"docs/scaling.md lacks the table that begins {tables[at.index(min(at))][:100]}"
-    assert len(DOC.splitlines()) - sum(len(t.splitlines()) for t in tables) > 100  # and has something to say
+    for table in tables:
+        header, rule, *rows = table.splitlines()
+        shown = DOC.partition(f"\n\n{header}\n{rule}\n")[2].partition("\n\n")[0].splitlines()
+        is_long = len(rows) == len(RECIPES)
+        assert shown == ([row for row in rows if row in shown] if is_long else rows), header
+        assert len(shown) == (5 if is_long else len(rows)), header
 
 
 def test_it_needs_no_torch():
@@ -50,15 +54,12 @@ def test_it_needs_no_torch():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-def test_every_script_has_its_lines():
+def test_every_script_has_its_rows():
     tables = [
         (ROOT / "tests" / f"{name}.tsv").read_text().splitlines()[1:] for name in ("hyperparameters", "baselines")
     ]
     scripts = [line.partition(".sh\t")[0] for lines in tables for line in lines]
     assert len(scripts) == 44 and list(RECIPES) == scripts
-    for script in scripts:
-        assert len(re.findall(rf"^\| {re.escape(script)} \|.*=", DOC, re.M)) == 1, script  # examples a step
-        assert len(re.findall(rf"^\| {re.escape(script)} \| fp(?:32|16) \|", DOC, re.M)) == 1, script  # hours
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -76,7 +77,7 @@ def test_an_encoder_has_as_many_parameters_as_transformers_gives_it(name):
 @pytest.mark.parametrize(
     "script, added",
     [
-        ("roberta_base_mnli", 294_912),  # the paper's and the README's figures
+        ("roberta_base_mnli", 294_912),  # the paper's and docs/methods.md's figures
         ("roberta_base_stsb", 294_912),
         ("roberta_large_rte", 786_432),
         ("deberta_v2_xxlarge_cola", 4_718_592),
@@ -127,7 +128,7 @@ def test_operations_are_those_of_the_measured_limit():
 
 
 def test_operations_and_rates_fit_what_was_measured_otherwise():
-    # the README: the dense layers of xxlarge take 7.3 s for 254 tokens at 186 to 192 GFLOP/s; the table is 8 % more
+    # docs/speed.md: the dense layers of xxlarge take 7.3 s for 254 tokens at 186 to 192 GFLOP/s; the table is 8 % more
     xxlarge = expected.MODELS["microsoft/deberta-v2-xxlarge"]
     assert xxlarge.operations(254, 4) == pytest.approx(1.08 * 7.3 * 189e9, rel=0.03)
     # train_step.py's own: our share of the fastest matmul's rate, medians of ratios
