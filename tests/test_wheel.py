@@ -63,7 +63,8 @@ sizes = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_h
 config = RobertaConfig(**sizes, max_position_embeddings=40, apply_lora=True, lora_r=4, lora_alpha=8)
 model = RobertaForSequenceClassification(config).train()
 mark_trainable(model)
-loss = model(torch.tensor([[5, 6, 7], [8, 9, 1]]), torch.tensor([[1, 1, 1], [1, 1, 0]]), labels=torch.tensor([0, 1])).loss
+ids, mask, labels = [[5, 6, 7], [8, 9, 1]], [[1, 1, 1], [1, 1, 0]], [0, 1]
+loss = model(torch.tensor(ids), torch.tensor(mask), labels=torch.tensor(labels)).loss
 loss.backward()
 print(lora_nlu.__file__)
 print(loss.item())
