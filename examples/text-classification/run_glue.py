@@ -354,9 +354,8 @@ def read_examples(
     if not args.do_train:
         check_labels(head.source, head.labels, examples.labels)
     say(args, *([f"No predictions for the diagnostic set (AX): {absent}"] if absent else []))
-    limits = {"train": data_args.max_train_samples, "valid": data_args.max_eval_samples}
+    limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
     limits["test"] = data_args.max_predict_samples
-    limits = {split: limits.get(split[:5], limits.get(split[:4])) for split in examples.splits}
     examples = choose_rows(examples, limits, data_args.sample_seed)
     say(args, *describe_examples(examples, data_args.sample_seed))
     return examples, head

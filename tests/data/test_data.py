@@ -928,6 +928,13 @@ def test_choose_rows_keeps_the_first_of_each_split_and_all_without_a_limit():
     assert len(examples.splits["train"]) == 5
 
 
+def test_a_limit_is_for_every_set_of_its_kind():
+    names = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_ax")
+    table = of_two_classes([0, 1, 0, 1, 0]).splits["train"]
+    limited = choose_rows(Examples(dict.fromkeys(names, table), ("neg", "pos")), {"validation": 3, "test": 2})
+    assert [len(limited.splits[name]) for name in names] == [5, 3, 3, 2, 2]
+
+
 def test_a_seed_draws_rows_that_keep_their_order_and_never_test_rows():
     examples = of_two_classes([0, 1] * 50)
     limits = {"train": 20, "validation": 20, "test": 20}

@@ -73,14 +73,15 @@ def table_from_columns(columns: dict[str, list], key: str) -> Dataset:
 
 
 def choose_rows(examples: Examples, limits: dict[str, int | None], seed: int | None = None) -> Examples:
-    """The first `limits[split]` examples of each split; None or no entry keeps all.
+    """The first examples of each split, at most as many as `limits` gives its kind; None or no entry keeps all.
 
+    limits: by kind of split, which is the first word of its name: train, validation, test ("validation_matched").
     With a seed, those of all but the test splits are drawn by it instead; their order stays. Raises UserError if a part
     holds a single class of several, and for a regression if all numbers are the same.
     """
     tables = {}
     for split, table in examples.splits.items():
-        limit = limits.get(split)
+        limit = limits.get(split.partition("_")[0])
         if limit is not None and limit < len(table):
             is_drawn = seed is not None and not split.startswith("test")
             numbers = sorted(random.Random(seed).sample(range(len(table)), limit)) if is_drawn else range(limit)
