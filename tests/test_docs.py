@@ -6,13 +6,19 @@ import glob
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import transformers
+from helpers import tiny_config
+
+from lora_nlu import read_adapter
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -103,8 +109,38 @@ def test_a_documented_script_starts_dry(command):
     assert "run_glue.py" in done.stdout
 
 
+MODULES = [line for line in commands() if line.startswith("python -m lora_nlu.")]
+
+
+@pytest.mark.parametrize("command", MODULES)
+def test_a_documented_command_of_a_module_is_accepted_and_finds_only_empty_folders(command, tmp_path, monkeypatch):
+    """Status 1, what was found is refused; 2 would be the parser's."""
+    _, _, module, *arguments = shlex.split(command.replace("<", "'").replace(">", "'"))
+    for word in arguments:
+        if word.startswith("output/"):
+            (tmp_path / word).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.delitem(sys.modules, f"{module}.__main__", raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(module, run_name="__main__")
+    assert end.value.code == 1
+
+
 def test_enough_commands_are_tested():
-    assert len(SCRIPTS) >= 20 and sum("run_glue.py" in line for line in commands()) >= 5
+    assert len(SCRIPTS) >= 20 and len(MODULES) >= 7 and sum("run_glue.py" in line for line in commands()) >= 5
+
+
+def test_the_python_of_the_page_on_adapters_trains_lora_and_saves_it(tmp_path, monkeypatch):
+    transformers.RobertaForSequenceClassification(tiny_config()).save_pretrained(tmp_path / "roberta-base")
+    monkeypatch.chdir(tmp_path)  # where "roberta-base" is a folder
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "adapters.md").read_text(), re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    trained = {name for name, parameter in names["model"].named_parameters() if parameter.requires_grad}
+    assert len([name for name in trained if "lora_" in name]) == 2 * 2 * 2  # A and B of query and value in two layers
+    assert all("lora_" in name or name.startswith("classifier.") for name in trained)
+    assert read_adapter(tmp_path / "my-adapter").labels == ("not_entailment", "entailment")
 
 
 def messages() -> str:
