@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_nlu.errors import UserError
-from lora_nlu.files import folders_with, publish, read_json, write_json, write_text
+from lora_nlu.files import flush_and_rename, folders_containing, read_json, write_json, write_text
 
 
 def touch(start: Path, *names: str) -> None:
@@ -59,14 +59,14 @@ def test_a_folder_is_on_the_disk_with_all_it_holds_before_it_gets_its_name(tmp_p
         rename(old, new)
 
     monkeypatch.setattr(os, "replace", checked)
-    publish(tmp_path / "partial", tmp_path / "final")
+    flush_and_rename(tmp_path / "partial", tmp_path / "final")
     assert os.listdir(tmp_path) == ["final"] and (tmp_path / "final" / "below" / "b").is_file()
 
 
 def test_a_published_file_takes_the_place_of_the_one_before(tmp_path):
     (tmp_path / "final").write_text("old")
     (tmp_path / "partial").write_text("new")
-    publish(tmp_path / "partial", tmp_path / "final")
+    flush_and_rename(tmp_path / "partial", tmp_path / "final")
     assert os.listdir(tmp_path) == ["final"] and (tmp_path / "final").read_text() == "new"
 
 
@@ -76,7 +76,7 @@ def test_a_published_file_takes_the_place_of_the_one_before(tmp_path):
 def test_folders_are_found_at_any_depth_the_start_among_them_in_order(tmp_path):
     touch(tmp_path, "run.json", "b/run.json", "a/deep/er/run.json", "a/run.json/other", "c/run.json.txt")
     found = [tmp_path, tmp_path / "a" / "deep" / "er", tmp_path / "b"]
-    assert folders_with("run.json", tmp_path) == found
+    assert folders_containing("run.json", tmp_path) == found
 
 
 def test_checkpoints_and_hidden_folders_are_not_looked_into_unless_one_is_the_start(tmp_path):
@@ -88,22 +88,22 @@ def test_checkpoints_and_hidden_folders_are_not_looked_into_unless_one_is_the_st
         ".cache/run.json",
         "checkpoints/run.json",
     )
-    assert folders_with("run.json", tmp_path) == [tmp_path / "a", tmp_path / "checkpoints"]
-    assert folders_with("run.json", tmp_path / "a" / "checkpoint-10") == [tmp_path / "a" / "checkpoint-10"]
+    assert folders_containing("run.json", tmp_path) == [tmp_path / "a", tmp_path / "checkpoints"]
+    assert folders_containing("run.json", tmp_path / "a" / "checkpoint-10") == [tmp_path / "a" / "checkpoint-10"]
 
 
 def test_links_to_folders_are_followed_at_the_start_only(tmp_path):
     touch(tmp_path, "there/run.json", "here/x")
     (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
-    assert folders_with("run.json", tmp_path / "here") == []
-    assert folders_with("run.json", tmp_path / "here" / "link") == [tmp_path / "here" / "link"]
+    assert folders_containing("run.json", tmp_path / "here") == []
+    assert folders_containing("run.json", tmp_path / "here" / "link") == [tmp_path / "here" / "link"]
 
 
 @pytest.mark.parametrize("name", ["gone", "file"])
 def test_a_start_that_is_no_folder_is_refused(tmp_path, name):
     touch(tmp_path, "file")
     with pytest.raises(UserError, match=f"{name}: no such folder. Give an output folder of run_glue.py"):
-        folders_with("run.json", tmp_path / name)
+        folders_containing("run.json", tmp_path / name)
 
 
 def test_a_folder_that_can_not_be_listed_is_an_error_not_an_empty_folder(tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_a_folder_that_can_not_be_listed_is_an_error_not_an_empty_folder(tmp_pat
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(PermissionError, match="Permission denied.*b"):
-        folders_with("run.json", tmp_path)
+        folders_containing("run.json", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

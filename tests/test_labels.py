@@ -10,7 +10,7 @@ from lora_nlu.adapters.attaching import attach_adapter
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
-from lora_nlu.labels import config_labels, head_order, recorded_labels, rows_by_name, set_labels
+from lora_nlu.labels import config_labels, match_head_rows, recorded_labels, rows_by_label, set_labels
 from lora_nlu.models.loading import load_model
 from lora_nlu.training.preparation import Head
 
@@ -38,7 +38,7 @@ TURNED = ("No", "perhaps ", "YES")  # rows 1, 2, 0 of NAMES
     ],
 )
 def test_rows_go_by_name_and_names_that_only_case_or_blanks_tell_apart_are_still_told_apart(trained, wanted, rows):
-    assert rows_by_name(trained, wanted) == rows
+    assert rows_by_label(trained, wanted) == rows
 
 
 def test_a_config_with_transformers_own_names_records_none():
@@ -50,12 +50,12 @@ def test_a_config_with_transformers_own_names_records_none():
 
 
 def test_a_head_of_another_number_is_left_behind_and_the_line_names_what_it_is_for():
-    rows, line = head_order("file", 3, None, ("a", "b"))
+    rows, line = match_head_rows("file", 3, None, ("a", "b"))
     assert rows is None and "3 outputs" in line and "a, b" in line
-    rows, line = head_order("file", 3, NAMES, ())
+    rows, line = match_head_rows("file", 3, NAMES, ())
     assert rows is None and "yes, no, perhaps" in line and "a number (regression)" in line
-    assert head_order("file", 1, None, ()) == ([0], "")
-    assert head_order("file", 3, NAMES, NAMES) == ([0, 1, 2], "")
+    assert match_head_rows("file", 1, None, ()) == ([0], "")
+    assert match_head_rows("file", 3, NAMES, NAMES) == ([0, 1, 2], "")
 
 
 def test_only_ids_are_told_by_a_head_without_names():

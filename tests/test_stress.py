@@ -28,7 +28,7 @@ from lora_nlu.data.glue import read_glue_file
 from lora_nlu.data.tasks import TASKS, Task
 from lora_nlu.data.user_files import load_files
 from lora_nlu.errors import UserError
-from lora_nlu.files import CONFIG, METADATA, WEIGHTS
+from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.methods.lora import LoRALinear
 from lora_nlu.methods.table import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
@@ -164,7 +164,7 @@ def with_file(folder: Path, name: str, content: bytes, read: Callable[[], Any]) 
 
 def test_an_adapter_config_with_any_json_in_any_place_is_refused_or_read_as_peft_reads_it(adapter):
     folder, tensors = adapter
-    whole = json.loads((folder / CONFIG).read_text())
+    whole = json.loads((folder / ADAPTER_CONFIG).read_text())
     keys = [
         *whole,
         "use_rslora",
@@ -188,7 +188,7 @@ def test_an_adapter_config_with_any_json_in_any_place_is_refused_or_read_as_peft
     @example({"alpha_pattern": {"query": 12}, "use_rslora": True})
     def check(changes: dict[str, Any]) -> None:
         config = whole | changes
-        got = with_file(folder, CONFIG, json.dumps(config).encode(), lambda: attached(folder))
+        got = with_file(folder, ADAPTER_CONFIG, json.dumps(config).encode(), lambda: attached(folder))
         seen[got is not None] += 1
         if got is not None:
             trained, scaling = got
@@ -201,7 +201,7 @@ def test_an_adapter_config_with_any_json_in_any_place_is_refused_or_read_as_peft
     assert seen[True] > 20 and seen[False] > 100
 
 
-@pytest.mark.parametrize("name", [CONFIG, METADATA])
+@pytest.mark.parametrize("name", [ADAPTER_CONFIG, RUN_METADATA])
 def test_any_text_or_bytes_in_place_of_an_adapters_json_are_refused_or_a_whole_object(name, adapter):
     folder, tensors = adapter
 
@@ -224,7 +224,7 @@ def test_any_text_or_bytes_in_place_of_an_adapters_json_are_refused_or_a_whole_o
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-CHECKPOINT_FILES = (CONFIG, METADATA, WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth")
+CHECKPOINT_FILES = (ADAPTER_CONFIG, RUN_METADATA, ADAPTER_WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 def write_checkpoint(folder: Path) -> None:

@@ -24,9 +24,9 @@ from lora_nlu.data.loading import load_examples, with_diagnostics
 from lora_nlu.data.metrics import compute_metrics
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.data.tokenization import tokenize
-from lora_nlu.errors import UsageError, UserError, shown
-from lora_nlu.files import CONFIG
-from lora_nlu.labels import check_config, check_labels, config_labels, listed, recorded_labels, rows_by_name
+from lora_nlu.errors import UsageError, UserError, printable
+from lora_nlu.files import ADAPTER_CONFIG
+from lora_nlu.labels import check_label_config, check_labels, config_labels, label_list, recorded_labels, rows_by_label
 from lora_nlu.methods.description import ADAPTER_TYPES, SETTINGS, set_method
 from lora_nlu.methods.lora import LoRALinear
 from lora_nlu.models.loading import (
@@ -260,7 +260,7 @@ def check_is_trained(model_args: ModelArguments, args: RunArguments, saved: dict
     if flag is None or (flag in ("apply_lora", "apply_adapter") and has_own):
         return
     door = "lora_path" if flag == "apply_lora" else "adapter_path"
-    folder = args.output_dir if Path(args.output_dir, CONFIG).is_file() else "FOLDER"
+    folder = args.output_dir if Path(args.output_dir, ADAPTER_CONFIG).is_file() else "FOLDER"
     raise UsageError(
         f"--{flag} says what trains, and nothing trains here (--do_train) or is given that was trained.\n"
         f"Give it: --{door} {folder}. Or leave --{flag} out: {m.model_name_or_path} is evaluated as it is."
@@ -312,7 +312,7 @@ def trained_head(
         head = Head(str(adapter.source), adapter.labels, adapter.label_count)
     else:
         name, made = model_args.model_name_or_path, next(iter(config.architectures or ()), "")
-        say(args, *check_config(name, config))
+        say(args, *check_label_config(name, config))
         saved_as = "" if made.endswith("ForSequenceClassification") else made
         head = Head(name, recorded_labels(config), config.num_labels, saved_as)
     if head.labels is None and head.count == 1:
@@ -322,8 +322,8 @@ def trained_head(
         return head
     if data_args.task_name and not (told := TASKS[data_args.task_name].labels):
         raise UsageError(f"--labels: {data_args.task_name} is a regression, which has no label names. Leave it out.")
-    if data_args.task_name and rows_by_name(names, told) is None:
-        raise UsageError(f"--labels: {data_args.task_name} has {listed(told)}; give these, class 0 first.")
+    if data_args.task_name and rows_by_label(names, told) is None:
+        raise UsageError(f"--labels: {data_args.task_name} has {label_list(told)}; give these, class 0 first.")
     return head.named(names, names_new_labels=args.do_train and not data_args.task_name)
 
 
@@ -383,7 +383,7 @@ def main(argv: list[str]) -> None:
     config = load_config(model_args.config_name or name, **hub_settings(model_args))
     adapter = load_adapter(model_args, config)
     if adapter and (trained_on := adapter.metadata.get("task", task)) != task:
-        say(args, f"{adapter.source}: was trained on {shown(trained_on)}; this is {task}.")
+        say(args, f"{adapter.source}: was trained on {printable(trained_on)}; this is {task}.")
     base_labels, head = recorded_labels(config), trained_head(model_args, data_args, args, config, adapter)
     examples, head = read_examples(model_args, data_args, args, head)
     if adapter and not data_args.task_name:

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_nlu.errors import UserError, shown
+from lora_nlu.errors import UserError, printable
 
-CONFIG, WEIGHTS, METADATA = "adapter_config.json", "adapter_model.safetensors", "run_metadata.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA = "adapter_config.json", "adapter_model.safetensors", "run_metadata.json"
 
 
-def publish(partial: Path, final: Path) -> None:
+def flush_and_rename(partial: Path, final: Path) -> None:
     """Give a completely written file or folder its name: on the disk first, then renamed."""
     for path in [partial, *partial.rglob("*")] if partial.is_dir() else [partial]:
         descriptor = os.open(path, os.O_RDONLY)
@@ -24,19 +24,19 @@ def publish(partial: Path, final: Path) -> None:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary name to write a file under; it gets its own when the block ends, and is gone if the block fails."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
-        publish(partial, path)
+        flush_and_rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 under a temporary name, then rename."""
-    with appearing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -45,7 +45,7 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def folders_with(name: str, start: Path) -> list[Path]:
+def folders_containing(name: str, start: Path) -> list[Path]:
     """Every folder under `start`, itself among them, that holds a file of this name; checkpoints and hidden ones not.
 
     Raises UserError if `start` is no folder, OSError for one that can't be read.
@@ -63,12 +63,12 @@ def folders_with(name: str, start: Path) -> list[Path]:
     return sorted(found)
 
 
-def is_training(known: dict[str, Any]) -> bool:
+def is_training_run(known: dict[str, Any]) -> bool:
     """Whether a run.json is of a run that trained, or began to: an evaluation or a prediction leaves one as well."""
     return bool(known.get("trained") or known.get("hyperparameters", {}).get("train_samples"))
 
 
-def text_for_weights(path: Path, wanted: str = "weights") -> str | None:
+def weights_file_problem(path: Path, wanted: str = "weights") -> str | None:
     """What is wrong with a file of weights that is empty or text, and the remedy; None for any other file.
 
     wanted: what the file should hold, for the message.
@@ -90,7 +90,7 @@ def text_for_weights(path: Path, wanted: str = "weights") -> str | None:
     head = text.lstrip().lower()
     page = head.startswith(("<!doctype html", "<html", "<head", "<!--"))
     kind = "a web page (HTML)" if page else "JSON" if head.startswith(("{", "[")) else "text"
-    return f"no {wanted} but {kind}: {shown(text.strip(), 60)}\nDownload the file itself."
+    return f"no {wanted} but {kind}: {printable(text.strip(), 60)}\nDownload the file itself."
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -34,11 +34,11 @@ from lora_nlu.adapters import writing
 from lora_nlu.adapters.__main__ import main
 from lora_nlu.adapters.adapter import Adapter, is_target
 from lora_nlu.adapters.attaching import attach_adapter, check_settings, load_adapter, with_relative_query
-from lora_nlu.adapters.peft_format import _HONOURED, _NEUTRAL, targets_of
+from lora_nlu.adapters.peft_format import _HONOURED, _NEUTRAL, adapted_modules
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
-from lora_nlu.files import CONFIG, METADATA, WEIGHTS
+from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.methods.description import TARGETS
 from lora_nlu.methods.lora import LoRALinear
 from lora_nlu.methods.table import mark_only_lora_as_trainable, mark_trainable
@@ -86,7 +86,7 @@ def copied(folder: Path, to: Path, **settings) -> None:
     """Copy an adapter folder, with other settings in its config."""
     for path in folder.iterdir():
         (to / path.name).write_bytes(path.read_bytes())
-    (to / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | settings))
+    (to / ADAPTER_CONFIG).write_text(json.dumps(json.loads((folder / ADAPTER_CONFIG).read_text()) | settings))
 
 
 def refused(path: object, model: nn.Module | None = None, training: bool = False) -> str:
@@ -129,17 +129,17 @@ def test_a_written_folder_has_the_keys_shapes_and_settings_peft_itself_writes(sa
     _, folder = saved
     settings = LoraConfig(task_type=TaskType.SEQ_CLS, r=R, lora_alpha=ALPHA, target_modules=["query", "value"])
     get_peft_model(transformers.RobertaForSequenceClassification(tiny_config()), settings).save_pretrained(tmp_path)
-    ours, theirs = load_file(folder / WEIGHTS), load_file(tmp_path / WEIGHTS)
+    ours, theirs = load_file(folder / ADAPTER_WEIGHTS), load_file(tmp_path / ADAPTER_WEIGHTS)
     assert {k: (t.shape, t.dtype) for k, t in ours.items()} == {k: (t.shape, t.dtype) for k, t in theirs.items()}
-    ours_config, theirs_config = (json.loads((f / CONFIG).read_text()) for f in (folder, tmp_path))
+    ours_config, theirs_config = (json.loads((f / ADAPTER_CONFIG).read_text()) for f in (folder, tmp_path))
     assert ours_config.keys() <= theirs_config.keys()
     for key in ("peft_type", "task_type", "r", "lora_alpha", "bias", "fan_in_fan_out", "lora_dropout"):
         assert ours_config[key] == theirs_config[key], key
     assert sorted(ours_config["target_modules"]) == sorted(theirs_config["target_modules"])
-    known = json.loads((folder / METADATA).read_text())
+    known = json.loads((folder / RUN_METADATA).read_text())
     assert known.items() >= METADATA_OF_RUN.items() and known["peft_type"] == "LORA"
     assert known.keys() - METADATA_OF_RUN.keys() == {"peft_type", "weights_fingerprint"}
-    assert sorted(path.name for path in folder.iterdir()) == sorted([CONFIG, METADATA, WEIGHTS])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([ADAPTER_CONFIG, RUN_METADATA, ADAPTER_WEIGHTS])
 
 
 def test_a_folder_written_by_peft_loads_with_the_same_logits(tmp_path):
@@ -194,7 +194,7 @@ def test_a_save_that_fails_at_any_step_leaves_every_file_of_the_earlier_one_whol
                 save_adapter(second, folder, METADATA_OF_RUN | {"seed": 4})
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, what
     save_adapter(second, folder, METADATA_OF_RUN)
-    assert (folder / WEIGHTS).read_bytes() != before[WEIGHTS]
+    assert (folder / ADAPTER_WEIGHTS).read_bytes() != before[ADAPTER_WEIGHTS]
 
 
 # --------------------------------------------------------------------------------------------------- published files
@@ -323,7 +323,7 @@ def test_a_published_deberta_file_is_not_read_with_lora_on_the_relative_query(tm
 )
 def test_where_no_relative_query_goes_through_lora_the_two_readings_are_one(settings, tmp_path):
     save_adapter(lora_deberta(**settings), tmp_path, METADATA_OF_RUN)
-    assert json.loads((tmp_path / CONFIG).read_text())["peft_type"] == "LORA"
+    assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["peft_type"] == "LORA"
     want = None
     for reading in (False, True):
         model = lora_deberta(seed=1, lora_relative_query=reading, **settings)
@@ -461,7 +461,7 @@ def test_what_peft_trained_on_a_bare_encoder_gives_the_same_features_here_and_sa
     save_adapter(ours, str(tmp_path / "ours"), {})
     again = theirs_class(new_config())
     again.load_state_dict(weights)
-    assert json.loads((tmp_path / "ours" / CONFIG).read_text())["task_type"] == "FEATURE_EXTRACTION"
+    assert json.loads((tmp_path / "ours" / ADAPTER_CONFIG).read_text())["task_type"] == "FEATURE_EXTRACTION"
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT only warns of keys that it doesn't find
         again = PeftModel.from_pretrained(again, tmp_path / "ours")
@@ -540,7 +540,7 @@ def test_an_eva_folder_of_pefts_own_gives_the_same_logits(kind, adjusted, tmp_pa
     initialize_lora_eva_weights(model, batches, show_progress_bar=False, **more)
     train_at_random_(model)
     model.eval().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
     assert config["eva_config"]["rho"] == 2.0 and config["rank_pattern"], "no EVA that moved ranks"
     attach_adapter(ours, read_adapter(str(tmp_path)), None, allow_new_head=False)
     assert_close(logits(ours), logits(model))
@@ -603,10 +603,12 @@ def test_matrices_where_the_config_has_no_lora_are_refused_for_peft_would_leave_
 @pytest.mark.parametrize("settings", [{"layers_to_transform": [0, 1]}, {"exclude_modules": ["key"]}], ids=str)
 def test_matrices_that_are_missing_are_named_whatever_way_the_config_says_which_there_are(settings, saved, tmp_path):
     copied(saved[1], tmp_path, **settings)
-    (tmp_path / METADATA).unlink()
-    tensors = load_file(tmp_path / WEIGHTS)
+    (tmp_path / RUN_METADATA).unlink()
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
     gone = [name for name in tensors if "layer.1.attention.self.query" in name]
-    save_file({name: t for name, t in tensors.items() if name not in gone}, tmp_path / WEIGHTS, {"format": "pt"})
+    save_file(
+        {name: t for name, t in tensors.items() if name not in gone}, tmp_path / ADAPTER_WEIGHTS, {"format": "pt"}
+    )
     with pytest.raises(UserError, match="lacks roberta.encoder.layer.1.attention.self.query.lora_A"):
         attach_adapter(RobertaForSequenceClassification(tiny_config()), read_adapter(str(tmp_path)), None, False)
 
@@ -624,14 +626,14 @@ def test_an_adapter_that_lacks_some_of_its_matrices_is_refused_by_the_name_of_wh
     model = randomise_(RobertaForSequenceClassification(tiny_config(**method)))
     mark_trainable(model)
     save_adapter(model, tmp_path, METADATA_OF_RUN)
-    tensors = load_file(tmp_path / WEIGHTS)
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
     lost = [name for name in tensors if re.search(r"\.(lora|adapter)_", name) and re.search(gone, name)]
     whole = {name: tensor for name, tensor in tensors.items() if name not in lost}
     assert lost and len(whole) > 4
-    save_file(whole, tmp_path / WEIGHTS, {"format": "pt"})
+    save_file(whole, tmp_path / ADAPTER_WEIGHTS, {"format": "pt"})
     path, alpha = tmp_path, None
     if form != "our folder":
-        (tmp_path / METADATA).unlink()
+        (tmp_path / RUN_METADATA).unlink()
     if form == "all-linear":
         copied(tmp_path, tmp_path, target_modules="all-linear")
     if form == "a .bin":
@@ -670,7 +672,7 @@ def test_a_scaling_edited_after_the_training_is_refused_with_both_numbers(settin
     copied(recorded, recorded, **settings)
     message = refused(recorded)
     assert f"scales the update {scaled}" in message and "trained with 1.5:" in message and "lora_alpha" in message
-    (recorded / METADATA).write_text(json.dumps(METADATA_OF_RUN))  # an older run does not tell
+    (recorded / RUN_METADATA).write_text(json.dumps(METADATA_OF_RUN))  # an older run does not tell
     read_adapter(str(recorded))
 
 
@@ -678,13 +680,13 @@ def test_a_scaling_edited_after_the_training_is_refused_with_both_numbers(settin
 def test_a_deberta_folder_made_to_be_read_the_other_way_is_refused(kind, tmp_path):
     model = lora_deberta(lora_relative_query=kind == "LORA")
     save_adapter(model, tmp_path, METADATA_OF_RUN)
-    assert json.loads((tmp_path / METADATA).read_text())["peft_type"] == kind
+    assert json.loads((tmp_path / RUN_METADATA).read_text())["peft_type"] == kind
     other = {"LORA": "LORA_FROZEN_RELATIVE_QUERY"}.get(kind, "LORA")
     copied(tmp_path, tmp_path, peft_type=other)
-    assert f"says {other}, {METADATA} {kind}: they don't belong together" in refused(tmp_path, model)
+    assert f"says {other}, {RUN_METADATA} {kind}: they don't belong together" in refused(tmp_path, model)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, METADATA])
+@pytest.mark.parametrize("name", [ADAPTER_WEIGHTS, RUN_METADATA])
 def test_weights_of_another_run_beside_a_runs_metadata_are_refused(name, recorded, tmp_path):
     save_adapter(lora_model(seed=1), tmp_path / "other", METADATA_OF_RUN)
     (recorded / name).write_bytes((tmp_path / "other" / name).read_bytes())
@@ -693,9 +695,9 @@ def test_weights_of_another_run_beside_a_runs_metadata_are_refused(name, recorde
 
 
 def test_one_bit_of_a_weight_that_changed_on_the_disk_is_found(recorded):
-    content = bytearray((recorded / WEIGHTS).read_bytes())
+    content = bytearray((recorded / ADAPTER_WEIGHTS).read_bytes())
     content[-9] ^= 1
-    (recorded / WEIGHTS).write_bytes(content)
+    (recorded / ADAPTER_WEIGHTS).write_bytes(content)
     assert "damaged" in refused(recorded)
 
 
@@ -715,13 +717,13 @@ def test_a_save_that_was_killed_between_two_files_is_mended_by_saving_again(reco
 
 
 def test_the_same_weights_in_another_file_belong_to_their_metadata_and_older_metadata_to_any(recorded):
-    tensors = load_file(recorded / WEIGHTS)
-    save_file(dict(reversed(tensors.items())), recorded / WEIGHTS, {"format": "pt", "by": "another"})
+    tensors = load_file(recorded / ADAPTER_WEIGHTS)
+    save_file(dict(reversed(tensors.items())), recorded / ADAPTER_WEIGHTS, {"format": "pt", "by": "another"})
     assert read_adapter(str(recorded)).ranks
-    (recorded / WEIGHTS).unlink()
+    (recorded / ADAPTER_WEIGHTS).unlink()
     torch.save(tensors, recorded / "adapter_model.bin")
     assert read_adapter(str(recorded)).ranks
-    (recorded / METADATA).write_text(json.dumps(METADATA_OF_RUN))
+    (recorded / RUN_METADATA).write_text(json.dumps(METADATA_OF_RUN))
     torch.save({name: 2 * tensor for name, tensor in tensors.items()}, recorded / "adapter_model.bin")
     assert read_adapter(str(recorded)).ranks
 
@@ -751,7 +753,7 @@ def test_the_layers_that_a_config_means_are_those_that_peft_would_change(targets
     stack = None if layers is None else stack
     said = {"target_modules": targets, "exclude_modules": excluded, "layers_to_transform": layers}
     config = LoraConfig(**said, layers_pattern=stack)
-    adapter = Adapter(Path(), {}, targets=targets_of(said | {"layers_pattern": stack}))
+    adapter = Adapter(Path(), {}, targets=adapted_modules(said | {"layers_pattern": stack}))
     for name, module in RobertaForSequenceClassification(tiny_config()).named_modules():
         if isinstance(module, nn.Linear) and name.startswith("roberta."):
             theirs = check_target_module_exists(config, name)
@@ -775,19 +777,19 @@ def test_two_tensors_for_one_place_are_refused(saved, tmp_path):
     twice = published(tmp_path / "twice.bin", state | {f"module.{HEAD[0]}": state[HEAD[0]] + 1})
     assert "tensors twice" in refused(twice)
     copied(saved[1], tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
     key = "base_model.model.classifier.modules_to_save.out_proj.bias"
     again = tensors["base_model.model.classifier.out_proj.bias"]
-    save_file(tensors | {key: again.clone()}, tmp_path / WEIGHTS, {"format": "pt"})
+    save_file(tensors | {key: again.clone()}, tmp_path / ADAPTER_WEIGHTS, {"format": "pt"})
     assert read_adapter(str(tmp_path)).state.keys() == state.keys()  # PEFT does so with bias="all"
-    save_file(tensors | {key: again + 1}, tmp_path / WEIGHTS, {"format": "pt"})
+    save_file(tensors | {key: again + 1}, tmp_path / ADAPTER_WEIGHTS, {"format": "pt"})
     assert "two different tensors for classifier.out_proj.bias" in refused(tmp_path)
 
 
 def test_a_base_that_is_only_named_is_compared_by_its_name_and_the_difference_is_said(saved, tmp_path):
     def notes(named: str | None, given: str) -> list[str]:
         copied(saved[1], tmp_path, base_model_name_or_path=named)
-        (tmp_path / METADATA).unlink()
+        (tmp_path / RUN_METADATA).unlink()
         model = RobertaForSequenceClassification(tiny_config())
         model.config.name_or_path = given
         return attach_adapter(model, read_adapter(str(tmp_path)), None, allow_new_head=False)
@@ -822,7 +824,7 @@ def without_pooler(tmp_path) -> tuple[PeftModel, Path, Path]:
     theirs = get_peft_model(base, LoraConfig(task_type=TaskType.SEQ_CLS, **settings))
     train_at_random_(theirs)
     theirs.eval().save_pretrained(tmp_path / "peft")
-    names = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / "peft" / WEIGHTS)}
+    names = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / "peft" / ADAPTER_WEIGHTS)}
     assert {name for name in names if "deberta" not in name} == {"classifier.weight", "classifier.bias"}
     return theirs, tmp_path / "base", tmp_path / "peft"
 
@@ -881,9 +883,9 @@ def test_training_for_other_labels_keeps_the_base_checkpoints_pooler(without_poo
 
 def test_half_a_pooler_and_a_published_file_without_one_are_refused_as_ever(without_pooler, tmp_path):
     _, base, folder = without_pooler
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
     half = {"base_model.model.pooler.dense.weight": torch.zeros(32, 32)}
-    save_file(tensors | half, folder / WEIGHTS, {"format": "pt"})
+    save_file(tensors | half, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match="lacks pooler.dense.bias"):
         attach_adapter(on(base), read_adapter(str(folder)), None, allow_new_head=False)
     state = {name: t for name, t in trained(lora_deberta()).items() if "pooler" not in name}
@@ -896,8 +898,8 @@ def test_a_peft_folder_with_the_old_bin_file_loads_like_the_safetensors_one(tmp_
     theirs = peft_deberta()
     theirs.save_pretrained(tmp_path)
     safe = read_adapter(str(tmp_path))
-    torch.save(load_file(tmp_path / WEIGHTS), tmp_path / "adapter_model.bin")
-    (tmp_path / WEIGHTS).unlink()
+    torch.save(load_file(tmp_path / ADAPTER_WEIGHTS), tmp_path / "adapter_model.bin")
+    (tmp_path / ADAPTER_WEIGHTS).unlink()
     old = read_adapter(str(tmp_path))
     assert old.state.keys() == safe.state.keys()
     assert all(torch.equal(old.state[name], safe.state[name]) for name in safe.state)
@@ -922,9 +924,11 @@ def test_an_adapter_on_the_hub_is_read_by_its_id(tmp_path, monkeypatch):
 
 def test_an_adapter_that_lacks_layers_its_config_names_is_refused(tmp_path):
     peft_deberta().save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
     gone = [name for name in tensors if "layer.1" in name and "value_proj" in name]
-    save_file({name: t for name, t in tensors.items() if name not in gone}, tmp_path / WEIGHTS, {"format": "pt"})
+    save_file(
+        {name: t for name, t in tensors.items() if name not in gone}, tmp_path / ADAPTER_WEIGHTS, {"format": "pt"}
+    )
     model = DebertaV2ForSequenceClassification(tiny_deberta_config())
     with pytest.raises(UserError, match=r"lacks deberta.encoder.layer.1.attention.self.value_proj.lora_A"):
         attach_adapter(model, read_adapter(str(tmp_path)), None, allow_new_head=False)
@@ -950,7 +954,7 @@ def test_a_file_that_does_not_know_its_alpha_needs_to_be_told_and_one_that_does_
 
 def test_a_missing_path_or_a_folder_without_an_adapter_is_refused(tmp_path):
     assert "no such file or folder" in refused(tmp_path / "nowhere.bin")
-    assert CONFIG in refused(tmp_path)
+    assert ADAPTER_CONFIG in refused(tmp_path)
 
 
 class Payload:
@@ -996,11 +1000,11 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "adapter_model.bin", "published.bin"])
+@pytest.mark.parametrize("name", [ADAPTER_WEIGHTS, "adapter_model.bin", "published.bin"])
 @pytest.mark.parametrize("kind", TEXTS)
 def test_text_in_the_place_of_weights_is_refused_by_what_it_is_with_the_remedy(kind, name, saved, tmp_path):
     _, folder = saved
-    for path in (folder / CONFIG, folder / METADATA):
+    for path in (folder / ADAPTER_CONFIG, folder / RUN_METADATA):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     content, remedy = TEXTS[kind]
     (tmp_path / name).write_bytes(content)
@@ -1066,18 +1070,18 @@ def test_a_file_cut_short_anywhere_is_refused(saved, tmp_path):
         cut = tmp_path / "cut.bin"
         cut.write_bytes(whole[: int(part * len(whole))])
         assert refused(cut), part
-    weights = (folder / WEIGHTS).read_bytes()
-    for name in (CONFIG, METADATA):
+    weights = (folder / ADAPTER_WEIGHTS).read_bytes()
+    for name in (ADAPTER_CONFIG, RUN_METADATA):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     for part in (0.0, 0.01, 0.5, 0.999):
-        (tmp_path / WEIGHTS).write_bytes(weights[: int(part * len(weights))])
+        (tmp_path / ADAPTER_WEIGHTS).write_bytes(weights[: int(part * len(weights))])
         with pytest.raises(UserError, match="damaged or cut short"):
             read_adapter(str(tmp_path))
-    (tmp_path / WEIGHTS).write_bytes(weights)
+    (tmp_path / ADAPTER_WEIGHTS).write_bytes(weights)
     assert read_adapter(str(tmp_path)).state.keys() == trained(model).keys()
 
 
-@pytest.mark.parametrize("name", [CONFIG, METADATA])
+@pytest.mark.parametrize("name", [ADAPTER_CONFIG, RUN_METADATA])
 def test_a_folder_whose_json_is_cut_is_refused_by_the_files_name(name, saved, tmp_path):
     _, folder = saved
     for path in folder.iterdir():
@@ -1111,7 +1115,7 @@ def test_a_peft_adapter_of_a_kind_we_would_compute_wrongly_is_refused(setting, s
     _, folder = saved
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | setting))
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(json.loads((folder / ADAPTER_CONFIG).read_text()) | setting))
     assert next(iter(setting)) in refused(tmp_path)
 
 
@@ -1119,8 +1123,8 @@ def test_a_folder_whose_ranks_are_not_those_of_its_tensors_is_refused(saved, tmp
     _, folder = saved
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / CONFIG).write_text(
-        json.dumps(json.loads((folder / CONFIG).read_text()) | {"rank_pattern": {"query": 2}})
+    (tmp_path / ADAPTER_CONFIG).write_text(
+        json.dumps(json.loads((folder / ADAPTER_CONFIG).read_text()) | {"rank_pattern": {"query": 2}})
     )
     message = refused(tmp_path)
     assert "self.query.lora_A has rank 4" in message and "says 2" in message

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, TrainingArguments
 from lora_nlu.adapters.attaching import attach_adapter
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError
-from lora_nlu.files import WEIGHTS
+from lora_nlu.files import ADAPTER_WEIGHTS
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.training.runs import _ALWAYS_RECORDED, SCHEDULE, WITHOUT_EFFECT, deciding_settings, left_at_default
 
@@ -292,7 +292,7 @@ def test_a_run_that_is_resumed_stops_early_where_it_would_have(step, call, glue,
     (tmp_path / "again" / "run.json").write_text(json.dumps(run))
     outcome = succeeded(call(*rte(glue, tmp_path / "again", *flags)))
     assert "Resuming from" in outcome.out and "Stopped early, at step 6 of 9." in outcome.out
-    one, other = load_file(tmp_path / "o" / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
+    one, other = load_file(tmp_path / "o" / ADAPTER_WEIGHTS), load_file(tmp_path / "again" / ADAPTER_WEIGHTS)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -511,6 +511,6 @@ def test_an_upload_that_fails_loses_nothing_and_says_how_to_repeat_it(call, glue
     outcome = call(*flags)
     assert outcome.code == 1 and "the upload to the Hub failed (Connection reset by peer)" in outcome.err
     assert f"hf upload me/run {tmp_path / 'o'}" in outcome.err
-    assert read(tmp_path / "o" / "run.json")["trained"] and (tmp_path / "o" / WEIGHTS).is_file()
+    assert read(tmp_path / "o" / "run.json")["trained"] and (tmp_path / "o" / ADAPTER_WEIGHTS).is_file()
     assert read(tmp_path / "o" / "train_results.json")["train_samples"] == 48
     assert "already trained" in succeeded(call(*flags)).out

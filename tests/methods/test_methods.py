@@ -34,7 +34,7 @@ from lora_nlu.adapters.converting import merged_state
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
-from lora_nlu.files import CONFIG, WEIGHTS
+from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lora_nlu.methods.bottleneck import Bottleneck, set_bottlenecks_
 from lora_nlu.methods.description import SETTINGS, TARGETS, set_method
 from lora_nlu.methods.lora import LoRALinear, merge_lora_
@@ -712,12 +712,12 @@ def test_a_folder_holds_what_was_trained_and_nothing_else(kind, method, saved):
         name = name.replace(".bias", ".base_layer.bias") if inside else name
         return f"base_model.model.{name}{'.weight' if '.lora_' in name else ''}"
 
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
     wanted = {in_file(name): state[name] for name in names_of(model, METHODS[method][1])}
     assert tensors.keys() == wanted.keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in wanted.items())
     numbers = sum(tensor.numel() for tensor in wanted.values())
-    assert (folder / WEIGHTS).stat().st_size < 4 * numbers + 200 * len(wanted) + 200  # numbers and their names
+    assert (folder / ADAPTER_WEIGHTS).stat().st_size < 4 * numbers + 200 * len(wanted) + 200  # numbers and their names
 
 
 @KINDS
@@ -741,7 +741,7 @@ def test_peft_loads_lora_on_every_layer_type_of_two_of_three_layers_with_the_sam
 @pytest.mark.parametrize("method, p", [("lora elsewhere", 0.25), ("lora", 0.0)])
 def test_the_dropout_that_updates_were_trained_with_is_recorded(method, p, saved):
     folder = saved("roberta", method)[1]
-    assert json.loads((folder / CONFIG).read_text())["lora_dropout"] == p
+    assert json.loads((folder / ADAPTER_CONFIG).read_text())["lora_dropout"] == p
     assert read_adapter(str(folder)).lora_dropout == p
 
 
@@ -790,9 +790,9 @@ def test_an_adapter_of_the_other_model_is_refused_by_its_names(method, bases, sa
 def saying(kind: str, folder: Path, place: Path) -> Path:
     """A copy of an adapter folder whose config names another method."""
     copied = Path(shutil.copytree(folder, place / "adapter"))
-    config = json.loads((copied / CONFIG).read_text())
+    config = json.loads((copied / ADAPTER_CONFIG).read_text())
     assert config["peft_type"] != kind
-    (copied / CONFIG).write_text(json.dumps(config | {"peft_type": kind}))
+    (copied / ADAPTER_CONFIG).write_text(json.dumps(config | {"peft_type": kind}))
     return copied
 
 

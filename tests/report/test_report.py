@@ -1065,7 +1065,7 @@ def test_a_picture_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatc
         assert partial.stat().st_size
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "publish", full)
+    monkeypatch.setattr(files, "flush_and_rename", full)
     with pytest.raises(OSError, match="No space left"):
         pictures.save(Figure(), tmp_path, "x")
     assert not os.listdir(tmp_path)

@@ -49,7 +49,7 @@ from lora_nlu.adapters.attaching import load_adapter
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
-from lora_nlu.files import METADATA, WEIGHTS
+from lora_nlu.files import ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.methods.table import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 
@@ -77,8 +77,8 @@ def original(kind: str, folder: Path) -> tuple[Path, Path, dict[str, torch.Tenso
     if kind in ("safetensors", "run"):
         save_adapter(model, folder, {"task": "custom", "labels": ["a", "b", "c"]})
         if kind == "safetensors":
-            (folder / METADATA).unlink()
-        return folder, folder / WEIGHTS, state
+            (folder / RUN_METADATA).unlink()
+        return folder, folder / ADAPTER_WEIGHTS, state
     path = folder / "adapter.bin"
     torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
     return path, path, state

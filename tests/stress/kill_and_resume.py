@@ -36,7 +36,7 @@ import torch  # noqa: E402
 from transformers.trainer_pt_utils import safe_globals  # noqa: E402
 
 from lora_nlu.adapters.reading import read_adapter
-from lora_nlu.files import CONFIG, METADATA, WEIGHTS
+from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.training import checkpoints
 from lora_nlu.training.checkpoints import STATE, whole_checkpoints
 from lora_nlu.training.runs import _find_checkpoint
@@ -44,7 +44,7 @@ from lora_nlu.training.runs import _find_checkpoint
 STEPS = 60
 SAVING = checkpoints.SAVING
 FILES = {
-    CONFIG, WEIGHTS, METADATA, STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth"
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, STATE, "optimizer.pt", "scheduler.pt", "rng_state.pth"
 }  # fmt: skip
 MOMENTS = ("any time", "in a save", "in a save", "in a save", "after a save", "at the start")  # the last: new runs only
 
@@ -95,7 +95,7 @@ def differences(checkpoint: Path, alone: Path) -> list[str]:
     want = alone / checkpoint.name
     if not read_adapter(str(checkpoint)).ranks:
         wrong.append("no LoRA matrices")
-    if digest(checkpoint / WEIGHTS) != digest(want / WEIGHTS):
+    if digest(checkpoint / ADAPTER_WEIGHTS) != digest(want / ADAPTER_WEIGHTS):
         wrong.append("another adapter")
     with safe_globals():
         for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
@@ -134,13 +134,13 @@ def compare(output: str, alone: str, limit: int = STEPS) -> list[str]:
     """How a finished run, which keeps `limit` checkpoints, differs from the one left alone."""
     folder, want = Path(output), Path(alone)
     wrong = inspect(output, alone)["wrong"]
-    if digest(folder / WEIGHTS) != digest(want / WEIGHTS):
+    if digest(folder / ADAPTER_WEIGHTS) != digest(want / ADAPTER_WEIGHTS):
         wrong.append("another final adapter")
     got, right = (json.loads((f / STATE).read_text()) for f in (folder, want))
     if got["global_step"] != STEPS or evaluations(got) != evaluations(right):
         wrong.append("other evaluations or another number of steps")
     bests = [Path(state["best_model_checkpoint"]) for state in (got, right)]
-    if bests[0].name != bests[1].name or digest(bests[0] / WEIGHTS) != digest(bests[1] / WEIGHTS):
+    if bests[0].name != bests[1].name or digest(bests[0] / ADAPTER_WEIGHTS) != digest(bests[1] / ADAPTER_WEIGHTS):
         wrong.append("another best model")
     scores = [json.loads((f / "eval_results.json").read_text()) for f in (folder, want)]
     if any(scores[0][key] != scores[1][key] for key in ("eval_loss", "eval_accuracy", "eval_samples")):

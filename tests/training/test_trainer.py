@@ -16,7 +16,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from lora_nlu.errors import UserError
-from lora_nlu.files import CONFIG, METADATA, WEIGHTS
+from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.methods.table import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.training.checkpoints import whole_checkpoints
@@ -133,12 +133,20 @@ def test_a_checkpoint_holds_the_trained_parameters_and_no_base_weights(uninterru
     assert names(whole_checkpoints(str(folder))) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
     assert not (folder / ".saving").exists()
     last = folder / "checkpoint-12"
-    tensors = load_file(last / WEIGHTS)
+    tensors = load_file(last / ADAPTER_WEIGHTS)
     trained = {n: t for n, t in final.items() if "lora_" in n or n.startswith("classifier.")}
     as_saved = {f"base_model.model.{n}" + (".weight" if "lora_" in n else ""): t for n, t in trained.items()}
     assert_equal_bits(tensors, as_saved)
     present = {path.name for path in last.iterdir()}
-    assert present >= {CONFIG, METADATA, WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    assert present >= {
+        ADAPTER_CONFIG,
+        RUN_METADATA,
+        ADAPTER_WEIGHTS,
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    }
     assert not present & {"model.safetensors", "pytorch_model.bin"}
     moments = torch.load(last / "optimizer.pt", weights_only=True)["state"]
     assert len(moments) == len(trained)
@@ -240,7 +248,7 @@ def test_load_best_model_at_end_ends_with_the_best_checkpoints_parameters(lora, 
         checkpoint
     )
     assert trainer.evaluate()["eval_loss"] == losses[best]
-    saved = load_file(checkpoint / (WEIGHTS if lora else "model.safetensors"))
+    saved = load_file(checkpoint / (ADAPTER_WEIGHTS if lora else "model.safetensors"))
     final = parameters(trainer)
     for name, tensor in saved.items():
         name = name.removeprefix("base_model.model.")
@@ -285,7 +293,7 @@ def test_without_lora_a_checkpoint_holds_the_whole_model_and_resumes_bit_equal(t
     first.train()
     saved = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
     assert saved.keys() == dict(first.model.named_parameters()).keys()
-    assert not (tmp_path / "checkpoint-8" / WEIGHTS).exists()
+    assert not (tmp_path / "checkpoint-8" / ADAPTER_WEIGHTS).exists()
     shutil.rmtree(tmp_path / "checkpoint-12")
     again = new_trainer(tmp_path, lora=False)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
@@ -375,7 +383,7 @@ def test_neftunes_noise_is_transformers_own_number_by_number(config, lengths):
     deactivate_neftune(ours, hook)
 
 
-@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", WEIGHTS])
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", ADAPTER_WEIGHTS])
 def test_a_damaged_file_in_a_checkpoint_is_an_error_that_names_the_checkpoint(file, uninterrupted, tmp_path):
     checkpoint = Path(shutil.copytree(uninterrupted[0] / "checkpoint-8", tmp_path / "checkpoint-8"))
     (checkpoint / file).write_bytes((checkpoint / file).read_bytes()[:300])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_nlu.errors import UserError
-from lora_nlu.labels import last_layer
+from lora_nlu.labels import last_head_layer
 
 _BARE = ("encoder.", "embeddings.")  # first parts of names in an encoder without classifier (FEATURE_EXTRACTION)
 ENCODER_PREFIXES = ("roberta.", "deberta.", *_BARE)  # of an encoder's names, with a classifier or without
@@ -26,7 +26,7 @@ LAYERS = {
 }
 # The modules that PEFT adapts without target_modules, and with "all-linear"
 PEFT_DEFAULT_TARGETS = ["query", "value", "query_proj", "value_proj"]
-NAME_ENDING = r"(.*\.)?({})$"  # how PEFT matches the names in rank_pattern and alpha_pattern
+PEFT_NAME_PATTERN = r"(.*\.)?({})$"  # how PEFT matches the names in rank_pattern and alpha_pattern
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -65,7 +65,7 @@ class Adapter:
     @property
     def label_count(self) -> int | None:
         """Rows of the head's last layer; None where there is no head."""
-        last = last_layer(self.state)
+        last = last_head_layer(self.state)
         return None if last is None else len(torch.atleast_1d(self.state[f"{last}.weight"]))
 
     @property
@@ -102,7 +102,7 @@ class Adapter:
         if None not in (self.lora_alpha, lora_alpha) and self.lora_alpha != lora_alpha:
             raise UserError(f"{self.source}: was trained with lora_alpha {self.lora_alpha:g}, not {lora_alpha:g}.")
         known = lora_alpha if self.lora_alpha is None else self.lora_alpha
-        if not is_positive(known, (int, float)):
+        if not is_positive_number(known, (int, float)):
             raise UserError(f"{self.source}: --lora_alpha {known}: expected a positive number.")
         return {name: by_pattern(self.alpha_pattern, name, known) for name in self.ranks}
 
@@ -120,7 +120,7 @@ class Adapter:
 def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that ends a module's name, as PEFT matches `rank_pattern` and `alpha_pattern`."""
     for pattern, value in patterns.items():
-        if re.match(NAME_ENDING.format(pattern), name):
+        if re.match(PEFT_NAME_PATTERN.format(pattern), name):
             return value
     return default
 
@@ -150,7 +150,7 @@ def most_common(values: Iterable[Any]) -> Any:
     return max(every, key=every.count)
 
 
-def is_positive(value: Any, types: Any) -> bool:
+def is_positive_number(value: Any, types: Any) -> bool:
     """A positive number that stays one in any arithmetic with ranks."""
     return isinstance(value, types) and not isinstance(value, bool) and 1e-12 <= value <= 1e12
 

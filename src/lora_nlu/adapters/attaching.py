@@ -11,9 +11,16 @@ from torch import Tensor, nn
 
 from lora_nlu.adapters.adapter import Adapter, encoder_prefix, is_deberta, is_target, layer_count
 from lora_nlu.adapters.reading import check_values
-from lora_nlu.errors import UserError, shown
-from lora_nlu.files import METADATA
-from lora_nlu.labels import check_labels, head_order, last_layer, listed, placeholders, recorded_labels
+from lora_nlu.errors import UserError, printable
+from lora_nlu.files import RUN_METADATA
+from lora_nlu.labels import (
+    check_labels,
+    label_list,
+    last_head_layer,
+    match_head_rows,
+    placeholder_labels,
+    recorded_labels,
+)
 from lora_nlu.methods.bottleneck import set_bottlenecks_
 from lora_nlu.methods.description import TRAINED_NAMES, targets_and_layers
 from lora_nlu.methods.lora import check_not_quantised, set_lora_, unmerge_lora_
@@ -26,7 +33,7 @@ def head_rows(adapter: Adapter, labels: Sequence[str]) -> list[int] | None:
     """For each of `labels` the row of an adapter's head that tells it; None if it has no head for them."""
     if adapter.label_count is None:
         return None
-    return head_order(adapter.source, adapter.label_count, adapter.labels, labels)[0]
+    return match_head_rows(adapter.source, adapter.label_count, adapter.labels, labels)[0]
 
 
 def with_labels(adapter: Adapter, labels: Sequence[str] | None) -> Adapter:
@@ -128,13 +135,14 @@ def attach_adapter(
     base = base_fingerprint(model)
     if made_for is not None and made_for != base:
         raise UserError(
-            f"{adapter.source}: was trained on another base model: {shown(named)}, fingerprint {shown(made_for)}; "
-            f"this one has {base}.\nGive that model as --model_name_or_path."
+            f"{adapter.source}: was trained on another base model: {printable(named)}, fingerprint "
+            f"{printable(made_for)}; this one has {base}.\nGive that model as --model_name_or_path."
         )
     notes, given = [], model.config.name_or_path
     if made_for is None and named and given and not _same_name(named, given):
         notes.append(
-            f"{adapter.source}: names {shown(named)} as its base model, but no fingerprint; it is loaded into {given}."
+            f"{adapter.source}: names {printable(named)} as its base model, but no fingerprint; "
+            f"it is loaded into {given}."
         )
     if adapter.base_weights and base_holds_update(model, adapter, layers):
         notes.append(
@@ -239,19 +247,21 @@ def _ordered_head(
     trained, wanted = adapter.labels, recorded_labels(model.config) if labels is None else tuple(labels)
     if trained is not None and count != (len(trained) or 1):
         raise UserError(
-            f"{source}: its head has {count} outputs, but {METADATA} names {listed(trained)}: not the same run."
+            f"{source}: its head has {count} outputs, but {RUN_METADATA} names {label_list(trained)}: not the same run."
         )
     if not allow_new_head and count != n:
         raise UserError(f"{source}: its head has {count} labels, this task {n}: another task's adapter.")
     if not allow_new_head and wanted is not None:
         check_labels(source, trained, wanted)
     by_name = wanted is not None
-    rows, note = head_order(source, count, trained if by_name else None, placeholders(n) if wanted is None else wanted)
+    rows, note = match_head_rows(
+        source, count, trained if by_name else None, placeholder_labels(n) if wanted is None else wanted
+    )
     if rows is None:
         dropped = [name for name in head_names(model) if name in state and name.startswith("classifier.")]
         return {name: tensor for name, tensor in state.items() if name not in dropped}, dropped, [note]
     for name, tensor in adapter.state.items():
-        if name.rpartition(".")[0] == last_layer(state) and len(torch.atleast_1d(tensor)) == count:
+        if name.rpartition(".")[0] == last_head_layer(state) and len(torch.atleast_1d(tensor)) == count:
             state[name] = tensor[rows]
     return state, [], [note] if note and by_name else []
 

@@ -20,8 +20,8 @@ from lora_nlu.adapters.model_card import write_card
 from lora_nlu.adapters.reading import check_values
 from lora_nlu.adapters.writing import write_adapter
 from lora_nlu.errors import UsageError, UserError
-from lora_nlu.files import appearing, publish
-from lora_nlu.labels import placeholders, set_labels
+from lora_nlu.files import atomic_write, flush_and_rename
+from lora_nlu.labels import placeholder_labels, set_labels
 from lora_nlu.methods.description import set_method
 from lora_nlu.methods.lora import LoRALinear, unmerged_parameters
 from lora_nlu.models.loading import base_fingerprint, load_config, load_model
@@ -59,7 +59,7 @@ def write_published(adapter: Adapter, path: Path) -> None:
     if more:
         raise UserError(f"{adapter.source}: a .bin can't store {more[0]}, which was trained too: use --to peft.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(path) as partial:
+    with atomic_write(path) as partial:
         torch.save({name: adapter.state[name].float() for name in published_order(adapter)}, partial)
 
 
@@ -96,7 +96,7 @@ def on_base(adapter: Adapter, base: str) -> tuple[Any, Adapter, list[str]]:
     known = adapter.metadata
     hub = {"revision": known["base_revision"]} if base == known.get("base_model") and known.get("base_revision") else {}
     count = adapter.label_count
-    unnamed = () if count == 1 else placeholders(count or 0)
+    unnamed = () if count == 1 else placeholder_labels(count or 0)
     try:
         config = load_config(base, **hub)
         set_method(config, {})  # an adapter of its own would be replaced: it is refused
@@ -151,7 +151,7 @@ def write_merged(adapter: Adapter, base: str, folder: Path) -> list[str]:
         weights = partial / "model.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights, {"format": "pt"})
         weights.chmod(0o644)  # save_file hides it from other users
-        publish(partial, folder)
+        flush_and_rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return notes

@@ -7,8 +7,8 @@ from pathlib import Path
 from lora_nlu.adapters.adapter import Adapter, encoder_prefix, foreign_layer, looks_like_hub_id
 from lora_nlu.adapters.reading import read_adapter, weights_in
 from lora_nlu.data.tasks import TASKS
-from lora_nlu.errors import shown
-from lora_nlu.files import CONFIG, METADATA, write_text
+from lora_nlu.errors import printable
+from lora_nlu.files import ADAPTER_CONFIG, RUN_METADATA, write_text
 from lora_nlu.methods.description import targets_and_layers
 from lora_nlu.ops.tensors import not_finite
 
@@ -42,9 +42,10 @@ def card(adapter: Adapter) -> str:
         _MARK,
         "",
     ]
-    local = f"{shown(Path(base).name)} (a local model)" if base else "an unnamed base model"  # no path of this machine
+    # no path of this machine
+    local = f"{printable(Path(base).name)} (a local model)" if base else "an unnamed base model"
     name = base if is_hub_id else local
-    lines = [f"# {_TITLES[adapter.method]} for {name} on {shown(task or 'an unnamed task')}", ""]
+    lines = [f"# {_TITLES[adapter.method]} for {name} on {printable(task or 'an unnamed task')}", ""]
     facts = dict(_facts(adapter)) | {"base model": name}
     cells = {key: value.replace("|", "\\|") for key, value in facts.items()}
     lines += [f"| {key} | {value} |" for key, value in [("", ""), ("---", "---"), *cells.items()]]
@@ -78,8 +79,8 @@ def write_card(folder: Path) -> None:
 
 def _figures(metrics: dict[str, float]) -> list[tuple[str, str]]:
     """Metrics as name and value."""
-    values = {name: shown(value, 20) if abs(value) > 1e9 else f"{value:.4f}" for name, value in metrics.items()}
-    return [(shown(name.removeprefix("eval_"), 40), value) for name, value in values.items()]
+    values = {name: printable(value, 20) if abs(value) > 1e9 else f"{value:.4f}" for name, value in metrics.items()}
+    return [(printable(name.removeprefix("eval_"), 40), value) for name, value in values.items()]
 
 
 def _facts(adapter: Adapter) -> list[tuple[str, str]]:
@@ -127,7 +128,7 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
         ("parameters", f"{total:,}, {within:,} of them in the encoder"),
         ("not finite", f"{len(broken)} tensors, {broken[0]} first" if broken else "none"),
     ]
-    return [(name, shown(value, 2000)) for name, value in rows]
+    return [(name, printable(value, 2000)) for name, value in rows]
 
 
 def layer_count_text(names: Iterable[str]) -> str:
@@ -137,9 +138,9 @@ def layer_count_text(names: Iterable[str]) -> str:
 def inspect(adapter: Adapter) -> str:
     """A table of what is in an adapter."""
     source = adapter.source
-    files = [source] if source.is_file() else [weights_in(source), source / CONFIG, source / METADATA]
+    files = [source] if source.is_file() else [weights_in(source), source / ADAPTER_CONFIG, source / RUN_METADATA]
     size = sum(path.stat().st_size for path in files if path.is_file())
-    rows = [("source", shown(source, 2000)), ("bytes", f"{size:,}"), *_facts(adapter)]
+    rows = [("source", printable(source, 2000)), ("bytes", f"{size:,}"), *_facts(adapter)]
     rows += _figures(adapter.metadata.get("metrics") or {})
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)

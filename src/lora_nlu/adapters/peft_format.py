@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_nlu.adapters.adapter import (
-    NAME_ENDING,
     PEFT_DEFAULT_TARGETS,
+    PEFT_NAME_PATTERN,
     Adapter,
     encoder_prefix,
-    is_positive,
+    is_positive_number,
     most_common,
 )
-from lora_nlu.errors import UserError, shown
+from lora_nlu.errors import UserError, printable
 from lora_nlu.methods.description import LORA_KEY
 
 _LORA, LORA_FROZEN_RELATIVE_QUERY = "LORA", "LORA_FROZEN_RELATIVE_QUERY"  # peft_type; PEFT knows the first
@@ -75,7 +75,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def targets_of(config: dict[str, Any]) -> list[str] | str:
+def adapted_modules(config: dict[str, Any]) -> list[str] | str:
     """The layers that an `adapter_config.json` adapts, as names or, where it excludes some, as one pattern."""
     targets, layers, excluded = (config.get(k) for k in ("target_modules", "layers_to_transform", "exclude_modules"))
     targets = PEFT_DEFAULT_TARGETS if targets is None else _ALL_LINEAR if targets == "all-linear" else targets
@@ -100,13 +100,13 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
     if isinstance(kind, str) and kind in METHODS_BY_TYPE:
         return
     if kind not in (_LORA, LORA_FROZEN_RELATIVE_QUERY):
-        raise UserError(f"{path}: peft_type is {shown(kind)}; LORA is the only PEFT type supported here.")
+        raise UserError(f"{path}: peft_type is {printable(kind)}; LORA is the only PEFT type supported here.")
     p = config.get("lora_dropout") or 0.0
     if not isinstance(p, (int, float)) or not 0 <= p <= 1:
-        raise UserError(f"{path}: lora_dropout is {shown(p)}; expected a number from 0 to 1.")
+        raise UserError(f"{path}: lora_dropout is {printable(p)}; expected a number from 0 to 1.")
     for key, types in (("r", int), ("lora_alpha", (int, float))):
-        if not is_positive(config.get(key), types):  # without one PEFT would take its default of 8
-            raise UserError(f"{path}: {key} is {shown(config.get(key))}; expected a positive number.")
+        if not is_positive_number(config.get(key), types):  # without one PEFT would take its default of 8
+            raise UserError(f"{path}: {key} is {printable(config.get(key))}; expected a positive number.")
     patterns = []
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         names = config.get(key)
@@ -120,29 +120,29 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
     numbers = numbers if isinstance(numbers, list) else [numbers or 0]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise UserError(
-            f"{path}: layers_to_transform is {shown(config['layers_to_transform'])}; expected layer numbers."
+            f"{path}: layers_to_transform is {printable(config['layers_to_transform'])}; expected layer numbers."
         )
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key) or "", str):
-            raise UserError(f"{path}: {key} is {shown(config[key])}; expected a string.")
+            raise UserError(f"{path}: {key} is {printable(config[key])}; expected a string.")
     for key, values in (("use_rslora", (None, False, True)), ("bias", (None, "none", "all", "lora_only"))):
         if config.get(key) not in values or type(config.get(key)) is int:
-            raise UserError(f"{path}: {key} is {shown(config[key])}; expected {', '.join(map(str, values[1:]))}.")
+            raise UserError(f"{path}: {key} is {printable(config[key])}; expected {', '.join(map(str, values[1:]))}.")
     for key in ("rank_pattern", "alpha_pattern"):
         given = config.get(key) or {}
-        if not isinstance(given, dict) or not all(is_positive(value, (int, float)) for value in given.values()):
+        if not isinstance(given, dict) or not all(is_positive_number(value, (int, float)) for value in given.values()):
             raise UserError(f"{path}: {key} is no map from names to positive numbers.")
-        patterns += [(key, NAME_ENDING.format(pattern)) for pattern in given]
+        patterns += [(key, PEFT_NAME_PATTERN.format(pattern)) for pattern in given]
     for key, pattern in patterns:
         try:
             if len(pattern) > 10_000:
                 raise re.error("too long")
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as e:
-            raise UserError(f"{path}: {key}: {shown(pattern)} is not a valid pattern ({shown(e)}).") from e
+            raise UserError(f"{path}: {key}: {printable(pattern)} is not a valid pattern ({printable(e)}).") from e
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in _STARTS:  # PiSSA, OLoRA and others change the base weights
-        raise UserError(f"{path}: init_lora_weights={shown(start)} is not supported: it changes the base weights.")
+        raise UserError(f"{path}: init_lora_weights={printable(start)} is not supported: it changes the base weights.")
     for key, value in config.items():
         if value and key not in _HONOURED | _NEUTRAL:
-            raise UserError(f"{path}: {shown(key)}={shown(value)} is not supported.")
+            raise UserError(f"{path}: {printable(key)}={printable(value)} is not supported.")

@@ -22,21 +22,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_nlu.adapters.adapter import ENCODER_PREFIXES, Adapter, by_pattern, is_deberta, is_positive, is_target
+from lora_nlu.adapters.adapter import ENCODER_PREFIXES, Adapter, by_pattern, is_deberta, is_positive_number, is_target
 from lora_nlu.adapters.peft_format import (
     LORA_FROZEN_RELATIVE_QUERY,
     METHODS_BY_TYPE,
     OTHER_HEADS,
     PEFT_PREFIX,
+    adapted_modules,
     check_peft_config,
-    targets_of,
 )
-from lora_nlu.errors import UserError, no_memory, shown
-from lora_nlu.files import CONFIG, METADATA, WEIGHTS, read_json, text_for_weights
+from lora_nlu.errors import UserError, is_out_of_memory, printable
+from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, read_json, weights_file_problem
 from lora_nlu.methods.description import BOTTLENECK_KEY, LORA_KEY, TRAINED_NAMES
 from lora_nlu.ops.tensors import fingerprint, not_finite
 
-_FILES = [CONFIG, METADATA, "adapter_model.*"]
+_FILES = [ADAPTER_CONFIG, RUN_METADATA, "adapter_model.*"]
 _OLD_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
 _WHOLE = "pytorch_model.bin"  # the reference implementation's checkpoints
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -71,7 +71,8 @@ def _complete(adapter: Adapter) -> Adapter:
         trained = [n for n in adapter.state if pattern and pattern.search(n) and n.startswith(ENCODER_PREFIXES)]
         if pattern and not trained:
             raise UserError(
-                f"{adapter.source}: {CONFIG} says {adapter.method}, but the file contains no tensor that it trains."
+                f"{adapter.source}: {ADAPTER_CONFIG} says {adapter.method}, but the file contains no tensor "
+                "that it trains."
             )
         if pattern == BOTTLENECK_KEY and adapter.adapter_size is None:
             lacks = trained[0].replace("adapter_B", "adapter_A")
@@ -94,7 +95,7 @@ def _complete(adapter: Adapter) -> Adapter:
 def _instead_of_lora(names: Iterable[str]) -> str:
     """What a file holds that has no LoRA matrices by our names, and what to do with it."""
     if any(name.startswith(PEFT_PREFIX) for name in names):
-        return f"holds PEFT's keys, which say nothing of rank and alpha. Give the folder with its {CONFIG}."
+        return f"holds PEFT's keys, which say nothing of rank and alpha. Give the folder with its {ADAPTER_CONFIG}."
     if any(name.endswith(".word_embeddings.weight") for name in names):
         return "is a whole model, without LoRA. Give it as --model_name_or_path."
     return "no LoRA matrices (keys ending in lora_A, lora_B) in it."
@@ -103,7 +104,7 @@ def _instead_of_lora(names: Iterable[str]) -> str:
 def load_file_safely(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file or of a `torch.save`d state dict, on the CPU; runs no code from the file."""
     try:
-        if text := text_for_weights(path):
+        if text := weights_file_problem(path):
             raise UserError(f"{path}: {text}")
         if path.suffix == ".safetensors":
             return _plain(path, load_file(path))
@@ -118,11 +119,11 @@ def load_file_safely(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as e:  # what torch meets in a damaged file has many names
         wrong = "damaged or cut short"
-        if no_memory(e):
+        if is_out_of_memory(e):
             wrong = "there is not enough memory to read it"
         elif isinstance(e, OSError) and e.errno not in (None, EINVAL):  # how torch calls a file that is cut
             wrong = "can't be read"
-        reason = shown(str(e).splitlines()[0] if str(e) else type(e).__name__, 150)
+        reason = printable(str(e).splitlines()[0] if str(e) else type(e).__name__, 150)
         raise UserError(f"{path}: {wrong} ({reason}).") from e
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) and isinstance(k, str) for k, t in state.items()):
         raise UserError(f"{path}: holds a {type(state).__name__} that is no state dict (names to tensors).")
@@ -133,7 +134,7 @@ def _plain(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state, if names can stand in a message and tensors are ordinary ones. Raises UserError."""
     for name, tensor in state.items():
         if not name.isprintable() or len(name) > 500:
-            raise UserError(f"{path}: {shown(name)} is not a valid tensor name.")
+            raise UserError(f"{path}: {printable(name)} is not a valid tensor name.")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
             raise UserError(f"{path}: {name} is not an ordinary tensor (sparse, quantised, nested or without values).")
         if tensor.nbytes > max(tensor.untyped_storage().nbytes(), 2**28):  # a view that repeats a few numbers
@@ -157,7 +158,7 @@ def check_archive(path: Path) -> None:
                 broken = archive.testzip()
             if broken is not None:
                 raise UserError(
-                    f"{path}: damaged: {shown(broken)} in it is not what was saved, by its checksum or length."
+                    f"{path}: damaged: {printable(broken)} in it is not what was saved, by its checksum or length."
                 )
 
 
@@ -180,24 +181,24 @@ def _read_file(path: Path) -> Adapter:
 
 def weights_in(source: Path) -> Path:
     """The file with an adapter's tensors: itself, or in its folder. Raises UserError if there is none."""
-    is_adapter = (source / CONFIG).is_file()
-    names = (WEIGHTS, _OLD_WEIGHTS) if is_adapter else (_WHOLE,)
+    is_adapter = (source / ADAPTER_CONFIG).is_file()
+    names = (ADAPTER_WEIGHTS, _OLD_WEIGHTS) if is_adapter else (_WHOLE,)
     for path in [source] if source.is_file() else [source / name for name in names]:
         if path.is_file():
             return path
     if (source / "config.json").is_file() and [*source.glob("model*.safetensors")]:
         raise UserError(f"{source}: is a whole model, no adapter. Give it as --model_name_or_path.")
-    raise UserError(f"{source}: holds no {CONFIG} with {WEIGHTS} (or {_OLD_WEIGHTS}).")
+    raise UserError(f"{source}: holds no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS} (or {_OLD_WEIGHTS}).")
 
 
 def _read_folder(folder: Path) -> Adapter:
     weights = weights_in(folder)
     if weights.name == _WHOLE:
         return _complete(_read_file(weights))
-    config = read_json(folder / CONFIG)
-    check_peft_config(folder / CONFIG, config)
-    metadata = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
-    _check_metadata(folder / METADATA, metadata)
+    config = read_json(folder / ADAPTER_CONFIG)
+    check_peft_config(folder / ADAPTER_CONFIG, config)
+    metadata = read_json(folder / RUN_METADATA) if (folder / RUN_METADATA).is_file() else {}
+    _check_metadata(folder / RUN_METADATA, metadata)
     state: dict[str, Tensor] = {}
     for key, tensor in load_file_safely(weights).items():
         if ".original_module." in key:
@@ -231,18 +232,19 @@ def _adapter_of_folder(
         bool(config.get("use_rslora")),
         config["peft_type"] == LORA_FROZEN_RELATIVE_QUERY,
         config.get("lora_dropout") or 0.0,
-        targets_of(config),
+        adapted_modules(config),
         metadata,
     )
     for name, rank in _complete(adapter).ranks.items():
         if not is_target(adapter, name):
             raise UserError(
-                f"{folder}: contains {name}.lora_A, but {CONFIG} has no LoRA on that layer: the files don't match."
+                f"{folder}: contains {name}.lora_A, but {ADAPTER_CONFIG} has no LoRA on that layer: "
+                "the files don't match."
             )
         said = by_pattern(config.get("rank_pattern") or {}, name, config["r"])
         if rank != said:
             raise UserError(
-                f"{folder}: {name}.lora_A has rank {rank}, {CONFIG} says {said}: they don't belong together."
+                f"{folder}: {name}.lora_A has rank {rank}, {ADAPTER_CONFIG} says {said}: they don't belong together."
             )
     return adapter
 
@@ -252,22 +254,22 @@ def _check_written(adapter: Adapter, kind: str) -> None:
     known, apart, remedy = adapter.metadata, "they don't belong together", "One of them was changed since: put"
     if known.get("peft_type", kind) != kind:
         raise UserError(
-            f"{adapter.source}: {CONFIG} says {kind}, {METADATA} {shown(known['peft_type'])}: {apart}.\n"
-            f"{remedy} peft_type back."
+            f"{adapter.source}: {ADAPTER_CONFIG} says {kind}, {RUN_METADATA} {printable(known['peft_type'])}: "
+            f"{apart}.\n{remedy} peft_type back."
         )
     trained = known.get("lora", {}).get("scalings")
     if adapter.method == "lora" and trained is not None:
         has, had = (", ".join(f"{x:.6g}" for x in sorted(numbers)) for numbers in (adapter.scalings(), trained))
         if has != had:
             raise UserError(
-                f"{adapter.source}: {CONFIG} scales the update by {has}, {METADATA} says it was trained with {had}: "
-                f"{apart}.\n{remedy} lora_alpha, alpha_pattern and use_rslora back."
+                f"{adapter.source}: {ADAPTER_CONFIG} scales the update by {has}, {RUN_METADATA} says it was trained "
+                f"with {had}: {apart}.\n{remedy} lora_alpha, alpha_pattern and use_rslora back."
             )
     if known.get("weights_fingerprint", wanted := fingerprint(adapter.state)) != wanted:
         raise UserError(
-            f"{adapter.source}: the weights are not those that {METADATA} was written with: {apart}, or are damaged.\n"
-            "Take the whole folder from one place, or a checkpoint of the run. After an interrupted save, save it"
-            " again: the same command does."
+            f"{adapter.source}: the weights are not those that {RUN_METADATA} was written with: {apart}, "
+            "or are damaged.\nTake all files of the folder from one place, or a checkpoint of the run. After an "
+            "interrupted save, save it again: the same command does."
         )
 
 
@@ -277,10 +279,14 @@ def _check_contents(folder: Path, config: dict[str, Any], state: dict[str, Tenso
     model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     for kind in (config.get("task_type"), model_class):
         if OTHER_HEADS.search(str(kind)) and not all(name.startswith(ENCODER_PREFIXES) for name in state):
-            raise UserError(f"{folder}: was trained for {shown(kind)}; its head is not one of a sequence classifier.")
+            raise UserError(
+                f"{folder}: was trained for {printable(kind)}; its head is not one of a sequence classifier."
+            )
     biases = any(name.startswith(ENCODER_PREFIXES) and name.endswith(".bias") for name in state)
     if config.get("bias") not in (None, "none") and not biases:
-        raise UserError(f"{folder}: {CONFIG} has bias={config['bias']}, but the file contains no encoder biases.")
+        raise UserError(
+            f"{folder}: {ADAPTER_CONFIG} has bias={config['bias']}, but the file contains no encoder biases."
+        )
 
 
 _FINGERPRINTS = ("weights_fingerprint", "tokenizer_fingerprint")
@@ -290,16 +296,16 @@ def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
     """What is read of a run's metadata must be of the kind that runs write. Raises UserError."""
     labels, metrics = metadata.get("labels", []), metadata.get("metrics", {})
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise UserError(f"{path}: labels is {shown(labels)}; expected a list of names.")
+        raise UserError(f"{path}: labels is {printable(labels)}; expected a list of names.")
     if not isinstance(metrics, dict) or not all(isinstance(value, (int, float)) for value in metrics.values()):
-        raise UserError(f"{path}: metrics is {shown(metrics)}; expected names with numbers.")
+        raise UserError(f"{path}: metrics is {printable(metrics)}; expected names with numbers.")
     lora = metadata.get("lora", {})
     scalings = lora.get("scalings", []) if isinstance(lora, dict) else None
-    if not isinstance(scalings, list) or not all(is_positive(x, (int, float)) for x in scalings):
-        raise UserError(f"{path}: lora is {shown(lora)}; expected scalings, a list of positive numbers, in it.")
+    if not isinstance(scalings, list) or not all(is_positive_number(x, (int, float)) for x in scalings):
+        raise UserError(f"{path}: lora is {printable(lora)}; expected scalings, a list of positive numbers, in it.")
     for key in ("task", "base_model", "base_fingerprint", "base_revision", "peft_type", *_FINGERPRINTS):
         if not isinstance(metadata.get(key, ""), str) and not (key == "base_revision" and metadata[key] is None):
-            raise UserError(f"{path}: {key} is {shown(metadata[key])}; expected a string.")
+            raise UserError(f"{path}: {key} is {printable(metadata[key])}; expected a string.")
 
 
 def check_values(adapter: Adapter) -> None:

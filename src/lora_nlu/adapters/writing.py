@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_nlu.adapters.adapter import Adapter, most_common
 from lora_nlu.adapters.peft_format import PEFT_PREFIX, peft_config
-from lora_nlu.files import CONFIG, METADATA, WEIGHTS, appearing, write_json
+from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, atomic_write, write_json
 from lora_nlu.methods.description import LORA_KEY
 from lora_nlu.methods.lora import LoRALinear, unmerged_parameters
 from lora_nlu.methods.table import describe_method
@@ -69,8 +69,8 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
         tensors[f"{PEFT_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
     config = peft_config(adapter)
     folder.mkdir(parents=True, exist_ok=True)
-    with appearing(folder / WEIGHTS) as partial:
+    with atomic_write(folder / ADAPTER_WEIGHTS) as partial:
         partial.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file would hide it from other users
     written = {"peft_type": config["peft_type"], "weights_fingerprint": fingerprint(adapter.state)}
-    write_json(folder / METADATA, adapter.metadata | written)
-    write_json(folder / CONFIG, config)
+    write_json(folder / RUN_METADATA, adapter.metadata | written)
+    write_json(folder / ADAPTER_CONFIG, config)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from lora_nlu.errors import UserError, shown
-from lora_nlu.labels import first_of, listed
+from lora_nlu.errors import UserError, printable
+from lora_nlu.labels import label_list, shortened_list
 
 LABEL = "label"
 
@@ -115,7 +115,7 @@ def _label_counts(table: Dataset, examples: Examples) -> dict[str, int]:
 
 def _counted(counts: dict[str, int]) -> str:
     """Labels with their counts."""
-    return first_of([f"{shown(name, 40)} {count}" for name, count in counts.items()])
+    return shortened_list([f"{printable(name, 40)} {count}" for name, count in counts.items()])
 
 
 def describe_examples(examples: Examples, seed: int | None = None) -> list[str]:
@@ -142,7 +142,7 @@ def describe_examples(examples: Examples, seed: int | None = None) -> list[str]:
                 counts = _label_counts(table, examples)
                 line += f": {_counted(counts)}"
                 if absent := [name for name in examples.labels if name not in counts]:
-                    line += f"; none of {listed(absent)}"
+                    line += f"; none of {label_list(absent)}"
         lines.append(f"{line}.")
     return lines
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from lora_nlu.data.examples import LABEL, Examples, decode, read_file, table_from_columns
 from lora_nlu.errors import UserError
-from lora_nlu.labels import listed, same_name
+from lora_nlu.labels import label_list, normalised_label
 
 _PAIRS = (
     ("sentence1", "sentence2"),
@@ -166,7 +166,7 @@ def _check_repeated(path: Path, labels: Sequence[str], column: str, known: dict[
     if known and all(_known_as(name, known) is not None for name in names):
         return
     raise UserError(
-        f"{path}: column {column!r} has {len(names)} different labels in {len(labels)} rows ({listed(names[:2])}, "
+        f"{path}: column {column!r} has {len(names)} different labels in {len(labels)} rows ({label_list(names[:2])}, "
         "...): nearly every row would be its own class.\n"
         "Name the column of the labels with --label_column, those of the text with --text_columns.\n"
         "Numbers of a regression need a decimal point (3.0); so many classes are named with --labels."
@@ -328,14 +328,14 @@ def _meaning(label: str) -> object:
     try:
         return int(label) if _is_integer(label) else float(label)
     except ValueError:
-        return same_name(label)
+        return normalised_label(label)
 
 
 def _known_as(label: str, ids: dict[str, int]) -> str | None:
     """The known name that a label of a file means: itself, or the only one that differs in blanks or case alone."""
     if label in ids:
         return label
-    near = [name for name in ids if same_name(name) == same_name(label)]
+    near = [name for name in ids if normalised_label(name) == normalised_label(label)]
     return near[0] if len(near) == 1 else None
 
 
@@ -350,7 +350,7 @@ def _label_order(name: str) -> tuple[int, int, str]:
 def _own_label(value: object, ids: dict[str, int], where: str, origin: str) -> int | float:
     if ids:
         if (name := _known_as(str(value), ids)) is None:
-            raise UserError(f"{where}: label {str(value)[:80]!r} is not among those of {origin}: {listed([*ids])}.")
+            raise UserError(f"{where}: label {str(value)[:80]!r} is not among those of {origin}: {label_list([*ids])}.")
         return ids[name]
     try:
         number = _number(value)

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
-from lora_nlu.errors import UserError, shown
+from lora_nlu.errors import UserError, printable
 from lora_nlu.methods.bottleneck import bottleneck
 from lora_nlu.methods.lora import lora_linear
 from lora_nlu.methods.table import describe_lora_
@@ -129,8 +129,8 @@ def refuse_quantised(name: Any, setting: Any) -> None:
         values = setting if isinstance(setting, dict) else setting.to_dict()
         method = getattr(values.get("quant_method"), "value", values.get("quant_method")) or ", ".join(map(str, values))
         raise UserError(
-            f"{name}: quantisation ({shown(method)}) is not supported: these models compute with weights in fp32, fp16 "
-            "or bf16.\nLoad the unquantised checkpoint. To quantise what was trained, merge it "
+            f"{name}: quantisation ({printable(method)}) is not supported: these models compute with weights in fp32, "
+            "fp16 or bf16.\nLoad the unquantised checkpoint. To quantise what was trained, merge it "
             "(python -m lora_nlu.adapters convert ... --to merged) and load that in transformers' own class."
         )
 

@@ -11,9 +11,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 
-from lora_nlu.errors import UserError, first_line, no_memory, shown
-from lora_nlu.files import CONFIG, read_json, text_for_weights
-from lora_nlu.labels import check_labels, config_labels, head_order, last_layer, listed, set_labels
+from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
+from lora_nlu.files import ADAPTER_CONFIG, read_json, weights_file_problem
+from lora_nlu.labels import check_labels, config_labels, label_list, last_head_layer, match_head_rows, set_labels
 from lora_nlu.methods.description import is_added
 from lora_nlu.methods.lora import unmerged_parameters
 from lora_nlu.methods.table import mark_trainable
@@ -36,10 +36,10 @@ def load_config(name: str, **hub: Any) -> Any:
     try:
         config = AutoConfig.from_pretrained(name, **hub)
     except Exception as e:  # what a setting that makes no sense is called has many names
-        if Path(name, CONFIG).is_file() and not Path(name, "config.json").is_file():
-            settings = read_json(Path(name, CONFIG))
+        if Path(name, ADAPTER_CONFIG).is_file() and not Path(name, "config.json").is_file():
+            settings = read_json(Path(name, ADAPTER_CONFIG))
             flag = "lora_path" if "LORA" in str(settings.get("peft_type")) else "adapter_path"
-            base = shown(settings.get("base_model_name_or_path") or "the model it was trained from")
+            base = printable(settings.get("base_model_name_or_path") or "the model it was trained from")
             raise UserError(
                 f"--model_name_or_path {name}: is an adapter.\n"
                 f"Give it as --{flag}, and its base ({base}) as --model_name_or_path."
@@ -100,16 +100,17 @@ def load_model(
         raise
     except Exception as e:  # what torch meets in a damaged file has many names
         for path in sorted(Path(name).glob("*.safetensors")) or sorted(Path(name).glob("pytorch_model*.bin")):
-            if text := text_for_weights(path):
+            if text := weights_file_problem(path):
                 raise UserError(f"--model_name_or_path {name}: {path.name}: {text}") from e
-        said = "there is not enough memory for its weights" if no_memory(e) else "its weights can't be loaded"
+        said = "there is not enough memory for its weights" if is_out_of_memory(e) else "its weights can't be loaded"
         raise UserError(f"--model_name_or_path {name}: {said} ({first_line(e)}).") from e
     finally:
         transformers.logging.set_verbosity(verbosity)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers took an adapter beside the model, and its base
         raise UserError(
-            f"--model_name_or_path {name}: holds a model and an adapter ({CONFIG}); it isn't clear which is meant.\n"
-            f"Give the adapter's files in a folder of their own as --lora_path, and the model without {CONFIG} here."
+            f"--model_name_or_path {name}: holds a model and an adapter ({ADAPTER_CONFIG}); it isn't clear which is "
+            f"meant.\nGive the adapter's files in a folder of their own as --lora_path, and the model without "
+            f"{ADAPTER_CONFIG} here."
         )
     new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if wrong := sorted(new - set(head_names(model))):
@@ -137,17 +138,17 @@ def load_model(
 def _no_head(name: str, config: Any, trained: Sequence[str] | None, report: dict[str, Any]) -> UserError:
     """Why the head in a checkpoint's weights can't be evaluated: there is none, or it has other rows."""
     shapes = {key: shape for key, shape, _ in report["mismatched_keys"]}
-    last = last_layer(shapes)
+    last = last_head_layer(shapes)
     if last is None:
         return UserError(f"{name} has no trained head. Train (--do_train), or give an adapter with --lora_path.")
     rows = shapes[f"{last}.weight"][0]
     if trained is not None and rows != (len(trained) or 1):
         return UserError(
             f"{name}: the head in its weights has {rows} rows, and its config.json has {len(trained) or 1} labels: "
-            f"{listed(trained)}."
+            f"{label_list(trained)}."
         )
-    told = f"{rows} classes" if trained is None else listed(trained)
-    return UserError(f"{name}: was trained to predict {told}; the examples have {listed(config_labels(config))}.")
+    told = f"{rows} classes" if trained is None else label_list(trained)
+    return UserError(f"{name}: was trained to predict {told}; the examples have {label_list(config_labels(config))}.")
 
 
 def own_adapter(model: Any) -> list[str]:
@@ -181,12 +182,12 @@ def check_method(model: Any, name: str, saved: dict[str, Any]) -> None:
 @torch.no_grad()
 def _order_head_(model: Any, name: str, trained: Sequence[str] | None, report: dict[str, Any]) -> list[str]:
     """Put the rows of a checkpoint's head in the order of the model's labels, or draw it anew; lines worth saying."""
-    last = last_layer(model.state_dict())
+    last = last_head_layer(model.state_dict())
     if f"{last}.weight" in report["missing_keys"]:
         return [] if trained is None else [f"{name}: has no trained head; a new one is initialised."]
     shapes = {key: shape for key, shape, _ in report["mismatched_keys"]}
     count = shapes.get(f"{last}.weight", [model.config.num_labels])[0]
-    rows, note = head_order(name, count, trained, config_labels(model.config))
+    rows, note = match_head_rows(name, count, trained, config_labels(model.config))
     if rows is None:
         for layer in model.classifier.modules():
             if isinstance(layer, nn.Linear):

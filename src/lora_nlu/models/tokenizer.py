@@ -8,8 +8,8 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from lora_nlu.errors import UserError, first_line, shown
-from lora_nlu.files import text_for_weights
+from lora_nlu.errors import UserError, first_line, printable
+from lora_nlu.files import weights_file_problem
 from lora_nlu.models.loading import longest_input
 
 # Mixed case, accents, punctuation, blanks, numbers: where tokenizers of one vocabulary differ
@@ -45,8 +45,8 @@ def check_tokenizer(source: str, known: dict[str, Any], fingerprint: str, remedy
     """Raise UserError if what `known` records was trained with another tokenizer; older metadata records none."""
     if (trained := known.get("tokenizer_fingerprint", fingerprint)) != fingerprint:
         raise UserError(
-            f"{source}: was trained with another tokenizer (fingerprint {shown(trained)}; this one has {fingerprint}): "
-            f"it would read other words.\n{remedy}"
+            f"{source}: was trained with another tokenizer (fingerprint {printable(trained)}; this one has "
+            f"{fingerprint}): it would read other words.\n{remedy}"
         )
 
 
@@ -60,7 +60,7 @@ def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     except Exception as e:  # what transformers meets in missing or damaged files has many names
         for path in sorted(Path(name).glob("*.model")):  # SentencePiece's
-            if text := text_for_weights(path, "tokens"):
+            if text := weights_file_problem(path, "tokens"):
                 raise UserError(f"{path}: {text}") from e
         reason = (
             f"{type(e).__name__}: {first_line(e)}" if isinstance(e, KeyError) else first_line(e)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_nlu.data.tasks import REPORTED, TASKS
 from lora_nlu.errors import UserError
-from lora_nlu.files import folders_with, is_training, read_json
+from lora_nlu.files import folders_containing, is_training_run, read_json
 from lora_nlu.report.paper import LORA_RANKS, PAPER, Published
 from lora_nlu.report.submission import Figures, read_figures, read_state
 
@@ -143,8 +143,8 @@ def collect(given: Sequence[Path]) -> tuple[list[Cell], list[str]]:
     runs: dict[Path, Run] = {}
     absent = []
     for start in given:
-        folders = folders_with("run.json", start) if start.is_dir() else []
-        found = {path: known for path in folders if is_training(known := read_json(path / "run.json"))}
+        folders = folders_containing("run.json", start) if start.is_dir() else []
+        found = {path: known for path in folders if is_training_run(known := read_json(path / "run.json"))}
         absent += [] if found else [f"missing: {start}" + ", no training run in it" * start.is_dir()]
         for path, known in found.items():
             if known.get("task") not in TASKS:

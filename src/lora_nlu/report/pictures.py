@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from lora_nlu.data.tasks import REPORTED, TASKS
-from lora_nlu.files import appearing
+from lora_nlu.files import atomic_write
 
 # Okabe and Ito's palette
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -61,7 +61,7 @@ def percent(task: str) -> str:
 
 def save(figure: Figure, folder: Path, name: str) -> str:
     for kind in ("png", "svg"):
-        with appearing(folder / f"{name}.{kind}") as partial:
+        with atomic_write(folder / f"{name}.{kind}") as partial:
             figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     return name
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from lora_nlu.adapters.adapter import Adapter
 from lora_nlu.adapters.reading import check_values, read_adapter
 from lora_nlu.errors import UserError
-from lora_nlu.files import appearing, write_text
+from lora_nlu.files import atomic_write, write_text
 
 
 def subspace_similarity(A1: Tensor, A2: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def draw(pairs: list[Pair], layers: list[str], names: list[str], ranks: list[str
         figure.supylabel(f"i: top vectors of adapter 1, {names[0]}", fontsize=12)
         figure.supxlabel(f"j: top vectors of adapter 2, {names[1]}", fontsize=12)
         for kind in ("png", "svg"):
-            with appearing(folder / f"similarity.{kind}") as partial:
+            with atomic_write(folder / f"similarity.{kind}") as partial:
                 figure.savefig(partial, format=kind, dpi=150)
 
 

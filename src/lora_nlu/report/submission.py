@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lora_nlu.data.tasks import TASKS, Task
 from lora_nlu.errors import UserError
-from lora_nlu.files import appearing, folders_with, read_json
+from lora_nlu.files import atomic_write, folders_containing, read_json
 
 HEADER = "index\tprediction"
 STATE = "trainer_state.json"
@@ -123,7 +123,7 @@ def find_runs(given: Sequence[Path]) -> list[Run]:
     """Every run in or under the given folders, each once. Raises UserError for a folder that holds none."""
     found: dict[Path, Run] = {}
     for start in given:
-        folders = folders_with("run.json", start)
+        folders = folders_containing("run.json", start)
         if not folders:
             raise UserError(f"{start}: holds no run (no run.json). Give an output folder of run_glue.py.")
         for path in folders:
@@ -236,7 +236,7 @@ def write_zip(out: Path, content: dict[_File, list[str]]) -> None:
     """Write the zip whole or not at all, read back before it gets its name; same bytes for same content."""
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with appearing(out) as partial:
+        with atomic_write(out) as partial:
             with zipfile.ZipFile(partial, "w") as archive:
                 for file, answers in content.items():
                     entry = zipfile.ZipInfo(file.name)  # dated 1980, whatever the clock says

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from lora_nlu.errors import UserError, first_line, no_memory
+from lora_nlu.errors import UserError, first_line, is_out_of_memory
 from lora_nlu.ops.sharding import is_finite
 from lora_nlu.training.processes import lost_process
 
@@ -97,7 +97,12 @@ def naming_damage(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as e:
-        if isinstance(e, UserError | torch.OutOfMemoryError) or lost_process(e) or no_memory(e) or not checkpoint:
+        if (
+            isinstance(e, UserError | torch.OutOfMemoryError)
+            or lost_process(e)
+            or is_out_of_memory(e)
+            or not checkpoint
+        ):
             raise
         if damaged := _damaged_file(Path(checkpoint)):
             raise UserError(

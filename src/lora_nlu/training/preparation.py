@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lora_nlu.data.tasks import TASKS
-from lora_nlu.errors import UserError, shown
-from lora_nlu.labels import listed, placeholders, rows_by_name, same_name
+from lora_nlu.errors import UserError, printable
+from lora_nlu.labels import label_list, normalised_label, placeholder_labels, rows_by_label
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Head:
             if names_new_labels:
                 return self
             raise UserError(f"{self.source}: its head has {self.count} classes, but --labels names {len(names)}.")
-        if [*map(same_name, names)] == [*map(same_name, self.labels)]:
+        if [*map(normalised_label, names)] == [*map(normalised_label, self.labels)]:
             return self
-        if names_new_labels and rows_by_name(self.labels, names) is None:
+        if names_new_labels and rows_by_label(self.labels, names) is None:
             return self
         if not self.labels:
             raise UserError(f"{self.source}: predicts a number; a regression has no label names. Leave --labels out.")
         raise UserError(
-            f"{self.source}: was trained to predict {listed(self.labels)}, but --labels names {listed(names)}.\n"
-            "Leave --labels out: the label names are recorded."
+            f"{self.source}: was trained to predict {label_list(self.labels)}, but --labels names {label_list(names)}"
+            ".\nLeave --labels out: the label names are recorded."
         )
 
     def check_ids(self, wanted: Sequence[str] | None) -> str:
@@ -48,14 +48,14 @@ class Head:
 
         wanted: labels of one's own examples, class 0 first; None where the examples have none. Raises UserError.
         """
-        if wanted is not None and tuple(wanted) in (tuple(map(str, range(self.count))), placeholders(self.count)):
-            ids = f"{self.source}: records no label names; the labels {listed(wanted)} are used as its class ids."
+        if wanted is not None and tuple(wanted) in (tuple(map(str, range(self.count))), placeholder_labels(self.count)):
+            ids = f"{self.source}: records no label names; the labels {label_list(wanted)} are used as its class ids."
             return f"{ids} If that is wrong, name its classes, class 0 first: --labels."
         orders = [f"{task.name} {','.join(task.labels)}" for task in TASKS.values() if len(task.labels) == self.count]
         known = f"; GLUE's: {'; '.join(orders)}" if orders else ""
         if self.saved_as:
             raise UserError(
-                f"{self.source}: has no trained head, by its config.json (a {shown(self.saved_as)}).\n"
+                f"{self.source}: has no trained head, by its config.json (a {printable(self.saved_as)}).\n"
                 "Train first (--do_train), or give an adapter of it with --lora_path.\n"
                 f"If it has one, name its classes, class 0 first, with --labels{known}."
             )

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 import transformers
 
-from lora_nlu.errors import UsageError, UserError, no_memory
+from lora_nlu.errors import UsageError, UserError, is_out_of_memory
 
 _NETWORK = ("aiohttp", "datasets", "fsspec", "httpx", "huggingface_hub", "requests", "ssl", "urllib", "urllib3")
 # seconds in which a launcher ends the processes that are left when one has ended
@@ -82,7 +82,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
             1,
         )
     except (MemoryError, RuntimeError) as e:
-        if no_memory(e):
+        if is_out_of_memory(e):
             fail(
                 f"there is not enough memory ({(str(e) or type(e).__name__).splitlines()[0][:150]}).\n"
                 "Lower --per_device_train_batch_size and raise --gradient_accumulation_steps by the same factor (the "

@@ -23,8 +23,16 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 import lora_nlu
 from lora_nlu.data.metrics import predicted
 from lora_nlu.errors import UserError
-from lora_nlu.files import CONFIG, METADATA, WEIGHTS, is_training, read_json, write_json, write_text
-from lora_nlu.labels import listed
+from lora_nlu.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    RUN_METADATA,
+    is_training_run,
+    read_json,
+    write_json,
+    write_text,
+)
+from lora_nlu.labels import label_list
 from lora_nlu.methods.lora import LoRALinear
 from lora_nlu.methods.table import count_parameters, describe_method
 from lora_nlu.training.checkpoints import (
@@ -44,9 +52,9 @@ _RESULTS = (
     "trainer_state.json",
     "*_results.json",
     *_SCORED,
-    WEIGHTS,
-    CONFIG,
-    METADATA,
+    ADAPTER_WEIGHTS,
+    ADAPTER_CONFIG,
+    RUN_METADATA,
 )
 # What the difference of a setting means that says nothing by itself
 _MEANING = {"train_data": ": the training examples differ", "eval_data": ": the evaluation examples differ"}
@@ -184,7 +192,7 @@ def record_evaluation(trainer: AdapterTrainer, evaluated: str) -> None:
     """
     folder, now = Path(trainer.args.output_dir), trainer.metadata
     (earlier,) = broadcast_object_list([recorded(folder)])
-    if not is_training(earlier):
+    if not is_training_run(earlier):
         record(trainer)
         return
     task, method = earlier.get("task"), earlier.get("method", {}).get("name")
@@ -255,7 +263,7 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
             changed = [name for name in names if one.get(name) != other.get(name)]
             differences += [f"{n} {one.get(n)}, now {other.get(n)}{_MEANING.get(n, '')}" for n in changed]
         elif one != other:
-            one, other = (listed(value) if key == "labels" else value for value in (one, other))
+            one, other = (label_list(value) if key == "labels" else value for value in (one, other))
             differences.append(f"{key} {one}, now {other}")
     return differences
 
@@ -290,8 +298,8 @@ def _to_do(trainer: AdapterTrainer) -> tuple[str | None, bool]:
             f"--output_dir {folder} holds results that another model gave ({results[0]}), to be taken for this run's.\n"
             "Choose another folder, or --overwrite_output_dir to remove them first."
         )
-    if checkpoint and Path(checkpoint, METADATA).is_file():  # it may be another folder's
-        _check_same_run(checkpoint, read_json(Path(checkpoint, METADATA)), trainer.metadata)
+    if checkpoint and Path(checkpoint, RUN_METADATA).is_file():  # it may be another folder's
+        _check_same_run(checkpoint, read_json(Path(checkpoint, RUN_METADATA)), trainer.metadata)
     if checkpoint and "trained" not in earlier:
         _check_best_metric(str(folder), earlier, trainer.args)
         trainer.check_engine(checkpoint)

@@ -6,7 +6,7 @@ from typing import Any
 from lora_nlu.adapters.model_card import write_card
 from lora_nlu.data.metrics import greater_is_better
 from lora_nlu.data.tokenization import token_count
-from lora_nlu.files import METADATA, read_json, write_json
+from lora_nlu.files import RUN_METADATA, read_json, write_json
 from lora_nlu.methods.table import count_parameters
 from lora_nlu.training.runs import LOSS_PARTS, peak_memory_gib
 from lora_nlu.training.trainer import AdapterTrainer
@@ -18,8 +18,8 @@ def describe_run(trainer: AdapterTrainer, metrics: dict[str, float], metric: str
     if trainer.saves_part and trainer.args.process_index == 0:
         reported = {key: value for key, value in metrics.items() if metric in key or key.startswith("eval_loss")}
         if reported:  # a start that only finds training done has none, and the earlier ones stay
-            known = read_json(folder / METADATA)
-            write_json(folder / METADATA, known | {"metrics": reported})
+            known = read_json(folder / RUN_METADATA)
+            write_json(folder / RUN_METADATA, known | {"metrics": reported})
         write_card(folder)
 
 

@@ -30,7 +30,7 @@ from lora_nlu.adapters.attaching import load_adapter
 from lora_nlu.adapters.reading import check_archive, read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError, first_line
-from lora_nlu.files import WEIGHTS, publish, write_json
+from lora_nlu.files import ADAPTER_WEIGHTS, flush_and_rename, write_json
 from lora_nlu.methods.table import trains_a_part
 from lora_nlu.models.losses import classification_loss
 from lora_nlu.ops.sharding import copy_into, is_finite, load_optimizer_state, made_whole, optimizer_state, parameters
@@ -396,7 +396,7 @@ class AdapterTrainer(Trainer):
                 write_json(saving / name / FILE_LIST, files)
                 if (output_dir / name).exists():  # a damaged one of the same step
                     remove_checkpoint(output_dir / name)
-                publish(saving / name, output_dir / name)
+                flush_and_rename(saving / name, output_dir / name)
         except (OSError, SafetensorError, RuntimeError) as e:
             if isinstance(e, RuntimeError) and not FULL_DISK.search(str(e)):
                 raise
@@ -452,7 +452,7 @@ class AdapterTrainer(Trainer):
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        is_adapter = Path(resume_from_checkpoint, WEIGHTS).is_file()
+        is_adapter = Path(resume_from_checkpoint, ADAPTER_WEIGHTS).is_file()
         if not is_adapter and not self.is_fsdp_enabled:
             with naming_damage(resume_from_checkpoint):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
