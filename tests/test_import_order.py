@@ -31,7 +31,10 @@ ORDER = {
     "methods": ["description", "lora", "bottleneck", "table"],
     "models": ["losses", "layers", "modeling_roberta", "modeling_deberta_v2", "loading", "tokenizer"],
     "adapters": ["adapter", "peft_format", "reading", "writing", "attaching", "model_card", "converting", "__main__"],
-    "data": ["tasks", "metrics", "examples", "tokenization", "glue", "user_files", "loading"],
+    "data": [
+        "tasks", "metrics", "text_files", "examples", "tokenization", "glue", "user_rows", "user_labels", "user_files",
+        "loading",
+    ],
     "training": [
         "processes", "preparation", "legacy_flags", "arguments", "checks", "checkpoints", "trainer", "runs", "summary",
     ],

@@ -18,12 +18,12 @@ from transformers.integrations import deepspeed, is_tensorboard_available
 from lora_nlu.adapters.adapter import Adapter
 from lora_nlu.adapters.attaching import attach_adapter, check_settings, head_rows, with_labels, with_relative_query
 from lora_nlu.adapters.reading import read_adapter
-from lora_nlu.data.examples import Examples, choose_rows, describe_examples, digest
+from lora_nlu.data.examples import Examples, choose_rows, describe_examples
 from lora_nlu.data.glue import use_cache_if_hub_unreachable
 from lora_nlu.data.loading import load_examples, with_diagnostics
 from lora_nlu.data.metrics import compute_metrics
 from lora_nlu.data.tasks import TASKS
-from lora_nlu.data.tokenization import tokenize
+from lora_nlu.data.tokenization import digest, tokenize
 from lora_nlu.errors import UsageError, UserError, printable
 from lora_nlu.files import ADAPTER_CONFIG
 from lora_nlu.labels import check_label_config, check_labels, config_labels, label_list, recorded_labels, rows_by_label

@@ -23,11 +23,11 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from lora_nlu.data.examples import Examples, choose_rows, describe_examples, digest
+from lora_nlu.data.examples import Examples, choose_rows, describe_examples
 from lora_nlu.data.glue import load_glue_folder
 from lora_nlu.data.loading import load_examples
 from lora_nlu.data.tasks import TASKS
-from lora_nlu.data.tokenization import token_count
+from lora_nlu.data.tokenization import digest, token_count
 from lora_nlu.data.tokenization import tokenize as tokenize_and_say
 from lora_nlu.data.user_files import load_files
 from lora_nlu.errors import UserError
@@ -497,18 +497,19 @@ BAD_OWN = {
     "half a surrogate pair": ("a.jsonl", '{"text": "A", "label": 1}\n{"text": "\\ud800", "label": 0}\n', "{path}:2: "),
     "two columns of one name": ("a.csv", "text,text,label\nA,B,x\n", "{path}:1: "),
     "a key that stands twice": ("a.jsonl", '{"text": "A", "label": 1}\n{"text": "B", "label": 1, "label": 0}\n',
-                                "{path}:2: the key 'label' stands twice"),
+                                "{path}:2: the key 'label' occurs twice"),
     "a key of an inner object twice": ("a.json", '{"text": "A", "label": 1, "of": {"a": 1, "a": 1}}\n', "{path}:1: "),
     "a text that stands twice": ("a.json", '{"text": "A", "label": 1, "text": "A"}\n', "{path}:1: the key 'text'"),
     "semicolons": ("a.csv", "text;label\nA;x\nB;y\n", "{path}:1: the header is one column, 'text;label'.\nA .csv file "
-                   "has commas between columns, this one semicolons: save it so."),
+                   "separates columns by commas, this one by semicolons. Save it with commas."),
     "semicolons and a comma": ("a.csv", "text;label\nA, B;x\n", "{path}:1: the header is one column"),
-    "tabs": ("a.csv", "text\tlabel\nA\tx\n", "{path}:1: the header is one column, 'text\\tlabel'.\nA .csv file has "
-             "commas between columns, this one tabs: save it so, or name it .tsv."),
-    "commas": ("a.tsv", "text,label\nA,x\n", "{path}:1: the header is one column, 'text,label'.\nA .tsv file has tabs "
-               "between columns, this one commas: save it so, or name it .csv."),
-    "semicolons with a comma in the header": ("a.csv", "text;by, me;label\nA;B;x\n", "{path}:2: 1 columns, the header "
-                                              "has 2.\nA .csv file has commas between columns, this one semicolons"),
+    "tabs": ("a.csv", "text\tlabel\nA\tx\n", "{path}:1: the header is one column, 'text\\tlabel'.\nA .csv file "
+             "separates columns by commas, this one by tabs. Save it with commas, or name it .tsv."),
+    "commas": ("a.tsv", "text,label\nA,x\n", "{path}:1: the header is one column, 'text,label'.\nA .tsv file "
+               "separates columns by tabs, this one by commas. Save it with tabs, or name it .csv."),
+    "semicolons with a comma in the header": ("a.csv", "text;by, me;label\nA;B;x\n", "{path}:2: 1 columns, "
+                                              "the header has 2.\nA .csv file separates columns by commas, this one "
+                                              "by semicolons"),
     "constant numbers": ("a.csv", "text,label\nA,0.5\nB,0.50\n", "{path}: every label in column 'label' is 0.5"),
     "Latin-1": ("a.csv", "text,label\nA,x\ncafé,y\n".encode("latin-1"), "{path}:3: "),
 }  # fmt: skip
@@ -570,7 +571,7 @@ def test_numbers_that_are_all_the_same_are_no_regression_to_learn_or_to_judge(wr
 def test_a_label_that_is_not_known_says_where_the_known_ones_come_from(tmp_path):
     path = write(tmp_path / "dev.csv", of_labels(["1", "0"]))
     for source in ("--labels", "output/adapter"):
-        message = refusal(load_files, {"validation": str(path)}, ("negative", "positive"), named_by=source)
+        message = refusal(load_files, {"validation": str(path)}, ("negative", "positive"), expected_by=source)
         assert message == f"{path}:2: label '1' is not among those of {source}: negative, positive."
     train = write(tmp_path / "train.csv", of_labels([f"c{i:02}" for i in range(14)] * 2))
     message = refusal(load_files, {"train": str(train), "validation": str(path)}, None)
@@ -579,7 +580,7 @@ def test_a_label_that_is_not_known_says_where_the_known_ones_come_from(tmp_path)
     )
     for split in ("train", "validation"):
         numbers = write(tmp_path / "numbers.csv", of_labels(["0.5", "1"]))
-        message = refusal(load_files, {split: str(numbers)}, ("negative", "positive"), named_by="--labels")
+        message = refusal(load_files, {split: str(numbers)}, ("negative", "positive"), expected_by="--labels")
         assert message.startswith(f"{numbers}: ") and "a regression has no label names" in message
 
 
@@ -1016,7 +1017,7 @@ def test_columns_of_which_one_would_have_to_guess_are_refused_until_text_columns
 def test_label_column_names_another_column_and_what_is_left_is_the_text(tmp_path):
     path = write(tmp_path / "a.csv", "review,sentiment\nfine,good\nawful,bad\n")
     message = refusal(load_files, {"train": str(path)}, None)
-    assert message.startswith(f"{path}:2: no column 'label'; has review, sentiment") and "--label_column" in message
+    assert message.startswith(f"{path}:2: no column 'label' among review, sentiment") and "--label_column" in message
     examples = load_files({"train": str(path)}, None, None, "sentiment")
     assert_table(examples.splits["train"], ["fine", "awful"], None, [1, 0])
     assert describe_examples(examples) == ["train: 2 rows, text in 'review', labels in 'sentiment': bad 1, good 1."]
@@ -1028,9 +1029,9 @@ def test_a_column_that_text_columns_names_must_be_in_every_file(tmp_path):
     train = write(tmp_path / "train.csv", "text,author,label\nA,me,x\nB,you,y\n")
     test = write(tmp_path / "test.csv", "sentence\nC\n")
     message = refusal(load_files, {"train": str(train)}, None, ("body",))
-    assert message.startswith(f"{train}:2: no column 'body'; has text, author, label") and "--text_columns" in message
+    assert message.startswith(f"{train}:2: no column 'body' among text, author, label") and "--text_columns" in message
     message = refusal(load_files, {"train": str(train), "test": str(test)}, None, ("text",))
-    assert message.startswith(f"{test}:2: no column 'text'; has sentence")
+    assert message.startswith(f"{test}:2: no column 'text' among sentence")
     one = write(tmp_path / "one.csv", "text,label\nA,x\nB,y\n")
     message = refusal(load_files, {"train": str(one), "test": str(test)}, None)
     assert message.startswith(f"{test}:2: no column 'text'")  # not another that stands alone
@@ -1100,7 +1101,7 @@ def test_labels_that_are_the_same_number_written_otherwise_are_said_with_their_c
     assert {*examples.labels} == {one, other, *names}
     (note,) = examples.notes
     assert note.startswith(f"{tmp_path / 'a.csv'}: ") and f"'{one}' (2 rows), '{other}' (1 rows)" in note
-    assert "one number, written otherwise" in note
+    assert "the same number in different notations" in note
 
 
 def test_a_label_that_differs_from_a_known_one_in_blanks_or_case_alone_is_read_as_it_and_said(tmp_path):

@@ -9,98 +9,13 @@ import datasets
 import huggingface_hub
 from datasets import Dataset
 
-from lora_nlu.data.examples import LABEL, Examples, decode, read_file, table_from_columns
+from lora_nlu.data.examples import LABEL, Examples, table_with_fingerprint
 from lora_nlu.data.tasks import Task
+from lora_nlu.data.text_files import decode_utf8, read_nonempty
 from lora_nlu.errors import UserError
 
 HUB_DATASET = "nyu-mll/glue"
 HUB_TIMEOUT_S = 5
-
-
-def use_cache_if_hub_unreachable() -> None:
-    """Ask the Hub for a sign of life; without one, read only the local cache instead of retrying for minutes."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
-    except Exception:  # whatever the HTTP library in use calls it: no answer
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True
-
-
-# ---------------------------------------------------------------------------------------------------- GLUE folders
-
-
-def _glue_lines(path: Path, task: Task, text: str) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields) of a GLUE file: tab-separated, unquoted; complete to the last line."""
-    lines = text.split("\n")
-    if lines.pop():
-        raise UserError(
-            f"{path}:{len(lines) + 1}: the last line has no end: the file was cut short.\n"
-            "Download it again, or add the missing newline if it is complete."
-        )
-    width = len(lines[0].rstrip("\r").split("\t"))
-    for number, line in enumerate(lines, start=1):
-        fields = line.rstrip("\r").split("\t")
-        if len(fields) != width:
-            if task.skips_broken_lines and number < len(lines):
-                continue  # as the Hub's own conversion of this task does
-            raise UserError(f"{path}:{number}: {len(fields)} columns, the file has {width}: a broken or cut line.")
-        yield number, fields
-
-
-def _glue_columns(task: Task, with_labels: bool) -> tuple[str, ...]:
-    """The columns of a task's file that are read: text, or a pair, then the label."""
-    return (*(task.text_columns or task.text), *([task.label_column] if with_labels else []))
-
-
-def read_glue_file(path: Path, task: Task, with_labels: bool) -> Dataset:
-    """Read one file of the standard GLUE download.
-
-    Raises UserError, with file and line, for a missing or empty file, a header without the task's columns, a line of
-    another width or without an end, and a label outside the task's set.
-    """
-    content = read_file(path)
-    lines = _glue_lines(path, task, decode(path, content))
-    wanted = _glue_columns(task, with_labels)
-    if with_labels and task.headerless:
-        header = list(task.headerless)
-        first = content.split(b"\n", 1)[0].count(b"\t") + 1
-        if first != len(header):
-            raise UserError(f"{path}:1: {first} columns, {task.name} has {len(header)}: {', '.join(header)}.")
-    else:
-        _, header = next(lines)
-        if missing := [column for column in wanted if column not in header]:
-            raise UserError(
-                f"{path}:1: the header lacks {', '.join(map(repr, missing))}; it has {', '.join(header)}.\n"
-                f"Is this the standard GLUE file of {task.name}?"
-            )
-    places = [header.index(column) for column in wanted]
-    ids = {name: i for i, name in enumerate(task.written or task.labels)}
-    names = ["text", "text_pair"][: len(task.text)]
-    columns: dict[str, list] = {name: [] for name in names + ([LABEL] if with_labels else [])}
-    for number, fields in lines:
-        for name, place in zip(names, places, strict=False):
-            columns[name].append(fields[place])
-        if with_labels:
-            columns[LABEL].append(_glue_label(fields[places[-1]], ids, task, f"{path}:{number}"))
-    if not columns["text"]:
-        raise UserError(f"{path}: no examples, only a header.")
-    return table_from_columns(columns, f"{task.name} {with_labels} {hashlib.sha256(content).hexdigest()}")
-
-
-def _glue_label(written: str, ids: dict[str, int], task: Task, where: str) -> int | float:
-    if not task.is_regression:
-        if written not in ids:
-            raise UserError(f"{where}: label {written!r} is none of {task.name}'s: {', '.join(ids)}.")
-        return ids[written]
-    try:
-        score = float(written)
-    except ValueError:
-        score = math.nan
-    if not 0 <= score <= 5:  # catches NaN as well
-        raise UserError(f"{where}: label {written!r} is no number from 0 to 5, as {task.name}'s scores are.")
-    return score
 
 
 def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str]) -> Examples:
@@ -121,7 +36,79 @@ def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str]) -> Exampl
             datasets.logging.get_logger(__name__).warning(
                 f"{path} has {len(tables[split])} examples; the published file has {task.rows[split]}."
             )
-    return Examples(tables, task.labels, {s: _glue_columns(task, not s.startswith("test")) for s in splits})
+    return Examples(tables, task.labels, {s: _columns(task, not s.startswith("test")) for s in splits})
+
+
+def _columns(task: Task, with_labels: bool) -> tuple[str, ...]:
+    """The columns of a task's file that are read: text, or a pair, then the label."""
+    return (*(task.text_columns or task.text), *([task.label_column] if with_labels else []))
+
+
+def read_glue_file(path: Path, task: Task, with_labels: bool) -> Dataset:
+    """Read one file of the standard GLUE download.
+
+    Raises UserError, with file and line, for a missing or empty file, a header without the task's columns, a line of
+    another width or without a newline, and a label outside the task's set.
+    """
+    content = read_nonempty(path)
+    lines = _lines(path, task, decode_utf8(path, content))
+    names_in_file = _columns(task, with_labels)
+    if with_labels and task.headerless:
+        header = list(task.headerless)
+        width = content.split(b"\n", 1)[0].count(b"\t") + 1
+        if width != len(header):
+            raise UserError(f"{path}:1: {width} columns, {task.name} files have {len(header)}: {', '.join(header)}.")
+    else:
+        _, header = next(lines)
+        if missing := [column for column in names_in_file if column not in header]:
+            raise UserError(
+                f"{path}:1: the header lacks {', '.join(map(repr, missing))}; it has {', '.join(header)}.\n"
+                f"Is this the standard GLUE file of {task.name}?"
+            )
+    indices = [header.index(column) for column in names_in_file]
+    ids = {name: i for i, name in enumerate(task.written or task.labels)}
+    names = ["text", "text_pair"][: len(task.text)]
+    columns: dict[str, list] = {name: [] for name in names + ([LABEL] if with_labels else [])}
+    for number, fields in lines:
+        for name, index in zip(names, indices, strict=False):
+            columns[name].append(fields[index])
+        if with_labels:
+            columns[LABEL].append(_label(fields[indices[-1]], ids, task, f"{path}:{number}"))
+    if not columns["text"]:
+        raise UserError(f"{path}: no examples, only a header.")
+    return table_with_fingerprint(columns, f"{task.name} {with_labels} {hashlib.sha256(content).hexdigest()}")
+
+
+def _lines(path: Path, task: Task, text: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields) of a GLUE file: tab-separated, unquoted, with a newline at its very end."""
+    lines = text.split("\n")
+    if lines.pop():
+        raise UserError(
+            f"{path}:{len(lines) + 1}: the last line has no newline: the file may be cut short.\n"
+            "Download it again, or add the newline if the file is complete."
+        )
+    width = len(lines[0].rstrip("\r").split("\t"))
+    for number, line in enumerate(lines, start=1):
+        fields = line.rstrip("\r").split("\t")
+        if len(fields) != width:
+            if task.skips_broken_lines and number < len(lines):
+                continue  # as the Hub's own conversion of this task does
+            raise UserError(f"{path}:{number}: {len(fields)} columns, the file has {width}: a broken or cut line.")
+        yield number, fields
+
+
+def _label(written: str, ids: dict[str, int], task: Task, place: str) -> int | float:
+    if not task.is_regression:
+        if written not in ids:
+            raise UserError(f"{place}: label {written!r} is not one of {task.name}'s: {', '.join(ids)}.")
+        return ids[written]
+    try:
+        score = float(written)
+    except ValueError:
+        score = math.nan
+    if not 0 <= score <= 5:  # true for NaN as well
+        raise UserError(f"{place}: label {written!r} is not a number from 0 to 5, as {task.name}'s scores are.")
+    return score
 
 
 def load_glue_hub(task: Task, splits: Sequence[str], cache_dir: str | None, token: str | None) -> Examples:
@@ -132,10 +119,21 @@ def load_glue_hub(task: Task, splits: Sequence[str], cache_dir: str | None, toke
             table = datasets.load_dataset(HUB_DATASET, task.name, split=split, cache_dir=cache_dir, token=token)
         except (OSError, ValueError) as e:  # the Hub's errors are OSErrors, an uncached split offline a ValueError
             raise UserError(
-                f"{task.name}: {HUB_DATASET} can't be had from the Hub ({str(e).splitlines()[0][:140]}).\n"
-                f"Give a local copy: --glue_dir FOLDER with {task.files[split][0]} in it."
+                f"{task.name}: {HUB_DATASET} could not be downloaded from the Hub ({str(e).splitlines()[0][:140]}).\n"
+                f"Use a local copy: --glue_dir FOLDER with {task.files[split][0]} in it."
             ) from e
         keep = [*task.text, LABEL] if not split.startswith("test") else list(task.text)
         table, columns[split] = table.select_columns(keep), tuple(keep)
         tables[split] = table.rename_columns(dict(zip(task.text, ("text", "text_pair"), strict=False)))
     return Examples(tables, task.labels, columns)
+
+
+def use_cache_if_hub_unreachable() -> None:
+    """If the Hub does not answer, read only the local cache, instead of retrying for minutes."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except Exception:  # every HTTP library has its own exceptions for no answer
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True

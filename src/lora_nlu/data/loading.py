@@ -14,26 +14,27 @@ def load_examples(
     task_name: str | None,
     glue_dir: str | None,
     files: dict[str, str],
-    wanted: Sequence[str],
-    known_labels: Sequence[str] | None = None,
+    kinds: Sequence[str],
+    expected_labels: Sequence[str] | None = None,
     cache_dir: str | None = None,
     token: str | None = None,
     text_columns: Sequence[str] | None = None,
     label_column: str | None = None,
-    named_by: str = "",
+    expected_by: str = "",
 ) -> Examples:
-    """Load what a run needs: `wanted` of train, validation, test, of a GLUE task or from `files` and their columns.
+    """Load the splits of these kinds (train, validation, test) of a GLUE task, or of a user's own `files`.
 
-    known_labels, named_by: as in `load_files`. Raises UserError if a wanted split is not to be had.
+    The other arguments are those of `load_files` and of the GLUE loaders. Raises UserError for a split that the task
+    lacks or that can't be read.
     """
     if task_name is None:
-        own = {split: files[split] for split in wanted}
-        return load_files(own, known_labels, text_columns, label_column or LABEL, named_by)
+        chosen = {kind: files[kind] for kind in kinds}
+        return load_files(chosen, expected_labels, text_columns, label_column or LABEL, expected_by)
     task = TASKS[task_name]
-    for split in wanted:
-        if not task.splits[split]:
-            raise UserError(f"{task_name} has no {split} set. It is for --do_predict with an adapter trained on mnli.")
-    splits = [name for split in wanted for name in task.splits[split]]
+    for kind in kinds:
+        if not task.splits[kind]:
+            raise UserError(f"{task_name} has no {kind} set. It is for --do_predict with an adapter trained on mnli.")
+    splits = [split for kind in kinds for split in task.splits[kind]]
     if glue_dir is not None:
         return load_glue_folder(glue_dir, task, splits)
     return load_glue_hub(task, splits, cache_dir, token)
@@ -42,9 +43,9 @@ def load_examples(
 def with_diagnostics(
     examples: Examples, glue_dir: str | None, cache_dir: str | None = None, token: str | None = None
 ) -> tuple[Examples, str]:
-    """MNLI's examples with GLUE's diagnostic set (AX), which an MNLI model answers, as split `test_ax`.
+    """MNLI's examples with GLUE's diagnostic set (AX), which an MNLI model predicts, as split `test_ax`.
 
-    Without the set the examples are as they were, and the second value says why; otherwise that is "".
+    If the set can't be loaded, the examples are returned unchanged, with the reason; otherwise the reason is "".
     """
     try:
         diagnostics = load_examples("ax", glue_dir, {}, ["test"], cache_dir=cache_dir, token=token)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# scikit-learn and scipy are imported where they score: a run that trains starts a good deal sooner without them.
+# scikit-learn and scipy are imported where they are called, so that a run starts training sooner.
 
 
 def _sklearn(name: str) -> Callable:
@@ -17,7 +17,7 @@ def _sklearn(name: str) -> Callable:
 
 
 def _correlation(name: str) -> Callable:
-    """scipy's measure, but 0 where one side is constant: nothing correlates, and NaN would win no comparison."""
+    """scipy's measure, but 0 if one side is constant, where scipy gives NaN, which no comparison can rank."""
 
     def score(labels: np.ndarray, predictions: np.ndarray) -> float:
         import scipy.stats
@@ -40,7 +40,7 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def greater_is_better(metric: str) -> bool:
-    """Whether of two figures of `metric`, with or without `eval_` before its name, the greater one is the better."""
+    """Whether a greater figure of `metric` is better; its name may begin with `eval_`."""
     return metric.removeprefix("eval_") not in ("loss", "mse")
 
 

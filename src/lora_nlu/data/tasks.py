@@ -11,9 +11,9 @@ class Task:
 
     text:     the one or two text columns as the Hub's `nyu-mll/glue` names them.
     labels:   label names in the Hub's id order; () for a regression task.
-    metrics:  names from `metrics.py`; the first is the one that reports and checkpoints go by.
-    splits:   for train, validation and test the Hub's split names (MNLI has two of the last two).
-    files:    file of each split under the GLUE folder; several spellings where downloads differ.
+    metrics:  names from `metrics.py`; reports and the choice of the best checkpoint use the first.
+    splits:   for train, validation and test the Hub's split names (MNLI has two each of validation and test).
+    files:    file of each split under the GLUE folder; several names where downloads differ.
     columns:  columns of the file's header that hold text (and, last, the label), where they differ from the defaults.
     written:  how the file writes each label, in id order, where it is not the label's name.
     rows:     number of examples of each split as published.
@@ -29,7 +29,7 @@ class Task:
     label_column: str = "label"
     written: tuple[str, ...] = ()
     headerless: tuple[str, ...] = ()  # the columns of train and dev files that have no header (CoLA)
-    skips_broken_lines: bool = False  # QQP: a few published lines are broken, and the Hub leaves them out
+    skips_broken_lines: bool = False  # QQP: the Hub leaves out the few published lines that are broken
     splits: dict[str, tuple[str, ...]] = field(
         default_factory=lambda: {"train": ("train",), "validation": ("validation",), "test": ("test",)}
     )

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import Dataset
 
 from lora_nlu.data.examples import LABEL, Examples
 from lora_nlu.errors import UserError
 
-_LENGTH = "tokens_uncut"  # of the tokenised tables on disk: an example's tokens before truncation
+_LENGTH = "tokens_uncut"  # column of the cached tables: the number of tokens before truncation
 
 
 def tokenize(
@@ -19,9 +20,9 @@ def tokenize(
 ) -> tuple[dict[str, Dataset], list[str]]:
     """Encode text to input_ids (and token_type_ids, attention_mask, label), truncated to `max_length`, unpadded.
 
-    Returns the tables and a line for each split of which texts were cut. Cached in `cache_dir` (or the datasets
-    library's) under a name made of text, tokenizer and length; written to a temporary name first, so several processes
-    may share it. Raises UserError if the tokenizer doesn't know the text.
+    Returns the tables, and a line for each split of which examples were truncated. Cached in `cache_dir` (or the
+    datasets library's cache) under a name made of text, tokenizer and length; written under a temporary name first, so
+    that several processes may share it. Raises UserError if most words are unknown to the tokenizer.
     """
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "lora_nlu")
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,9 +33,9 @@ def tokenize(
         pairs = batch.get("text_pair")
         encoded = tokenizer(batch["text"], pairs, truncation=True, max_length=max_length)
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        if full := [i for i, length in enumerate(lengths) if length >= max_length]:  # these may have been longer
-            columns = [[column[i] for i in full] for column in (batch["text"], pairs) if column]
-            for i, ids in zip(full, tokenizer(*columns, verbose=False)["input_ids"], strict=True):
+        if longest := [i for i, length in enumerate(lengths) if length >= max_length]:  # these may be truncated
+            columns = [[column[i] for i in longest] for column in (batch["text"], pairs) if column]
+            for i, ids in zip(longest, tokenizer(*columns, verbose=False)["input_ids"], strict=True):
                 lengths[i] = len(ids)
         return {**encoded, _LENGTH: lengths}
 
@@ -53,17 +54,17 @@ def tokenize(
             desc=f"Tokenising {split}",
         )
         lengths = tokens.with_format("numpy")[_LENGTH][:]
-        if cut := int((lengths > max_length).sum()):
-            said = f"{split}: {cut} of {len(lengths)} examples are cut at --max_seq_length {max_length}"
-            notes.append(f"{said}; the longest has {lengths.max()} tokens.")
+        if count := int((lengths > max_length).sum()):
+            note = f"{split}: {count} of {len(lengths)} examples are cut at --max_seq_length {max_length}"
+            notes.append(f"{note}; the longest has {lengths.max()} tokens.")
         encoded[split] = tokens.remove_columns(_LENGTH)
     return encoded, notes
 
 
 def _tokenizer_identity(tokenizer: Any) -> str:
-    """What decides the tokens: a fast tokenizer's own description, or the files that one in Python saves."""
+    """What decides the tokens: the JSON of a fast tokenizer, or the files that a tokenizer in Python saves."""
     if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()  # what it did before must not show
+        tokenizer.backend_tokenizer.no_truncation()  # settings that earlier calls left behind
         tokenizer.backend_tokenizer.no_padding()
         return tokenizer.backend_tokenizer.to_str()
     with tempfile.TemporaryDirectory() as folder:
@@ -73,18 +74,35 @@ def _tokenizer_identity(tokenizer: Any) -> str:
 
 
 def _check_vocabulary(table: Dataset, tokenizer: Any, split: str) -> None:
-    """A vocabulary read by the wrong tokenizer class makes words unknown, drops them or joins them up, silently."""
+    """A wrong tokenizer class for a vocabulary silently makes words unknown, drops or joins some. Raises UserError."""
     texts = [text[:200] for text in table[:100]["text"]]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     kept = sum(len(tokenizer.decode(row, skip_special_tokens=True).split()) for row in ids)
     lost = sum(len(text.split()) for text in texts) - kept
     if lost > max(10, kept):
         raise UserError(
-            f"The tokenizer ({type(tokenizer).__name__}) knows almost none of the words of the {split} examples.\n"
+            f"Almost all words of the {split} examples are unknown to the tokenizer ({type(tokenizer).__name__}).\n"
             "Its files don't fit its class: set tokenizer_class in tokenizer_config.json, or give --tokenizer_name."
         )
 
 
 def token_count(table: Dataset) -> int:
-    """Real tokens of a tokenised table."""
+    """The number of tokens in a tokenised table, which has no padding."""
     return sum(len(row) for row in table["input_ids"])
+
+
+def digest(table: Dataset) -> str:
+    """16 hex digits that identify a tokenised table: its input_ids, token_type_ids if present, and labels, in order.
+
+    The same for every source and storage of the table; scores count as the float32 that the loss reads.
+    """
+    sha = hashlib.sha256()
+    for name in (name for name in ("input_ids", "token_type_ids", LABEL) if name in table.column_names):
+        chunks = table.select_columns(name).with_format("arrow")[:][name].chunks
+        if name != LABEL:  # lists of ids: all ids, then the lengths
+            chunks = [chunk.flatten() for chunk in chunks] + [chunk.value_lengths() for chunk in chunks]
+        dtype = np.float32 if name == LABEL else np.int32
+        sha.update(name.encode())
+        for chunk in chunks:
+            sha.update(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False), dtype=dtype).data)
+    return sha.hexdigest()[:16]

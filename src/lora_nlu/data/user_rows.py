@@ -1,0 +1,100 @@
+"""The rows of a user's own CSV, TSV or JSON lines file, each with the place that errors name."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_nlu.data.text_files import decode_utf8
+from lora_nlu.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its fields by column, and its file and line for error messages."""
+
+    fields: dict[str, Any]
+    place: str
+
+
+def read_rows(path: Path, content: bytes) -> list[Row]:
+    """The rows of a file, read as the end of its name says. Raises UserError naming file and line."""
+    text = decode_utf8(path, content)
+    if path.suffix in (".json", ".jsonl"):
+        rows = list(_json_rows(path, text))
+    elif path.suffix in (".csv", ".tsv"):
+        rows = list(_csv_rows(path, text))
+    else:
+        raise UserError(f"{path}: the name must end in .csv, .tsv, .json or .jsonl.")
+    if not rows:
+        raise UserError(f"{path}: no examples, only a header.")
+    return rows
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[Row]:
+    """CSV as spreadsheets write it; TSV unquoted, as GLUE's files are. The first line names the columns."""
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the reader's own limit is 131,072 characters a cell
+    tabs = path.suffix == ".tsv"
+    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    reader = csv.reader(io.StringIO(text, newline=""), **options)
+    try:
+        header = next(reader)
+        if len(set(header)) != len(header):
+            raise UserError(f"{path}:1: two columns have the same name: {', '.join(header)}.")
+        remedy = _other_separator(path, header)
+        if remedy and len(header) == 1:
+            raise UserError(f"{path}:1: the header is one column, {header[0][:80]!r}.{remedy}")
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                found = f"{len(fields)} columns, the header has {len(header)}"
+                raise UserError(f"{path}:{reader.line_num}: {found}.{remedy}")
+            yield Row(dict(zip(header, fields, strict=True)), f"{path}:{reader.line_num}")
+    except csv.Error as e:
+        raise UserError(f"{path}:{reader.line_num}: {e}: a broken or cut line.") from e
+
+
+def _other_separator(path: Path, header: Sequence[str]) -> str:
+    """What to do about a header that seems to use another separator than the file's kind; "" if it doesn't."""
+    names = {"\t": "tabs", ";": "semicolons", ",": "commas", "|": "bars"}
+    right = "\t" if path.suffix == ".tsv" else ","
+    found = next((mark for mark in names if mark != right and any(mark in column for column in header)), None)
+    if found is None:
+        return ""
+    rename = {"\t": ", or name it .tsv", ",": ", or name it .csv"}.get(found, "")
+    return (
+        f"\nA {path.suffix} file separates columns by {names[right]}, this one by {names[found]}. "
+        f"Save it with {names[right]}{rename}."
+    )
+
+
+def _json_rows(path: Path, text: str) -> Iterator[Row]:
+    """JSON lines: one object a line."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line, object_pairs_hook=_without_duplicates)
+            if "\\u" in line:  # half a surrogate pair, which no table can hold, fails here
+                json.dumps(fields, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path}:{number}: not a JSON object ({e}). The file needs one object a line.") from e
+        except KeyError as e:
+            raise UserError(f"{path}:{number}: the key {e} occurs twice in one object.") from e
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}:{number}: a JSON {type(fields).__name__}; the file needs one object a line.")
+        yield Row(fields, f"{path}:{number}")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises KeyError for a key that occurs twice, of which json would keep the last."""
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in fields:
+            raise KeyError(key[:80])
+        fields[key] = value
+    return fields
