@@ -32,8 +32,8 @@ from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.methods.lora import LoRALinear
 from lora_nlu.methods.table import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
-from lora_nlu.training.checkpoints import STATE, whole_checkpoints
-from lora_nlu.training.runs import RUN, prepare_output_dir
+from lora_nlu.training.checkpoints import STATE, complete_checkpoints
+from lora_nlu.training.output_folder import RUN, prepare_output_dir
 
 STRESS = Path(__file__).parent / "stress"
 sys.path.insert(0, str(STRESS))
@@ -239,9 +239,9 @@ def write_checkpoint(folder: Path) -> None:
 def test_a_checkpoint_half_removed_when_the_run_was_killed_is_not_whole(gone, tmp_path):
     write_checkpoint(tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / STATE).write_text('{"global_step": 5}')
-    assert whole_checkpoints(str(tmp_path)) == [tmp_path / "checkpoint-5"]
+    assert complete_checkpoints(str(tmp_path)) == [tmp_path / "checkpoint-5"]
     (tmp_path / "checkpoint-5" / gone).unlink()
-    assert whole_checkpoints(str(tmp_path)) == []
+    assert complete_checkpoints(str(tmp_path)) == []
 
 
 def test_a_run_killed_while_it_marked_its_new_folder_starts_again_by_the_same_command(tmp_path):
@@ -266,7 +266,7 @@ def test_checkpoints_with_any_bytes_for_a_trainer_state_never_stop_the_listing_a
     @example("checkpoint-5", '{"global_step": 5}'.encode("utf-16"))
     def check(name: str, content: bytes) -> None:
         (tmp_path / name / STATE).write_bytes(content)
-        listed = whole_checkpoints(str(tmp_path))
+        listed = complete_checkpoints(str(tmp_path))
         (tmp_path / name / STATE).unlink()
         assert tmp_path / "checkpoint-2" in listed and {*listed} <= {tmp_path / "checkpoint-2", tmp_path / name}
         seen[len(listed) == 2] += 1

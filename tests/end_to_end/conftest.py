@@ -13,7 +13,7 @@ import pytest
 import torch
 from runs import SCRIPT, Outcome, Run, write_checkpoint, write_glue, write_vocabulary
 
-from lora_nlu.errors import UserError
+from lora_nlu.errors import UsageError, UserError
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def call(run_glue, base_flags) -> Run:
         with contextlib.redirect_stdout(out):
             try:
                 run_glue.main([*(base_flags if base else []), *map(str, argv)])
-            except run_glue.UsageError as e:
+            except UsageError as e:
                 return Outcome(2, out.getvalue(), str(e))
             except UserError as e:
                 return Outcome(1, out.getvalue(), str(e))

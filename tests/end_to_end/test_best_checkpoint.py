@@ -1,6 +1,7 @@
 """By which metric, and in which direction, a run's best checkpoint and learning rate are chosen."""
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from safetensors.torch import load_file
 from lora_nlu.data.metrics import METRICS, greater_is_better
 from lora_nlu.errors import UsageError
 from lora_nlu.training.checks import set_best_metric
-from lora_nlu.training.runs import deciding_settings
+from lora_nlu.training.metadata import deciding_settings
+from lora_nlu.training.parsing import parse_arguments
 
 STEPS = ["--do_train", "--max_seq_length", "32", "--logging_steps", "1", "--learning_rate", "1e-2", *LORA]
 BEST = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--load_best_model_at_end"]
@@ -109,9 +111,9 @@ def test_a_learning_rate_that_waits_for_a_plateau_falls_where_the_metric_stops_r
 # ---------------------------------------------------------------------------------------------------- flags alone
 
 
-def args_of(run_glue, tmp_path: Path, *flags: str):
+def args_of(tmp_path: Path, *flags: str):
     required = ["--model_name_or_path", "m", "--task_name", "rte", "--do_train", "--output_dir", str(tmp_path)]
-    return run_glue.parse_args([*required, *flags])[2]
+    return parse_arguments([*required, *flags], os.environ)[2]
 
 
 @pytest.mark.parametrize(
@@ -124,33 +126,33 @@ def args_of(run_glue, tmp_path: Path, *flags: str):
     ],
 )
 def test_a_direction_that_is_not_the_metrics_is_refused_and_the_metrics_own_is_taken(
-    run_glue, tmp_path, metric, direction, better
+    tmp_path, metric, direction, better
 ):
     flags = ["--eval_strategy", "steps", "--metric_for_best_model", metric, "--greater_is_better"]
     with pytest.raises(UsageError, match=f"{better} is better for --metric_for_best_model {metric}"):
-        set_best_metric(args_of(run_glue, tmp_path, *flags, direction), ("pearson", "mse"))
-    args = args_of(run_glue, tmp_path, *flags, str(direction == "false"))
+        set_best_metric(args_of(tmp_path, *flags, direction), ("pearson", "mse"))
+    args = args_of(tmp_path, *flags, str(direction == "false"))
     set_best_metric(args, ("pearson", "mse"))
     assert args.greater_is_better == (direction == "false")
 
 
-def test_a_mode_of_the_schedule_that_is_not_the_metrics_is_refused(run_glue, tmp_path):
+def test_a_mode_of_the_schedule_that_is_not_the_metrics_is_refused(tmp_path):
     flags = ["--eval_strategy", "steps", "--lr_scheduler_type", "reduce_lr_on_plateau", "--lr_scheduler_kwargs"]
     with pytest.raises(UsageError, match="mode 'min', but greater is better for accuracy"):
-        set_best_metric(args_of(run_glue, tmp_path, *flags, '{"mode": "min"}'), ("accuracy",))
+        set_best_metric(args_of(tmp_path, *flags, '{"mode": "min"}'), ("accuracy",))
 
 
-def test_where_nothing_goes_by_a_metric_none_is_set(run_glue, tmp_path):
-    args = args_of(run_glue, tmp_path)
+def test_where_nothing_goes_by_a_metric_none_is_set(tmp_path):
+    args = args_of(tmp_path)
     assert set_best_metric(args, ("accuracy",)) == []
     assert (args.metric_for_best_model, args.greater_is_better) == (None, None)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss", "combined_score"])
-def test_a_metric_under_its_longer_name_is_the_same_setting_on_resuming(run_glue, tmp_path, metric):
+def test_a_metric_under_its_longer_name_is_the_same_setting_on_resuming(tmp_path, metric):
     decided = []
     for name in (metric, f"eval_{metric}"):
-        args = args_of(run_glue, tmp_path, "--eval_strategy", "steps", "--metric_for_best_model", name)
+        args = args_of(tmp_path, "--eval_strategy", "steps", "--metric_for_best_model", name)
         set_best_metric(args, ("accuracy", "f1"))
         decided.append(deciding_settings(args))
     assert decided[0] == decided[1] and decided[0]["metric_for_best_model"] == metric

@@ -23,7 +23,7 @@ from test_run_glue import read, rte, scores, succeeded, trained_flat
 
 from lora_nlu.errors import UserError
 from lora_nlu.models import layers as blocks
-from lora_nlu.training.runs import _alone_in, _wait_for
+from lora_nlu.training.output_folder import locked, wait_for_file
 from lora_nlu.training.trainer import _OwnDropout, seed_from
 
 ROOT = Path(__file__).parents[2]
@@ -384,7 +384,7 @@ def test_a_folder_that_a_run_trains_into_is_refused_to_another_until_it_ends(cal
     """As after a launcher was killed and its processes were not: two would write the same checkpoints."""
     flags = rte(glue, tmp_path / "o", "--do_train", "--max_steps", 1, "--max_seq_length", 64)
     (tmp_path / "o").mkdir()
-    with _alone_in(tmp_path / "o"):
+    with locked(tmp_path / "o"):
         outcome = call(*flags)
         assert outcome.code == 1 and "another run trains into it now" in outcome.err
         assert not [*(tmp_path / "o").iterdir()]
@@ -398,9 +398,9 @@ def test_an_output_folder_that_another_machine_does_not_see_is_said(tmp_path, mo
     class Args:
         process_index = 8
 
-    _wait_for(tmp_path / "run.json", "of another run", Args)
+    wait_for_file(tmp_path / "run.json", "of another run", Args)
     with pytest.raises(UserError, match=r"run\.json: process 8 \(on .*\n.*a disk that all machines share"):
-        _wait_for(tmp_path / "run.json", "what the first wrote", Args)
+        wait_for_file(tmp_path / "run.json", "what the first wrote", Args)
 
 
 # ---------------------------------------------------------------------------------------------------------- DeepSpeed

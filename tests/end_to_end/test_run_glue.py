@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer
 
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.report.submission import find_runs, read_predictions
+from lora_nlu.training.parsing import parse_arguments
 
 LEARN = ["--learning_rate", "1e-2", "--num_train_epochs", "15", "--max_seq_length", "64", "--logging_steps", "10"]
 SHORT = ["--max_steps", "6", "--max_seq_length", "64", "--learning_rate", "1e-2"]
@@ -122,15 +124,16 @@ def test_each_flag_of_2021_is_said_in_one_line_with_what_it_is_now(old, new, rte
 
 
 def test_logging_dir_gets_tensorboards_files_or_a_line_that_it_stays_empty(
-    rte_run, run_glue, glue, tiny_model, tmp_path, monkeypatch
+    rte_run, glue, tiny_model, tmp_path, monkeypatch
 ):
     assert list((rte_run[0].parent / "log").glob("events.out.tfevents.*"))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # the flag sets it; the test puts it back
-    monkeypatch.setattr(run_glue, "is_tensorboard_available", lambda: False)
+    for module in ("parsing", "run_arguments"):
+        monkeypatch.setattr(f"lora_nlu.training.{module}.is_tensorboard_available", lambda: False)
     said = io.StringIO()
     flags = ["--model_name_or_path", tiny_model, *rte(glue, tmp_path / "o", "--do_eval", "--logging_dir", "log")]
     with contextlib.redirect_stdout(said):
-        args = run_glue.parse_args([*map(str, flags)])[2]
+        args = parse_arguments([*map(str, flags)], os.environ)[2]
     assert args.report_to == [] and "run_glue.py: --logging_dir log: nothing is written there" in said.getvalue()
 
 

@@ -21,7 +21,15 @@ from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError
 from lora_nlu.files import ADAPTER_WEIGHTS
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
-from lora_nlu.training.runs import _ALWAYS_RECORDED, SCHEDULE, WITHOUT_EFFECT, deciding_settings, left_at_default
+from lora_nlu.training.metadata import (
+    _ALWAYS_RECORDED,
+    SCHEDULE,
+    WITHOUT_EFFECT,
+    deciding_settings,
+    left_at_default,
+)
+from lora_nlu.training.parsing import parse_arguments
+from lora_nlu.training.run_arguments import RunArguments
 
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SHORT = ["--max_seq_length", 64, "--max_steps", 3, "--logging_steps", 1, "--learning_rate", "1e-2"]
@@ -140,12 +148,12 @@ DECIDING = """
 """.split()
 
 
-def test_every_field_of_the_pinned_training_arguments_is_on_one_side_on_purpose(run_glue):
-    """What decides is a list here and the rest in runs.py; a field that transformers adds stands on neither."""
+def test_every_field_of_the_pinned_training_arguments_is_on_one_side_on_purpose():
+    """What decides is a list here and the rest in metadata.py; a field that transformers adds stands on neither."""
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert not WITHOUT_EFFECT & {*DECIDING}
     assert names == {*DECIDING} | WITHOUT_EFFECT - {"overwrite_output_dir", "logging_dir"}
-    ours = {field.name for field in dataclasses.fields(run_glue.RunArguments)} - names
+    ours = {field.name for field in dataclasses.fields(RunArguments)} - names
     assert ours - WITHOUT_EFFECT == {"early_stopping_patience", "early_stopping_threshold"}
     assert {*SCHEDULE} < WITHOUT_EFFECT
 
@@ -214,7 +222,7 @@ def test_another_value_of_what_decides_is_another_run(which, flags, said, traine
         (output / "checkpoint-1" / "files.json").write_text(json.dumps({"trainer_state.json": len(state)}))
     base = SGD if which == "plain" else ["--do_eval", *BEST]
     outcome = call(*rte(glue, output, "--do_train", *SHORT, *base, *flags))
-    assert outcome.code == 1 and "holds a run with other settings" in outcome.err and said in outcome.err, outcome
+    assert outcome.code == 1 and "contains a run with other settings" in outcome.err and said in outcome.err, outcome
 
 
 @pytest.mark.parametrize(
@@ -468,14 +476,14 @@ def test_every_flag_of_training_arguments_works_or_is_refused_in_a_sentence(
 
 
 @pytest.mark.parametrize("name", sorted(PARSED))
-def test_flags_of_engines_compilers_and_the_hub_are_parsed(name, run_glue, tmp_path, same_process_afterwards):
-    kind = {f.name: f for f in dataclasses.fields(run_glue.RunArguments)}[name]
+def test_flags_of_engines_compilers_and_the_hub_are_parsed(name, tmp_path, same_process_afterwards):
+    kind = {f.name: f for f in dataclasses.fields(RunArguments)}[name]
     value = {"fsdp_config": '{"version": 2}', "deepspeed": "{}", "hub_strategy": "end", "torch_compile_mode": "default"}
     value |= {"torch_compile_backend": "eager", "hub_private_repo": "true", "hub_token": "t", "hub_model_id": "a/b"}
     flags = ["--model_name_or_path", "x", "--task_name", "rte", "--do_train", "--output_dir", str(tmp_path)]
     flags += [f"--{kind.name}", *([value[name]] if name in value else ["main"] if name == "hub_revision" else [])]
     try:
-        args = run_glue.parse_args(flags)[2]
+        args = parse_arguments(flags, os.environ)[2]
     except UsageError as e:
         assert name in ("deepspeed", "torch_compile") and str(e).startswith(f"--{name}")
     else:

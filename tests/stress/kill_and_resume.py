@@ -4,10 +4,10 @@
 
 A tiny RoBERTa trains 60 steps on RTE in a process of its own, saves and evaluates at every step or every second, and is
 ended by SIGKILL: at a moment spread over the whole attempt, inside a save, right after one (while old checkpoints are
-removed), or as soon as it writes its first file. After each kill: every checkpoint that `whole_checkpoints` lists loads
-completely and equals, bit for bit, that of the run left alone at that step; so does the best model; the one that resume
-takes is the last. After each finished run: final and best adapter, every evaluation and the step count are equal to
-those of the run left alone. A SIGKILL leaves what the kernel has taken: a power cut, which loses that, isn't tested.
+removed), or as soon as it writes its first file. After each kill: every checkpoint that `complete_checkpoints` lists
+loads completely and equals, bit for bit, that of the run left alone at that step; so does the best model; the one that
+resume takes is the last. After each finished run: final and best adapter, every evaluation and the step count are equal
+to those of the run left alone. A SIGKILL leaves what the kernel has taken: a power cut, which loses that, isn't tested.
 
 The last line sums up; exit code 1 if anything failed. Failures are told as they occur; 100 of them end it.
 """
@@ -38,8 +38,8 @@ from transformers.trainer_pt_utils import safe_globals  # noqa: E402
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.training import checkpoints
-from lora_nlu.training.checkpoints import STATE, whole_checkpoints
-from lora_nlu.training.runs import _find_checkpoint
+from lora_nlu.training.checkpoints import STATE, complete_checkpoints
+from lora_nlu.training.output_folder import find_checkpoint
 
 STEPS = 60
 SAVING = checkpoints.SAVING
@@ -113,13 +113,13 @@ def differences(checkpoint: Path, alone: Path) -> list[str]:
 def inspect(output: str, alone: str) -> dict[str, Any]:
     """What a killed run left: what is wrong, the checkpoint that resume takes, and those that lack files."""
     folder, wrong = Path(output), []
-    whole = whole_checkpoints(output)
+    whole = complete_checkpoints(output)
     for checkpoint in whole:
         try:
             wrong += differences(checkpoint, Path(alone))
         except Exception as e:  # whatever it is, this checkpoint doesn't load
             wrong.append(f"{checkpoint.name} is listed as whole and doesn't load: {type(e).__name__}: {e}")
-    chosen = _find_checkpoint(output, None)
+    chosen = find_checkpoint(output, None)
     if chosen != (str(whole[-1]) if whole else None):
         wrong.append(f"resume takes {chosen}, the last whole one is {whole[-1:]}")
     if whole:
@@ -145,7 +145,7 @@ def compare(output: str, alone: str, limit: int = STEPS) -> list[str]:
     scores = [json.loads((f / "eval_results.json").read_text()) for f in (folder, want)]
     if any(scores[0][key] != scores[1][key] for key in ("eval_loss", "eval_accuracy", "eval_samples")):
         wrong.append("other final scores")
-    if len(whole_checkpoints(output)) > limit:
+    if len(complete_checkpoints(output)) > limit:
         wrong.append("more checkpoints than --save_total_limit")
     left = [path for path in folder.rglob("*") if path.name == SAVING or path.name.endswith(".partial")]
     return wrong + [f"left behind: {path.relative_to(folder)}" for path in left]

@@ -19,7 +19,7 @@ from lora_nlu.errors import UserError
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.methods.table import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
-from lora_nlu.training.checkpoints import whole_checkpoints
+from lora_nlu.training.checkpoints import complete_checkpoints
 from lora_nlu.training.trainer import AdapterTrainer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "roberta_cls3.json").read_text())
@@ -124,13 +124,13 @@ def test_only_checkpoints_with_a_readable_state_of_their_own_step_count_as_whole
     (tmp_path / "checkpoint-1000" / "files.json").write_text('{"trainer_state.json": 21, "optimizer.pt": 9}')
     checkpoint("checkpoint-1100", json.dumps({"global_step": 1100}))
     (tmp_path / "checkpoint-1100" / "files.json").unlink()
-    assert names(whole_checkpoints(str(tmp_path))) == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
-    assert whole_checkpoints(str(tmp_path / "nowhere")) == []
+    assert names(complete_checkpoints(str(tmp_path))) == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
+    assert complete_checkpoints(str(tmp_path / "nowhere")) == []
 
 
 def test_a_checkpoint_holds_the_trained_parameters_and_no_base_weights(uninterrupted):
     folder, final = uninterrupted
-    assert names(whole_checkpoints(str(folder))) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    assert names(complete_checkpoints(str(folder))) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
     assert not (folder / ".saving").exists()
     last = folder / "checkpoint-12"
     tensors = load_file(last / ADAPTER_WEIGHTS)
@@ -203,7 +203,7 @@ def test_a_save_that_breaks_off_leaves_the_earlier_checkpoint_and_no_half_one(ki
         assert "checkpoint-8" in str(error.value) and "checkpoint-4 is whole" in str(error.value)
         assert str(error.value).count("\n") < 3
     again = new_trainer(tmp_path)
-    again.train(resume_from_checkpoint=str(whole_checkpoints(str(tmp_path))[-1]))
+    again.train(resume_from_checkpoint=str(complete_checkpoints(str(tmp_path))[-1]))
     assert_equal_bits(parameters(again), uninterrupted[1])
 
 
@@ -219,11 +219,11 @@ def test_what_a_killed_process_left_behind_is_never_resumed_from_and_cleared_by_
     shutil.copytree(folder / "checkpoint-8", tmp_path / ".saving" / "checkpoint-8")
     (tmp_path / ".saving" / "checkpoint-8" / "trainer_state.json").unlink()
     (tmp_path / "checkpoint-8").mkdir()  # half a checkpoint of some other program
-    assert names(whole_checkpoints(str(tmp_path))) == ["checkpoint-4"]
+    assert names(complete_checkpoints(str(tmp_path))) == ["checkpoint-4"]
     trainer = new_trainer(tmp_path)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_equal_bits(parameters(trainer), final)
-    assert names(whole_checkpoints(str(tmp_path))) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    assert names(complete_checkpoints(str(tmp_path))) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
     assert not (tmp_path / ".saving").exists()
 
 
@@ -259,7 +259,7 @@ def test_load_best_model_at_end_ends_with_the_best_checkpoints_parameters(lora, 
 def test_save_total_limit_keeps_the_last_checkpoints_and_the_best(limit, tmp_path):
     new_trainer(tmp_path / "plain", save_steps=2, save_total_limit=limit).train()
     want = {1: ["checkpoint-12"], 2: ["checkpoint-10", "checkpoint-12"]}[limit]
-    assert names(whole_checkpoints(str(tmp_path / "plain"))) == want
+    assert names(complete_checkpoints(str(tmp_path / "plain"))) == want
     trainer = new_trainer(
         tmp_path / "best",
         save_total_limit=limit,
@@ -272,8 +272,8 @@ def test_save_total_limit_keeps_the_last_checkpoints_and_the_best(limit, tmp_pat
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint).name
     assert best != "checkpoint-12"
-    assert best in names(whole_checkpoints(str(tmp_path / "best")))
-    assert len(whole_checkpoints(str(tmp_path / "best"))) == limit
+    assert best in names(complete_checkpoints(str(tmp_path / "best")))
+    assert len(complete_checkpoints(str(tmp_path / "best"))) == limit
 
 
 def test_an_optimizer_state_in_another_order_of_the_parameters_is_refused(uninterrupted, tmp_path):

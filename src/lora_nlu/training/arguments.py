@@ -1,57 +1,93 @@
-"""The command line: flags to dataclasses, lists in flags to Python lists."""
+"""The flags of a model and of its data, as two dataclasses, and the flags whose text is a list.
+
+transformers' own group of flags is in `run_arguments.py`: this module can be imported without any library.
+"""
 
 import csv
-import difflib
-import json
-from pathlib import Path
-from typing import Any, NoReturn
+from dataclasses import dataclass, field
+from typing import Any
 
-from transformers import HfArgumentParser
-
-from lora_nlu.errors import UsageError, UserError
-from lora_nlu.files import read_json
-from lora_nlu.methods.description import target_names
-from lora_nlu.training.legacy_flags import translate
+from lora_nlu.data.tasks import TASKS
+from lora_nlu.errors import UsageError
+from lora_nlu.methods.description import ADAPTER_TYPES, target_names
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+def flag(help: str, default: Any = None, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
 
 
-def parse(argv: list[str], groups: Any) -> tuple[tuple[Any, ...], list[str]]:
-    """Read flags, or the JSON file that is the only argument, into one object of each dataclass of `groups`.
+@dataclass
+class ModelArguments:
+    """The model and what is trained in it."""
 
-    Returns them and a line for each old flag that was translated. Raises UsageError; an unknown flag names near ones.
-    """
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        argv = _from_json(Path(argv[0]))
-    argv, notes = translate(argv)
-    parser = _Parser(groups, allow_abbrev=False)
-    try:
-        *parsed, rest = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-    except (ValueError, ImportError) as e:
-        raise UsageError("\n".join(str(e).strip().splitlines()[:3])) from e
-    if rest:
-        near = difflib.get_close_matches(rest[0], parser._option_string_actions, n=3)
-        raise UsageError(f"unknown flag {rest[0]}." + (f" Did you mean {' or '.join(near)}?" if near else ""))
-    return tuple(parsed), notes
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a RoBERTa or DeBERTa-V2 checkpoint"})
+    config_name: str | None = flag("Folder or Hub id of the configuration, if another")
+    tokenizer_name: str | None = flag("Folder or Hub id of the tokenizer, if another")
+    cache_dir: str | None = flag("Where downloads and tokenised data are kept")
+    use_fast_tokenizer: bool = flag("Ignored: the fast tokenizer is used wherever there is one", True)
+    model_revision: str = flag("Branch, tag or commit of the Hub model", "main")
+    token: str | None = flag("Access token for private Hub models")
+    apply_lora: bool = flag("Train LoRA in the query and value projections, and the head; freeze the rest", False)
+    lora_r: int | None = flag("Rank of the update; 0 is plain fine-tuning")
+    lora_alpha: float | None = flag("The update is scaled by lora_alpha / lora_r")
+    lora_path: str | None = flag("Adapter to start from or evaluate: a published .bin, an adapter or output folder")
+    lora_relative_query: bool | None = flag(
+        "DeBERTa: LoRA also on the relative positions' query, as in PEFT; an adapter knows", nargs="?", const=True
+    )
+    lora_target_modules: str | None = flag(
+        "Layers with LoRA, of query,key,value,dense (attention) and intermediate,output (feed-forward); "
+        "default: query,value"
+    )
+    lora_layers: str | None = flag("Encoder layers with LoRA, from 0, such as 0-3,11; default: all")
+    lora_dropout: float | None = flag("Dropout of what the update reads; the reference has none")
+    apply_bitfit: bool = flag("Train the encoder's biases, and the head (BitFit)", False)
+    apply_adapter: bool = flag("Train bottleneck adapters, and the head", False)
+    adapter_type: str | None = flag("Where adapters go and what they read", choices=[*ADAPTER_TYPES])
+    adapter_size: int | None = flag("Width of the adapters' bottleneck")
+    adapter_path: str | None = flag("The same as --lora_path for what the other methods trained")
+    head_only: bool = flag("Train the head alone, on the frozen encoder", False)
+    reg_loss_wgt: float = flag("R-Drop: weight of the distance between two passes with their own dropout", 0.0)
+    masking_prob: float = flag("Cutoff: share of tokens hidden from the second of the two passes", 0.0)
+    cls_dropout: float | None = flag("Dropout of the classification head; default: the model's hidden_dropout_prob")
+
+    @property
+    def adapter_source(self) -> str | None:
+        """The adapter that the run starts from or evaluates."""
+        return self.lora_path or self.adapter_path
+
+    @property
+    def hub(self) -> dict[str, Any]:
+        """How to read from the Hub, as arguments of `from_pretrained`."""
+        return {"cache_dir": self.cache_dir, "token": self.token, "revision": self.model_revision}
 
 
-def _from_json(path: Path) -> list[str]:
-    """The flags of a JSON object: a list is several values, null or a list of none a flag left out."""
-    try:
-        settings = read_json(path)
-    except UserError as e:
-        raise UsageError(str(e)) from e
-    argv = []
-    for name, value in settings.items():
-        if value not in (None, []):
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            argv += [f"--{name}", *map(str, values)]
-    return argv
+@dataclass
+class DataArguments:
+    """The examples: a GLUE task, from the Hub or --glue_dir, or files of your own."""
+
+    task_name: str | None = flag("GLUE task", choices=[*TASKS])
+    glue_dir: str | None = flag("Folder with the standard GLUE download (CoLA/train.tsv, ...) instead of the Hub")
+    max_seq_length: int = flag("Longer inputs are truncated to this many tokens", 128)
+    overwrite_cache: bool = flag("Tokenise again", False)
+    pad_to_max_length: bool = flag("Pad every batch to max_seq_length; results are the same", False)
+    max_train_samples: int | None = flag("Train on the first so many examples")
+    max_eval_samples: int | None = flag("Evaluate on the first so many examples (of each set)")
+    max_predict_samples: int | None = flag("Predict the first so many examples (of each set)")
+    sample_seed: int | None = flag("Seed: --max_train_samples and --max_eval_samples take a random sample")
+    train_file: str | None = flag("CSV, TSV or JSON lines with a text column (or two) and 'label'")
+    validation_file: str | None = flag("The same, to evaluate on")
+    test_file: str | None = flag("The same, to predict; 'label' not needed")
+    text_columns: str | None = flag("Columns of your files that hold the text, one or two: --text_columns a,b")
+    label_column: str | None = flag("Column of your files that holds the labels; default: label")
+    labels: str | None = flag(
+        "Class names, class 0 first, such as negative,positive: for a trained head that records none, or for training "
+        "on your own files (default: sorted)"
+    )
+
+    @property
+    def task(self) -> str:
+        """The GLUE task, or "custom" for files of the user's own."""
+        return self.task_name or "custom"
 
 
 def parse_targets(text: str | None) -> list[str] | None:

@@ -27,7 +27,7 @@ FILE_LIST = "files.json"  # in a checkpoint: its files and their lengths
 SAVING, _REMOVING = ".saving", ".removing"  # a checkpoint coming or going; never looked at by resume
 
 
-def whole_checkpoints(output_dir: str) -> list[Path]:
+def complete_checkpoints(output_dir: str) -> list[Path]:
     """Checkpoints of a run by step, oldest first: those whose files are all there, as long as they were written."""
     found = []
     for path in Path(output_dir).glob("checkpoint-*"):
@@ -46,7 +46,7 @@ def whole_checkpoints(output_dir: str) -> list[Path]:
 
 def last_finite_checkpoint(output_dir: str) -> Path | None:
     """The newest complete checkpoint of a run whose saved tensors are all finite; None if there is none."""
-    for path in reversed(whole_checkpoints(output_dir)):
+    for path in reversed(complete_checkpoints(output_dir)):
         if all(is_finite(load_file(file).values()) for file in path.glob("*.safetensors")):
             return path
     return None

@@ -1,4 +1,4 @@
-"""A command line, or a JSON file of flags, to dataclasses, checked; flags of 2021 are translated."""
+"""What flags require of each other: errors that name the flag, the reason and the remedy."""
 
 import math
 import shutil
@@ -8,9 +8,11 @@ import torch
 from transformers.integrations import get_available_reporting_integrations
 
 from lora_nlu.data.metrics import greater_is_better
+from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UsageError
 from lora_nlu.methods.description import LORA_SETTINGS
 from lora_nlu.training.arguments import parse_names
+from lora_nlu.training.processes import say
 
 
 def check_compiler(backend: str | None, on_cpu: bool) -> None:
@@ -22,8 +24,8 @@ def check_compiler(backend: str | None, on_cpu: bool) -> None:
         raise UsageError("--torch_compile: needs a C++ compiler on a CPU, and there is no g++. Leave the flag out.")
 
 
-def check_args(model_args: Any, data_args: Any, args: Any) -> None:
-    """What one flag says about another, in run_glue.py's three groups. Raises UsageError."""
+def check_arguments(model_args: Any, data_args: Any, args: Any) -> None:
+    """Check the three groups of flags of run_glue.py against each other. Raises UsageError."""
     check_method(model_args)
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict.")
@@ -151,6 +153,19 @@ def check_method(m: Any) -> None:
             raise UsageError(f"--{setting} has no effect without --{flag}. Add --{flag}, or remove --{setting}.")
 
 
+def choose_metrics(args: Any, task: str, is_regression: bool) -> tuple[str, ...]:
+    """The names of the task's metrics; the flags about metrics and labels are checked and completed by them.
+
+    args: RunArguments. Raises UsageError.
+    """
+    names = TASKS[task].metrics if task in TASKS else ("pearson", "mse") if is_regression else ("accuracy",)
+    if args.label_smoothing_factor and is_regression:
+        raise UsageError("--label_smoothing_factor is for classes, and these labels are numbers. Leave it out.")
+    notes = set_best_metric(args, names)
+    say(args, *(notes if args.do_train else []))
+    return names
+
+
 def set_best_metric(args: Any, names: tuple[str, ...]) -> list[str]:
     """Set the metric, and its direction, by which the best checkpoint is chosen: without the flag the task's first.
 
@@ -182,9 +197,3 @@ def set_best_metric(args: Any, names: tuple[str, ...]) -> list[str]:
             raise UsageError(f"--lr_scheduler_kwargs: mode {settings['mode']!r}, but {better} is better for {metric}.")
         args.lr_scheduler_kwargs = settings | {"mode": mode}
     return [f"Best checkpoint{' and learning rate' * schedule} by {metric} ({better} is better)."]
-
-
-def check_smoothing(args: Any, is_regression: bool) -> None:
-    """A regression has no classes to smooth. Raises UsageError."""
-    if args.label_smoothing_factor and is_regression:
-        raise UsageError("--label_smoothing_factor is for classes, and these labels are numbers. Leave it out.")

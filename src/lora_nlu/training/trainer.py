@@ -40,12 +40,12 @@ from lora_nlu.training.checkpoints import (
     SAVING,
     STATE,
     check_moments,
+    complete_checkpoints,
     last_finite_checkpoint,
     naming_damage,
     processes_of,
     remove_checkpoint,
     seconds_trained,
-    whole_checkpoints,
 )
 from lora_nlu.training.processes import lost_process
 
@@ -400,7 +400,7 @@ class AdapterTrainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as e:
             if isinstance(e, RuntimeError) and not FULL_DISK.search(str(e)):
                 raise
-            last = whole_checkpoints(str(output_dir))
+            last = complete_checkpoints(str(output_dir))
             kept = f"{last[-1]} is whole; the same command resumes from it" if last else "there is no earlier one"
             raise UserError(f"Can't write {output_dir / name}: {e}.\nMake room or choose another place; {kept}.") from e
         finally:
@@ -413,7 +413,7 @@ class AdapterTrainer(Trainer):
     def rotate(self, output_dir: Path) -> None:
         """Keep the last --save_total_limit checkpoints, the best among them; as transformers, one more if that is 1."""
         limit = self.args.save_total_limit
-        if not limit or not self.args.should_save or not (kept := whole_checkpoints(str(output_dir))):
+        if not limit or not self.args.should_save or not (kept := complete_checkpoints(str(output_dir))):
             return
         best = next((path for path in kept if path.name == Path(self.state.best_model_checkpoint or "").name), None)
         if best is not None and best != kept[-1]:
@@ -425,7 +425,7 @@ class AdapterTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------- reading
 
-    def check_engine(self, checkpoint: str) -> None:
+    def check_backend(self, checkpoint: str) -> None:
         """Raise UserError for a checkpoint whose optimizer state this engine can't read, or that has none."""
         pieces = len([*Path(checkpoint).glob("*/*zero_pp_rank_*_optim_states.pt")])
         if pieces != (self.args.world_size if self.is_deepspeed_enabled else 0):

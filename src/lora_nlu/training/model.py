@@ -1,0 +1,168 @@
+"""The model that the flags name: its adapter's file, its weights, its tokenizer, all compared with the flags."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+from transformers.integrations import deepspeed
+
+from lora_nlu.adapters.adapter import Adapter
+from lora_nlu.adapters.attaching import attach_adapter, check_settings, head_rows, with_labels, with_relative_query
+from lora_nlu.adapters.reading import read_adapter
+from lora_nlu.errors import UsageError, UserError, printable
+from lora_nlu.files import ADAPTER_CONFIG
+from lora_nlu.labels import config_labels, recorded_labels
+from lora_nlu.methods.description import SETTINGS, set_method
+from lora_nlu.methods.lora import LoRALinear
+from lora_nlu.models.loading import (
+    base_fingerprint,
+    check_method,
+    load_model,
+    own_adapter,
+    set_task,
+    set_two_views,
+)
+from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
+from lora_nlu.training.arguments import DataArguments, ModelArguments, parse_layers, parse_targets
+from lora_nlu.training.head import Head
+from lora_nlu.training.output_folder import recorded
+from lora_nlu.training.processes import say
+from lora_nlu.training.run_arguments import RunArguments
+
+
+def load_adapter(
+    model_args: ModelArguments, data_args: DataArguments, args: RunArguments, config: Any
+) -> Adapter | None:
+    """The adapter of --lora_path or --adapter_path, compared with the other flags. Raises UserError."""
+    m = model_args
+    if not m.adapter_source:
+        return None
+    flag = "--lora_path" if m.lora_path else "--adapter_path"
+    adapter = read_adapter(m.adapter_source, flag, cache_dir=m.cache_dir, token=m.token)
+    adapter = with_relative_query(adapter, m.lora_relative_query)
+    method = adapter.method
+    if (method == "lora") != bool(m.lora_path):
+        right = "lora_path" if method == "lora" else "adapter_path"
+        raise UserError(f"{adapter.source}: holds {method}. Give it as --{right}.")
+    by_flags = m.adapter_type or method, m.adapter_size or adapter.adapter_size
+    if m.head_only or (m.apply_bitfit and not m.apply_adapter and not m.lora_path):
+        by_flags = "head" if m.head_only else "bitfit", None
+    if by_flags != (method, adapter.adapter_size) or (m.apply_adapter and not adapter.adapter_size):
+        raise UserError(f"{adapter.source}: holds {_contents(adapter, m)}, and the flags say otherwise.")
+    targets, layers = parse_targets(m.lora_target_modules), parse_layers(m.lora_layers, config.num_hidden_layers)
+    check_settings(adapter, m.lora_r, m.lora_alpha, m.lora_relative_query, targets, layers)
+    if (task := adapter.metadata.get("task", data_args.task)) != data_args.task:
+        say(args, f"{adapter.source}: was trained on {printable(task)}; this is {data_args.task}.")
+    return adapter
+
+
+def _contents(adapter: Adapter, model_args: ModelArguments) -> str:
+    """What an adapter's file contains, in a few words."""
+    if adapter.method != "lora":
+        return adapter.method + (f", size {adapter.adapter_size}" if adapter.adapter_size else "")
+    ranks, alpha = sorted(set(adapter.ranks.values())), adapter.lora_alpha
+    scaling = f"{alpha:g}" if alpha is not None else f"{model_args.lora_alpha:g}, which the file can't confirm"
+    if adapter.use_rslora or adapter.alpha_pattern:
+        scalings = ", ".join(f"{x:g}" for x in adapter.scalings())
+        scaling += f", scaled by {scalings}" + " (rslora)" * adapter.use_rslora
+    return f"rank {', '.join(map(str, ranks))}, alpha {scaling}"
+
+
+def prepare_model(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: RunArguments,
+    config: Any,
+    adapter: Adapter | None,
+    head: Head,
+    labels: tuple[str, ...],
+) -> tuple[Any, Any, dict[str, str]]:
+    """The model with its weights, method and adapter; its tokenizer; the fingerprints of both. Raises UserError.
+
+    head: what the run starts from; labels: the examples', which the model will predict.
+    """
+    name, base_labels = model_args.model_name_or_path, recorded_labels(config)
+    if adapter and adapter.label_count:
+        adapter = with_labels(adapter, head.labels)
+    else:
+        base_labels = head.labels
+    set_task(config, data_args.task, labels, model_args.cls_dropout)
+    model = _load_model(model_args, args, config, adapter, base_labels)
+    fingerprints = {"base_fingerprint": base_fingerprint(model)}
+    tokenizer, notes = load_tokenizer(model_args.tokenizer_name or name, config, **model_args.hub)
+    say(args, *notes)
+    set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
+    if adapter:
+        _attach(model, adapter, model_args, args)
+    fingerprints["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
+    check_tokenizer(
+        model_args.adapter_source or name,
+        adapter.metadata if adapter else recorded(Path(name)),
+        fingerprints["tokenizer_fingerprint"],
+        "Give the one it was trained with as --tokenizer_name.",
+    )
+    return model, tokenizer, fingerprints
+
+
+def _load_model(
+    model_args: ModelArguments,
+    args: RunArguments,
+    config: Any,
+    adapter: Adapter | None,
+    base_labels: tuple[str, ...] | None,
+) -> Any:
+    """The base model with the method of the flags; base_labels: those of its own head, where they are recorded."""
+    name = model_args.model_name_or_path
+    settings = {setting: getattr(model_args, setting) for setting in SETTINGS}
+    settings["lora_target_modules"] = parse_targets(model_args.lora_target_modules)
+    settings["lora_layers"] = parse_layers(model_args.lora_layers, config.num_hidden_layers)
+    if adapter:  # it brings its own layers
+        settings |= {"apply_lora": False, "apply_adapter": False}
+    saved = set_method(config, settings)
+    if model_args.lora_relative_query and config.model_type != "deberta-v2":
+        raise UsageError(f"--lora_relative_query: a {config.model_type} model has no relative positions.")
+    replaces_head = adapter and (not args.do_train or head_rows(adapter, config_labels(config)) is not None)
+    needs_head = not args.do_train and adapter is None
+    set_seed(args.seed)  # A and the head are drawn while loading
+    deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would read sharded weights; it shards a loaded model as well
+    model, notes = load_model(name, config, needs_head, base_labels, not replaces_head, **model_args.hub)
+    check_method(model, name, saved)
+    if needs_head:
+        _check_is_trained(model_args, args, saved, bool(own_adapter(model)))
+    if args.deepspeed:
+        deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
+    say(args, *notes)
+    return model
+
+
+def _attach(model: Any, adapter: Adapter, model_args: ModelArguments, args: RunArguments) -> None:
+    """Load an adapter into the model, with the dropout of the flags, and print what it contains."""
+    say(args, *attach_adapter(model, adapter, model_args.lora_alpha, args.do_train, config_labels(model.config)))
+    guess = ""
+    if not adapter.records_relative_query and model.frozen_relative_query is not None:
+        way = "without LoRA, the reference's way" if adapter.frozen_relative_query else "with LoRA, PEFT's way"
+        guess = f"; the relative query {way}, which the file can't confirm"
+    say(args, f"Loaded {adapter.source}: {_contents(adapter, model_args)}{guess}.")
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.lora_dropout = model_args.lora_dropout or 0.0
+
+
+def _check_is_trained(model_args: ModelArguments, args: RunArguments, saved: dict[str, Any], has_own: bool) -> None:
+    """Raise UsageError for a method's flag in a run that neither trains nor loads anything that the method trained.
+
+    saved: the method's settings in the base's config; has_own: whether the base contains LoRA or adapters of its own.
+    """
+    m = model_args
+    is_set = {"apply_lora": m.apply_lora and m.lora_r, "apply_adapter": m.apply_adapter}
+    is_set |= {"apply_bitfit": m.apply_bitfit and not saved.get("apply_bitfit")}
+    is_set |= {"head_only": m.head_only and not saved.get("head_only")}
+    flag = next((flag for flag in is_set if is_set[flag]), None)
+    if flag is None or (flag in ("apply_lora", "apply_adapter") and has_own):
+        return
+    path_flag = "lora_path" if flag == "apply_lora" else "adapter_path"
+    folder = args.output_dir if Path(str(args.output_dir), ADAPTER_CONFIG).is_file() else "FOLDER"
+    raise UsageError(
+        f"--{flag} says what trains, and nothing trains here (--do_train) or is given that was trained.\n"
+        f"Give it: --{path_flag} {folder}. Or leave --{flag} out: {m.model_name_or_path} is evaluated as it is."
+    )

@@ -1,0 +1,197 @@
+"""A run's output folder: whether it may be used, what it records, what of the run remains to be done."""
+
+import fcntl
+import os
+import re
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from lora_nlu.errors import UserError
+from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, is_training_run, read_json, write_json
+from lora_nlu.labels import label_list
+from lora_nlu.training.checkpoints import complete_checkpoints, remove_checkpoint
+from lora_nlu.training.trainer import AdapterTrainer
+
+RUN = "run.json"  # marks an output folder as one of run_glue.py
+_LEFTOVERS = re.compile(r"\..*\.partial|\.saving|\.removing")  # temporary names of a process that was killed
+_SCORES = ("eval*_results.json", "predict_results_*.tsv")  # of a run that trains, written after training
+_RESULTS = ("trainer_state.json", "*_results.json", *_SCORES, ADAPTER_WEIGHTS, ADAPTER_CONFIG, RUN_METADATA)
+# Explanations of settings whose values, digests, mean nothing to a reader
+_MEANING = {"train_data": ": the training examples differ", "eval_data": ": the evaluation examples differ"}
+
+
+def prepare_output_dir(output_dir: str, overwrite: bool) -> None:
+    """Make the output folder. Raises UserError if it can't be written, or contains anything but a run."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        content = [path.name for path in folder.iterdir() if not _LEFTOVERS.fullmatch(path.name)]
+    except OSError as e:
+        raise UserError(f"--output_dir {folder}: can't be written ({e.strerror}).") from e
+    if content and RUN not in content and not overwrite:
+        raise UserError(
+            f"--output_dir {folder} contains {len(content)} entries ({content[0]}, ...) and is no run of ours.\n"
+            "Choose another folder, or --overwrite_output_dir to write into it all the same."
+        )
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """The record of the run in a folder (run.json); empty if there is none."""
+    return read_json(folder / RUN) if (folder / RUN).is_file() else {}
+
+
+def record(trainer: AdapterTrainer, **more: Any) -> None:
+    """Write the run's metadata, and what else is to be recorded, into run.json."""
+    if trainer.args.process_index == 0:
+        write_json(Path(trainer.args.output_dir, RUN), trainer.metadata | more)
+
+
+def record_evaluation(trainer: AdapterTrainer, evaluated: str) -> None:
+    """Record an evaluation or prediction, unless the folder already has the record of a training run, which stays.
+
+    evaluated: the adapter, or else the model. Raises UserError in the folder of a training run if that run trained
+    something else, or on another task: readers would take the new results for that run's.
+    """
+    folder, now = Path(trainer.args.output_dir), trainer.metadata
+    (earlier,) = broadcast_object_list([recorded(folder)])
+    if not is_training_run(earlier):
+        record(trainer)
+        return
+    task, method = earlier.get("task"), earlier.get("method", {}).get("name")
+    if folder.resolve() != Path(evaluated).resolve() or task != now["task"]:
+        flag = {"full": "model_name_or_path", "lora": "lora_path"}.get(method, "adapter_path")
+        raise UserError(
+            f"--output_dir {folder} is of a run that trained on {task}; the results of {evaluated} on {now['task']} "
+            f"would be taken for that run's.\nChoose another --output_dir; what was trained there is --{flag} {folder}."
+        )
+
+
+def check_all_alike(trainer: AdapterTrainer) -> None:
+    """Raise UserError in a process that was started with other flags or another base model than the first."""
+    flags = {name: str(value) for name, value in trainer.args.to_dict().items() if name != "local_rank"}
+    mine = trainer.metadata | {"hyperparameters": flags | trainer.metadata["hyperparameters"]}
+    (first,) = broadcast_object_list([mine])
+    if differences := _differences(first, mine):
+        raise UserError(
+            f"process {trainer.args.process_index} (on {socket.gethostname()}) was started otherwise than the first: "
+            f"{'; '.join(differences[:8])}.\nStart the same command, with as many devices, on all machines."
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a folder while a run trains into it. Raises UserError if another process has it locked.
+
+    That process may have outlived its launcher.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(descriptor)
+        raise UserError(
+            f"{folder}: another run trains into it now. Wait for it or end it, or choose another folder."
+        ) from e
+    except OSError:
+        pass  # some network disks have no locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def clear_earlier_run(folder: Path) -> None:
+    """Remove an earlier run's checkpoints and results, and no other file."""
+    for path in folder.glob("checkpoint-*"):
+        if path.is_dir():
+            remove_checkpoint(path)
+    for name in _RESULTS:
+        for path in folder.glob(name):
+            path.unlink()
+
+
+def remaining(trainer: AdapterTrainer) -> tuple[str | None, bool]:
+    """The checkpoint to resume from, if any, and whether the run has already trained.
+
+    Raises UserError if the checkpoint or the results in the folder are of a run with other settings.
+    """
+    folder = Path(trainer.args.output_dir)
+    earlier = recorded(folder) or trainer.metadata
+    checkpoint = find_checkpoint(trainer.args.output_dir, trainer.args.resume_from_checkpoint)
+    if checkpoint or "trained" in earlier:
+        _check_same_run(str(folder), earlier, trainer.metadata)
+    elif results := [path.name for name in _SCORES for path in sorted(folder.glob(name))]:
+        raise UserError(
+            f"--output_dir {folder} contains results of another model ({results[0]}), to be taken for this run's.\n"
+            "Choose another folder, or --overwrite_output_dir to remove them first."
+        )
+    if checkpoint and Path(checkpoint, RUN_METADATA).is_file():  # --resume_from_checkpoint may be of another folder
+        _check_same_run(checkpoint, read_json(Path(checkpoint, RUN_METADATA)), trainer.metadata)
+    if checkpoint and "trained" not in earlier:
+        _check_best_metric(str(folder), earlier, trainer.args)
+        trainer.check_backend(checkpoint)
+    return checkpoint, "trained" in earlier
+
+
+def find_checkpoint(output_dir: str, resume_flag: str | None) -> str | None:
+    """The checkpoint of --resume_from_checkpoint, or without it the last complete one in the folder."""
+    checkpoints = [str(path) for path in complete_checkpoints(output_dir)]
+    if resume_flag and str(resume_flag).lower() not in ("true", "false"):
+        if str(Path(resume_flag)) not in map(str, complete_checkpoints(str(Path(resume_flag).parent))):
+            raise UserError(f"--resume_from_checkpoint {resume_flag}: no complete checkpoint.")
+        return resume_flag
+    return checkpoints[-1] if checkpoints and str(resume_flag).lower() != "false" else None
+
+
+def _check_same_run(source: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UserError, naming the differences, if an earlier run had other settings."""
+    if differences := _differences(earlier, now):
+        raise UserError(
+            f"{source} contains a run with other settings: {'; '.join(differences[:8])}.\n"
+            "Choose another --output_dir, or --overwrite_output_dir to train afresh."
+        )
+
+
+def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings in which two runs differ, of those that decide what a run ends with."""
+    differences = []
+    for key in ("task", "labels", "base_fingerprint", "tokenizer_fingerprint", "lora", "method", "hyperparameters"):
+        before, after = earlier.get(key, now.get(key)), now.get(key)  # older versions recorded less
+        if isinstance(before, dict) and isinstance(after, dict):
+            names = before if key == "hyperparameters" else {**before, **after}  # and fewer hyperparameters
+            changed = [name for name in names if before.get(name) != after.get(name)]
+            differences += [f"{n} {before.get(n)}, now {after.get(n)}{_MEANING.get(n, '')}" for n in changed]
+        elif before != after:
+            before, after = (label_list(value) if key == "labels" else value for value in (before, after))
+            differences.append(f"{key} {before}, now {after}")
+    return differences
+
+
+def _check_best_metric(source: str, earlier: dict[str, Any], args: Any) -> None:
+    """Raise UserError for a run of an older version, which chose the best checkpoint by a metric it did not record."""
+    if args.metric_for_best_model and "metric_for_best_model" not in earlier.get("hyperparameters", {}):
+        raise UserError(
+            f"{source} contains a run of an older version, which chose the best checkpoint otherwise.\n"
+            "Choose another --output_dir, or --overwrite_output_dir to train afresh."
+        )
+
+
+def wait_for_file(path: Path, content: str, args: Any) -> None:
+    """Wait until this process can read what the first one wrote: network disks may be late. Raises UserError."""
+    for _ in range(60):
+        if path.is_file() and path.read_text() == content:
+            return
+        time.sleep(0.5)
+    raise UserError(
+        f"{path}: process {args.process_index} (on {socket.gethostname()}) doesn't see what the first process wrote.\n"
+        "--output_dir must be on a disk that all machines share."
+    )
