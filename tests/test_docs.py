@@ -1,9 +1,7 @@
 """What the documents name exists: tests, files, headings, flags, messages; their commands are accepted."""
 
 import ast
-import functools
 import glob
-import importlib.util
 import os
 import re
 import runpy
@@ -11,7 +9,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +16,7 @@ import transformers
 from helpers import tiny_config
 
 from lora_nlu import read_adapter
+from lora_nlu.training import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -81,18 +79,9 @@ def commands() -> list[str]:
     return [line for line in dict.fromkeys(lines) if line and " ..." not in line and not line.startswith("#")]
 
 
-@functools.cache
-def run_glue() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_glue", RUN_GLUE)
-    assert spec and spec.loader
-    module = sys.modules["run_glue"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("command", [line for line in commands() if "run_glue.py" in line])
 def test_a_documented_command_of_run_glue_is_accepted_by_its_parser(command):
-    run_glue().parse_args(shlex.split(command.partition("run_glue.py")[2]))
+    parse_arguments(shlex.split(command.partition("run_glue.py")[2]), {})
 
 
 SCRIPTS = [line for line in commands() if re.match(r"(\w+=\S+ )*bash (scripts|results)/", line)]
