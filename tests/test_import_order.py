@@ -29,7 +29,7 @@ BELOW: dict[str, set[str]] = {
 ORDER = {
     "ops": ["packing", "sharding", "tensors", "kernels"],
     "methods": ["description", "lora", "bottleneck", "table"],
-    "models": ["losses", "layers", "modeling_roberta", "modeling_deberta_v2", "loading", "tokenizer"],
+    "models": ["losses", "layers", "checkpoints", "modeling_roberta", "modeling_deberta_v2", "loading", "tokenizer"],
     "adapters": ["adapter", "peft_format", "reading", "writing", "attaching", "model_card", "converting", "__main__"],
     "data": [
         "tasks", "metrics", "text_files", "examples", "tokenization", "glue", "user_rows", "user_labels", "user_files",

@@ -16,7 +16,7 @@ from transformers import DebertaV2Config, RobertaConfig
 import lora_nlu.models.modeling_deberta_v2
 import lora_nlu.models.modeling_roberta
 from lora_nlu.methods.description import TARGETS
-from lora_nlu.models.layers import EncoderLayer
+from lora_nlu.models.modeling_roberta import EncoderLayer
 
 THEIRS = os.environ["FOREIGN_SIDE"] == "theirs"
 SIZES = {

@@ -17,7 +17,7 @@ from lora_nlu.labels import check_labels, config_labels, label_list, last_head_l
 from lora_nlu.methods.description import is_added
 from lora_nlu.methods.lora import unmerged_parameters
 from lora_nlu.methods.table import mark_trainable
-from lora_nlu.models.layers import refuse_quantised
+from lora_nlu.models.checkpoints import refuse_quantised
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.ops.tensors import is_loaded, not_finite

@@ -5,10 +5,14 @@ R-Drop (Liang et al. 2021, arXiv 2106.14448) asks two passes with independent dr
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 PROBLEM_TYPES = (
     "regression",
@@ -49,6 +53,66 @@ def _problem(logits: Tensor, labels: Tensor) -> str:
         return "regression"
     is_id = labels.dim() == 1 or not labels.is_floating_point()
     return "single_label_classification" if is_id else "multi_label_classification"
+
+
+def problem_type_of(config: PreTrainedConfig, labels: Tensor | None, several_floats: str) -> str | None:
+    """`config.problem_type`; where it is not set, `several_floats` for labels [B, C], None for other labels."""
+    if config.problem_type is None and labels is not None and labels.dim() == 2 and labels.shape[1] > 1:
+        return several_floats
+    return config.problem_type
+
+
+# ------------------------------------------------------------------------------- two views: R-Drop and cutoff
+
+
+@dataclass
+class TwoViewOutput(SequenceClassifierOutput):
+    """A training step on two views: `loss` = `task_loss` + `consistency_loss`; the rest is the first view's."""
+
+    task_loss: Tensor | None = None
+    consistency_loss: Tensor | None = None
+
+
+def two_views(config: PreTrainedConfig, inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The inputs of a batch and the same again, or their cutoff, as those of one batch of 2 B.
+
+    Raises ValueError if `config.masking_prob` is set without ids or without the tokens that it needs.
+    """
+    second = dict(inputs)
+    if p := getattr(config, "masking_prob", 0):
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if ids is None:
+            raise ValueError("masking_prob replaces tokens: give input_ids, not inputs_embeds.")
+        if not hasattr(config, "special_token_ids") or not hasattr(config, "unk_token_id"):
+            raise ValueError("masking_prob needs the tokenizer's special_token_ids and unk_token_id in the config.")
+        second["input_ids"] = cutoff(ids, mask, p, config.special_token_ids, config.unk_token_id)
+    doubled = dict(inputs)
+    for (name, x), other in zip(inputs.items(), second.values(), strict=True):
+        if x is None or other is None or (name in ("token_type_ids", "position_ids") and x.shape[0] == 1):
+            continue  # one row of types or positions is for all sequences
+        doubled[name] = torch.cat([x, other])
+    return doubled
+
+
+def two_view_output(
+    logits: Tensor, labels: Tensor, problem_type: str | None, weight: float, encoded: BaseModelOutput
+) -> TwoViewOutput:
+    """The output for logits [2 B, C] of both views and the encoder's output; raises as `two_view_losses`."""
+    first, second = logits.chunk(2)  # [B, C] each
+    task, consistency = two_view_losses(first, second, labels, problem_type, weight)
+    return TwoViewOutput(
+        loss=task + consistency,
+        logits=first,
+        hidden_states=_first_view(encoded.hidden_states),
+        attentions=_first_view(encoded.attentions),
+        task_loss=task,
+        consistency_loss=consistency,
+    )
+
+
+def _first_view(layers: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    """The first view's part of tensors [2 B, ...]; a layer's that was not requested is None."""
+    return layers and tuple(x if x is None else x.chunk(2)[0] for x in layers)
 
 
 def two_view_losses(

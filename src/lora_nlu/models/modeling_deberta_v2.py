@@ -25,20 +25,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DebertaV2Config, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from lora_nlu.methods.lora import LoRALinear, lora_linear
+from lora_nlu.models.checkpoints import Checkpoints
 from lora_nlu.models.layers import (
-    Checkpoints,
-    EncoderLayer,
+    DenseAddNorm,
     EncoderOutputs,
+    Intermediate,
     OptionalTensor,
-    PackedEncoder,
-    SequenceClassifier,
     activation,
+    check_keywords,
     embed_types,
     embed_words,
     has_forward_of,
+    input_shape,
+    refuse_adapter_names,
 )
+from lora_nlu.models.losses import classification_loss, problem_type_of, two_view_output, two_views
 from lora_nlu.ops.kernels import Dropout, Linear, attention, is_traced
 from lora_nlu.ops.packing import PackedBatch
 
@@ -94,13 +99,13 @@ class DebertaV2Embeddings(nn.Module):
 
     def forward(
         self,
-        input_ids: Any,
+        input_ids: OptionalTensor,
         token_type_ids: OptionalTensor,
         position_ids: OptionalTensor,
-        inputs_embeds: Any,
+        inputs_embeds: OptionalTensor,
         packed: PackedBatch,
     ) -> Tensor:
-        """Ids or embeddings as in `PackedEncoder.forward`, exactly one of them None, to rows [N, H].
+        """Ids or embeddings as in `DebertaV2Model.forward`, exactly one of them None, to rows [N, H].
 
         Raises ValueError if a sequence is longer than the position table, where there is one.
         """
@@ -166,7 +171,16 @@ class DisentangledSelfAttention(nn.Module):
         from -(S - 1) to S - 1 has; whether the table has a gradient in grad mode.
         """
         query, key, value = self.query_proj(queries), self.key_proj(hidden_states), self.value_proj(hidden_states)
-        relative_key, relative_query = self.project(table, distances)  # [V, 2 S - 1, H] each, or None
+        relative_key = relative_query = None  # k^r by descending, q^r by ascending distance
+        if table is not None and distances is not None:
+            key_proj, query_proj = self.relative_projections()
+            table = self.pos_dropout(table)  # [V, U, H]
+            if key_proj is not None:
+                relative_key = key_proj(table, **self.relative_arguments(key_proj))
+                relative_key = relative_key.index_select(1, distances.flip(0))  # [V, 2 S - 1, H]
+            if query_proj is not None:
+                relative_query = query_proj(table, **self.relative_arguments(query_proj))
+                relative_query = relative_query.index_select(1, distances)  # [V, 2 S - 1, H]
         # The kernel gives the tables no gradients. Reentrant checkpointing runs a layer without grad mode first; where
         # the recomputation can't use the kernel, neither may that run: the kernel draws other dropout than torch.
         drops = self.dropout.training
@@ -221,36 +235,26 @@ class DisentangledSelfAttention(nn.Module):
             contexts.append((weights @ v).permute(1, 2, 0, 3).reshape(-1, query.shape[1]))
         return torch.cat(contexts), probs
 
-    def project(self, table: Tensor | None, distances: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """k^r by descending and q^r by ascending distance, [V, 2 S - 1, H] each; None where the config has none."""
-        if table is None or distances is None:
-            return None, None
-        table = self.pos_dropout(table)  # [V, U, H]
-        key = query = None
-        if self.content_to_position:
-            key = self.relative(self.key_proj, table) if self.shared else self.pos_key_proj(table)
-            key = key.index_select(1, distances.flip(0))
-        if self.position_to_content:
-            query = self.relative(self.query_proj, table) if self.shared else self.pos_query_proj(table)
-            query = query.index_select(1, distances)
-        return key, query
+    def relative_projections(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """The layers that the relative table goes through to keys and queries; None where the config has none."""
+        key_proj, query_proj = ("key_proj", "query_proj") if self.shared else ("pos_key_proj", "pos_query_proj")
+        return (
+            getattr(self, key_proj) if self.content_to_position else None,
+            getattr(self, query_proj) if self.position_to_content else None,
+        )
 
-    def relative(self, projection: nn.Linear, table: Tensor) -> Tensor:
-        """The table [V, U, H] through a projection shared with tokens; the config decides about its update."""
-        if not lora_relative_query(self.config) and updated(projection):
-            # called as a module: hooks load offloaded weights; what wraps a layer hands it the argument
-            return projection(table, apply_update=False)
-        return projection(table)
+    def relative_arguments(self, projection: nn.Module) -> dict[str, bool]:
+        """What a projection is called with for the relative table; the config decides about its update.
 
-    def relative_projections(self) -> list[nn.Module]:
-        """The layers that the relative table goes through."""
-        names = ("key_proj", "query_proj") if self.shared else ("pos_key_proj", "pos_query_proj")
-        uses = (self.content_to_position, self.position_to_content)
-        return [getattr(self, name) for name, used in zip(names, uses, strict=True) if used]
+        It is called as a module: hooks load offloaded weights, and what wraps a layer passes the argument on.
+        """
+        is_frozen = self.shared and not lora_relative_query(self.config) and updated(projection)
+        return {"apply_update": False} if is_frozen else {}
 
     def shared_updates(self) -> list[LoRALinear]:
         """The projections with an update that tokens and relative table share: where `lora_relative_query` matters."""
-        return [update for layer in self.relative_projections() if self.shared for update in updated(layer)]
+        layers = self.relative_projections() if self.shared else ()
+        return [update for layer in layers if layer is not None for update in updated(layer)]
 
     def trains_relative(self, table: Tensor | None, table_trains: bool) -> bool:
         """Whether relative keys or queries would require gradients in grad mode."""
@@ -258,7 +262,8 @@ class DisentangledSelfAttention(nn.Module):
             return False
         without = [] if lora_relative_query(self.config) else self.shared_updates()
         unused = {id(x) for layer in without for x in (layer.lora_A, layer.lora_B)}
-        used = (x for layer in self.relative_projections() for x in layer.parameters() if id(x) not in unused)
+        layers = (layer for layer in self.relative_projections() if layer is not None)
+        used = (x for layer in layers for x in layer.parameters() if id(x) not in unused)
         return table_trains or any(x.requires_grad for x in used)
 
     def by_head(self, rows: Tensor | None) -> Tensor | None:
@@ -307,6 +312,56 @@ def position_to_content(k: Tensor, relative_query: Tensor, places: int) -> Tenso
     return shifted(products).transpose(-1, -2)  # [A, n, j, i] to [A, n, i, j]
 
 
+class DebertaV2Attention(nn.Module):
+    """Self-attention, its output projection, residual and norm: [Q, H] and [N, H] to [Q, H]."""
+
+    def __init__(self, config: DebertaV2Config, layer: int) -> None:
+        super().__init__()
+        self.self = DisentangledSelfAttention(config, layer)
+        self.output = DenseAddNorm(config, layer, config.hidden_size, after_attention=True)
+
+    def forward(
+        self,
+        queries: Tensor,
+        hidden_states: Tensor,
+        packed: PackedBatch,
+        with_probs: bool,
+        table: OptionalTensor,
+        distances: OptionalTensor,
+        table_trains: bool,
+    ) -> tuple[Tensor, OptionalTensor]:
+        context, probs = self.self(queries, hidden_states, packed, with_probs, table, distances, table_trains)
+        return self.output(context, queries), probs
+
+
+class EncoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward: [N, H] to [Q, H]. Named alike in both models: settings of FSDP name this class."""
+
+    def __init__(self, config: DebertaV2Config, layer: int) -> None:
+        super().__init__()
+        self.attention = DebertaV2Attention(config, layer)
+        self.intermediate = Intermediate(config, layer)
+        self.output = DenseAddNorm(config, layer, config.intermediate_size, after_attention=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        packed: PackedBatch,
+        first_only: bool,
+        with_probs: bool,
+        table: OptionalTensor,
+        distances: OptionalTensor,
+        table_trains: bool,
+    ) -> tuple[Tensor, OptionalTensor]:
+        """With `first_only`, keys and values come from every token; all else is computed for first tokens alone."""
+        queries = hidden_states  # [N, H]
+        if first_only:
+            refuse_adapter_names(self)
+            queries = hidden_states.index_select(0, packed.first_rows)  # [B, H]
+        attended, probs = self.attention(queries, hidden_states, packed, with_probs, table, distances, table_trains)
+        return self.output(self.intermediate(attended), attended), probs  # [Q, H]
+
+
 class ConvLayer(nn.Module):
     """LayerNorm(residual + act(dropout(conv(x)))), the convolution over each sequence alone, 0 beyond its ends."""
 
@@ -338,10 +393,7 @@ class DebertaV2Encoder(nn.Module):
 
     def __init__(self, config: DebertaV2Config) -> None:
         super().__init__()
-        layers = [
-            EncoderLayer(config, i, DisentangledSelfAttention(config, i)) for i in range(config.num_hidden_layers)
-        ]
-        self.layer = nn.ModuleList(layers)
+        self.layer = nn.ModuleList([EncoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.buckets = getattr(config, "position_buckets", -1)
         self.reach = (
             config.max_relative_positions if config.max_relative_positions > 0 else config.max_position_embeddings
@@ -383,11 +435,11 @@ class DebertaV2Encoder(nn.Module):
         return encoded
 
 
-def share_att_key(config: Any) -> bool:
+def share_att_key(config: DebertaV2Config) -> bool:
     return bool(getattr(config, "share_att_key", False))
 
 
-def position_kinds(config: Any) -> list[str]:
+def position_kinds(config: DebertaV2Config) -> list[str]:
     """The kinds of relative attention in `pos_att_type`, a list or string ("c2p|p2c"), without "none" and ""."""
     kinds = config.pos_att_type or []
     if isinstance(kinds, str):
@@ -395,16 +447,16 @@ def position_kinds(config: Any) -> list[str]:
     return [kind for kind in kinds if kind not in ("none", "")]
 
 
-def relative_norm(config: Any) -> list[str]:
+def relative_norm(config: DebertaV2Config) -> list[str]:
     return [kind.strip() for kind in str(getattr(config, "norm_rel_ebd", "none")).lower().split("|")]
 
 
-def lora_relative_query(config: Any) -> bool:
+def lora_relative_query(config: DebertaV2Config) -> bool:
     """Whether the relative positions' query (and key) go through the update of a projection they share with tokens."""
     return bool(getattr(config, "lora_relative_query", False))
 
 
-def check_config(config: Any) -> None:
+def check_config(config: DebertaV2Config) -> None:
     """Raise ValueError for a setting that this model would have to ignore or compute differently."""
     size, heads = config.hidden_size, config.num_attention_heads
     buckets, reach = getattr(config, "position_buckets", -1), config.max_relative_positions
@@ -436,6 +488,7 @@ def check_config(config: Any) -> None:
 class DebertaV2PreTrainedModel(Checkpoints, PreTrainedModel):
     """What encoder and classifier share: configuration class, loading, initialisation."""
 
+    config: DebertaV2Config
     config_class = DebertaV2Config
     base_model_prefix = "deberta"
     supports_gradient_checkpointing = True
@@ -462,10 +515,8 @@ class DebertaV2PreTrainedModel(Checkpoints, PreTrainedModel):
             nn.init.zeros_(module.lora_B)
 
 
-class DebertaV2Model(PackedEncoder, DebertaV2PreTrainedModel):
+class DebertaV2Model(DebertaV2PreTrainedModel):
     """The bare encoder, in place of `transformers.DebertaV2Model`."""
-
-    keeps_distances = True
 
     def __init__(self, config: DebertaV2Config) -> None:
         super().__init__(config)
@@ -473,11 +524,60 @@ class DebertaV2Model(PackedEncoder, DebertaV2PreTrainedModel):
         self.encoder = DebertaV2Encoder(config)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: OptionalTensor = None,
+        attention_mask: OptionalTensor = None,
+        token_type_ids: OptionalTensor = None,
+        position_ids: OptionalTensor = None,
+        inputs_embeds: OptionalTensor = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        first_token_only: bool = False,
+        views: int = 1,
+        **keywords: object,
+    ) -> BaseModelOutput | tuple:
+        """Encode a batch.
+
+        Args:    input_ids [B, S] int64 or inputs_embeds [B, S, H], one of them; attention_mask [B, S], 0 = padding;
+                 token_type_ids and position_ids [B, S] int64. `first_token_only` computes and returns just the first
+                 token of each sequence, exactly, unless attentions or hidden states are requested. The batch consists
+                 of `views` equal parts, each with its own dropout of the relative table.
+        Returns: last_hidden_state [B, S, H] ([B, 1, H] for first tokens only), 0 where the mask is 0; hidden_states
+                 ([B, S, H] each) and attentions ([B, A, S, S] a layer) on request. In the fallback of `PackedBatch`,
+                 masked positions hold what transformers computes there.
+        Raises:  ValueError if both or neither input is given, a shape disagrees, the batch is empty or a sequence is
+                 too long; for other keywords as `check_keywords`.
+        """
+        check_keywords(keywords)
+        config = self.config
+        with_probs = config.output_attentions if output_attentions is None else output_attentions
+        with_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        first_token_only = first_token_only and not with_probs and not with_hidden
+        batch, length, device = input_shape(input_ids, inputs_embeds)
+
+        packed = PackedBatch.from_mask(attention_mask, batch, length, device, keep_distances=True)
+        rows = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, packed)  # [N, H]
+        encoded = self.encoder(rows, packed, first_token_only, with_hidden, with_probs, views)
+        output = BaseModelOutput(
+            last_hidden_state=encoded.first_tokens() if first_token_only else encoded.all_tokens(),
+            hidden_states=tuple(encoded.hidden_states) if with_hidden else None,  # type: ignore[arg-type]
+            attentions=tuple(encoded.attentions) if with_probs else None,
+        )
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
 
 class ContextPooler(nn.Module):
     """act(dense(dropout(first token))): [B, H] to [B, H]."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: DebertaV2Config) -> None:
         super().__init__()
         self.dense = nn.Linear(config.pooler_hidden_size, config.pooler_hidden_size)
         self.dropout = nn.Dropout(config.pooler_dropout)
@@ -487,10 +587,16 @@ class ContextPooler(nn.Module):
         return self.activation(self.dense(self.dropout(hidden_states[:, 0])))
 
 
-class DebertaV2ForSequenceClassification(SequenceClassifier, DebertaV2PreTrainedModel):
-    """DeBERTa-V2 with a classification or regression head, in place of transformers' class of that name."""
+class DebertaV2ForSequenceClassification(DebertaV2PreTrainedModel):
+    """DeBERTa-V2 with a classification or regression head, in place of transformers' class of that name.
 
-    soft_labels = "soft_label_classification"
+    LoRA settings are plain attributes of the config: `apply_lora`, `lora_r`, `lora_alpha`; `cls_dropout` sets the
+    head's dropout. After `from_pretrained`, `mark_trainable` leaves the update and the head to train.
+    With `reg_loss_wgt` above 0 training steps run every example twice, as one batch of twice the size (R-Drop); with
+    `masking_prob` too, some tokens of the second view are `unk_token_id`, none of `special_token_ids` (cutoff).
+    """
+
+    accepts_loss_kwargs = False  # Trainer takes a forward with **keywords for one that divides by num_items_in_batch
 
     def __init__(self, config: DebertaV2Config) -> None:
         super().__init__(config)
@@ -502,8 +608,57 @@ class DebertaV2ForSequenceClassification(SequenceClassifier, DebertaV2PreTrained
         self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)  # 0 counts
         self.post_init()
 
-    def head(self, hidden_states: Tensor) -> Tensor:
-        return self.classifier(self.dropout(self.pooler(hidden_states)))
+    def forward(
+        self,
+        input_ids: OptionalTensor = None,
+        attention_mask: OptionalTensor = None,
+        token_type_ids: OptionalTensor = None,
+        position_ids: OptionalTensor = None,
+        inputs_embeds: OptionalTensor = None,
+        labels: OptionalTensor = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **keywords: object,
+    ) -> SequenceClassifierOutput | tuple:
+        """Classify a batch; inputs, requests and errors as in `DebertaV2Model.forward`.
 
-    def reads_first_token_only(self) -> bool:
-        return has_forward_of(self.pooler, ContextPooler)
+        Args:    labels: [B] int64 class ids (cross-entropy), [B] numbers for one label (mean squared error), or [B, C]
+                 floats (cross-entropy against distributions); `config.problem_type`, where set, decides.
+        Returns: loss (None without labels), logits [B, C], hidden_states and attentions on request.
+        """
+        config = self.config
+        two_view_weight = getattr(config, "reg_loss_wgt", 0) if self.training and labels is not None else 0
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        if two_view_weight:
+            inputs = two_views(config, inputs)  # from here to the logits, B is twice the batch
+        encoded = self.deberta(
+            **inputs,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            first_token_only=has_forward_of(self.pooler, ContextPooler),  # another pooler may read every token
+            views=2 if two_view_weight else 1,
+            **keywords,
+        )
+        pooled = self.pooler(encoded.last_hidden_state)  # [B, S, H] or [B, 1, H] to [B, H]
+        logits = self.classifier(self.dropout(pooled))  # [B, C]
+
+        problem_type = problem_type_of(config, labels, "soft_label_classification")
+        output: SequenceClassifierOutput
+        if two_view_weight and labels is not None:
+            output = two_view_output(logits, labels, problem_type, two_view_weight, encoded)
+        else:
+            output = SequenceClassifierOutput(
+                loss=None if labels is None else classification_loss(logits, labels, problem_type),
+                logits=logits,
+                hidden_states=encoded.hidden_states,
+                attentions=encoded.attentions,
+            )
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -8,63 +8,33 @@ A heads, D head size, C labels; L the length shared by one group of sequences, n
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, RobertaConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, SequenceClassifierOutput
 
 from lora_nlu.methods.lora import LoRALinear, lora_linear
+from lora_nlu.models.checkpoints import Checkpoints
 from lora_nlu.models.layers import (
-    Checkpoints,
-    EncoderLayer,
+    DenseAddNorm,
     EncoderOutputs,
+    Intermediate,
     OptionalTensor,
-    PackedEncoder,
-    SequenceClassifier,
+    check_keywords,
     embed_types,
     embed_words,
     has_forward_of,
+    input_shape,
+    refuse_adapter_names,
 )
+from lora_nlu.models.losses import classification_loss, problem_type_of, two_view_output, two_views
 from lora_nlu.ops.kernels import Dropout, attention, is_traced
 from lora_nlu.ops.packing import PackedBatch
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, heads: int, dropout_p: float, with_probs: bool
-) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k^T / sqrt D) v within each sequence, group by group over sequences of equal length.
-
-    Args:    query [Q, H]: a row a token, or a row a sequence (its first token's); key, value [N, H]; packed order.
-    Returns: context [Q, H] and, if `with_probs`, the probabilities [B, A, S, S] (0 where a token is masked).
-    """
-    head_size = query.shape[1] // heads
-    if not with_probs:
-        fused = attention(query, key, value, packed, heads, 1 / math.sqrt(head_size), dropout_p)
-        if fused is not None:
-            return fused, None
-    if packed.attends_padded(query.device, with_probs):
-        query, key, value = (packed.to_padded(x) for x in (query, key, value))
-        context, probs = attend(query, key, value, packed.padded, heads, dropout_p, with_probs)
-        return packed.from_padded(context), probs
-    contexts: list[Tensor] = []
-    probs = None
-    for n, _, parts in packed.grouped(query, key, value):
-        q, k, v = (rows.view(n, -1, heads, head_size).transpose(1, 2) for rows in parts)  # [n, A, L, D]
-        if with_probs or is_traced():  # torch's fused attention has no forward-mode and no second derivatives
-            scores = q @ k.transpose(-1, -2) / math.sqrt(head_size)  # [n, A, L, L]
-            if packed.key_mask is not None:  # added, as transformers does: a row that sees no key keeps its gradient
-                hidden = torch.zeros_like(packed.key_mask, dtype=scores.dtype)
-                scores = scores + hidden.masked_fill(~packed.key_mask, torch.finfo(scores.dtype).min)
-            probs = F.dropout(scores.softmax(-1), dropout_p)  # with_probs: of all sequences, in one padded group
-            if packed.is_padded:
-                probs = probs * packed.key_mask.transpose(-1, -2)  # type: ignore[union-attr]
-            context = probs @ v
-        else:
-            context = F.scaled_dot_product_attention(q, k, v, packed.key_mask, dropout_p)
-        contexts.append(context.transpose(1, 2).reshape(-1, query.shape[1]))
-    return torch.cat(contexts), probs if with_probs else None
 
 
 class RobertaEmbeddings(nn.Module):
@@ -103,13 +73,13 @@ class RobertaEmbeddings(nn.Module):
 
     def forward(
         self,
-        input_ids: Any,
+        input_ids: OptionalTensor,
         token_type_ids: OptionalTensor,
         position_ids: OptionalTensor,
-        inputs_embeds: Any,
+        inputs_embeds: OptionalTensor,
         packed: PackedBatch,
     ) -> Tensor:
-        """Ids or embeddings as in `PackedEncoder.forward`, exactly one of them None, to rows [N, H]."""
+        """Ids or embeddings as in `RobertaModel.forward`, exactly one of them None, to rows [N, H]."""
         shape, device = (packed.batch, packed.length), packed.first_rows.device
         if position_ids is None:
             position_ids = self.positions(input_ids, *shape, device)
@@ -136,9 +106,83 @@ class RobertaSelfAttention(nn.Module):
     def forward(
         self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool
     ) -> tuple[Tensor, Tensor | None]:
-        dropout_p = self.dropout.p if self.training else 0.0
+        """queries [Q, H] and hidden_states [N, H] to context [Q, H] and, if asked, probabilities [B, A, S, S]."""
         query, key, value = self.query(queries), self.key(hidden_states), self.value(hidden_states)
+        dropout_p = self.dropout.p if self.training else 0.0
+        if not with_probs:
+            scale = 1 / math.sqrt(query.shape[1] // self.heads)
+            context = attention(query, key, value, packed, self.heads, scale, dropout_p)  # [Q, H]
+            if context is not None:
+                return context, None
         return attend(query, key, value, packed, self.heads, dropout_p, with_probs)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, heads: int, dropout_p: float, with_probs: bool
+) -> tuple[Tensor, OptionalTensor]:
+    """softmax(q k^T / sqrt D) v within each sequence, group by group over sequences of equal length, by torch.
+
+    Args:    query [Q, H]: a row a token, or a row a sequence (its first token's); key, value [N, H]; packed order.
+    Returns: context [Q, H] and, if `with_probs`, the probabilities [B, A, S, S] (0 where a token is masked).
+    """
+    head_size = query.shape[1] // heads
+    if packed.attends_padded(query.device, with_probs):
+        query, key, value = (packed.to_padded(x) for x in (query, key, value))
+        context, probs = attend(query, key, value, packed.padded, heads, dropout_p, with_probs)
+        return packed.from_padded(context), probs
+    contexts: list[Tensor] = []
+    probs = None
+    for n, _, parts in packed.grouped(query, key, value):
+        q, k, v = (rows.view(n, -1, heads, head_size).transpose(1, 2) for rows in parts)  # [n, A, L, D]
+        if with_probs or is_traced():  # torch's fused attention has no forward-mode and no second derivatives
+            scores = q @ k.transpose(-1, -2) / math.sqrt(head_size)  # [n, A, L, L]
+            if packed.key_mask is not None:  # added, as transformers does: a row that sees no key keeps its gradient
+                hidden = torch.zeros_like(packed.key_mask, dtype=scores.dtype)
+                scores = scores + hidden.masked_fill(~packed.key_mask, torch.finfo(scores.dtype).min)
+            probs = F.dropout(scores.softmax(-1), dropout_p)  # with_probs: of all sequences, in one padded group
+            if packed.is_padded:
+                probs = probs * packed.key_mask.transpose(-1, -2)  # type: ignore[union-attr]
+            context = probs @ v  # [n, A, L, D]
+        else:
+            context = F.scaled_dot_product_attention(q, k, v, packed.key_mask, dropout_p)  # [n, A, L, D]
+        contexts.append(context.transpose(1, 2).reshape(-1, query.shape[1]))  # [n L, H]
+    return torch.cat(contexts), probs if with_probs else None
+
+
+class RobertaAttention(nn.Module):
+    """Self-attention, its output projection, residual and norm: [Q, H] and [N, H] to [Q, H]."""
+
+    def __init__(self, config: RobertaConfig, layer: int) -> None:
+        super().__init__()
+        self.self = RobertaSelfAttention(config, layer)
+        self.output = DenseAddNorm(config, layer, config.hidden_size, after_attention=True)
+
+    def forward(
+        self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool
+    ) -> tuple[Tensor, OptionalTensor]:
+        context, probs = self.self(queries, hidden_states, packed, with_probs)
+        return self.output(context, queries), probs
+
+
+class EncoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward: [N, H] to [Q, H]. Named alike in both models: settings of FSDP name this class."""
+
+    def __init__(self, config: RobertaConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = RobertaAttention(config, layer)
+        self.intermediate = Intermediate(config, layer)
+        self.output = DenseAddNorm(config, layer, config.intermediate_size, after_attention=False)
+
+    def forward(
+        self, hidden_states: Tensor, packed: PackedBatch, first_only: bool, with_probs: bool
+    ) -> tuple[Tensor, OptionalTensor]:
+        """With `first_only`, keys and values come from every token; all else is computed for first tokens alone."""
+        queries = hidden_states  # [N, H]
+        if first_only:
+            refuse_adapter_names(self)
+            queries = hidden_states.index_select(0, packed.first_rows)  # [B, H]
+        attended, probs = self.attention(queries, hidden_states, packed, with_probs)
+        return self.output(self.intermediate(attended), attended), probs  # [Q, H]
 
 
 class RobertaEncoder(nn.Module):
@@ -146,8 +190,7 @@ class RobertaEncoder(nn.Module):
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
-        layers = [EncoderLayer(config, i, RobertaSelfAttention(config, i)) for i in range(config.num_hidden_layers)]
-        self.layer = nn.ModuleList(layers)
+        self.layer = nn.ModuleList([EncoderLayer(config, i) for i in range(config.num_hidden_layers)])
 
     def forward(
         self, rows: Tensor, packed: PackedBatch, first_only: bool, with_hidden: bool, with_probs: bool, views: int
@@ -174,6 +217,7 @@ class RobertaPooler(nn.Module):
 class RobertaPreTrainedModel(Checkpoints, PreTrainedModel):
     """What encoder and classifier share: configuration class, loading, initialisation."""
 
+    config: RobertaConfig
     config_class = RobertaConfig
     base_model_prefix = "roberta"
     supports_gradient_checkpointing = True
@@ -196,10 +240,8 @@ class RobertaPreTrainedModel(Checkpoints, PreTrainedModel):
             module.reset_lora_parameters()
 
 
-class RobertaModel(PackedEncoder, RobertaPreTrainedModel):
+class RobertaModel(RobertaPreTrainedModel):
     """The bare encoder, in place of `transformers.RobertaModel`."""
-
-    selects_hidden_states = True
 
     def __init__(self, config: RobertaConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -207,6 +249,68 @@ class RobertaModel(PackedEncoder, RobertaPreTrainedModel):
         self.encoder = RobertaEncoder(config)
         self.pooler = RobertaPooler(config) if add_pooling_layer else None
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value  # type: ignore[assignment]
+
+    def forward(
+        self,
+        input_ids: OptionalTensor = None,
+        attention_mask: OptionalTensor = None,
+        token_type_ids: OptionalTensor = None,
+        position_ids: OptionalTensor = None,
+        inputs_embeds: OptionalTensor = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        return_dict: bool | None = None,
+        first_token_only: bool = False,
+        views: int = 1,
+        **keywords: object,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
+        """Encode a batch.
+
+        Args:    input_ids [B, S] int64 or inputs_embeds [B, S, H], one of them; attention_mask [B, S], 0 = padding;
+                 token_type_ids and position_ids [B, S] int64. `first_token_only` computes and returns just the first
+                 token of each sequence, exactly, unless attentions or hidden states are requested. The batch consists
+                 of `views` equal parts, between which no dropout is shared.
+        Returns: last_hidden_state [B, S, H] ([B, 1, H] for first tokens only), 0 where the mask is 0; pooler_output
+                 [B, H], if there is a pooler; hidden_states ([B, S, H] each; where output_hidden_states is a number or
+                 numbers, those of other numbers are None) and attentions ([B, A, S, S] a layer) on request. In the
+                 fallback of `PackedBatch`, masked positions hold what transformers computes there.
+        Raises:  ValueError if both or neither input is given, a shape disagrees, the batch is empty or a sequence is
+                 too long; for other keywords as `check_keywords`.
+        """
+        check_keywords(keywords)
+        config = self.config
+        with_probs = config.output_attentions if output_attentions is None else output_attentions
+        with_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        first_token_only = first_token_only and not with_probs and not with_hidden
+        batch, length, device = input_shape(input_ids, inputs_embeds)
+
+        packed = PackedBatch.from_mask(attention_mask, batch, length, device)
+        rows = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, packed)  # [N, H]
+        encoded = self.encoder(rows, packed, first_token_only, with_hidden, with_probs, views)
+        last = encoded.first_tokens() if first_token_only else encoded.all_tokens()  # [B, 1, H] or [B, S, H]
+        pooled = None if self.pooler is None else self.pooler(last)  # [B, H]
+
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=last,
+            pooler_output=pooled,
+            hidden_states=requested_layers(encoded.hidden_states, with_hidden) if with_hidden else None,
+            attentions=tuple(encoded.attentions) if with_probs else None,
+        )
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def requested_layers(states: list[Tensor], request: bool | int | Sequence[int]) -> tuple[Any, ...]:
+    """The hidden states, those of layers that were not requested None; a negative number counts from the last."""
+    if isinstance(request, bool):
+        return tuple(states)
+    numbers = [request] if isinstance(request, int) else request
+    return tuple(x if i in numbers or i - len(states) in numbers else None for i, x in enumerate(states))
 
 
 class RobertaClassificationHead(nn.Module):
@@ -223,8 +327,16 @@ class RobertaClassificationHead(nn.Module):
         return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(features[:, 0])))))
 
 
-class RobertaForSequenceClassification(SequenceClassifier, RobertaPreTrainedModel):
-    """RoBERTa with a classification or regression head, in place of transformers' class of that name."""
+class RobertaForSequenceClassification(RobertaPreTrainedModel):
+    """RoBERTa with a classification or regression head, in place of transformers' class of that name.
+
+    LoRA settings are plain attributes of the config: `apply_lora`, `lora_r`, `lora_alpha`; `cls_dropout` sets the
+    head's dropout. After `from_pretrained`, `mark_trainable` leaves the update and the head to train.
+    With `reg_loss_wgt` above 0 training steps run every example twice, as one batch of twice the size (R-Drop); with
+    `masking_prob` too, some tokens of the second view are `unk_token_id`, none of `special_token_ids` (cutoff).
+    """
+
+    accepts_loss_kwargs = False  # Trainer takes a forward with **keywords for one that divides by num_items_in_batch
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__(config)
@@ -233,8 +345,56 @@ class RobertaForSequenceClassification(SequenceClassifier, RobertaPreTrainedMode
         self.classifier = RobertaClassificationHead(config)
         self.post_init()
 
-    def head(self, hidden_states: Tensor) -> Tensor:
-        return self.classifier(hidden_states)
+    def forward(
+        self,
+        input_ids: OptionalTensor = None,
+        attention_mask: OptionalTensor = None,
+        token_type_ids: OptionalTensor = None,
+        position_ids: OptionalTensor = None,
+        inputs_embeds: OptionalTensor = None,
+        labels: OptionalTensor = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        return_dict: bool | None = None,
+        **keywords: object,
+    ) -> SequenceClassifierOutput | tuple:
+        """Classify a batch; inputs, requests and errors as in `RobertaModel.forward`.
 
-    def reads_first_token_only(self) -> bool:
-        return has_forward_of(self.classifier, RobertaClassificationHead)
+        Args:    labels: [B] int64 class ids (cross-entropy), [B] numbers for one label (mean squared error), or [B, C]
+                 floats (binary cross-entropy); `config.problem_type`, where set, decides.
+        Returns: loss (None without labels), logits [B, C], hidden_states and attentions on request.
+        """
+        config = self.config
+        two_view_weight = getattr(config, "reg_loss_wgt", 0) if self.training and labels is not None else 0
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        if two_view_weight:
+            inputs = two_views(config, inputs)  # from here to the logits, B is twice the batch
+        encoded = self.roberta(
+            **inputs,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            first_token_only=has_forward_of(self.classifier, RobertaClassificationHead),  # another may read every token
+            views=2 if two_view_weight else 1,
+            **keywords,
+        )
+        logits = self.classifier(encoded.last_hidden_state)  # [B, S, H] or [B, 1, H] to [B, C]
+
+        problem_type = problem_type_of(config, labels, "multi_label_classification")
+        output: SequenceClassifierOutput
+        if two_view_weight and labels is not None:
+            output = two_view_output(logits, labels, problem_type, two_view_weight, encoded)
+        else:
+            output = SequenceClassifierOutput(
+                loss=None if labels is None else classification_loss(logits, labels, problem_type),
+                logits=logits,
+                hidden_states=encoded.hidden_states,
+                attentions=encoded.attentions,
+            )
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()

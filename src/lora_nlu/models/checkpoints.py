@@ -1,0 +1,90 @@
+"""Saving and loading of both models: no tensor of LoRA or of a bottleneck is lost, no quantised weight is read."""
+
+import re
+from contextlib import suppress
+from typing import Any
+
+from lora_nlu.errors import UserError, printable
+from lora_nlu.methods.table import describe_lora_
+from lora_nlu.ops.tensors import is_loaded
+
+_ADDED = re.compile(r"\.(lora|adapter)_[AB]\b")  # in the names of the parameters of LoRA and bottlenecks
+
+
+def refuse_quantised(name: Any, setting: Any) -> None:
+    """Raise UserError, naming the method, if `setting` (a quantization_config, or flags of one) is set."""
+    if setting:
+        values = setting if isinstance(setting, dict) else setting.to_dict()
+        method = getattr(values.get("quant_method"), "value", values.get("quant_method")) or ", ".join(map(str, values))
+        raise UserError(
+            f"{name}: quantisation ({printable(method)}) is not supported: these models compute with weights in fp32, "
+            "fp16 or bf16.\nLoad the unquantised checkpoint. To quantise what was trained, merge it "
+            "(python -m lora_nlu.adapters convert ... --to merged) and load that in transformers' own class."
+        )
+
+
+class Checkpoints:
+    """Saving and loading of both models, with checks that no tensor of LoRA or of a bottleneck gets lost."""
+
+    config_class: Any
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """The name of our attention in a config: "eager" (default) or "sdpa", one computation. Others are refused."""
+        if requested_attention in (None, "eager", "sdpa"):
+            return requested_attention or "eager"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)  # type: ignore[misc]
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """True, so that `set_attn_implementation` works; transformers would search the source of our module for it."""
+        return True
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with the LoRA settings in the config. Raises UserError as `lora.describe_lora_`."""
+        describe_lora_(self)
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers'.
+
+        Raises UserError if the checkpoint has LoRA or bottlenecks that the model lacks, or only some of those that it
+        has, and for quantisation.
+        """
+        cls._check_quantisation(*args, **kwargs)
+        model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        name = model.name_or_path
+        unused = sorted(key for key in report["unexpected_keys"] if _ADDED.search(key))
+        if unused:
+            raise UserError(
+                f"{name}: contains {unused[0]} and {len(unused) - 1} more adapter tensors that this model lacks; they "
+                "would be left out.\nGive the settings it was trained with (--apply_lora --lora_r R "
+                "--lora_alpha A), or the plain base model, and the adapter as --lora_path (adapters.attach_adapter)."
+            )
+        for kind in (r"\.lora_[AB]\b", r"\.adapter_[AB]\b"):
+            every = {key: p for key, p in model.named_parameters() if re.search(kind, key)}
+            added = {key: is_loaded(p) or p.is_meta for key, p in every.items()}  # meta: stays on the disk
+            lacks = [key for key, loaded in added.items() if not loaded]
+            if lacks and len(lacks) < len(added):
+                # Pfeiffer's bottlenecks are Houlsby's without those after attention
+                is_pfeiffer = "adapter" in kind and all((".attention." in key) != added[key] for key in added)
+                remedy = "--adapter_type pfeiffer" if is_pfeiffer else "the settings it was saved with"
+                raise UserError(
+                    f"{name}: is damaged, or was saved with other settings: of {len(added)} adapter tensors it lacks "
+                    f"{len(lacks)}, {lacks[0]} first.\nGive {remedy}, or use a complete copy of the file."
+                )
+        return (model, report) if output_loading_info else model
+
+    @classmethod
+    def _check_quantisation(
+        cls, pretrained_model_name_or_path: Any = None, *_: Any, config: Any = None, **kwargs: Any
+    ) -> None:
+        """Raise UserError for quantisation, before transformers looks for its package and replaces layers with LoRA."""
+        name = pretrained_model_name_or_path
+        flags = {key: kwargs[key] for key in ("load_in_8bit", "load_in_4bit", "gguf_file") if kwargs.get(key)}
+        refuse_quantised(name, kwargs.get("quantization_config") or flags)
+        settings = getattr(config, "__dict__", None)
+        if settings is None:
+            with suppress(Exception):  # transformers reports an unreadable folder or id afterwards
+                settings, _ = cls.config_class.get_config_dict(name if config is None else config, **kwargs)
+        refuse_quantised(name, (settings or {}).get("quantization_config"))
