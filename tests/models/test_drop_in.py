@@ -330,7 +330,7 @@ def test_a_deberta_without_layers_returns_its_embeddings(padding):  # transforme
     ids = torch.randint(3, 50, (3, 5), generator=torch.Generator().manual_seed(0))
     mask = None if MASKS[padding] is None else torch.tensor(MASKS[padding])
     output = model(ids, mask, output_hidden_states=True)
-    assert torch.equal(output.logits, model.head(output.hidden_states[0]))
+    assert torch.equal(output.logits, model.classifier(model.dropout(model.pooler(output.hidden_states[0]))))
     assert_close(model(ids, mask).logits, output.logits, 1e-6)
 
 

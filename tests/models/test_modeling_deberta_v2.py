@@ -1037,7 +1037,7 @@ def test_two_views_of_a_batch_are_each_what_the_batch_alone_is(kind, first_token
     first, second = model.base_model(**doubled, **more, views=2).last_hidden_state.chunk(2)
     assert_close(first, want, 1e-6)
     assert_close(second, want, 1e-6)
-    logits = model.head(first), model.head(second)
+    logits = [model.classifier(model.dropout(model.pooler(tokens))) for tokens in (first, second)]
     for half in logits:
         assert_close(half, model(**inputs).logits, 1e-6)
 
