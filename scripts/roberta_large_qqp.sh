@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # RoBERTa-large + LoRA on QQP (363,846 training pairs). Reports accuracy and F1.
 # The paper's dev figure: accuracy 91.6 (median of 5 seeds, best epoch of each).
-#   bash scripts/roberta_large_qqp.sh                  the published recipe, made for 8 GPUs
+#   bash scripts/roberta_large_qqp.sh                  the published recipe, tuned for 8 GPUs
 #   bash scripts/roberta_large_qqp.sh --max_steps 20   a quick try: extra flags override those below
-num_gpus=${num_gpus:-8}
+tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(
   --model_name_or_path roberta-large --task_name qqp
   --do_train --do_eval
-  --max_seq_length 512                        # tokens; a longer pair is cut
-  --per_device_train_batch_size 4             # x num_gpus=8: 32 pairs a step
+  --max_seq_length 512                        # tokens; longer pairs are truncated
+  --per_device_train_batch_size 4             # x tuned_for_gpus=8: 32 pairs a step
   --num_train_epochs 20
   --learning_rate 3e-4 --warmup_ratio 0.06    # linear up over 6% of the steps, then linear down to 0
-  --weight_decay 0.1                          # of what trains, save biases
+  --weight_decay 0.1                          # not on biases
   --apply_lora --lora_r 8 --lora_alpha 16     # W + (16 / 8) B A on query and value of each layer
-  --eval_strategy epoch --save_strategy epoch # so that the best epoch is there to be had
+  --eval_strategy epoch --save_strategy epoch # the best epoch is one of the checkpoints
   --logging_steps 10
   --seed 0
 )

@@ -1,4 +1,4 @@
-"""The scheduler behind run_seeds.sh, which says how to call it."""
+"""The scheduler behind run_seeds.sh, which shows how to call it."""
 
 import argparse
 import difflib
@@ -13,37 +13,39 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from lora_nlu.data.tasks import TASKS
-from lora_nlu.errors import UsageError, UserError
+from lora_nlu.errors import UserError
 from lora_nlu.report.__main__ import main as report
 from lora_nlu.report.tables import clock
+from lora_nlu.training import launch
 
 ROOT = Path(__file__).parents[1]
-MARK = "run_seeds: "  # begins the line of a log that says with which flags a start was made
-OWN = ("--output_dir", "--glue_dir")  # where, not what
+MARK = "run_seeds: "  # begins the line of a log that records the flags of a start
+LOCATIONS = ("--output_dir", "--glue_dir")  # may differ between two starts of the same run
 
 
 @dataclass
 class Run:
-    """One start of one script: its flags, its folder, and how it is going."""
+    """One run of a launch script: its flags, its folder and its state."""
 
-    script: Path
-    flags: list[str]
+    words: list[str]  # of the command line: the script, and the task if it takes one
+    script: launch.Script
+    flags: list[str]  # added to the script's
     folder: Path
     name: str
     mnli: Path | None = None  # the MNLI run whose adapter this one starts from
-    needs: "Run | None" = None  # the same, if it is one of those asked for
+    needs: "Run | None" = None  # the same, if it is one of this command's runs
     state: str = "waiting"  # or running, done, failed, stopped
     process: Any = None
     log: IO | None = None
     slot: str | None = None
     seconds: float = 0.0
-    asked: list[str] = field(default_factory=list)
-    told: list[int] = field(default_factory=list)  # signals sent to it
+    recorded_flags: list[str] = field(default_factory=list)  # one text a flag with its values
+    signals: list[int] = field(default_factory=list)  # sent to it
 
     @property
     def log_path(self) -> Path:
@@ -53,40 +55,34 @@ class Run:
         env = {**os.environ, **settings, "output_dir": str(self.folder)}
         return env | ({"MNLI_LORA": str(self.mnli)} if self.mnli else {})
 
-    def command(self) -> list[str]:
-        return ["bash", str(self.script), *self.flags]
-
-    def ask(self) -> str:
-        """Let the script say what it would run on one device; returns that. Raises UserError if it refuses."""
-        start = ["--lora_path", str(self.mnli)] if self.mnli else []  # said so, it may be missing as yet
-        env = self.environment(DRY_RUN="1", devices="1")
-        done = subprocess.run([*self.command(), *start], env=env, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(done.stderr.strip() or f"{self.script}: ends with status {done.returncode}.")
-        words = shlex.split(done.stdout.replace("\\\n", " "))
-        program = next((i for i, word in enumerate(words) if word.endswith("run_glue.py")), len(words))
+    def plan(self) -> launch.Command:
+        """The command of this run on one device. Raises UserError if launch.sh would refuse it."""
+        start = ["--lora_path", str(self.mnli)] if self.mnli else []  # a flag: the adapter need not exist yet
+        script = replace(self.script, flags=[*self.script.flags, *self.flags, *start])
+        try:
+            command = launch.plan(script, self.environment(devices="1"))
+        except UserError as error:
+            raise UserError(f"{script.name}: {error}") from error
         groups: list[list[str]] = []
-        for word in words[program + 1 :]:
-            if word.startswith("--") or not groups:
+        for word in command.flags:
+            if word.startswith("--"):
                 groups.append([])
             groups[-1].append(word)
-        if not groups:
-            raise UserError(f"{self.script}: shows no command with run_glue.py, so it is no launch script.")
-        # which adapter it starts from is a place too, but not whether it does
-        said = [group[:1] if group[0] == "--lora_path" else group for group in groups if group[0] not in OWN]
-        self.asked = [shlex.join(group) for group in said]
-        return done.stdout
+        # the adapter's path is a location too; that the run starts from one is not
+        groups = [group[:1] if group[0] == "--lora_path" else group for group in groups if group[0] not in LOCATIONS]
+        self.recorded_flags = [shlex.join(group) for group in groups]
+        return command
 
     def is_done(self) -> bool:
-        """Whether a finished run is in the folder. Raises UserError if it was made with other flags."""
+        """Whether the folder has the finished run. Raises UserError if it was made with other flags."""
         record = read(self.folder / "run.json")
         files = {"--do_eval": "eval_results.json", "--do_predict": "predict_results_*.tsv"}
-        wanted = [pattern for flag, pattern in files.items() if flag in self.asked]
-        if not record.get("trained") or not all(any(self.folder.glob(pattern)) for pattern in wanted):
+        patterns = [pattern for flag, pattern in files.items() if flag in self.recorded_flags]
+        if not record.get("trained") or not all(any(self.folder.glob(pattern)) for pattern in patterns):
             return False
         marks = [line for line in tail(self.log_path, 10**7) if line.startswith(MARK)]
-        if marks and (before := json.loads(marks[-1].removeprefix(MARK))) != self.asked:
-            changes = [line for line in difflib.ndiff(before, self.asked) if line[0] in "+-"]
+        if marks and (before := json.loads(marks[-1].removeprefix(MARK))) != self.recorded_flags:
+            changes = [line for line in difflib.ndiff(before, self.recorded_flags) if line[0] in "+-"]
             raise UserError(
                 f"{self.folder} holds a finished run with other flags: {', '.join(changes)}.\n"
                 "Choose another --output_dir, or remove that folder."
@@ -97,15 +93,16 @@ class Run:
         """Start the script, its output in the log. Raises BlockingIOError while another process writes there."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         self.log = self.log_path.open("a", encoding="utf-8")
-        fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run inherits it, and outlives us if we are killed
-        # what was interrupted may have left half a line
-        self.log.write("\n" * bool(self.log.tell()) + MARK + json.dumps(self.asked) + "\n")
+        # the run inherits the lock, and may outlive this process
+        fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # an interrupted run may have left half a line
+        self.log.write("\n" * bool(self.log.tell()) + MARK + json.dumps(self.recorded_flags) + "\n")
         self.log.flush()
         self.slot, self.state, self.seconds = slot, "running", time.monotonic()
-        # A session of its own: Ctrl-C reaches this program alone, which passes it on once.
+        # A session of its own: Ctrl-C reaches only this program, which passes it on once.
         self.process = subprocess.Popen(
-            self.command(), env=self.environment(**settings), stdin=subprocess.DEVNULL, stdout=self.log,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            ["bash", *self.words, *self.flags], env=self.environment(**settings), stdin=subprocess.DEVNULL,
+            stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
     def finished(self) -> bool:
@@ -114,13 +111,13 @@ class Run:
         assert self.log is not None
         self.log.close()
         self.seconds = time.monotonic() - self.seconds
-        self.state = "done" if self.process.returncode == 0 else "stopped" if self.told else "failed"
+        self.state = "done" if self.process.returncode == 0 else "stopped" if self.signals else "failed"
         return True
 
-    def tell(self, number: int) -> None:
+    def send(self, number: int) -> None:
         """Send a signal to all of its processes, once."""
-        if number not in self.told:
-            self.told.append(number)
+        if number not in self.signals:
+            self.signals.append(number)
             os.killpg(self.process.pid, number)
 
     def progress(self) -> str:
@@ -141,7 +138,7 @@ class Run:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON object, or nothing where there is none yet."""
+    """The JSON object in a file; empty if there is none yet."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -158,22 +155,23 @@ def tail(path: Path, size: int) -> list[str]:
 
 
 def parse(argv: list[str]) -> tuple[list[Run], argparse.Namespace]:
-    """The runs that the command line asks for, seed by seed, and the other settings."""
+    """The runs of a command line, seed by seed, and its other settings."""
     cut = argv.index("--") if "--" in argv else len(argv)
     extra = argv[cut + 1 :]
     parser = argparse.ArgumentParser(prog="run_seeds.sh", description="Run scripts over seeds.", allow_abbrev=False)
-    parser.add_argument("what", nargs="+", metavar="SCRIPT... [COUNT]", help="launch scripts, then how many seeds")
+    parser.add_argument("what", nargs="+", metavar="SCRIPT[:TASK]... [COUNT]",
+                        help="launch scripts, with the task for those that take one; then how many seeds")  # fmt: skip
     parser.add_argument("--seeds", help="which seeds, such as 0,1,2; default: 0 to COUNT - 1, and COUNT is 5")
     parser.add_argument("--grid", nargs="+", action="append", default=[], metavar=("FLAG", "VALUE"),
                         help="run with each value of a flag; several grids are combined")  # fmt: skip
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, one without")
     parser.add_argument("--output_dir", type=Path, default=os.environ.get("output_dir") or ROOT / "output" / "seeds")
     args = parser.parse_intermixed_args(argv[:cut])
-    scripts = [Path(word) for word in args.what if not word.isdecimal()]
+    scripts = [split_task(word) for word in args.what if not word.isdecimal()]
     counts = [int(word) for word in args.what if word.isdecimal()]
-    if missing := [path for path in scripts if not path.is_file()]:
+    if missing := [path for path, *_ in scripts if not Path(path).is_file()]:
         parser.error(f"{missing[0]}: no such script.")
-    if others := [path for path in scripts if "launch.sh" not in path.read_text()]:  # who knows what it would do
+    if others := [path for path, *_ in scripts if "launch.sh" not in Path(path).read_text()]:  # it could do anything
         parser.error(f"{others[0]}: is no launch script, it doesn't source launch.sh.")
     numbers = [*counts, *([] if args.jobs is None else [args.jobs])]
     if not scripts or len(counts) + (args.seeds is not None) > 1 or min(numbers, default=1) < 1:
@@ -187,41 +185,46 @@ def parse(argv: list[str]) -> tuple[list[Run], argparse.Namespace]:
         parser.error("--seed and --output_dir are set by run_seeds.sh itself: see --seeds and --output_dir.")
     runs = list(make_runs(scripts, [int(seed) for seed in seeds], args.grid, extra, args.output_dir.absolute()))
     if twice := [run.name for run, other in itertools.combinations(runs, 2) if run.folder == other.folder]:
-        parser.error(f"{twice[0]}: asked for twice; scripts, seeds and the values of a grid must differ.")
+        parser.error(f"{twice[0]}: listed twice; scripts, seeds and the values of a grid must differ.")
     return runs, args
 
 
+def split_task(word: str) -> list[str]:
+    """SCRIPT:TASK as script and task, SCRIPT alone as it is."""
+    path, colon, task = word.rpartition(":")
+    return [path, task] if colon and not Path(word).is_file() else [word]
+
+
 def make_runs(
-    scripts: list[Path], seeds: list[int], grids: list[list[str]], extra: list[str], output: Path
+    scripts: list[list[str]], seeds: list[int], grids: list[list[str]], extra: list[str], output: Path
 ) -> Iterator[Run]:
     made: dict[Path, Run] = {}
-    # an MNLI script first: others may start from its adapter
-    scripts = sorted(scripts, key=lambda path: not path.stem.endswith("_mnli"))
-    for seed, script, values in itertools.product(seeds, scripts, itertools.product(*(grid[1:] for grid in grids))):
+    read_scripts = [(words, launch.read_script(words, os.environ)) for words in scripts]
+    # MNLI scripts first: others may start from their adapters
+    read_scripts.sort(key=lambda pair: not pair[1].name.endswith("_mnli"))
+    combinations = list(itertools.product(*(grid[1:] for grid in grids)))
+    for seed, (words, script), values in itertools.product(seeds, read_scripts, combinations):
         pairs = [(grid[0], value) for grid, value in zip(grids, values, strict=True)]
         combination = "-".join(f"{flag}_{value}" for flag, value in pairs).replace("/", "_")
         place = Path(combination, f"seed_{seed}")
         flags = [*extra, *(word for flag, value in pairs for word in (f"--{flag}", value)), "--seed", str(seed)]
-        run = Run(script, flags, output / script.stem / place, str(script.stem / place))
+        run = Run(words, script, flags, output / script.name / place, str(Path(script.name, place)))
         made[run.folder] = run
-        found = re.search(r"^needs_mnli (\S+)", script.read_text(), flags=re.MULTILINE)
-        if found and not os.environ.get("MNLI_LORA") and "--lora_path" not in flags:
-            mnli = output / found[1] / place
+        mnli_script = launch.last_value(script.flags, "--needs_mnli")
+        if mnli_script and not os.environ.get("MNLI_LORA") and "--lora_path" not in flags:
+            mnli = output / mnli_script / place
             run.needs = made.get(mnli)
             run.mnli = mnli if run.needs or (mnli / "adapter_model.safetensors").is_file() else None
         yield run
 
 
 def slots(jobs: int | None) -> tuple[list[str | None], dict[str, str]]:
-    """A place for each run at a time, which is a GPU's number or None, and settings for every run."""
-    wanted, count = os.environ.get("devices", ""), 0
-    if not wanted.isdecimal() and wanted:
-        raise UsageError(f"devices='{wanted}' is not a whole number; 0 means the CPU.")
-    if wanted != "0":
-        import torch
-
-        count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-        count = min(count, int(wanted or count))
+    """A slot for each run at a time, which is a GPU's number or None, and settings for every run."""
+    setting = os.environ.get("devices")
+    count = launch.whole_number("devices", setting, 0) if setting else None
+    if count != 0:
+        available = launch.count_devices(sys.executable)
+        count = min(available, count or available)
     if count > 1 and jobs != 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         gpus = visible.split(",")[:count]
@@ -233,71 +236,71 @@ def slots(jobs: int | None) -> tuple[list[str | None], dict[str, str]]:
     return [None] * (jobs or 1), settings
 
 
-def status(runs: list[Run], since: float, places: int) -> str:
+def status(runs: list[Run], since: float, slot_count: int) -> str:
     count = {state: sum(run.state == state for run in runs) for state in ("done", "failed", "waiting")}
     running = [run.progress() for run in runs if run.state == "running"]
     timed = [run.seconds for run in runs if run.state == "done" and run.process]
-    left = count["waiting"] + len(running) / 2  # those running are half done, more or less
-    togo = f", about {clock(sum(timed) / len(timed) * left / places)} to go" if timed else ""
+    left = count["waiting"] + len(running) / 2  # on average, running ones are half done
+    remaining = f", about {clock(sum(timed) / len(timed) * left / slot_count)} to go" if timed else ""
     failed = f", {count['failed']} failed" if count["failed"] else ""
-    spent = f"{clock(time.monotonic() - since)}{togo}"
+    spent = f"{clock(time.monotonic() - since)}{remaining}"
     return "; ".join([f"{count['done']} of {len(runs)} done{failed}", *running, spent])
 
 
-def run_all(runs: list[Run], places: list[str | None], settings: dict[str, str], interrupts: list[int]) -> None:
-    """Start runs as places become free, until none is left.
+def run_all(runs: list[Run], slots: list[str | None], settings: dict[str, str], interrupts: list[int]) -> None:
+    """Start runs as slots become free, until none is left.
 
-    interrupts: signals that came, appended by their handler. After the first nothing starts and those running are
+    interrupts: signals received, appended by their handler. After the first no run starts, and the running ones are
     interrupted and waited for; Ctrl-C after it kills them.
     """
-    free, since, live, stopping = list(places), time.monotonic(), sys.stderr.isatty(), False
+    free, since, live, stopping = list(slots), time.monotonic(), sys.stderr.isatty(), False
     erase = "\r\x1b[K" if live else ""
 
-    def say(*lines: str) -> None:
+    def show(*lines: str) -> None:
         print(erase + "\n".join(lines), file=sys.stderr, flush=True)
 
     try:
         while any(run.state == "running" or (run.state == "waiting" and not interrupts) for run in runs):
             if interrupts and not stopping:
                 stopping = True
-                say("Stopping what runs, which may take a moment; Ctrl-C now kills it")
+                show("Stopping the running ones, which may take a moment; Ctrl-C now kills them")
             for run in runs:
                 if run.state == "running" and run.finished():
                     free.append(run.slot)
-                    say(f"{run.outcome()} ({clock(run.seconds)})", status(runs, since, len(places)))
+                    show(f"{run.outcome()} ({clock(run.seconds)})", status(runs, since, len(slots)))
                 elif run.state == "running" and interrupts:
-                    run.tell(signal.SIGKILL if signal.SIGINT in interrupts[1:] else signal.SIGINT)
+                    run.send(signal.SIGKILL if signal.SIGINT in interrupts[1:] else signal.SIGINT)
                 if run.state != "waiting" or interrupts:
                     continue
                 if run.needs and run.needs.state == "failed":
                     run.state = "failed"
-                    say(f"{run.name} can't start: it needs {run.needs.name}")
+                    show(f"{run.name} can't start: it needs {run.needs.name}")
                 elif free and (run.needs is None or run.needs.state == "done"):
                     try:
                         run.start(free[0], settings | ({"CUDA_VISIBLE_DEVICES": free[0]} if free[0] else {}))
                         free.pop(0)
-                        say(f"{run.name} starts, log in {run.log_path}")
+                        show(f"{run.name} starts, log in {run.log_path}")
                     except BlockingIOError:
                         run.state = "failed"
-                        say(f"{run.name} can't start: another command is running it, see {run.log_path}")
+                        show(f"{run.name} can't start: another command is running it, see {run.log_path}")
             if live:
                 width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-                print(erase + status(runs, since, len(places))[: width - 1], end="", file=sys.stderr, flush=True)
+                print(erase + status(runs, since, len(slots))[: width - 1], end="", file=sys.stderr, flush=True)
             time.sleep(0.1)
         print(erase, end="", file=sys.stderr, flush=True)
-    finally:  # nothing is left behind, whatever went wrong here
+    finally:  # no process is left behind after an error
         running = [run for run in runs if run.state == "running"]
         for run in running:
-            run.tell(signal.SIGINT)
+            run.send(signal.SIGINT)
         for run in running:
             run.process.wait()
 
 
 def main(argv: list[str]) -> int:
     runs, args = parse(argv)
-    commands = [run.ask() for run in runs]
-    if os.environ.get("DRY_RUN", "0") != "0":
-        print("".join(commands), end="")
+    commands = [run.plan() for run in runs]
+    if (os.environ.get("DRY_RUN") or "0") != "0":
+        print(*commands, sep="\n")
         return 0
     for run in runs:
         if run.is_done():
@@ -308,7 +311,7 @@ def main(argv: list[str]) -> int:
     if done < len(runs):
         interrupts: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # What is ignored here, as by nohup, stays so, but a handler of ours isn't passed on to the runs.
+            # A signal that is ignored, as under nohup, stays ignored. Handlers are not passed on to the runs.
             ignored = signal.getsignal(number) == signal.SIG_IGN
             signal.signal(number, lambda number, _, ignored=ignored: None if ignored else interrupts.append(number))
         run_all(runs, *slots(args.jobs), interrupts)

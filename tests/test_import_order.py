@@ -36,14 +36,14 @@ ORDER = {
         "loading",
     ],
     "training": [
-        "processes", "legacy_flags", "arguments", "run_arguments", "checks", "parsing", "head", "inputs", "metadata",
-        "checkpoints", "trainer", "output_folder", "model", "runs", "summary",
+        "launch", "processes", "legacy_flags", "arguments", "run_arguments", "checks", "parsing", "head", "inputs",
+        "metadata", "checkpoints", "trainer", "output_folder", "model", "runs", "summary",
     ],
     "report": ["paper", "submission", "collect", "pictures", "tables", "similarity", "__main__"],
 }  # fmt: skip
 # Only these of a package may import adapters: what compares two of them.
 READS_ADAPTERS = {"report": {"similarity"}}
-NO_LIBRARIES = ["data", "methods", "training", "training.arguments", "report"]
+NO_LIBRARIES = ["data", "methods", "training", "training.launch", "training.arguments", "report"]
 
 
 def name_of(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""run_seeds.sh: runs what is not finished, takes up what was interrupted, repeats nothing, and ends with the report."""
+"""run_seeds.sh: starts what is not finished, resumes what was interrupted, repeats nothing, ends with the report."""
 
 import fcntl
 import hashlib
@@ -20,7 +20,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+
+from lora_nlu.training import launch
 
 ROOT = Path(__file__).parents[1]
 STRESS = Path(__file__).parent / "stress"
@@ -87,8 +88,8 @@ class Bench:
     def script(self, name: str, *flags: object, needs: str = "") -> str:
         """Write a launch script; returns its name."""
         words = flags or ("--task_name", name.split("_")[-1], "--do_train", "--do_eval", "--seed", "0")
-        lines = ["num_gpus=${num_gpus:-1}", f"source {shlex.quote(str(ROOT / 'scripts' / 'launch.sh'))}"]
-        lines += [f"args=({shlex.join(map(str, words))})", f'needs_mnli {needs} "$@"' if needs else ""]
+        lines = ["tuned_for_gpus=${tuned_for_gpus:-1}", f"source {shlex.quote(str(ROOT / 'scripts' / 'launch.sh'))}"]
+        lines += [f"args=({shlex.join(map(str, words))})", f"needs_mnli {needs}" if needs else ""]
         (self.folder / f"{name}.sh").write_text("\n".join([*lines, 'launch "${args[@]}" "$@"', ""]))
         return f"{name}.sh"
 
@@ -138,8 +139,9 @@ def rte(bench) -> str:
 
 
 @pytest.fixture
-def scheduler() -> SimpleNamespace:
+def scheduler(bench, monkeypatch) -> SimpleNamespace:
     """What scripts/run_seeds.py defines."""
+    monkeypatch.setenv("PYTHON", bench.environment["PYTHON"])
     return SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "run_seeds.py")))
 
 
@@ -208,10 +210,47 @@ def test_runs_of_a_grid_are_kept_apart_and_reported_together(bench, rte):
     assert done.stdout.count("learning_rate") >= 2
 
 
+def test_a_script_with_a_task_runs_in_a_folder_of_script_and_task(bench):
+    script = bench.folder / "method.sh"
+    text = (bench.folder / bench.script("method")).read_text()
+    text = text.replace("launch.sh\n", 'launch.sh\nname="${name}_$1"\n').replace(
+        "--task_name method", '--task_name "$1"'
+    )
+    script.write_text(text.replace('"$@"', '"${@:2}"'))
+    done = bench.run("method.sh:rte", "method.sh:qnli", bench.script("rte"), "1", "--", "--max_steps", "5")
+    assert done.returncode == 0, done.stderr
+    assert bench.names("end") == ["method_rte/seed_0", "method_qnli/seed_0", "rte/seed_0"]
+    assert all(note["flags"][-4:] == ["--max_steps", "5", "--seed", "0"] for note in bench.journal("start"))
+    assert [note["flags"][3] for note in bench.journal("start")] == ["rte", "qnli", "rte"]
+    assert bench.run("method.sh:rte", "1", "--", "--max_steps", "5").stderr == "1 of 1 are done already\n"
+    (bench.folder / "a:b.sh").write_text((bench.folder / "rte.sh").read_text())
+    assert bench.run("a:b.sh", "1", DRY_RUN="1").stdout.count("out/a:b/seed_0") == 1
+
+
+def test_the_baselines_take_a_task_and_refuse_others(bench):
+    script = str(ROOT / "scripts" / "baselines" / "full_roberta_base.sh")
+    done = bench.run(f"{script}:rte", f"{script}:stsb", "2", DRY_RUN="1")
+    assert re.findall(r"/out/(\w+)/seed_(\d)", done.stdout) == [
+        (f"full_roberta_base_{task}", seed) for seed in "01" for task in ("rte", "stsb")
+    ]
+    for word, task in ((script, ""), (f"{script}:wnli", "wnli")):
+        done = bench.run(word, "2")
+        assert done.returncode == 2
+        assert (
+            f"run_seeds.sh: error: full_roberta_base: needs a task as its first argument, not '{task}'" in done.stderr
+        )
+
+
+def test_the_old_name_of_tuned_for_gpus_reaches_every_run_with_one_line(bench, rte):
+    done = bench.run(rte, "2", DRY_RUN="1", num_gpus="4")
+    assert done.stdout.count("--gradient_accumulation_steps 4") == 2
+    assert done.stderr == "run_seeds: num_gpus is now called tuned_for_gpus; tuned_for_gpus=4 is used\n"
+
+
 def test_a_dry_run_shows_the_commands_with_the_users_settings_and_runs_nothing(bench, rte):
-    done = bench.run(rte, "2", DRY_RUN="1", num_gpus="4", GLUE_DIR="my glue")
+    done = bench.run(rte, "2", DRY_RUN="1", tuned_for_gpus="4", GLUE_DIR="my glue")
     assert done.returncode == 0 and done.stdout.count("run_glue.py") == 2
-    assert done.stdout.count("--gradient_accumulation_steps 4") == done.stdout.count(r"--glue_dir my\ glue") == 2
+    assert done.stdout.count("--gradient_accumulation_steps 4") == done.stdout.count("--glue_dir 'my glue'") == 2
     assert not bench.journal() and not bench.out.exists()
 
 
@@ -231,14 +270,14 @@ def test_results_go_where_the_user_says_or_to_output_seeds_in_the_repository(ben
         ("rte.sh other.sh", "other.sh: is no launch script"),
         ("rte.sh --seeds 0,x", "--seeds 0,x"),
         ("rte.sh --seeds ''", "--seeds :"),
-        ("rte.sh --seeds 1,1", "rte/seed_1: asked for twice"),
+        ("rte.sh --seeds 1,1", "rte/seed_1: listed twice"),
         ("rte.sh 3 4", "one count"),
         ("rte.sh 3 --seeds 1", "one count"),
         ("rte.sh 0", "one count"),
         ("rte.sh --jobs 0", "--jobs is 1 or more"),
         ("rte.sh --jobs -1", "--jobs is 1 or more"),
         ("rte.sh 1 --grid lora_r", "--grid needs a flag and its values"),
-        ("rte.sh 1 --grid lora_r 4 4", "rte/lora_r_4/seed_0: asked for twice"),
+        ("rte.sh 1 --grid lora_r 4 4", "rte/lora_r_4/seed_0: listed twice"),
         ("rte.sh 1 --grid seed 4 5", "--seed and --output_dir are set by"),
         ("rte.sh 1 -- --seed 4", "--seed and --output_dir are set by"),
         ("rte.sh 1 -- --output_dir=there", "--seed and --output_dir are set by"),
@@ -259,8 +298,10 @@ def test_what_a_script_refuses_is_told_in_its_own_words_before_anything_starts(b
     assert "MNLI_LORA=none" in done.stderr
 
 
-@pytest.mark.parametrize("last, said", [("exit 3", "rte.sh: ends with status 3"), ("true", "shows no command")])
-def test_a_script_that_shows_no_command_is_no_launch_script(bench, last, said):
+@pytest.mark.parametrize(
+    "last, said", [("exit 3", "rte.sh: ends with status 3"), ("true", "rte.sh: is no launch script")]
+)
+def test_a_script_that_does_not_end_with_launch_is_no_launch_script(bench, last, said):
     (bench.folder / "rte.sh").write_text(f"# no launch.sh\n{last}\n")
     done = bench.run("rte.sh", "1")
     assert done.returncode == 2 and said in done.stderr and not bench.journal()
@@ -297,7 +338,7 @@ def test_a_run_that_lacks_a_result_it_was_to_make_is_not_done(bench, rte, flags,
     "flags, settings, said",
     [
         (["--lora_r", "4"], {}, "+ --lora_r 4"),
-        ([], {"num_gpus": "8"}, "+ --gradient_accumulation_steps 8"),
+        ([], {"tuned_for_gpus": "8"}, "+ --gradient_accumulation_steps 8"),
         (["--lora_path", "some.bin"], {}, "+ --lora_path"),
     ],
     ids=["a flag", "another batch", "from an adapter"],
@@ -352,11 +393,10 @@ def test_jobs_run_so_many_at_a_time_never_more_and_share_the_cores(bench, rte):
 
 @pytest.fixture
 def machine(monkeypatch) -> Callable[..., None]:
-    """Make this process see a machine with so many GPUs and these settings."""
+    """Make this process find so many GPUs and these settings."""
 
     def machine(gpus: int, **settings: str) -> None:
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpus > 0)
-        monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
+        monkeypatch.setattr(launch, "count_devices", lambda python: gpus)
         for name in ("CUDA_VISIBLE_DEVICES", "devices", "OMP_NUM_THREADS", "MNLI_LORA"):
             monkeypatch.delenv(name, raising=False)
         for name, value in settings.items():
@@ -366,7 +406,7 @@ def machine(monkeypatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize(
-    "gpus, jobs, settings, places, given",
+    "gpus, jobs, settings, slots, passed_on",
     [
         (4, None, {}, ["0", "1", "2", "3"], {"devices": "1"}),
         (2, None, {"CUDA_VISIBLE_DEVICES": "5,7"}, ["5", "7"], {"devices": "1"}),
@@ -380,11 +420,11 @@ def machine(monkeypatch) -> Callable[..., None]:
         (0, None, {}, [None], {"devices": "0"}),
     ],
 )
-def test_each_of_several_gpus_is_a_place_for_a_run_unless_jobs_or_devices_say_otherwise(
-    scheduler, machine, gpus, jobs, settings, places, given
+def test_each_of_several_gpus_is_a_slot_for_a_run_unless_jobs_or_devices_say_otherwise(
+    scheduler, machine, gpus, jobs, settings, slots, passed_on
 ):
     machine(gpus, **settings)
-    assert scheduler.slots(jobs) == (places, given)
+    assert scheduler.slots(jobs) == (slots, passed_on)
 
 
 def test_devices_that_are_no_number_are_refused_by_name(bench, rte):
@@ -507,7 +547,7 @@ def test_a_second_ctrl_c_kills_what_does_not_stop_and_leaves_nothing_running(ben
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     done = finish(process)
-    assert done.returncode == 130 and "Ctrl-C now kills it" in done.stderr and bench.names("start") == ["rte/seed_0"]
+    assert done.returncode == 130 and "Ctrl-C now kills them" in done.stderr and bench.names("start") == ["rte/seed_0"]
     assert_gone(bench.journal("start")[0]["pid"])
 
 

@@ -2,7 +2,7 @@
 # The study's small encoder (the demo's, scripts/demo.sh makes it): Houlsby adapters.
 # The task comes from the command line; results/README.md has the command for all of them.
 #   GLUE_DIR=~/glue bash results/study/minilm_houlsby.sh --task_name cola
-num_gpus=1
+tuned_for_gpus=1
 source "$(dirname -- "${BASH_SOURCE[0]}")/../../scripts/launch.sh"
 args=(
   --model_name_or_path "$root/.demo/encoder" --do_train --do_eval

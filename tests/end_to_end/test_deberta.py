@@ -64,7 +64,7 @@ def script(environment, base_flags, tmp_path) -> Callable[..., subprocess.Comple
     """A script as a user runs it on a machine without a GPU, another model and a few steps on its command line."""
 
     def run(name: str, glue_dir: Path, *flags: object, **settings: str) -> subprocess.CompletedProcess:
-        env = environment | {"GLUE_DIR": str(glue_dir), "devices": "0", "num_gpus": "1"} | settings
+        env = environment | {"GLUE_DIR": str(glue_dir), "devices": "0", "tuned_for_gpus": "1"} | settings
         command = ["bash", str(ROOT / "scripts" / name), *base_flags[2:], *map(str, flags)]
         return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=240)
 

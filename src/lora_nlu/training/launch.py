@@ -1,0 +1,320 @@
+"""From a launch script's flags to the command that trains with them, on whatever devices and machines there are.
+
+`scripts/launch.sh` calls `main` and documents the settings that a user can make; `scripts/run_seeds.py` calls
+`read_script` and `plan`. Nothing here imports torch: without `devices=` a child process counts the accelerators.
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lora_nlu.errors import UsageError
+
+PROGRAM = "examples/text-classification/run_glue.py"
+BATCH, ACCUMULATION = "--per_device_train_batch_size", "--gradient_accumulation_steps"
+DEFAULT_BATCH = 8  # transformers' default
+COUNT = "import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)"
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a launch script passes on."""
+
+    root: str  # the repository
+    python: str
+    name: str  # begins every message, and is the name of the output folder
+    tuned_for_gpus: str  # GPUs that the hyperparameters are for, as text: `plan` checks it
+    flags: list[str]  # for run_glue.py: the script's, then the user's
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to start; `str` gives text to paste into a shell, one flag a line."""
+
+    environment: dict[str, str]  # variables to set for it
+    program: list[str]  # Python, the launcher if one is needed, run_glue.py
+    flags: list[str]
+    notes: list[str]  # lines for the user
+
+    def __str__(self) -> str:
+        text = " ".join(f"{name}={value and shlex.quote(value)}" for name, value in self.environment.items())
+        text += " \\\n  " + shlex.join(self.program)
+        for word in self.flags:
+            text += (" \\\n  " if word.startswith("--") else " ") + shlex.quote(word)
+        return text
+
+
+def plan(script: Script, settings: Mapping[str, str]) -> Command:
+    """The command that trains a script's recipe on the devices of all machines, with its number of examples per step.
+
+    settings: environment variables, those that launch.sh documents and SLURM's. Raises UsageError if they do not fit.
+    """
+    environment = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "TOKENIZERS_PARALLELISM": "false"}
+    notes: list[str] = []
+    root = Path(script.root)
+    flags = start_from_mnli(script.flags, root, settings.get("MNLI_LORA"))
+    tuned_for_gpus = whole_number("tuned_for_gpus", script.tuned_for_gpus, 1)
+    options = torchrun_options(settings)
+    nnodes, rendezvous = find_machines(settings, options, notes)
+    setting = settings.get("devices")
+    devices = whole_number("devices", setting, 0) if setting else count_devices(script.python)
+    local = devices or 1  # the CPU is one process
+    processes = nnodes * local
+
+    flags, added, note = share_step(flags, tuned_for_gpus, nnodes, devices)
+    notes.append(note)
+    if devices == 0 and (fp32_flags := without(flags, "--fp16")) != flags:  # a CPU only emulates it, slowly
+        flags = fp32_flags
+        notes.append("no GPU: --fp16 is dropped, computing in fp32")
+
+    if devices == 0 or processes == 1:
+        # a single process that saw several GPUs would spread over them (DataParallel) and multiply the batch
+        visible = settings.get("CUDA_VISIBLE_DEVICES", "0") if devices else ""
+        environment["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]
+    program = [script.python]
+    if processes > 1 or options or last_value(flags, "--deepspeed"):  # DeepSpeed needs a launcher for one process too
+        program += ["-m", "torch.distributed.run", *rendezvous, f"--nproc_per_node={local}", *options]
+        if local > 1 and not settings.get("OMP_NUM_THREADS"):  # torchrun would set the same, under a banner
+            environment["OMP_NUM_THREADS"] = "1"
+
+    folders = ["--output_dir", settings.get("output_dir") or str(root / "output" / script.name)]
+    if settings.get("GLUE_DIR"):
+        folders += ["--glue_dir", settings["GLUE_DIR"]]
+    return Command(environment, [*program, str(root / PROGRAM)], [*folders, *added, *flags], notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+def is_flag(word: str, flag: str) -> bool:
+    """Whether run_glue.py and torchrun read `word` as `flag`, also as --a-flag or --a_flag=value."""
+    return word.startswith("--") and word.partition("=")[0].replace("-", "_") == flag.replace("-", "_")
+
+
+def last_value(words: list[str], flag: str) -> str | None:
+    """The value of a flag as argparse reads it, the last of several; None without the flag."""
+    value = None
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        if is_flag(word, flag):
+            value = word.partition("=")[2] if "=" in word else following
+    return value
+
+
+def without(words: list[str], flag: str) -> list[str]:
+    """The words except a flag and its value."""
+    kept, skip = [], False
+    for word in words:
+        skip = is_flag(word, flag) or (skip and not word.startswith("--"))
+        if not skip:
+            kept.append(word)
+    return kept
+
+
+def whole_number(name: str, text: object, least: int) -> int:
+    if not re.fullmatch("0|[1-9][0-9]{0,5}", str(text)) or int(str(text)) < least:
+        raise UsageError(f"{name}='{text}' is not a whole number, {least} or more.")
+    return int(str(text))
+
+
+def start_from_mnli(flags: list[str], root: Path, adapter: str | None) -> list[str]:
+    """Replace `--needs_mnli SCRIPT` by `--lora_path` with MNLI_LORA, by default what SCRIPT trained.
+
+    With MNLI_LORA=none, or another --lora_path among the flags, it is only removed. Raises UsageError if there is none.
+    """
+    if not (mnli_script := last_value(flags, "--needs_mnli")):
+        return flags
+    at = flags.index("--needs_mnli")
+    adapter = adapter or str(root / "output" / mnli_script)
+    if adapter == "none" or last_value(flags, "--lora_path"):
+        return flags[:at] + flags[at + 2 :]
+    if not Path(adapter).is_file() and not Path(adapter, "adapter_model.safetensors").is_file():
+        raise UsageError(
+            f"starts from an MNLI adapter, and there is none at {adapter}.\n"
+            f"Train it with 'bash scripts/{mnli_script}.sh', or point to one with MNLI_LORA=<published .bin file or "
+            "adapter folder>.\nMNLI_LORA=none starts from the plain pretrained model instead."
+        )
+    return [*flags[:at], "--lora_path", adapter, *flags[at + 2 :]]
+
+
+# ------------------------------------------------------------------------------------------------- devices and machines
+
+
+def count_devices(python: str) -> int:
+    """Number of accelerators that torch sees, counted in a child process."""
+    try:
+        return int(subprocess.run([python, "-c", COUNT], stdout=subprocess.PIPE, text=True, check=True).stdout)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise UsageError(
+            f"cannot count the accelerators: '{python}' does not run, or has no torch 2.6 or newer (see above).\n"
+            "Activate the project's environment or set PYTHON=<its python>; devices=<number> skips the count."
+        ) from error
+
+
+def torchrun_options(settings: Mapping[str, str]) -> list[str]:
+    """The user's own options for torch.distributed.run."""
+    options = settings.get("torchrun_options", "").split()
+    for word in options:
+        if is_flag(word, "--nnodes") or is_flag(word, "--nproc_per_node"):
+            raise UsageError(
+                f"torchrun_options: {word.partition('=')[0]} there would change the examples per step unnoticed.\n"
+                "Set nnodes=<machines> and devices=<accelerators of each> instead."
+            )
+    return options
+
+
+def find_machines(settings: Mapping[str, str], options: list[str], notes: list[str]) -> tuple[int, list[str]]:
+    """Number of machines, and the options by which their processes find each other: the user's settings, else srun's.
+
+    Adds a note if SLURM has more machines than are used. srun sets SLURM_STEP_*; sbatch alone does not.
+    """
+    setting, srun_nodes = settings.get("nnodes"), settings.get("SLURM_STEP_NUM_NODES")
+    rank, address, port = (settings.get(name) for name in ("node_rank", "master_addr", "master_port"))
+    tasks = int(settings.get("SLURM_STEP_NUM_TASKS") or 1)
+    if setting != "1" and tasks > int(srun_nodes or 1):
+        raise UsageError(
+            f"srun starts {tasks} tasks on {srun_nodes or 1} machine(s), and each would start a process per GPU.\n"
+            "Start one task a machine: --ntasks-per-node=1, as scripts/slurm.sbatch does.\n"
+            "If each task is a run of its own, set nnodes=1."
+        )
+    if not setting and not srun_nodes:
+        if rank or address:
+            raise UsageError(
+                "node_rank or master_addr is set, and nnodes is not.\n"
+                "Set nnodes=<number of machines> too, the same on all."
+            )
+        if (nodes := settings.get("SLURM_JOB_NUM_NODES") or "1") != "1":
+            notes.append(f"SLURM gave {nodes} machines, this uses one: start it with srun (scripts/slurm.sbatch)")
+    nnodes = whole_number("nnodes", setting or srun_nodes or 1, 1)
+    if any(is_flag(word, flag) for word in options for flag in ("--rdzv_backend", "--rdzv_endpoint")):
+        return nnodes, [f"--nnodes={nnodes}"]
+    if nnodes == 1:
+        return nnodes, ["--standalone"]  # a free port, so that two runs do not collide
+
+    if str(nnodes) == srun_nodes:
+        nodes = settings.get("SLURM_STEP_NODELIST", "")
+        rank, address = rank or settings.get("SLURM_NODEID"), address or first_host(nodes)
+        if not address:
+            raise UsageError(
+                f"cannot tell the first of SLURM's machines '{nodes}'.\n"
+                "Set master_addr=<its name or address>, the same on all."
+            )
+        # a port of the job's own, so that two jobs that share a machine do not collide
+        port = port or str(20000 + int(settings.get("SLURM_JOB_ID") or 0) % 20000)
+    if not rank or not address:
+        raise UsageError(
+            f"nnodes={nnodes} machines find each other with node_rank and master_addr.\n"
+            "Set node_rank=<0 on the first machine, 1 on the next, ...>\n"
+            "and master_addr=<name or address of the first>, the same on all."
+        )
+    if whole_number("node_rank", rank, 0) >= nnodes:
+        raise UsageError(f"node_rank={rank}: with nnodes={nnodes} it goes from 0 to {nnodes - 1}.")
+    port = str(whole_number("master_port", port or 29500, 1))  # torch's default
+    return nnodes, [f"--nnodes={nnodes}", f"--node_rank={rank}", f"--master_addr={address}", f"--master_port={port}"]
+
+
+def first_host(nodes: str) -> str:
+    """The first machine of a SLURM list, node01 of node[01-03,07] and a of a,b; "" if it is written otherwise."""
+    match = re.fullmatch(r"([\w.-]+)(?:\[(\d+)[-,\d]*])?(,.*)?", nodes, re.ASCII)
+    return match[1] + (match[2] or "") if match else ""
+
+
+# ------------------------------------------------------------------------------------------------ the examples per step
+
+
+def share(examples: int, batch: int, processes: int) -> tuple[int, int] | None:
+    """Batch per process and accumulation, in as few passes as at most `batch` allows; None if shares are not equal."""
+    each, rest = divmod(examples, processes)
+    if rest:
+        return None
+    accumulation = next(n for n in range(-(-each // batch), each + 1) if each % n == 0)
+    return each // accumulation, accumulation
+
+
+def share_step(flags: list[str], tuned_for_gpus: int, nnodes: int, devices: int) -> tuple[list[str], list[str], str]:
+    """Keep tuned_for_gpus x batch examples per step. Returns the flags that stay, those to add, and a line about it.
+
+    A user's own accumulation wins, whatever becomes of the number of examples.
+    """
+    processes = nnodes * (devices or 1)
+    where = "the CPU" if devices == 0 else "1 device" if processes == 1 else f"{processes} devices"
+    if nnodes > 1:
+        where = f"{where if devices else 'the CPUs'} of {nnodes} machines"
+    batch_text = last_value(flags, BATCH)
+    batch = whole_number(BATCH, DEFAULT_BATCH if batch_text is None else batch_text, 1)
+    added: list[str] = []
+    if (accumulation := last_value(flags, ACCUMULATION)) is not None:
+        passes = whole_number(ACCUMULATION, accumulation, 1)
+        note = f"{processes} x {batch} x {passes} = {processes * batch * passes} examples a step"
+        made_up = [ACCUMULATION, str(passes)] if passes > 1 else []
+    else:
+        shares = share(tuned_for_gpus * batch, batch, processes)
+        if shares is None:
+            raise UsageError(unequal_shares(where, tuned_for_gpus, batch, nnodes, devices))
+        note = f"{tuned_for_gpus} x {batch} = {tuned_for_gpus * batch} examples a step"
+        if shares[0] != batch:
+            flags, added = without(flags, BATCH), [BATCH, str(shares[0])]
+        if shares[1] > 1:
+            added += [ACCUMULATION, str(shares[1])]
+        made_up = added
+    return flags, added, note + f", made up on {where} with {' '.join(made_up)}" * bool(made_up)
+
+
+def unequal_shares(where: str, tuned_for_gpus: int, batch: int, nnodes: int, devices: int) -> str:
+    """Why a step cannot be shared, with a number of devices, or else of machines, that can share it."""
+    examples, processes = tuned_for_gpus * batch, nnodes * (devices or 1)
+    if fit := next((n for n in range(devices, 0, -1) if examples % (nnodes * n) == 0), 0):
+        on_each = " on each" * (nnodes > 1)
+        remedy = f"Use {fit} of them{on_each}: devices={fit}, or name {fit} in CUDA_VISIBLE_DEVICES."
+    else:
+        fit = next(n for n in range(nnodes, 0, -1) if examples % n == 0)
+        remedy = f"Use {fit} of the machines: nnodes={fit}."
+    return (
+        f"{where} cannot share the {tuned_for_gpus} x {batch} examples a step of tuned_for_gpus={tuned_for_gpus} "
+        f"equally.\n{remedy}\n"
+        f"Or train another recipe, with {processes} x {batch} examples a step: tuned_for_gpus={processes}."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- programs
+
+
+def read_script(command: list[str], settings: Mapping[str, str]) -> Script:
+    """What `bash COMMAND...` would launch. Raises UsageError with its message if it ends with an error."""
+    environment = {**settings, "DRY_RUN": "json"}
+    done = subprocess.run(["bash", *command], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UsageError(done.stderr.strip() or f"{command[0]}: ends with status {done.returncode}.")
+    try:
+        return Script(**json.loads(done.stdout.splitlines()[-1]))
+    except (IndexError, TypeError, ValueError) as error:
+        raise UsageError(f"{command[0]}: is no launch script, it does not end with launch.sh's `launch`.") from error
+
+
+def main(argv: list[str], environment: Mapping[str, str]) -> None:
+    """Print the command, then run it in place of this program.
+
+    argv: the fields of a Script, ROOT PYTHON NAME TUNED_FOR_GPUS FLAGS...
+    """
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in a shell: end quietly before `| head`
+    root, python, name, tuned_for_gpus, *flags = argv
+    script, dry_run = Script(root, python, name, tuned_for_gpus, flags), environment.get("DRY_RUN") or "0"
+    if dry_run == "json":  # for read_script
+        print(json.dumps(asdict(script)))
+        return
+    try:
+        command = plan(script, environment)
+    except UsageError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    for note in command.notes:
+        print(f"{name}: {note}", file=sys.stderr)
+    print(command, flush=True)
+    if dry_run == "0":
+        os.execvpe(python, [*command.program, *command.flags], {**environment, **command.environment})
