@@ -20,6 +20,7 @@ from typing import Any
 from common import HERE, RESULTS, XXLARGE
 
 from lora_nlu.data.tasks import TASKS
+from lora_nlu.training.launch import share
 
 # Mean tokens an example where lengths.json has no counts: MRPC and QNLI were counted once, MNLI and QQP are ASSUMED
 MEANS = {"mrpc": 53, "qnli": 51, "mnli": 40, "qqp": 30}
@@ -99,7 +100,9 @@ class Recipe:
         def number(name: str, default: int = 0) -> int:
             return int(line.get(name) or default)
 
-        self.script, self.task = line["script"].removesuffix(".sh"), TASKS[line["task_name"]]
+        # a baseline's script takes a task: named as its output folder, script_task
+        folder, _, script = line["script"].removesuffix(".sh").rpartition("/")
+        self.script, self.task = script + f"_{line['task_name']}" * bool(folder), TASKS[line["task_name"]]
         self.model, self.half = MODELS[line["model_name_or_path"]], bool(line.get("fp16"))
         self.gpus, self.batch = number("num_gpus"), number("per_device_train_batch_size")
         self.epochs, self.views = (
@@ -149,19 +152,13 @@ class Recipe:
         times = {point["x"]: point["seconds"]["median"] for point in measured("scaling")["threads"]}
         return sum(self.run()) / nearest["rate"] * times[threads] / times[nearest["threads"]]
 
-    def dealt(self, processes: int) -> tuple[int, int] | None:
-        """Batch a device and accumulation as launch.sh makes them up; None where it refuses."""
-        each, rest = divmod(self.examples, processes)
-        fits = (n for n in range(math.ceil(each / self.batch), each + 1) if each % n == 0)
-        return None if rest else (each // (n := next(fits)), n)
-
     def gpu_seconds(self, processes: int, tflops: float, at_once: bool = False) -> tuple[float, float] | None:
         """Seconds of a step and of the run, `at_once` without accumulation; None where a step can't be shared.
 
         step = accumulation x max(operations of a micro-batch / rate x waiting, layers x LAYER_MS)
         run = steps x step + evaluation batches / processes x max(operations of one / rate, layers x LAYER_MS / 2)
         """
-        if not (shares := self.dealt(processes)):
+        if not (shares := share(self.examples, self.batch, processes)):
             return None
         batch, accumulation = (self.examples // processes, 1) if at_once else shares
         rate, least = 1e12 * tflops, self.model.layers * LAYER_MS / 1e3
@@ -197,7 +194,7 @@ class Recipe:
         micro-batch, and gradients once.
         """
         gathered = (2 if self.half else 4) * (self.model.frozen + self.model.layers * self.model.layer)
-        _, accumulation = self.dealt(processes) or (0, 0)
+        _, accumulation = share(self.examples, self.batch, processes) or (0, 0)
         exchanged = 8 * self.trained if engine == "DDP" else accumulation * gathered + 4 * self.trained
         return exchanged * (processes - 1) / processes
 
