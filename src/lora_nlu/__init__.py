@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from lora_nlu.adapters.attaching import attach_adapter as attach_adapter
     from lora_nlu.adapters.reading import read_adapter as read_adapter
     from lora_nlu.adapters.writing import save_adapter as save_adapter
+    from lora_nlu.methods.linear import merge_lora_ as merge_lora_
+    from lora_nlu.methods.linear import unmerge_lora_ as unmerge_lora_
     from lora_nlu.methods.lora import LoRALinear as LoRALinear
-    from lora_nlu.methods.lora import merge_lora_ as merge_lora_
-    from lora_nlu.methods.lora import unmerge_lora_ as unmerge_lora_
-    from lora_nlu.methods.table import count_parameters as count_parameters
-    from lora_nlu.methods.table import mark_trainable as mark_trainable
+    from lora_nlu.methods.marking import count_parameters as count_parameters
+    from lora_nlu.methods.marking import mark_trainable as mark_trainable
     from lora_nlu.models.loading import load_model as load_model
     from lora_nlu.models.modeling_deberta_v2 import (
         DebertaV2ForSequenceClassification as DebertaV2ForSequenceClassification,
@@ -33,8 +33,9 @@ __getattr__, __all__ = lazy_names(
         "adapters.attaching": "attach_adapter",
         "adapters.reading": "read_adapter",
         "adapters.writing": "save_adapter",
-        "methods.lora": "LoRALinear merge_lora_ unmerge_lora_",
-        "methods.table": "count_parameters mark_trainable",
+        "methods.linear": "merge_lora_ unmerge_lora_",
+        "methods.lora": "LoRALinear",
+        "methods.marking": "count_parameters mark_trainable",
         "models.loading": "load_model",
     },
 )

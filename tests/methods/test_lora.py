@@ -475,7 +475,7 @@ def test_set_lora_gives_exactly_the_named_layers_an_update_and_keeps_every_weigh
     before = {name: parameter for name, parameter in model.named_parameters()}
     x = torch.randn(7, 6)
     want = model(x)
-    set_lora_(model, {"0": (2, 0.3), "2.0": (3, 1.5)})
+    set_lora_(model, {"0": (2, 0.6), "2.0": (3, 4.5)})
     assert [type(m) for m in (model[0], model[2][0], model[2][1])] == [LoRALinear, LoRALinear, nn.Linear]
     assert (model[0].r, model[0].scaling, model[2][0].r, model[2][0].scaling) == (2, 0.3, 3, 1.5)
     assert_close(model(x), want, 1e-6, what="B starts at zero")

@@ -36,9 +36,12 @@ from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lora_nlu.methods.bottleneck import Bottleneck, set_bottlenecks_
-from lora_nlu.methods.description import SETTINGS, TARGETS, set_method
-from lora_nlu.methods.lora import LoRALinear, merge_lora_
-from lora_nlu.methods.table import count_parameters, describe_method, mark_trainable, trains_a_part
+from lora_nlu.methods.description import set_method, setting_names
+from lora_nlu.methods.linear import merge_lora_
+from lora_nlu.methods.lora import LoRALinear
+from lora_nlu.methods.marking import count_parameters, describe_method, mark_trainable, trains_a_part
+from lora_nlu.methods.table import METHODS as TABLE
+from lora_nlu.methods.targets import TARGETS
 from lora_nlu.models.loading import base_fingerprint, load_model
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 
@@ -848,17 +851,19 @@ def test_a_head_for_other_labels_stays_behind_when_training_starts_and_is_refuse
 @KINDS
 def test_a_models_method_is_described_in_plain_values(kind, settings, described):
     model = CLASSIFIERS[kind][0](CONFIGS[kind](num_hidden_layers=3, **settings))
+    row = TABLE[described["name"]]
+    described = described | {"label": row.label, "color": row.color, "marker": row.marker}
     assert describe_method(model) == described == json.loads(json.dumps(described))
 
 
 def test_a_method_that_a_checkpoints_config_was_saved_with_is_not_another_runs():
     stale = {name: settings[name] for settings, _ in METHODS.values() for name in settings}
-    stale["lora_relative_query"] = True
-    assert {*stale} == {*SETTINGS}, "a setting that no method here has"
+    stale |= {"lora_relative_query": True, "use_rslora": True}
+    assert {*stale} == {*setting_names()}, "a setting that no method here has"
     for name, (settings, _) in METHODS.items():
         config = tiny_config(num_hidden_layers=3, **stale)
-        set_method(config, dict.fromkeys(SETTINGS) | settings)
-        assert {key: value for key, value in config.to_dict().items() if key in SETTINGS} == settings
+        set_method(config, dict.fromkeys(setting_names()) | settings)
+        assert {key: value for key, value in config.to_dict().items() if key in setting_names()} == settings
         model = CLASSIFIERS["roberta"][0](config)
         fresh = CLASSIFIERS["roberta"][0](tiny_config(num_hidden_layers=3, **settings))
         assert describe_method(model) == describe_method(fresh)

@@ -51,7 +51,7 @@ def logits(model: Any) -> Tensor:
 def with_lora(kind: str, given: dict[str, tuple[int, float]] | None = None, **settings: Any) -> Any:
     """A model whose config knew of no LoRA when it was made, with random matrices."""
     model = plain(kind, **settings)
-    set_lora_(model, given or dict.fromkeys(named(model, ["query", "value"], [0, 1]), (4, 1.5)))
+    set_lora_(model, given or dict.fromkeys(named(model, ["query", "value"], [0, 1]), (4, 6.0)))
     without = logits(model)
     for i, layer in enumerate(layers(model).values()):
         randomise_(layer_matrices(layer), i)
@@ -111,7 +111,7 @@ def test_lora_of_any_places_rank_and_scaling_is_loaded_as_it_was_saved(
     kind, before, targets, numbers, rank, scaling, tmp_path
 ):
     places = named(plain(kind), targets, numbers)
-    model = with_lora(kind, dict.fromkeys(places, (rank, scaling)), **before)
+    model = with_lora(kind, dict.fromkeys(places, (rank, scaling * rank)), **before)
     for layer in layers(model).values():
         layer.lora_dropout = 0.25
     assert len(layers(model)) == len(targets) * len(numbers)

@@ -106,15 +106,18 @@ class Adapter:
             raise UserError(f"{self.source}: --lora_alpha {known}: expected a positive number.")
         return {name: by_pattern(self.alpha_pattern, name, known) for name in self.ranks}
 
+    def layers(self, lora_alpha: float | None = None) -> dict[str, tuple[int, float]]:
+        """(rank, alpha) of each layer with an update; `lora_alpha` and errors as `alphas` has them."""
+        alphas = self.alphas(lora_alpha)
+        return {name: (rank, alphas[name]) for name, rank in self.ranks.items()}
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """By what an update of this rank and alpha is scaled."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
     def scalings(self, lora_alpha: float | None = None) -> list[float]:
         """By what updates are scaled, each number once; `lora_alpha` and errors as `alphas` has them."""
-        return sorted({scaling for _, scaling in self.layers(lora_alpha).values()})
-
-    def layers(self, lora_alpha: float | None = None) -> dict[str, tuple[int, float]]:
-        """(rank, scaling) of each layer with an update; `lora_alpha` and errors as `alphas` has them."""
-        ranks, alphas = self.ranks, self.alphas(lora_alpha)
-        roots = {name: math.sqrt(rank) if self.use_rslora else rank for name, rank in ranks.items()}
-        return {name: (rank, alphas[name] / roots[name]) for name, rank in ranks.items()}
+        return sorted({self.scaling(rank, alpha) for rank, alpha in self.layers(lora_alpha).values()})
 
 
 def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:

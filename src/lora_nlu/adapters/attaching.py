@@ -162,14 +162,14 @@ def _same_name(one: str, other: str) -> bool:
 
 
 def _attach_lora(model: Any, adapter: Adapter, lora_alpha: float | None) -> dict[str, tuple[int, float]]:
-    """Make the LoRA layers of an adapter; returns (rank, scaling) of each. Raises UserError."""
+    """Make the LoRA layers of an adapter; returns (rank, alpha) of each. Raises UserError."""
     layers = adapter.layers(lora_alpha)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     targets = [name for name in linear if name.startswith(encoder_prefix_in(model)) and is_target(adapter, name)]
     missing, unexpected = ([f"{n}.lora_A" for n in a if n not in b] for a, b in ((targets, layers), (layers, linear)))
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)
-    set_lora_(model, layers)
+    set_lora_(model, layers, adapter.use_rslora)
     if getattr(model, "frozen_relative_query", None) is not None:
         model.config.lora_relative_query = not adapter.frozen_relative_query
     return layers
@@ -184,7 +184,7 @@ def base_holds_update(model: Any, adapter: Adapter, layers: dict[str, tuple[int,
     for name, weight in adapter.base_weights.items():
         base: Tensor = model.get_parameter(f"{name}.weight").detach().float().cpu()
         matrices = adapter.state[f"{name}.lora_B"].float(), adapter.state[f"{name}.lora_A"].float()
-        update = layers[name][1] * torch.matmul(*matrices)
+        update = adapter.scaling(*layers[name]) * torch.matmul(*matrices)
         for merged, expected in ((False, base), (True, base + update)):
             distance = (weight.float() - expected).abs().max() / base.abs().max().clamp(min=1e-12)
             apart[merged] = max(apart[merged], distance.item())
@@ -289,8 +289,9 @@ def _matched(
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)
     if adapter.method == "lora" and adapter.lora_alpha is not None:
-        for name, (_, scaling) in adapter.layers().items():
+        for name, rank_and_alpha in adapter.layers().items():
             layer: Any = model.get_submodule(name)
+            scaling = adapter.scaling(*rank_and_alpha)
             if not math.isclose(scaling, layer.scaling, rel_tol=1e-9):
                 raise UserError(
                     f"{source}: was trained with another lora_alpha: {name} has scaling {scaling:g} in the file, "

@@ -40,6 +40,7 @@ def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tenso
         trained_state(model, state_dict),
         alpha,
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        use_rslora=any(layer.use_rslora for layer in layers.values()),
         frozen_relative_query=bool(getattr(model, "frozen_relative_query", False)),
         lora_dropout=max(layer.lora_dropout for layer in layers.values()),
         targets=short if len(meant) == len(layers) else sorted(layers),

@@ -1,124 +1,205 @@
-"""The settings of a config that say what trains, and the names of the layers they are about."""
+"""What trains in a model, read from its config in one place; the methods' flags, checked and put into a config."""
 
-import math
 import re
-from collections.abc import Iterable
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-# The dense layers of an encoder layer as --lora_target_modules names them: the paper's W_q, W_k, W_v, W_o, and the two
-# of the feed-forward.
-TARGETS = ("query", "key", "value", "dense", "intermediate", "output")
-DEFAULT_TARGETS = ("query", "value")
-# The settings of a config that have no effect without `apply_lora`.
-LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "lora_dropout")
-ADAPTER_TYPES = ("houlsby", "pfeiffer")
-SETTINGS = (
-    "apply_lora", *LORA_SETTINGS, "lora_relative_query",
-    "apply_bitfit", "apply_adapter", "adapter_type", "adapter_size", "head_only",
-)  # fmt: skip
-LORA_KEY = re.compile(r"\.lora_[AB]$")
-BOTTLENECK_KEY = re.compile(r"\.adapter_[AB]\.(weight|bias)$")
-_ADDED = re.compile(f"{LORA_KEY.pattern}|{BOTTLENECK_KEY.pattern}")
-# What each method trains in the encoder
-TRAINED_NAMES = {"lora": LORA_KEY, "houlsby": BOTTLENECK_KEY, "pfeiffer": BOTTLENECK_KEY, "bitfit": re.compile("bias$")}
+from lora_nlu.errors import UsageError
+from lora_nlu.methods.method import Flag, Method
+from lora_nlu.methods.table import METHODS
+from lora_nlu.methods.targets import DEFAULT_TARGETS
 
 
-def check_lora(config: Any) -> None:
-    """Raise ValueError, naming the setting, if the LoRA settings of a config are incomplete or invalid.
+@dataclass(frozen=True)
+class Description:
+    """What trains in a model beside its head.
 
-    A config without `apply_lora` must have no `LORA_SETTINGS`; with `apply_lora=False` they are ignored (a merged
-    model's config keeps them).
+    methods:   names of those that the config chooses, the one that names the model first: ("lora", "bitfit").
+    rank, alpha, use_rslora, targets, layers, dropout: of updates of linear layers. The scaling is alpha / rank, with
+               use_rslora alpha / sqrt(rank); layers None are all. A rank of 0 is no update.
+    adapter_size: width of bottlenecks; 0 without any.
+    relative_query: whether a DeBERTa's relative positions go through the update of a projection shared with tokens.
+    settings:  the methods' settings by name, as the config has them.
     """
-    settings = {name: value for name in LORA_SETTINGS if (value := getattr(config, name, None)) is not None}
-    if not getattr(config, "apply_lora", False):
-        if settings and not hasattr(config, "apply_lora"):
-            first = next(iter(settings))
-            raise ValueError(
-                f"config.{first} has no effect without apply_lora. Set apply_lora=True, or remove {first}."
-            )
-        return
-    r, alpha, p = (settings.get(name) for name in ("lora_r", "lora_alpha", "lora_dropout"))
-    if not is_number(r, int) or r < 0:
-        raise ValueError(f"config.lora_r {r!r}: apply_lora=True needs a rank of 1 or more (0 is no LoRA).")
-    if r and not (is_number(alpha) and math.isfinite(alpha)):
-        raise ValueError(
-            f"config.lora_alpha {alpha!r}: apply_lora=True needs a number: the scaling is lora_alpha / lora_r."
-        )
-    if p is not None and not (is_number(p) and 0 <= p < 1):
-        raise ValueError(f"config.lora_dropout {p!r}: give a number from 0 to below 1.")
-    if (names := settings.get("lora_target_modules")) is not None:
-        try:
-            target_names(names)
-        except ValueError as e:
-            raise ValueError(f"config.lora_target_modules {names!r}: {e}") from e
-    if (numbers := settings.get("lora_layers")) is not None:
-        count, numbers_list = config.num_hidden_layers, as_list(numbers)
-        if not numbers_list or not all(is_number(n, int) and 0 <= n < count for n in numbers_list):
-            raise ValueError(
-                f"config.lora_layers {numbers!r}: the model has {count} layers, 0 to {count - 1}; "
-                "give one or more of these numbers."
-            )
+
+    methods: tuple[str, ...] = ("full",)
+    rank: int = 0
+    alpha: float = 0.0
+    use_rslora: bool = False
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    layers: tuple[int, ...] | None = None
+    dropout: float = 0.0
+    adapter_size: int = 0
+    relative_query: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """The name of the model's method."""
+        return self.methods[0]
+
+    @property
+    def rows(self) -> list[Method]:
+        return [METHODS[name] for name in self.methods]
+
+    def updates(self, target: str, layer: int) -> bool:
+        """Whether this one of the `TARGETS` of this encoder layer has an update."""
+        return bool(self.rank) and target in self.targets and (self.layers is None or layer in self.layers)
 
 
-def is_number(value: Any, kind: Any = int | float) -> TypeGuard[float]:
-    """Whether a value is of this kind of number; True and False are none."""
-    return isinstance(value, kind) and not isinstance(value, bool)
+def description_of(config: Any) -> Description:
+    """What the attributes of a config say of what trains; a plain checkpoint's config has none of them.
 
-
-def as_list(value: Any) -> list[Any]:
-    """The elements of a list, range or other iterable; of a string or a single value, a list of it alone."""
-    return [*value] if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-
-
-def target_names(names: Any) -> list[str]:
-    """The `TARGETS` named by an iterable or a comma-separated string, in their order; `query_proj` means `query`.
-
-    Raises ValueError for the first name that is none of them, and for no name.
+    Raises ValueError, naming the attribute, for a setting that is invalid, missing or without effect.
     """
-    parts = names.split(",") if isinstance(names, str) else as_list(names)
-    targets = [str(part).strip().removesuffix("_proj") for part in parts] or [""]
-    if unknown := [target for target in targets if target not in TARGETS]:
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(TARGETS)}.")
-    return [target for target in TARGETS if target in targets]
+    values, fields = vars(config), {}
+    for row in METHODS.values():
+        names = [flag.name for flag in row.flags if flag.in_config and not flag.always]
+        stray = next((name for name in names if values.get(name) is not None), None)
+        if stray and row.switch not in values:
+            raise ValueError(
+                f"config.{stray} has no effect without {row.switch}. Set {row.switch}=True, or remove {stray}."
+            )
+        if _is_on(row, values) and (read := row.read(config) if row.read else {}) is not None:
+            fields[row.name] = read
+    names = _most_specific([*fields])
+    read = {key: value for name in names for key, value in fields[name].items()}
+    settings = {name: values[name] for name in setting_names(names) if name in values}
+    return Description(tuple(names) or ("full",), **read, relative_query=relative_query(config), settings=settings)
 
 
-def target_of(name: str) -> str:
-    """Which of the `TARGETS` a layer is, by its name in a model; its own name for one outside the encoder's layers."""
-    module = name.partition(".layer.")[2].partition(".")[2].removesuffix("_proj")
-    return {
-        "attention.self.query": "query",
-        "attention.self.key": "key",
-        "attention.self.value": "value",
-        "attention.output.dense": "dense",
-        "intermediate.dense": "intermediate",
-        "output.dense": "output",
-    }.get(module, name)
+def relative_query(config: Any) -> bool:
+    """Whether the relative positions' query (and key) go through the update of a projection they share with tokens."""
+    return bool(getattr(config, "lora_relative_query", False))
 
 
-def targets_and_layers(names: Iterable[str]) -> tuple[list[str], list[int]]:
-    """The targets, in the order of `TARGETS`, and the numbers of the encoder layers that these module names are in."""
-    names = list(names)
-    found = {target_of(name) for name in names}
-    numbers = {name.partition(".layer.")[2].partition(".")[0] for name in names} - {""}
-    return sorted(found, key=lambda t: (TARGETS.index(t) if t in TARGETS else 9, t)), sorted(map(int, numbers))
+def _is_on(row: Method, values: Mapping[str, Any]) -> bool:
+    """Whether a config's attributes choose a method. Raises ValueError if its switch is on and no method is chosen."""
+    if not row.switch or not values.get(row.switch):
+        return False
+    rows = [other for other in METHODS.values() if other.switch == row.switch]
+    on = [other for other in rows if all(values.get(name) == x for name, x in [*other.chosen_by.items()][1:])]
+    if not on:
+        name = [*row.chosen_by][1]
+        choices = " or ".join(str(other.chosen_by[name]) for other in rows if name in other.chosen_by)
+        raise ValueError(f"config.{name} {values.get(name)!r}: choose {choices}.")
+    return row in on
 
 
-def lora_rank(config: Any) -> int:
-    """`config.lora_r` where `config.apply_lora` is set, else 0: a plain checkpoint's config has neither."""
-    return (getattr(config, "lora_r", 0) or 0) if getattr(config, "apply_lora", False) else 0
+def _most_specific(names: Iterable[str]) -> list[str]:
+    """Those of some methods whose settings are not all among another's of them."""
+    items = {name: METHODS[name].chosen_by.items() for name in names}
+    return [name for name, mine in items.items() if not any(mine < other for other in items.values())]
 
 
-def set_method(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Give a config these `SETTINGS`, and no other that its checkpoint was saved with; those are returned."""
-    saved = {name: config.__dict__.pop(name) for name in SETTINGS if name in config.__dict__}
-    applies = settings.get("apply_lora") and settings.get("lora_r") != 0  # rank 0 is plain fine-tuning
-    for name in SETTINGS:
-        is_set = settings.get(name) or (name == "lora_layers" and settings.get(name) == 0)  # 0: the first layer
-        if is_set and (applies or name not in ("apply_lora", *LORA_SETTINGS)):
-            setattr(config, name, settings[name])
-    return saved
+def methods_in(model: Any) -> list[Method]:
+    """The methods that a model has: by its modules, and those without modules of their own by its config."""
+    names = {getattr(module, "method", None) for module in model.modules()}
+    names |= {row.name for row in description_of(model.config).rows if row.freezes and not row.added}
+    return [METHODS[name] for name in _most_specific(n for n in METHODS if n in names)] or [METHODS["full"]]
+
+
+def method_of(model: Any) -> Method:
+    """The method that names a model: the first of those that it has."""
+    return methods_in(model)[0]
+
+
+def setting_names(methods: Iterable[str] | None = None) -> list[str]:
+    """The config's attributes that these methods read, or all of them do."""
+    rows = METHODS.values() if methods is None else [METHODS[name] for name in methods]
+    flags = dict.fromkeys(flag.name for row in rows for flag in row.flags if flag.in_config)
+    return [*dict.fromkeys([*flags, *(name for row in rows for name in row.settings)])]
 
 
 def is_added(name: str) -> bool:
-    """Whether a parameter of this name is what LoRA or a bottleneck adds to an encoder."""
-    return _ADDED.search(name) is not None
+    """Whether a parameter of this name is what a method adds to an encoder."""
+    return any(row.added and re.search(row.added, name) for row in METHODS.values())
+
+
+def set_method(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a config these settings, and no other that its checkpoint was saved with; those are returned.
+
+    Settings of a method that is off, or with which it would train nothing (rank 0), are left out.
+    """
+    saved = {name: vars(config).pop(name) for name in setting_names() if name in vars(config)}
+    flags = {flag.name: flag for flag in method_flags() if flag.in_config}
+    for name, flag in flags.items():
+        value = settings.get(name)
+        switches = [row.switch for row in METHODS.values() if flag in row.flags]
+        is_set = value or (value == 0 and flag.kind is str)  # the number of the first layer is 0
+        if is_set and (flag.always or any(settings.get(switch) for switch in switches)):
+            setattr(config, name, value)
+    for row in METHODS.values():
+        if row.read and _is_on(row, vars(config)) and row.read(config) is None:
+            for flag in row.flags:
+                if not flag.always:
+                    vars(config).pop(flag.name, None)
+    return saved
+
+
+# ------------------------------------------------------------------------------------------------------------- flags
+
+
+def method_flags() -> list[Flag]:
+    """The flags of all methods, each once."""
+    return [*{flag.name: flag for row in METHODS.values() for flag in row.flags}.values()]
+
+
+def settings_of_flags(flags: Any, config: Any) -> dict[str, Any]:
+    """The values of the methods' flags as a config gets them, by name. Raises UsageError."""
+    values = {flag: getattr(flags, flag.name) for flag in method_flags() if flag.in_config}
+    return {f.name: f.parse(f.name, x, config) if f.parse and x is not None else x for f, x in values.items()}
+
+
+def methods_of_flags(flags: Any) -> list[Method]:
+    """The methods whose switch is on."""
+    return [row for row in METHODS.values() if row.switch and getattr(flags, row.switch)]
+
+
+def check_flags(flags: Any) -> None:
+    """One method at a time, with the flags it needs and no other's. Raises UsageError."""
+    on = methods_of_flags(flags)
+    for row in on:
+        if row.missing and not getattr(flags, row.path_flag) and (text := row.missing(flags)):
+            raise UsageError(text)
+    owners: dict[str, list[Method]] = {}
+    for row in METHODS.values():
+        for name in (row.switch, row.path_flag):
+            if getattr(flags, name, None) and name in {flag.name for flag in row.flags}:
+                owners.setdefault(name, []).append(row)
+    for name, rows in owners.items():
+        for other, others in owners.items():
+            pairs = [(a, b) for a in rows for b in others]
+            together = any(
+                a is b or (a.switch == name and b.name in a.beside) or (b.switch == other and a.name in b.beside)
+                for a, b in pairs
+            )
+            if not together:
+                raise UsageError(f"--{name} and --{other}: choose one of them.")
+    for flag in method_flags():
+        rows = [row for row in METHODS.values() if flag in row.flags]
+        is_set = flag.in_config and not flag.always and getattr(flags, flag.name) != flag.default
+        if is_set and not any(getattr(flags, row.switch) or getattr(flags, row.path_flag) for row in rows):
+            switch = rows[0].switch
+            raise UsageError(
+                f"--{flag.name} has no effect without --{switch}. Add --{switch}, or remove --{flag.name}."
+            )
+
+
+# names that moved, until every module imports them from their place
+from lora_nlu.methods.targets import TARGETS as TARGETS  # noqa: E402
+from lora_nlu.methods.targets import target_names as target_names  # noqa: E402
+from lora_nlu.methods.targets import target_of as target_of  # noqa: E402
+from lora_nlu.methods.targets import targets_and_layers as targets_and_layers  # noqa: E402
+
+ADAPTER_TYPES = ("houlsby", "pfeiffer")
+LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "lora_dropout")
+SETTINGS = tuple(setting_names())
+LORA_KEY = re.compile(r"\.lora_[AB]$")
+BOTTLENECK_KEY = re.compile(r"\.adapter_[AB]\.(weight|bias)$")
+TRAINED_NAMES = {"lora": LORA_KEY, "houlsby": BOTTLENECK_KEY, "pfeiffer": BOTTLENECK_KEY, "bitfit": re.compile("bias$")}
+
+
+def lora_rank(config: Any) -> int:
+    return description_of(config).rank

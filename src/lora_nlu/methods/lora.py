@@ -4,21 +4,27 @@ Dim letters: N rows (tokens), I in_features, O out_features, R rank.
 """
 
 import math
-from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_nlu.methods.description import (
+from lora_nlu.errors import UserError
+from lora_nlu.methods.description import Description, description_of
+from lora_nlu.methods.linear import UpdatedLinear, check_not_quantised
+from lora_nlu.methods.linear import merge_lora_ as merge_lora_
+from lora_nlu.methods.linear import unmerge_lora_ as unmerge_lora_
+from lora_nlu.methods.linear import unmerged_parameters as unmerged_parameters
+from lora_nlu.methods.targets import (
     DEFAULT_TARGETS,
     TARGETS,
     as_list,
-    check_lora,
-    lora_rank,
+    is_number,
     target_names,
     target_of,
+    targets_and_layers,
 )
 from lora_nlu.ops.kernels import (
     PLAIN_TENSORS,
@@ -31,7 +37,6 @@ from lora_nlu.ops.kernels import (
     product,
     product_with_update,
 )
-from lora_nlu.ops.tensors import is_same
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -74,29 +79,19 @@ def with_update(weight: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     return (weight.float() + s * (B.float() @ A.float())).to(weight.dtype)
 
 
-def _version(x: Tensor) -> int:
-    """How often a tensor was written to in place; -1 where torch doesn't count."""
-    return -1 if x.is_inference() else x._version
-
-
-class LoRALinear(Linear):
-    """`nn.Linear` with a trainable low-rank update: y = x W^T + b + (lora_alpha / r) x A^T B^T.
+class LoRALinear(UpdatedLinear):
+    """`nn.Linear` with a trainable low-rank update: y = x W^T + b + scaling x A^T B^T, scaling = lora_alpha / r.
 
     `weight` [O, I] and `bias` [O] are frozen; `lora_A` [R, I] starts Kaiming-uniform (a = sqrt 5) and `lora_B` [O, R]
     at zero, so a new layer computes what the linear layer it replaces did. In training `lora_dropout` drops elements of
-    the x that the update reads; the reference has none.
+    the x that the update reads; the reference has none. With `use_rslora` the scaling is lora_alpha / sqrt(r).
 
     In fp32 the update is part of the product. In half precision and under autocast the low-rank path
     runs beside the frozen one, because a small B A would be rounded away in the sum.
-
-    A merged layer's state dict holds `weight` with the update in it and no `lora_*`, so a file never counts the update
-    twice. While merged, a layer also keeps the weight [O, I] as it was and copies of the matrices that were merged, so
-    `unmerge` is exact even if `lora_A` or `lora_B` changed. Loading other matrices or another weight unmerges first.
     """
 
-    weight_before: Any  # a Tensor while merged, else None
-    merged_A: Any
-    merged_B: Any
+    method = "lora"
+    update_names = ("lora_A", "lora_B")
 
     def __init__(
         self,
@@ -106,35 +101,30 @@ class LoRALinear(Linear):
         lora_alpha: float,
         bias: bool = True,
         lora_dropout: float = 0.0,
+        use_rslora: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias)
         if r < 1:
             raise ValueError(f"LoRALinear needs a rank of at least 1, got r={r}; rank 0 is nn.Linear.")
-        self.r = r
-        self.scaling = lora_alpha / r
+        self.r, self.lora_alpha, self.use_rslora = r, float(lora_alpha), use_rslora
         self.dropout = Dropout(lora_dropout)
-        for name in ("weight_before", "merged_A", "merged_B"):  # buffers: they follow when the layer moves
-            self.register_buffer(name, None, persistent=False)
-        self.merged_scaling = 0.0
-        self._left: dict[str, tuple[Tensor, int]] = {}  # parameters and their versions when they were merged
         self.lora_A = nn.Parameter(torch.empty(r, in_features))
         self.lora_B = nn.Parameter(torch.empty(out_features, r))
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        self.reset_lora_parameters()
+        self.reset_added_parameters()
 
-    def reset_lora_parameters(self) -> None:
+    def reset_added_parameters(self, normal_std: float | None = None) -> None:
+        """Draw new matrices; `normal_std`: A from a normal distribution instead, as the reference does in DeBERTa."""
         # torch.nn.init, not .data: transformers guards these functions so that loaded tensors are left alone.
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if normal_std is None:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.lora_A, std=normal_std)
         nn.init.zeros_(self.lora_B)
 
     @property
-    def lora_alpha(self) -> float:
-        """The alpha that divided by the rank is the layer's scaling to the last bit."""
-        alpha = self.scaling * self.r
-        near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, 0))
-        return next((value for value in near if value / self.r == self.scaling), alpha)
+    def scaling(self) -> float:
+        """The factor of B A."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def lora_dropout(self) -> float:
@@ -144,11 +134,6 @@ class LoRALinear(Linear):
     @lora_dropout.setter
     def lora_dropout(self, p: float) -> None:
         self.dropout.p = p
-
-    @property
-    def merged(self) -> bool:
-        """Whether `weight` holds the update."""
-        return self.weight_before is not None
 
     def forward(self, x: Tensor, apply_update: bool = True) -> Tensor:
         """x [..., I] -> [..., O]; with `apply_update=False` the frozen layer alone, merged or not.
@@ -160,7 +145,7 @@ class LoRALinear(Linear):
             return linear(x, self.frozen_weight(), self.bias)
         if self.merged:
             if not torch.compiler.is_compiling() and not self._holds_its_update():
-                raise RuntimeError("lora_A, lora_B or scaling of a merged LoRALinear changed. Call unmerge() first.")
+                raise RuntimeError("lora_A, lora_B or lora_alpha of a merged LoRALinear changed. Call unmerge() first.")
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("A merged LoRALinear can't train: its lora_A and lora_B are unused. Call unmerge().")
             return linear(x, self.weight, self.bias)
@@ -188,140 +173,69 @@ class LoRALinear(Linear):
         check("lora_A", self.lora_A, device, rank, size)
         check("lora_B", self.lora_B, device, out, rank)
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Put (alpha / r) B A, as they are now, into `weight` in place, once; a second call does nothing.
+    def with_update(self, weight: Tensor, parameters: list[Tensor], scaling: float) -> Tensor:
+        A, B = parameters
+        return with_update(weight, A, B, scaling)
 
-        Raises ValueError for a weight that can't be written to: computed from others, or not in memory.
-        """
-        if self.merged and self._holds_its_update():
-            return
-        self._check_writable()
-        self.unmerge()
-        merged = self.merged_weight()
-        self.weight_before, self.merged_scaling = self.weight.detach().clone(), self.scaling
-        self.merged_A, self.merged_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
-        self.weight.copy_(merged)
-        self._left = {name: (x, _version(x)) for name, x in self.named_parameters()}
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Take out of `weight` what `merge` put in; without a merge, do nothing. Raises as `merge`."""
-        if self.merged:
-            self._check_writable()
-            self.weight.copy_(self.frozen_weight())
-            self.weight_before = self.merged_A = self.merged_B = None
-            self._left = {}
-
-    def _check_writable(self) -> None:
-        """Raise ValueError if what is written to `weight` would be lost."""
-        if not isinstance(self.weight, nn.Parameter):
-            raise ValueError(
-                "The weight of a LoRALinear is made of other parameters (torch.nn.utils.parametrize, weight_norm, "
-                "prune): what merge() or unmerge() write to it would be lost. Remove that first, or merge before it."
-            )
-        if self.weight.is_meta:
-            raise ValueError(
-                "The weight of a LoRALinear is on the meta device, where nothing is kept: merge or unmerge before the "
-                "model is offloaded (accelerate), or after it is loaded."
-            )
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """The weight [O, I] with the update, merged or not."""
-        if self.merged:
-            return self.weight
-        self.check_shapes()
-        return with_update(self.weight, self.lora_A, self.lora_B, self.scaling)
-
-    def frozen_weight(self) -> Tensor:
-        """The weight [O, I] without the update, merged or not; to a rounding if `weight` was written to in between."""
-        if not self.merged:
-            return self.weight
-        if self._untouched("weight"):
-            return self.weight_before
-        return with_update(self.weight, self.merged_A, self.merged_B, -self.merged_scaling)
-
-    def _untouched(self, *names: str) -> bool:
-        """Whether these parameters are the tensors that were merged, and nobody has written to them since."""
-        left = ((getattr(self, name), *self._left.get(name, (None, -1))) for name in names)
-        return all(now is then and _version(now) == version >= 0 for now, then, version in left)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_left": {name: left for name, left in self._left.items() if self._untouched(name)}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy's parameters count their versions anew
-        super().__setstate__(state)
-        self._left = {name: (getattr(self, name), _version(getattr(self, name))) for name in self._left}
-
-    def _holds_its_update(self) -> bool:
-        """Whether the matrices and scaling of a merged layer are those in its weight."""
-        if self.scaling != self.merged_scaling:
-            return False
-        if not self._untouched("lora_A", "lora_B"):
-            if not (is_same(self.lora_A, self.merged_A) and is_same(self.lora_B, self.merged_B)):
-                return False
-            self._left |= {name: (x, _version(x)) for name, x in self.named_parameters() if name != "weight"}
-        return True
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            del destination[prefix + "lora_A"], destination[prefix + "lora_B"]
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, *lists: Any
-    ) -> None:
-        arguments = (state_dict, prefix, local_metadata, strict, missing_keys, *lists)
-        names = [f"{prefix}{name}" for name in ("lora_A", "lora_B")]
-        weight = state_dict.get(f"{prefix}weight")
-        is_alone = weight is not None and not any(name in state_dict for name in names)
-        if is_alone and self.merged and is_same(weight, self.weight):  # what this layer saved
-            super()._load_from_state_dict(*arguments)
-            self._left["weight"] = (self.weight, _version(self.weight))
-            missing_keys[:] = [name for name in missing_keys if name not in names]
-            return
-        if weight is not None or any(name in state_dict for name in names):
-            self.unmerge()
-        if is_alone and self._is_merged(weight):
-            lists[-1].append(
-                f"{prefix}weight already contains the update of {names[0]} and lora_B: it is from a merged model, and "
-                "the update would count twice. Load it into a model without LoRA, or load the adapter alone."
-            )
-            return
-        super()._load_from_state_dict(*arguments)
-
-    @torch.no_grad()
-    def _is_merged(self, weight: Tensor) -> bool:
-        """Whether a weight is nearer to what this unmerged layer's would be merged than to what it is."""
-        if weight.shape != self.weight.shape or weight.is_meta or self.weight.is_meta:
-            return False
-        weight = weight.to(self.weight).float()
-        apart = ((weight - other.float()).norm() for other in (self.merged_weight(), self.weight))
-        return bool(next(apart) < 0.5 * next(apart))
+    reset_lora_parameters = reset_added_parameters
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, merged={self.merged}"
 
 
-def lora_linear(config: Any, target: str, layer: int, in_features: int, out_features: int) -> nn.Linear:
-    """One of the `TARGETS` of an encoder layer: with LoRA where the config asks for it there, else a plain layer.
+# ------------------------------------------------------------------------------------------------- the row in table.py
 
-    `lora_r` and `lora_alpha` set rank and scaling, `lora_target_modules` (default: query and value) and `lora_layers`
-    (numbers from 0; default: all) which layers have an update, `lora_dropout` (default: 0) the dropout. Raises
-    ValueError as `check_lora`.
+
+def read_settings(config: Any) -> dict[str, Any] | None:
+    """The fields of a config's `Description` that LoRA sets; None for a rank of 0, which is no LoRA.
+
+    Raises ValueError, naming the setting, if one is missing or invalid.
     """
-    check_lora(config)
-    r, names, numbers = lora_rank(config), *(getattr(config, n, None) for n in ("lora_target_modules", "lora_layers"))
-    targets = DEFAULT_TARGETS if names is None else target_names(names)
-    if not r or target not in targets or (numbers is not None and layer not in as_list(numbers)):
-        return Linear(in_features, out_features)
-    p = getattr(config, "lora_dropout", None) or 0.0
-    return LoRALinear(in_features, out_features, r, config.lora_alpha, lora_dropout=p)
+    settings = {name: value for name, value in vars(config).items() if name.startswith("lora_") and value is not None}
+    r, alpha, p = settings.get("lora_r"), settings.get("lora_alpha"), settings.get("lora_dropout", 0.0)
+    names, numbers = settings.get("lora_target_modules", DEFAULT_TARGETS), settings.get("lora_layers")
+    if not is_number(r, int) or r < 0:
+        raise ValueError(f"config.lora_r {r!r}: apply_lora=True needs a rank of 1 or more (0 is no LoRA).")
+    if r and not (is_number(alpha) and math.isfinite(alpha)):
+        raise ValueError(
+            f"config.lora_alpha {alpha!r}: apply_lora=True needs a number: the scaling is lora_alpha / lora_r."
+        )
+    if not (is_number(p) and 0 <= p < 1):
+        raise ValueError(f"config.lora_dropout {p!r}: give a number from 0 to below 1.")
+    try:
+        targets = tuple(target_names(names))
+    except ValueError as e:
+        raise ValueError(f"config.lora_target_modules {names!r}: {e}") from e
+    if numbers is not None:
+        count, layers = config.num_hidden_layers, as_list(numbers)
+        if not layers or not all(is_number(n, int) and 0 <= n < count for n in layers):
+            raise ValueError(
+                f"config.lora_layers {numbers!r}: the model has {count} layers, 0 to {count - 1}; "
+                "give one or more of these numbers."
+            )
+        numbers = tuple(layers)
+    if not r:
+        return None
+    use_rslora = bool(getattr(config, "use_rslora", False))
+    fields = {"rank": r, "alpha": alpha, "use_rslora": use_rslora, "targets": targets, "layers": numbers}
+    return fields | {"dropout": p}
 
 
-def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
-    """Give exactly these linear layers of `model`, by name, an update of (rank, scaling); the others get or keep none.
+def new_layer(trained: Description, target: str, layer: int, in_features: int, out_features: int) -> LoRALinear | None:
+    """A linear layer with LoRA, where the description has it; else None."""
+    if not trained.updates(target, layer):
+        return None
+    rank, alpha, p, use_rslora = trained.rank, trained.alpha, trained.dropout, trained.use_rslora
+    return LoRALinear(in_features, out_features, rank, alpha, lora_dropout=p, use_rslora=use_rslora)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers with LoRA by their names in a model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]], use_rslora: bool = False) -> None:
+    """Give exactly these linear layers of `model`, by name, an update of (rank, alpha); the others get or keep none.
 
     What was merged is unmerged. Weights and biases stay the parameters they were; the matrices start anew. Raises
     KeyError for a name that is no linear layer of the model, ValueError for a layer that is quantised or otherwise
@@ -338,62 +252,85 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]]) -> None:
             old.unmerge()
         sizes, has_bias = (old.in_features, old.out_features), old.bias is not None
         with torch.device("meta"):  # its parameters are those of the old one; only the matrices are new
-            rank, scaling = layers.get(name, (0, 0.0))
-            new = LoRALinear(*sizes, rank, rank * scaling, has_bias) if rank else Linear(*sizes, has_bias)
+            rank, alpha = layers.get(name, (0, 0.0))
+            kind = partial(LoRALinear, r=rank, lora_alpha=alpha, use_rslora=use_rslora) if rank else Linear
+            new = kind(*sizes, bias=has_bias)
         new.weight, new.bias = old.weight, old.bias
         if isinstance(new, LoRALinear):
-            new.scaling = scaling  # not by way of alpha, which would round it
             new.lora_A, new.lora_B = (
                 nn.Parameter(torch.empty_like(matrix, device=old.weight.device, dtype=old.weight.dtype))
                 for matrix in (new.lora_A, new.lora_B)
             )
-            new.reset_lora_parameters()
+            new.reset_added_parameters()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new.train(old.training))
 
 
-def check_not_quantised(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Raise ValueError if one of these layers (without names: of all `TARGETS`) is quantised or otherwise replaced.
+def rebuild(model: Any, adapter: Any, lora_alpha: float | None) -> None:
+    """Give a model the layers of an adapter; `lora_alpha` is for a file that does not record its own."""
+    set_lora_(model, adapter.layers(lora_alpha), adapter.use_rslora)
+    if getattr(model, "frozen_relative_query", None) is not None:
+        model.config.lora_relative_query = not adapter.frozen_relative_query
 
-    bitsandbytes, torchao and others replace `nn.Linear`, or its weight, by a class of their own, or store integers.
+
+def set_lora_dropout_(model: nn.Module, p: float) -> None:
+    """Set the dropout of every layer with LoRA."""
+    for layer in lora_layers(model).values():
+        layer.lora_dropout = p
+
+
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weight of each layer with LoRA, with the update in it, by its name in the model."""
+    return {f"{name}.weight": layer.merged_weight().detach() for name, layer in lora_layers(model).items()}
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """Where a model's LoRA is and its dropout, as run.json records them; layers None are all."""
+    layers = lora_layers(model)
+    targets, numbers = targets_and_layers(layers)
+    everywhere = len(numbers) == model.config.num_hidden_layers
+    dropout = max(layer.lora_dropout for layer in layers.values())
+    return {"targets": targets, "layers": None if everywhere else numbers, "lora_dropout": dropout}
+
+
+def write_settings(model: Any) -> None:
+    """Set the LoRA settings of `model.config` to those of its layers, so that a model of this config has the same.
+
+    A merged model needs none: its weights contain the update. Raises UserError for LoRA that a config can't describe,
+    and for a model of which only some layers are merged.
     """
-    modules = dict(model.named_modules())
-    for name in [name for name in modules if target_of(name) in TARGETS] if names is None else names:
-        layer: Any = modules.get(name)
-        if not hasattr(layer, "in_features"):
-            continue
-        found, is_plain = layer, type(layer) in (nn.Linear, Linear, LoRALinear)
-        if is_plain:
-            found = layer.weight
-            is_plain = type(found).__module__.partition(".")[0] == "torch" and found.is_floating_point()
-        if not is_plain:
-            kind = f"{type(found).__module__}.{type(found).__qualname__}"
-            what = f"{name} is a {kind}" if found is layer else f"{name}.weight is a {kind} of {found.dtype}"
-            raise ValueError(
-                f"{what}: quantised or replaced linear layers are not supported.\nUse the model in fp32, fp16 or bf16. "
-                "To quantise what was trained, merge it (python -m lora_nlu.adapters convert ... --to merged) and load "
-                "that in transformers' own class."
-            )
+    config, layers = model.config, lora_layers(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not layers and getattr(config, "apply_lora", False) and getattr(config, "lora_r", 0):
+        config.apply_lora = False
+    if all(module.merged for module in layers.values()):
+        return
+    if merged := [name for name, module in layers.items() if module.merged]:
+        raise UserError(
+            f"{merged[0]} is merged and other layers are not: the saved model would look like a damaged one.\n"
+            "Merge all of them (lora.merge_lora_) or none (lora.unmerge_lora_), then save."
+        )
+    targets, numbers = targets_and_layers(layers)
+    described = {n for n in linear if target_of(n) in targets and {*targets_and_layers([n])[1]} & {*numbers}}
+    kinds = {(layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora) for layer in layers.values()}
+    if len(kinds) > 1 or described != {*layers} or not {*targets} <= {*TARGETS}:
+        raise UserError(
+            "config.json can describe LoRA with one rank, alpha and dropout, on the same modules of each layer; "
+            "this model's LoRA is different and would be lost.\n"
+            "Save it with adapters.save_adapter, or merge it first (lora.merge_lora_)."
+        )
+    r, alpha, p, use_rslora = kinds.pop()
+    config.apply_lora, config.lora_r, config.lora_alpha = True, r, alpha
+    for name, value, default in (
+        ("lora_target_modules", targets, [*DEFAULT_TARGETS]),
+        ("lora_layers", numbers, [*range(config.num_hidden_layers)]),
+        ("lora_dropout", p, 0.0),
+        ("use_rslora", use_rslora, False),
+    ):
+        if value != default or getattr(config, name, None) is not None:
+            setattr(config, name, value)
 
 
-def merge_lora_(model: nn.Module) -> None:
-    """Merge every `LoRALinear` of `model` in place; idempotent."""
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.merge()
-
-
-def unmerge_lora_(model: nn.Module) -> None:
-    """Undo `merge_lora_`; idempotent."""
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.unmerge()
-
-
-def unmerged_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of `model` by name, detached; weights without their updates, merged or not."""
-    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear) and module.merged:
-            state[f"{name}.weight"] = module.frozen_weight().detach()
-    return state
+def lora_linear(config: Any, target: str, layer: int, in_features: int, out_features: int) -> Any:
+    sizes = in_features, out_features
+    return new_layer(description_of(config), target, layer, *sizes) or Linear(*sizes)

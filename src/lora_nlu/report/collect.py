@@ -12,6 +12,7 @@ from lora_nlu.report.paper import LORA_RANKS, PAPER, Published
 from lora_nlu.report.submission import Figures, read_figures, read_state
 
 FROM_MNLI = ("mrpc", "rte", "stsb")  # the paper's LoRA starts them from its MNLI adapter, but for a line that says so
+_NOT_SETTINGS = ("name", "targets", "label", "color", "marker")  # of what a run records of its method
 NO_START = "lora, no MNLI start"
 
 
@@ -100,7 +101,7 @@ def read_run(folder: Path, known: dict[str, Any], figures: Figures) -> Run:
         "scaling": ", ".join(f"{scaling:g}" for scaling in lora["scalings"]),
         "lora_relative_query": lora["lora_relative_query"],
         "started from": "an adapter" if from_adapter else "the base model",
-    } | {name: value for name, value in method.items() if name not in ("name", "targets")}  # fmt: skip
+    } | {name: value for name, value in method.items() if name not in _NOT_SETTINGS}  # fmt: skip
     epoch = state.get("epoch", 0)
     reached = f"its last checkpoint at epoch {epoch:.4g} of {epochs:g}" if state else "no checkpoint yet"
     return Run(

@@ -23,6 +23,7 @@ RUN = "run.json"  # marks an output folder as one of run_glue.py
 _LEFTOVERS = re.compile(r"\..*\.partial|\.saving|\.removing")  # temporary names of a process that was killed
 _SCORES = ("eval*_results.json", "predict_results_*.tsv")  # of a run that trains, written after training
 _RESULTS = ("trainer_state.json", "*_results.json", *_SCORES, ADAPTER_WEIGHTS, ADAPTER_CONFIG, RUN_METADATA)
+_LOOK = ("label", "color", "marker")  # of a method in reports; an older version did not record it
 # Explanations of settings whose values, digests, mean nothing to a reader
 _MEANING = {"train_data": ": the training examples differ", "eval_data": ": the evaluation examples differ"}
 
@@ -168,7 +169,7 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
         before, after = earlier.get(key, now.get(key)), now.get(key)  # older versions recorded less
         if isinstance(before, dict) and isinstance(after, dict):
             names = before if key == "hyperparameters" else {**before, **after}  # and fewer hyperparameters
-            changed = [name for name in names if before.get(name) != after.get(name)]
+            changed = [name for name in names if name not in _LOOK and before.get(name) != after.get(name)]
             differences += [f"{n} {before.get(n)}, now {after.get(n)}{_MEANING.get(n, '')}" for n in changed]
         elif before != after:
             before, after = (label_list(value) if key == "labels" else value for value in (before, after))

@@ -1,0 +1,224 @@
+"""A linear layer whose weight is frozen and has a trainable update: merged into the weight, taken out, saved, loaded.
+
+Dim letters: I in_features, O out_features.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_nlu.methods.table import METHODS
+from lora_nlu.methods.targets import TARGETS, target_of
+from lora_nlu.ops.kernels import Linear
+from lora_nlu.ops.tensors import is_same
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written to in place; -1 where torch doesn't count."""
+    return -1 if x.is_inference() else x._version
+
+
+class UpdatedLinear(Linear):
+    """`nn.Linear` whose `weight` [O, I] and `bias` [O] are frozen, beside a trainable update; merging of the two.
+
+    A subclass has a forward, a `scaling` and the parameters `update_names`, and says in `with_update` and
+    `check_shapes` what they are to the weight.
+
+    A merged layer's state dict holds `weight` with the update in it and no parameters of the update, so a file never
+    counts it twice. While merged, a layer also keeps the weight as it was and copies of the parameters that were
+    merged, so `unmerge` is exact even if they changed. Loading other parameters or another weight unmerges first.
+    """
+
+    method: str  # the name of the method in table.py
+    update_names: tuple[str, ...]
+    scaling: Any
+    weight_before: Any  # a Tensor while merged, else None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        for name in ("weight_before", *(f"merged_{name}" for name in self.update_names)):
+            self.register_buffer(name, None, persistent=False)  # buffers: they follow when the layer moves
+        self.merged_scaling = 0.0
+        self._left: dict[str, tuple[Tensor, int]] = {}  # parameters and their versions when they were merged
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
+    def with_update(self, weight: Tensor, parameters: list[Tensor], scaling: float) -> Tensor:
+        """A weight [O, I] with the update that these parameters, in the order of `update_names`, make of it."""
+        raise NotImplementedError(f"{type(self).__name__} must define its update.")
+
+    def check_shapes(self) -> None:
+        """Raise ValueError unless the parameters of the update fit the weight."""
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` contains the update."""
+        return self.weight_before is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put the update, as it is now, into `weight` in place, once; a second call does nothing.
+
+        Raises ValueError for a weight that can't be written to: computed from others, or not in memory.
+        """
+        if self.merged and self._holds_its_update():
+            return
+        self._check_writable()
+        self.unmerge()
+        merged = self.merged_weight()
+        self.weight_before, self.merged_scaling = self.weight.detach().clone(), self.scaling
+        for name in self.update_names:
+            setattr(self, f"merged_{name}", getattr(self, name).detach().clone())
+        self.weight.copy_(merged)
+        self._left = {name: (x, _version(x)) for name, x in self.named_parameters()}
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take out of `weight` what `merge` put in; without a merge, do nothing. Raises as `merge`."""
+        if self.merged:
+            self._check_writable()
+            self.weight.copy_(self.frozen_weight())
+            self.weight_before = None
+            for name in self.update_names:
+                setattr(self, f"merged_{name}", None)
+            self._left = {}
+
+    def _check_writable(self) -> None:
+        """Raise ValueError if what is written to `weight` would be lost."""
+        if not isinstance(self.weight, nn.Parameter):
+            raise ValueError(
+                f"The weight of a {type(self).__name__} is made of other parameters (torch.nn.utils.parametrize, "
+                "weight_norm, prune): what merge() or unmerge() write to it would be lost. Remove that first, or merge "
+                "before it."
+            )
+        if self.weight.is_meta:
+            raise ValueError(
+                f"The weight of a {type(self).__name__} is on the meta device, where nothing is kept: merge or unmerge "
+                "before the model is offloaded (accelerate), or after it is loaded."
+            )
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The weight [O, I] with the update, merged or not."""
+        if self.merged:
+            return self.weight
+        self.check_shapes()
+        return self.with_update(self.weight, [getattr(self, name) for name in self.update_names], self.scaling)
+
+    def frozen_weight(self) -> Tensor:
+        """The weight [O, I] without the update, merged or not; to a rounding if `weight` was written to in between."""
+        if not self.merged:
+            return self.weight
+        if self._untouched("weight"):
+            return self.weight_before
+        copies = [getattr(self, f"merged_{name}") for name in self.update_names]
+        return self.with_update(self.weight, copies, -self.merged_scaling)
+
+    def _untouched(self, *names: str) -> bool:
+        """Whether these parameters are the tensors that were merged, and nobody has written to them since."""
+        left = ((getattr(self, name), *self._left.get(name, (None, -1))) for name in names)
+        return all(now is then and _version(now) == version >= 0 for now, then, version in left)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_left": {name: left for name, left in self._left.items() if self._untouched(name)}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy's parameters count their versions anew
+        super().__setstate__(state)
+        self._left = {name: (getattr(self, name), _version(getattr(self, name))) for name in self._left}
+
+    def _holds_its_update(self) -> bool:
+        """Whether the update of a merged layer is the one in its weight."""
+        if self.scaling != self.merged_scaling:
+            return False
+        if not self._untouched(*self.update_names):
+            if not all(is_same(getattr(self, name), getattr(self, f"merged_{name}")) for name in self.update_names):
+                return False
+            self._left |= {name: (x, _version(x)) for name, x in self.named_parameters() if name != "weight"}
+        return True
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            for name in self.update_names:
+                del destination[prefix + name]
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, *lists: Any
+    ) -> None:
+        arguments = (state_dict, prefix, local_metadata, strict, missing_keys, *lists)
+        names = [f"{prefix}{name}" for name in self.update_names]
+        weight = state_dict.get(f"{prefix}weight")
+        is_alone = weight is not None and not any(name in state_dict for name in names)
+        if is_alone and self.merged and is_same(weight, self.weight):  # what this layer saved
+            super()._load_from_state_dict(*arguments)
+            self._left["weight"] = (self.weight, _version(self.weight))
+            missing_keys[:] = [name for name in missing_keys if name not in names]
+            return
+        if weight is not None or any(name in state_dict for name in names):
+            self.unmerge()
+        if is_alone and self._is_merged(weight):
+            lists[-1].append(
+                f"{prefix}weight already contains the update of {' and '.join([names[0], *self.update_names[1:]])}: it "
+                "is from a merged model, and the update would count twice. Load it into a model without LoRA, or load "
+                "the adapter alone."
+            )
+            return
+        super()._load_from_state_dict(*arguments)
+
+    @torch.no_grad()
+    def _is_merged(self, weight: Tensor) -> bool:
+        """Whether a weight is nearer to what this unmerged layer's would be merged than to what it is."""
+        if weight.shape != self.weight.shape or weight.is_meta or self.weight.is_meta:
+            return False
+        weight = weight.to(self.weight).float()
+        apart = ((weight - other.float()).norm() for other in (self.merged_weight(), self.weight))
+        return bool(next(apart) < 0.5 * next(apart))
+
+
+def check_not_quantised(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Raise ValueError if one of these layers (without names: of all `TARGETS`) is quantised or otherwise replaced.
+
+    bitsandbytes, torchao and others replace `nn.Linear`, or its weight, by a class of their own, or store integers.
+    """
+    modules = dict(model.named_modules())
+    for name in [name for name in modules if target_of(name) in TARGETS] if names is None else names:
+        layer: Any = modules.get(name)
+        if not hasattr(layer, "in_features"):
+            continue
+        found, is_plain = layer, type(layer) in (nn.Linear, Linear) or getattr(layer, "method", None) in METHODS
+        if is_plain:
+            found = layer.weight
+            is_plain = type(found).__module__.partition(".")[0] == "torch" and found.is_floating_point()
+        if not is_plain:
+            kind = f"{type(found).__module__}.{type(found).__qualname__}"
+            what = f"{name} is a {kind}" if found is layer else f"{name}.weight is a {kind} of {found.dtype}"
+            raise ValueError(
+                f"{what}: quantised or replaced linear layers are not supported.\nUse the model in fp32, fp16 or bf16. "
+                "To quantise what was trained, merge it (python -m lora_nlu.adapters convert ... --to merged) and load "
+                "that in transformers' own class."
+            )
+
+
+def merge_lora_(model: nn.Module) -> None:
+    """Merge every update of a linear layer of `model` in place; idempotent."""
+    for module in model.modules():
+        if isinstance(module, UpdatedLinear):
+            module.merge()
+
+
+def unmerge_lora_(model: nn.Module) -> None:
+    """Undo `merge_lora_`; idempotent."""
+    for module in model.modules():
+        if isinstance(module, UpdatedLinear):
+            module.unmerge()
+
+
+def unmerged_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of `model` by name, detached; weights without their updates, merged or not."""
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, UpdatedLinear) and module.merged:
+            state[f"{name}.weight"] = module.frozen_weight().detach()
+    return state

@@ -1,0 +1,96 @@
+"""What of a model trains: built as its config says, marked, counted and described, for every method of the table."""
+
+import re
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lora_nlu.methods.description import Description, is_added, methods_in
+from lora_nlu.methods.linear import check_not_quantised
+from lora_nlu.methods.method import Method
+from lora_nlu.methods.table import METHODS
+from lora_nlu.ops.kernels import Linear
+
+
+def new_linear(trained: Description, target: str, layer: int, in_features: int, out_features: int) -> nn.Linear:
+    """One of the `TARGETS` of an encoder layer: the method's own where it has one there, else a plain one."""
+    made = (row.layer(trained, target, layer, in_features, out_features) for row in trained.rows if row.layer)
+    return next((new for new in made if new is not None), None) or Linear(in_features, out_features)
+
+
+def new_block(trained: Description, hidden_size: int, after_attention: bool) -> Any:
+    """The module that a method adds at the end of one half of an encoder layer; None if it adds none there."""
+    made = (row.block(trained, hidden_size, after_attention) for row in trained.rows if row.block)
+    return next((new for new in made if new is not None), None)
+
+
+def trains_a_part(model: Any) -> bool:
+    """Whether the encoder's own weights stay frozen, all or most of them."""
+    return any(row.freezes for row in methods_in(model))
+
+
+def mark_trainable(model: Any) -> None:
+    """Freeze what the model's methods leave alone; for fine-tuning of everything, nothing.
+
+    Call it after `from_pretrained`, which forgets `requires_grad`. Raises ValueError for a model with quantised layers.
+    """
+    _mark(model, methods_in(model))
+
+
+def mark_only_lora_as_trainable(model: Any) -> None:
+    """Train the LoRA matrices and every parameter outside the encoder (`model.base_model`); freeze the rest.
+
+    With no LoRA in the model the head alone trains. Otherwise as `mark_trainable`.
+    """
+    _mark(model, [METHODS["lora"]])
+
+
+def _mark(model: Any, rows: list[Method]) -> None:
+    check_not_quantised(model)
+    if not all(row.freezes for row in rows):
+        model.requires_grad_(True)
+        return
+    for name, parameter in model.base_model.named_parameters():
+        parameter.requires_grad_(any(row.state is not None and re.search(row.state, name) for row in rows))
+
+
+def describe_method(model: Any) -> dict[str, Any]:
+    """The method that trains a model, with its settings and its look in reports, in plain values for a file."""
+    base, rows, bitfit = model.base_model, methods_in(model), METHODS["bitfit"]
+    # An adapter's file may bring trained biases that no flag names; the embeddings tell whether anything is frozen.
+    is_frozen = not base.get_input_embeddings().weight.requires_grad
+    biases = (p for name, p in base.named_parameters() if name.endswith("bias") and not is_added(name))
+    has_biases = bitfit in rows or (is_frozen and any(bias.requires_grad for bias in biases))
+    row = bitfit if has_biases and rows[0].name not in bitfit.beside else rows[0]
+    method = {"name": row.name, "label": row.label, "color": row.color, "marker": row.marker}
+    method |= row.describe(model) if row.describe else {}
+    return method | ({"biases": True} if has_biases and row is not bitfit else {})
+
+
+def write_settings(model: Any) -> None:
+    """Write the settings of a model's layers to its config, before it is saved."""
+    for row in METHODS.values():
+        if row.to_config:
+            row.to_config(model)
+
+
+class ParameterCounts(NamedTuple):
+    """Numbers of scalars: that train in the encoder (the papers' column), that train (the head too), in the model."""
+
+    encoder: int
+    trainable: int
+    total: int
+
+
+def count_parameters(model: Any) -> ParameterCounts:
+    """Count the parameters of `model`; RoBERTa-base with r=8 on query and value trains 294,912 in its encoder."""
+    trained = sum(p.numel() for p in model.base_model.parameters() if p.requires_grad)
+    counts = [row.count(model) for row in methods_in(model) if row.count]
+    return ParameterCounts(
+        encoder=counts[0] if counts else trained,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in model.parameters()),
+    )
+
+
+describe_lora_ = write_settings
