@@ -38,6 +38,7 @@ from lora_nlu.training.output_folder import RUN, prepare_output_dir
 STRESS = Path(__file__).parent / "stress"
 sys.path.insert(0, str(STRESS))
 import compare  # noqa: E402
+import same_results  # noqa: E402
 
 many = settings(deadline=None, derandomize=True, database=None, max_examples=300, suppress_health_check=[*HealthCheck])
 
@@ -92,6 +93,40 @@ def test_a_disk_that_fills_up_in_mid_save_costs_no_checkpoint_and_with_room_the_
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     summary = re.search(r"4 disks filled, (\d+) different messages, \d+ s, 0 failures", done.stdout)
     assert summary and int(summary[1]) > 1
+
+
+def test_a_case_recorded_twice_is_equal_and_with_another_seed_its_losses_and_weights_differ(tmp_path):
+    one, again, other = (tmp_path / f"{name}.json" for name in ("one", "again", "other"))
+    for record, seed in ((one, 0), (again, 0), (other, 1)):
+        done = stress("same_results.py", "record", record, "--seed", seed, "--cases", "^roberta houlsby, cutoff$")
+        assert done.returncode == 0 and "2 cases" in done.stdout, done.stdout + done.stderr[-3000:]
+    done = stress("same_results.py", "compare", one, again)
+    assert done.returncode == 0 and "0 differences" in done.stdout, done.stdout
+    done = stress("same_results.py", "compare", one, other)
+    files = "DIFFERS: roberta houlsby, cutoff/files/trained"
+    for differs in (
+        "adapter_model.safetensors: ",
+        "checkpoint-10/optimizer.pt: ",
+        "trainer_state.json/log_history/0/loss",
+    ):
+        assert f"{files}/{differs}" in done.stdout
+    assert done.returncode == 1
+
+
+def test_a_file_a_value_or_a_case_that_one_record_lacks_is_a_difference_and_a_new_value_is_a_note():
+    files = {"weights": "0f", "run.json": {"seed": 0, "steps": [0.1, 0.2]}}
+    record = {"seed": 0, "environment": {}, "cases": {"a": {"exit codes": [0], "files": files}}}
+
+    def compared(**changed: Any) -> tuple[int, int]:
+        other = {"exit codes": [0], "files": {name: x for name, x in (files | changed).items() if x is not None}}
+        differences, new = same_results.compare(record, record | {"cases": {"a": other}})
+        return len(differences), len(new)
+
+    assert compared() == (0, 0)
+    assert compared(weights="10") == compared(weights=None) == compared(more="0f") == (1, 0)
+    assert compared(**{"run.json": {"seed": 0, "steps": [0.1, 0.2], "colour": "red"}}) == (0, 1)
+    assert compared(**{"run.json": {"seed": 0}}) == compared(**{"run.json": {"seed": 0, "steps": [0.1]}}) == (1, 0)
+    assert len(same_results.compare(record, record | {"cases": {}})[0]) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ adapter folders
