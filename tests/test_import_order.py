@@ -30,7 +30,10 @@ ORDER = {
     "ops": ["packing", "sharding", "tensors", "kernels"],
     "methods": ["method", "targets", "table", "description", "linear", "lora", "bottleneck", "marking"],
     "models": ["losses", "layers", "checkpoints", "modeling_roberta", "modeling_deberta_v2", "loading", "tokenizer"],
-    "adapters": ["adapter", "peft_format", "reading", "writing", "attaching", "model_card", "converting", "__main__"],
+    "adapters": [
+        "tensor_files", "adapter", "peft_format", "checks", "reading", "writing", "flags", "head", "attaching",
+        "model_card", "converting", "__main__",
+    ],
     "data": [
         "tasks", "metrics", "text_files", "examples", "tokenization", "glue", "user_rows", "user_labels", "user_files",
         "loading",

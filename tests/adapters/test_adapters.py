@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from lora_nlu.adapters import writing
 from lora_nlu.adapters.__main__ import main
 from lora_nlu.adapters.adapter import Adapter, is_target
-from lora_nlu.adapters.attaching import attach_adapter, check_settings, load_adapter, with_relative_query
-from lora_nlu.adapters.peft_format import _HONOURED, _NEUTRAL, adapted_modules
+from lora_nlu.adapters.attaching import attach_adapter, load_adapter
+from lora_nlu.adapters.flags import check_settings, with_relative_query
+from lora_nlu.adapters.peft_format import SUPPORTED_SETTINGS, adapted_modules
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
@@ -577,7 +578,7 @@ def test_what_peft_trained_otherwise_than_these_models_can_compute_is_refused_by
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LoraConfig)])
 def test_every_field_of_pefts_config_is_honoured_or_changes_nothing_or_is_refused(field, saved, tmp_path):
     """A field that a later PEFT adds stands on no side, and is refused until somebody has looked at it."""
-    if field in _HONOURED | _NEUTRAL:
+    if field in SUPPORTED_SETTINGS:
         return
     copied(saved[1], tmp_path, **{field: {"on": True}})
     assert f"{field}={{'on': True}} is not supported" in refused(tmp_path)

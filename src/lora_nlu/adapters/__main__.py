@@ -9,8 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from lora_nlu.adapters.attaching import with_relative_query
 from lora_nlu.adapters.converting import convert
+from lora_nlu.adapters.flags import with_relative_query
 from lora_nlu.adapters.model_card import inspect
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError, UserError

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lora_nlu.adapters.adapter import Adapter, encoder_prefix, foreign_layer, looks_like_hub_id
 from lora_nlu.adapters.attaching import attach_adapter
+from lora_nlu.adapters.checks import check_values
 from lora_nlu.adapters.model_card import write_card
-from lora_nlu.adapters.reading import check_values
 from lora_nlu.adapters.writing import write_adapter
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import atomic_write, flush_and_rename

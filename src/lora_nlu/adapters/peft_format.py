@@ -24,15 +24,15 @@ METHODS_BY_TYPE = {
 }  # none of these
 PEFT_PREFIX = "base_model.model."
 _ALL_LINEAR = [*PEFT_DEFAULT_TARGETS, "key", "key_proj", "pos_key_proj", "pos_query_proj", "embed_proj", "dense"]
-# Settings of an adapter_config.json that are read, and those that change nothing in what a trained adapter computes.
-_HONOURED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
-_NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "modules_to_save",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+# Settings of an adapter_config.json that are read, or that don't change what a trained adapter computes
+SUPPORTED_SETTINGS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
-_STARTS = ("gaussian", "orthogonal", "eva", "mica")  # of init_lora_weights; they leave the base weights alone
-OTHER_HEADS = re.compile("TOKEN_CLS|QUESTION_ANS|ForTokenClassification|ForQuestionAnswering")
+_MODULE_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")  # a list of names, or a regular expression
+_SUPPORTED_INITS = ("gaussian", "orthogonal", "eva", "mica")  # init_lora_weights that leave the base weights unchanged
 
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
@@ -75,6 +75,22 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
     }
 
 
+def to_peft_key(adapter: Adapter, name: str) -> str:
+    """PEFT's key in `adapter_model.safetensors` of a parameter of ours."""
+    layer = name.removesuffix(".bias")
+    if LORA_KEY.search(name):
+        name = f"{name}.weight"
+    elif layer != name and layer in adapter.ranks:
+        name = f"{layer}.base_layer.bias"
+    return f"{PEFT_PREFIX}{name}"
+
+
+def from_peft_key(key: str) -> str:
+    """The name of the parameter that a key in a folder's file of weights stands for."""
+    name = re.sub(r"\.(base_layer|modules_to_save(\.default)?)\.", ".", key.removeprefix(PEFT_PREFIX))
+    return re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)
+
+
 def adapted_modules(config: dict[str, Any]) -> list[str] | str:
     """The layers that an `adapter_config.json` adapts, as names or, where it excludes some, as one pattern."""
     targets, layers, excluded = (config.get(k) for k in ("target_modules", "layers_to_transform", "exclude_modules"))
@@ -95,44 +111,66 @@ def _any_of(names: list[str]) -> str:
 
 
 def check_peft_config(path: Path, config: dict[str, Any]) -> None:
-    """Refuse, by name, what PEFT can say and this model would compute differently. Raises UserError."""
-    kind = config.get("peft_type")
-    if isinstance(kind, str) and kind in METHODS_BY_TYPE:
+    """Refuse, by name, each setting of PEFT with which this model would compute something else. Raises UserError."""
+    peft_type = config.get("peft_type")
+    if isinstance(peft_type, str) and peft_type in METHODS_BY_TYPE:
         return
-    if kind not in (_LORA, LORA_FROZEN_RELATIVE_QUERY):
-        raise UserError(f"{path}: peft_type is {printable(kind)}; LORA is the only PEFT type supported here.")
+    if peft_type not in (_LORA, LORA_FROZEN_RELATIVE_QUERY):
+        raise UserError(f"{path}: peft_type is {printable(peft_type)}; LORA is the only PEFT type supported here.")
+    _check_numbers(path, config)
+    _check_modules(path, config)
+    _check_strings(path, config)
+    _check_patterns(path, config)
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in _SUPPORTED_INITS:  # PiSSA, OLoRA and others change the base weights
+        raise UserError(f"{path}: init_lora_weights={printable(init)} is not supported: it changes the base weights.")
+    for key, value in config.items():
+        if value and key not in SUPPORTED_SETTINGS:
+            raise UserError(f"{path}: {printable(key)}={printable(value)} is not supported.")
+
+
+def _check_numbers(path: Path, config: dict[str, Any]) -> None:
     p = config.get("lora_dropout") or 0.0
     if not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise UserError(f"{path}: lora_dropout is {printable(p)}; expected a number from 0 to 1.")
     for key, types in (("r", int), ("lora_alpha", (int, float))):
         if not is_positive_number(config.get(key), types):  # without one PEFT would take its default of 8
             raise UserError(f"{path}: {key} is {printable(config.get(key))}; expected a positive number.")
-    patterns = []
-    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+
+
+def _check_modules(path: Path, config: dict[str, Any]) -> None:
+    for key in _MODULE_PATTERNS:
         names = config.get(key)
-        if isinstance(names, str):
-            patterns.append((key, names))
-        elif names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if names is not None and not isinstance(names, str) and not is_list:
             raise UserError(f"{path}: {key} is neither a list of names nor a pattern.")
-        elif key == "layers_pattern":
-            patterns += [(key, name) for name in names or []]
     numbers = config.get("layers_to_transform")
     numbers = numbers if isinstance(numbers, list) else [numbers or 0]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise UserError(
             f"{path}: layers_to_transform is {printable(config['layers_to_transform'])}; expected layer numbers."
         )
+
+
+def _check_strings(path: Path, config: dict[str, Any]) -> None:
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key) or "", str):
             raise UserError(f"{path}: {key} is {printable(config[key])}; expected a string.")
     for key, values in (("use_rslora", (None, False, True)), ("bias", (None, "none", "all", "lora_only"))):
         if config.get(key) not in values or type(config.get(key)) is int:
             raise UserError(f"{path}: {key} is {printable(config[key])}; expected {', '.join(map(str, values[1:]))}.")
+
+
+def _check_patterns(path: Path, config: dict[str, Any]) -> None:
+    """Every regular expression in a config must compile, and none may be very long."""
+    patterns = [(key, config[key]) for key in _MODULE_PATTERNS if isinstance(config.get(key), str)]
+    if isinstance(names := config.get("layers_pattern"), list):
+        patterns += [("layers_pattern", name) for name in names]
     for key in ("rank_pattern", "alpha_pattern"):
-        given = config.get(key) or {}
-        if not isinstance(given, dict) or not all(is_positive_number(value, (int, float)) for value in given.values()):
+        numbers = config.get(key) or {}
+        if not isinstance(numbers, dict) or not all(is_positive_number(n, (int, float)) for n in numbers.values()):
             raise UserError(f"{path}: {key} is no map from names to positive numbers.")
-        patterns += [(key, PEFT_NAME_PATTERN.format(pattern)) for pattern in given]
+        patterns += [(key, PEFT_NAME_PATTERN.format(pattern)) for pattern in numbers]
     for key, pattern in patterns:
         try:
             if len(pattern) > 10_000:
@@ -140,9 +178,3 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as e:
             raise UserError(f"{path}: {key}: {printable(pattern)} is not a valid pattern ({printable(e)}).") from e
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start not in _STARTS:  # PiSSA, OLoRA and others change the base weights
-        raise UserError(f"{path}: init_lora_weights={printable(start)} is not supported: it changes the base weights.")
-    for key, value in config.items():
-        if value and key not in _HONOURED | _NEUTRAL:
-            raise UserError(f"{path}: {printable(key)}={printable(value)} is not supported.")

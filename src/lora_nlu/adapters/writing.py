@@ -7,9 +7,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_nlu.adapters.adapter import Adapter, most_common
-from lora_nlu.adapters.peft_format import PEFT_PREFIX, peft_config
+from lora_nlu.adapters.peft_format import peft_config, to_peft_key
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, atomic_write, write_json
-from lora_nlu.methods.description import LORA_KEY
 from lora_nlu.methods.lora import LoRALinear, unmerged_parameters
 from lora_nlu.methods.table import describe_method
 from lora_nlu.ops.tensors import fingerprint
@@ -58,16 +57,10 @@ def save_adapter(
 def write_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter, a LoRA one with its alpha, as a folder; each file appears complete or not at all.
 
-    The metadata gets the kind and a hash of the weights, by which files of two runs in one folder are found out.
+    The metadata also records the peft_type and a hash of the weights, which tell files of different runs in one folder
+    apart.
     """
-    tensors = {}
-    for name, tensor in adapter.state.items():
-        layer = name.removesuffix(".bias")
-        if LORA_KEY.search(name):
-            name = f"{name}.weight"
-        elif layer != name and layer in adapter.ranks:
-            name = f"{layer}.base_layer.bias"
-        tensors[f"{PEFT_PREFIX}{name}"] = tensor.detach().cpu().contiguous()
+    tensors = {to_peft_key(adapter, name): t.detach().cpu().contiguous() for name, t in adapter.state.items()}
     config = peft_config(adapter)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / ADAPTER_WEIGHTS) as partial:

@@ -7,7 +7,9 @@ from transformers import set_seed
 from transformers.integrations import deepspeed
 
 from lora_nlu.adapters.adapter import Adapter
-from lora_nlu.adapters.attaching import attach_adapter, check_settings, head_rows, with_labels, with_relative_query
+from lora_nlu.adapters.attaching import attach_adapter
+from lora_nlu.adapters.flags import check_settings, with_relative_query
+from lora_nlu.adapters.head import head_rows, with_labels
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError, UserError, printable
 from lora_nlu.files import ADAPTER_CONFIG

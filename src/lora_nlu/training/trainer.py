@@ -27,7 +27,8 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_nlu.adapters.attaching import load_adapter
-from lora_nlu.adapters.reading import check_archive, read_adapter
+from lora_nlu.adapters.reading import read_adapter
+from lora_nlu.adapters.tensor_files import check_archive
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError, first_line
 from lora_nlu.files import ADAPTER_WEIGHTS, flush_and_rename, write_json
