@@ -42,7 +42,7 @@ ORDER = {
         "launch", "processes", "legacy_flags", "arguments", "run_arguments", "checks", "parsing", "head", "inputs",
         "metadata", "checkpoints", "trainer", "output_folder", "model", "runs", "summary",
     ],
-    "report": ["paper", "submission", "collect", "pictures", "tables", "similarity", "__main__"],
+    "report": ["paper", "records", "submission", "collect", "pictures", "tables", "similarity", "__main__"],
 }  # fmt: skip
 # Only these of a package may import adapters: what compares two of them.
 READS_ADAPTERS = {"report": {"similarity"}}

@@ -2,7 +2,7 @@
 
 import sys
 
-from lora_nlu.report.similarity import main
+from lora_nlu.report.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(command="similarity"))

@@ -1,45 +1,123 @@
-"""Runs over seeds to the paper's table, as text, CSV, LaTeX and pictures.
+"""Tables of runs, a submission to the GLUE server, and the similarity of two adapters.
 
-python -m lora_nlu.report RUN... [--out FOLDER]
-python -m lora_nlu.report submission RUN... --out glue.zip    # the file for the GLUE test server, see submission.py
+  python -m lora_nlu.report runs RUN... [--out FOLDER]             runs over seeds to the paper's table and pictures
+  python -m lora_nlu.report submission RUN... --out glue.zip       the file for the GLUE test server
+  python -m lora_nlu.report similarity ADAPTER1 ADAPTER2           whether two adapters learned the same directions
 
-RUN is an output folder of run_glue.py, or a folder that holds some. Runs that differ in nothing but the seed are one
-line of the table.
+Each has its own help: python -m lora_nlu.report runs -h. Without a command, `runs` is assumed.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from lora_nlu.errors import UserError
-from lora_nlu.report.collect import collect
+from lora_nlu.report.collect import collect, training_records
+from lora_nlu.report.records import RECORDS, write_records
 from lora_nlu.report.submission import write_submission
 from lora_nlu.report.tables import write_report
 
+RUNS = """Tables of runs over seeds, in the form of the paper's. Runs that differ in nothing but the seed are one line.
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m lora_nlu.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="an output folder, or one that holds some")
-    parser.add_argument(
-        "--out", type=Path, help="a folder for report.md, report.csv, report.tex and pictures; the zip of a submission"
-    )
-    parser.add_argument("--partial", action="store_true", help="submission: leave out tasks that no run predicts")
-    args = parser.parse_args(argv)
-    runs = args.runs[1:] if (submits := args.runs[0] == Path("submission")) else args.runs
-    if submits != bool(submits and runs and args.out) or (args.partial and not submits):
-        parser.error("give: submission RUN... --out glue.zip [--partial], or RUN... [--out FOLDER].")
+example: python -m lora_nlu.report runs output/seeds --out report
+"""
+SUBMISSION = """The zip file for the GLUE test server, made of the predictions of runs with --do_predict. Of
+several runs on one task, the one with the best dev figure counts.
+
+example: python -m lora_nlu.report submission output/seeds --out glue.zip
+"""
+SIMILARITY = """Whether two LoRA adapters learned the same directions: the subspace similarity of the LoRA paper
+(section 7.2), beside that of random matrices.
+
+example: python -m lora_nlu.report similarity output/r8/seed_0 output/r64/seed_1 --out similarity
+"""
+
+
+def main(argv: list[str] | None = None, command: str | None = None) -> int:
+    """Run a command; without one it is the first word of the command line, or `runs`."""
+    words = argparse.ArgumentParser(add_help=False).parse_known_args(argv)[1]
+    args = _parser().parse_args([command, *words] if command else _with_command(words))
     try:
-        if submits:
-            print(*write_submission(runs, args.out, args.partial), sep="\n")
-        else:
-            text = write_report(*collect(runs), args.out)
-            print(text, *([f"Written to {args.out}."] if args.out else []), sep="\n", end="\n" if args.out else "")
+        for line in args.lines(args):
+            print(line)
     except (UserError, OSError) as e:
         print(f"lora_nlu.report: error: {e}", file=sys.stderr)
         return 1
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    folder = "an output folder of run_glue.py, or a folder above some"
+    form: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m lora_nlu.report", description=__doc__, **form)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    runs = commands.add_parser("runs", description=RUNS, help="tables and pictures of runs", **form)
+    runs.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=f"{folder}, or a {RECORDS} file")
+    runs.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help=f"write report.md, report.csv, report.tex, pictures and {RECORDS}, the runs' records in one file",
+    )
+    runs.set_defaults(lines=_runs)
+
+    submission = commands.add_parser("submission", description=SUBMISSION, help="the zip for the GLUE server", **form)
+    submission.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=folder)
+    submission.add_argument("--out", type=Path, required=True, metavar="ZIP", help="the file to write")
+    submission.add_argument("--partial", action="store_true", help="leave out tasks that no run predicts")
+    submission.set_defaults(lines=_submission)
+
+    similarity = commands.add_parser("similarity", description=SIMILARITY, help="compare two LoRA adapters", **form)
+    adapter = "a published .bin, an adapter or output folder, or a Hub id"
+    similarity.add_argument("adapters", nargs=2, metavar="ADAPTER", help=adapter)
+    similarity.add_argument("--layers", help="layers to show beside the mean over all, such as 0,5,11")
+    similarity.add_argument("--modules", help="modules to compare, such as query,value; default: all")
+    similarity.add_argument("--out", type=Path, metavar="FOLDER", help="write similarity.png and similarity.csv")
+    similarity.set_defaults(lines=_similarity)
+    return parser
+
+
+def _with_command(words: list[str]) -> list[str]:
+    """The command line with its command in front; `runs` is the default.
+
+    Commands were once folders' names like any other: one without the operands that it needs still is, if it exists.
+    """
+    flags = argparse.ArgumentParser(add_help=False)
+    for flag in ("--out", "--layers", "--modules"):
+        flags.add_argument(flag)
+    operands = [word for word in flags.parse_known_args(words)[1] if not word.startswith("-")]
+    first = operands[0] if operands else ""
+    if first not in ("runs", "submission", "similarity"):
+        return words if not words or {"-h", "--help"} & {*words} else ["runs", *words]
+    rest = list(words)
+    rest.remove(first)
+    if first != "submission" and Path(first).is_dir() and not {"-h", "--help"} & {*words}:
+        if len(operands) > {"runs": 1, "similarity": 2}[first]:
+            note = f"{first!r} is taken as the command, not as the folder of that name; ./{first} is the folder."
+        else:
+            note, first, rest = f"{first!r} is taken as the folder of that name.", "runs", words
+        print(f"lora_nlu.report: {note}", file=sys.stderr)
+    return [first, *rest]
+
+
+def _runs(args: argparse.Namespace) -> list[str]:
+    text = write_report(*collect(args.runs), args.out)
+    if not args.out:
+        return [text.removesuffix("\n")]
+    write_records(args.out / RECORDS, [record for start in args.runs for record in training_records(start)])
+    return [text, f"Written to {args.out}."]
+
+
+def _submission(args: argparse.Namespace) -> list[str]:
+    return write_submission(args.runs, args.out, args.partial)
+
+
+def _similarity(args: argparse.Namespace) -> list[str]:
+    from lora_nlu.report.similarity import write_similarity  # needs torch, which the other commands do not
+
+    return [write_similarity(args.adapters, args.layers, args.modules, args.out)]
 
 
 if __name__ == "__main__":

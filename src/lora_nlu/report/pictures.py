@@ -1,4 +1,4 @@
-"""The pictures of a report, as PNG and SVG: colours that colour-blind readers tell apart, and markers beside them."""
+"""The pictures of a report, as PNG; colours that colour-blind readers can distinguish, and different markers."""
 
 import math
 import textwrap
@@ -14,6 +14,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from lora_nlu.data.tasks import REPORTED, TASKS
 from lora_nlu.files import atomic_write
+from lora_nlu.report.collect import Cell
 
 # Okabe and Ito's palette
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -23,16 +24,174 @@ WIDTH = 3.9  # of a panel, inches
 DEVIATION = "±\N{NO-BREAK SPACE}standard\N{NO-BREAK SPACE}deviation"
 
 
+def draw(
+    cells: Sequence[Cell],
+    methods: list[str],
+    swept: Mapping[tuple[str, str], Sequence[tuple[int, Cell]]],
+    folder: Path,
+) -> list[str]:
+    """Draw the pictures that the cells of one model allow; returns their names.
+
+    methods: in the order of the legend; swept: as `tables.rank_cells` returns them.
+    """
+    finished = [cell for cell in cells if cell.done]
+    if not finished:
+        return []
+    model, names = finished[0].model, []
+    with matplotlib.rc_context({"font.size": 12, "text.parse_math": False}):
+        of_ranks = [cell for pairs in swept.values() for _, cell in pairs]
+        others = {cell.method for cell in finished if cell not in of_ranks}  # a sweep has pictures of its own
+        methods = [name for name in methods if len(methods) <= len(COLORS) or name in others]
+        rest = sorted((c for c in finished if c.method in methods), key=lambda cell: methods.index(cell.method))
+        left = [cell for cell in of_ranks if cell.done and cell.method not in methods]
+        left_methods = list(dict.fromkeys(cell.method for cell in left))
+        for some, order, name in ((rest, methods, "curves"), (left, left_methods, "ranks_curves")):
+            if any(len(run.history) > 1 for cell in some for run in cell.done):
+                names.append(save(curves(model, some, order), folder, f"{model}_{name}"))
+        if len({cell.method for cell in rest}) > 1:
+            names.append(save(sizes(model, rest, methods), folder, f"{model}_parameters"))
+        if any(run.paper for cell in rest for run in cell.done):
+            names.append(save(against_paper(model, rest, methods), folder, f"{model}_paper"))
+        if any(cell.done for cell in of_ranks):
+            names.append(save(ranks(model, swept), folder, f"{model}_ranks"))
+    return names
+
+
+def curves(model: str, cells: Sequence[Cell], methods: list[str]) -> Figure:
+    """The metric against steps: the median over seeds, and a band from the lowest to the highest."""
+    look_of = looks(cells, methods)
+    cells = [cell for cell in cells if any(run.history for run in cell.done)]
+    tasks = tasks_of([cell.task for cell in cells])
+    figure, axes = panels(tasks)
+    for ax, task in zip(axes, tasks, strict=True):
+        for cell in (cell for cell in cells if cell.task == task):
+            histories = [dict(run.history) for run in cell.done]
+            steps = sorted(set.intersection(*map(set, histories)))
+            at = [[history[step] for history in histories] for step in steps]
+            look = look_of[cell.method]
+            ax.plot(steps, list(map(median, at)), label=cell.method, **look)
+            if len(histories) > 1:
+                ax.fill_between(steps, list(map(min, at)), list(map(max, at)), color=look["color"], alpha=0.15, lw=0)
+        ax.set(xlabel="step", ylabel=percent(task), xlim=(0, None))
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short(n)))
+    return finish(figure, axes, f"{model} while training: {over_seeds(cells, 'and range')}", methods)
+
+
+def sizes(model: str, cells: Sequence[Cell], methods: list[str]) -> Figure:
+    """The best epoch's median against the number of parameters that train in the encoder.
+
+    Methods of about the same size would hide each other, so they are drawn side by side, a marker's width apart.
+    """
+    tasks, marker, look_of = tasks_of([cell.task for cell in cells]), 9, looks(cells, methods)  # marker: points
+    figure, axes = panels(tasks)
+    trained = sorted({cell.done[0].trainable for cell in cells})
+    least, most = next((n for n in trained if n), 1) / 2, 2 * max(trained[-1], 1)
+    steps = (1, 2, 5) if most < 50 * least else (1,)
+    ticks = [m * 10**n for n in range(12) for m in steps if least <= m * 10**n <= most]
+    to_none = 0.0 if trained[0] else 0.6  # decades from 0 to the least
+    decade = 0.8 * 72 * WIDTH / (math.log10(most / least) + to_none)  # points, about
+    for ax, task in zip(axes, tasks, strict=True):
+        if to_none:
+            ax.set_xscale("symlog", linthresh=least, linscale=to_none)
+        else:
+            ax.set_xscale("log")
+        own = sorted((cell for cell in cells if cell.task == task), key=lambda cell: cell.done[0].trainable)
+        places = [decade * (math.log10(n / least) if n else -to_none) for n in (c.done[0].trainable for c in own)]
+        for cell, place, moved in zip(own, places, apart(places, marker), strict=True):
+            look = look_of[cell.method] | {"linestyle": "none", "markersize": marker}
+            bar = error_bar(ax, cell.done[0].trainable, cell.figures("best"), label=cell.method, **look)
+            shift = ScaledTranslation((moved - place) / 72, 0, figure.dpi_scale_trans)
+            for artist in bar.get_children():
+                artist.set_transform(ax.transData + shift)
+        ax.set_xticks(ticks if trained[0] else [0, *ticks])
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short(n)))
+        ax.minorticks_off()
+        ax.set_xlim(least if trained[0] else -least / 3, most)
+        ax.set(xlabel="parameters trained in the encoder", ylabel=percent(task))
+    return finish(figure, axes, f"{model} by parameters trained: best epoch, {over_seeds(cells, DEVIATION)}", methods)
+
+
+def apart(places: Sequence[float], least: float) -> list[float]:
+    """Ascending numbers, moved as little as possible so that each is at least `least` above the one before."""
+    blocks: list[list[float]] = []  # numbers too close to each other move together, around their mean
+    for i, place in enumerate(places):
+        blocks.append([place - i * least])
+        while len(blocks) > 1 and mean(blocks[-2]) > mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    return [moved + i * least for i, moved in enumerate(mean(block) for block in blocks for _ in block)]
+
+
+def against_paper(model: str, cells: Sequence[Cell], methods: list[str]) -> Figure:
+    """Our medians beside the paper's: a panel for each task, a line for each method in the paper."""
+    papers = {(cell.method, cell.task): run.paper for cell in cells if (run := cell.done[0]).paper}
+    cells = [cell for cell in cells if (cell.method, cell.task) in papers]
+    tasks = tasks_of([cell.task for cell in cells])
+    shown = [method for method in reversed(methods) if method in {cell.method for cell in cells}]  # from below
+    figure, axes = panels(tasks, 1.3 + 0.42 * len(shown), grid="x", sharey=True)
+    for ax, task in zip(axes, tasks, strict=True):
+        for cell in (cell for cell in cells if cell.task == task):
+            y, (paper, deviation) = shown.index(cell.method), papers[cell.method, task].figures[task]
+            here, there = (style(i) | {"linestyle": "none", "markersize": 8} for i in (0, 1))
+            error_bar(ax, y + 0.14, cell.figures("best"), upright=False, label="here", **here)
+            ax.errorbar(paper, y - 0.14, xerr=deviation, label="paper", capsize=4, **there)
+        ax.set_yticks(range(len(shown)), [textwrap.fill(method, 30) for method in shown])
+        ax.set(xlabel=percent(task), ylim=(-0.6, len(shown) - 0.4))
+        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    title = f"{model}: best epoch, {over_seeds(cells, DEVIATION)} here, 5 in the paper"
+    return finish(figure, axes, title, ("here", "paper"))
+
+
+def ranks(model: str, swept: Mapping[tuple[str, str], Sequence[tuple[int, Cell]]]) -> Figure:
+    """The best epoch's median against the rank, a line for each set of layers with LoRA."""
+    done = {key: [(rank, cell) for rank, cell in pairs if cell.done] for key, pairs in swept.items()}
+    cells = [cell for pairs in done.values() for _, cell in pairs]
+    tasks, sets = tasks_of([cell.task for cell in cells]), list(dict.fromkeys(layers for _, layers in done))
+    all_ranks = sorted({rank for pairs in done.values() for rank, _ in pairs})
+    figure, axes = panels(tasks)
+    for ax, task in zip(axes, tasks, strict=True):
+        for layers in (layers for name, layers in done if name == task):
+            points = [(rank, cell.figures("best")) for rank, cell in done[task, layers]]
+            look, x = style(sets.index(layers)), [rank for rank, _ in points]
+            ax.plot(x, [median(figures) for _, figures in points], label=layers, **look)
+            if any(len(figures) > 1 for _, figures in points):
+                low, high = ([f(figures) for _, figures in points] for f in (min, max))
+                ax.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(all_ranks, [str(rank) for rank in all_ranks])
+        ax.minorticks_off()
+        ax.set(xlabel="rank r", ylabel=percent(task))
+    return finish(figure, axes, f"{model}, LoRA by rank and layers: best epoch, {over_seeds(cells, 'and range')}", sets)
+
+
+def looks(cells: Sequence[Cell], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The look of each method in plots: the colour and marker that its runs record, if no other method has them yet.
+
+    Methods without a recorded look, and further settings of the same method, get the first of `style` that is free.
+    """
+    recorded = {cell.method: run.look for cell in cells for run in cell.runs if run.look}
+    found: dict[str, dict[str, Any]] = {}
+    for method in (method for method in methods if method in recorded):
+        color, marker = recorded[method]
+        if (color, marker) not in {(look["color"], look["marker"]) for look in found.values()}:
+            found[method] = _look(color, marker, LINES[COLORS.index(color)] if color in COLORS else LINES[0])
+    for method in (method for method in methods if method not in found):
+        colors = {look["color"] for look in found.values()}
+        pairs = {(look["color"], look["marker"]) for look in found.values()}
+        unused = [look for look in map(style, range(64)) if (look["color"], look["marker"]) not in pairs]
+        fresh = [look for look in unused if look["color"] not in colors]
+        found[method] = next(iter(fresh + unused), style(len(found)))
+    return {method: found[method] for method in methods}
+
+
 def style(i: int) -> dict[str, Any]:
-    """The i-th look: eight colours, then the same with other markers and lines, 64 in all."""
-    color, rest = i % len(COLORS), (i + i // len(COLORS)) % len(COLORS)
-    return {
-        "color": COLORS[color],
-        "marker": MARKERS[rest],
-        "linestyle": LINES[rest],
-        "markersize": 6,
-        "linewidth": 1.8,
-    }
+    """The i-th of 64 looks: eight colours, then the same with other markers and lines."""
+    shape = (i + i // len(COLORS)) % len(COLORS)
+    return _look(COLORS[i % len(COLORS)], MARKERS[shape], LINES[shape])
+
+
+def _look(color: str, marker: str, line: Any) -> dict[str, Any]:
+    return {"color": color, "marker": marker, "linestyle": line, "markersize": 6, "linewidth": 1.8}
 
 
 def panels(
@@ -54,20 +213,40 @@ def panels(
     return figure, list(axes[:count])
 
 
+def tasks_of(tasks: Sequence[str]) -> list[str]:
+    """Each once: in the paper's order, then the others."""
+    here = dict.fromkeys(tasks)
+    return [task for task in REPORTED if task in here] + [task for task in here if task not in REPORTED]
+
+
 def percent(task: str) -> str:
     name = TASKS[task].metrics[0].partition("_")[0]
     return f"{name.capitalize()}{' correlation' * (name != 'accuracy')} (%)"
 
 
-def save(figure: Figure, folder: Path, name: str) -> str:
-    for kind in ("png", "svg"):
-        with atomic_write(folder / f"{name}.{kind}") as partial:
-            figure.savefig(partial, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    return name
+def short(n: float) -> str:
+    """10000 to 10k."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= unit:
+            return f"{n / unit:g}{letter}"
+    return f"{n:g}"
+
+
+def error_bar(ax: Any, at: float, figures: Sequence[float], upright: bool = True, **look: Any) -> Any:
+    """The median of some figures with their standard deviation, if there are several."""
+    deviation = stdev(figures) if len(figures) > 1 else None
+    x, y = (at, median(figures)) if upright else (median(figures), at)
+    return ax.errorbar(x, y, **{"yerr" if upright else "xerr": deviation}, capsize=4, **look)
+
+
+def over_seeds(cells: Sequence[Cell], spread: str) -> str:
+    """What the points of these cells are, for a title; spread: what is drawn of the seeds beside their median."""
+    counts = {len(cell.done) for cell in cells}
+    return f"median {spread} over {'up to ' * (len(counts) > 1)}{max(counts)} seeds" if max(counts) > 1 else "one seed"
 
 
 def finish(figure: Figure, axes: Sequence[Any], title: str, labels: Sequence[str]) -> Figure:
-    """Put a title above all panels, below them one legend of those labels that a panel has, and make room for both."""
+    """Put a title above all panels and one legend below them, of those labels that a panel has; enlarge the figure."""
     found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     width, height = figure.get_size_inches()
     letters = int(10 * width)  # of a line of text
@@ -82,166 +261,7 @@ def finish(figure: Figure, axes: Sequence[Any], title: str, labels: Sequence[str
     return figure
 
 
-def over_seeds(cells: Sequence[Any], how: str) -> str:
-    """What a figure of these cells is, for a title: of several seeds a median, and how the others are shown."""
-    counts = {len(cell.done) for cell in cells}
-    return f"median {how} over {'up to ' * (len(counts) > 1)}{max(counts)} seeds" if max(counts) > 1 else "one seed"
-
-
-def draw(
-    cells: Sequence[Any],
-    methods: list[str],
-    swept: Mapping[tuple[str, str], Sequence[tuple[int, Any]]],
-    folder: Path,
-) -> list[str]:
-    """Draw what the cells of one model (report.Cell) can show; returns the pictures' names.
-
-    methods: in the order of the legend; swept: as report.rank_cells has them.
-    """
-    finished = [cell for cell in cells if cell.done]
-    if not finished:
-        return []
-    model, names = finished[0].model, []
-    with matplotlib.rc_context({"font.size": 12, "svg.hashsalt": model, "text.parse_math": False}):
-        of_ranks = [cell for mine in swept.values() for _, cell in mine]
-        others = {cell.method for cell in finished if cell not in of_ranks}  # a sweep has pictures of its own
-        methods = [name for name in methods if len(methods) <= len(COLORS) or name in others]
-        rest = sorted((c for c in finished if c.method in methods), key=lambda cell: methods.index(cell.method))
-        left = [cell for cell in of_ranks if cell.done and cell.method not in methods]
-        left_methods = list(dict.fromkeys(cell.method for cell in left))
-        for some, order, name in ((rest, methods, "curves"), (left, left_methods, "ranks_curves")):
-            if any(len(run.history) > 1 for cell in some for run in cell.done):
-                names.append(save(curves(model, some, order), folder, f"{model}_{name}"))
-        if len({cell.method for cell in rest}) > 1:
-            names.append(save(sizes(model, rest, methods), folder, f"{model}_parameters"))
-        if any(run.paper for cell in rest for run in cell.done):
-            names.append(save(against_paper(model, rest, methods), folder, f"{model}_paper"))
-        if any(cell.done for cell in of_ranks):
-            names.append(save(ranks(model, swept), folder, f"{model}_ranks"))
-    return names
-
-
-def tasks_of(tasks: Sequence[str]) -> list[str]:
-    """Each once: in the paper's order, then the others."""
-    here = dict.fromkeys(tasks)
-    return [task for task in REPORTED if task in here] + [task for task in here if task not in REPORTED]
-
-
-def curves(model: str, cells: Sequence[Any], methods: list[str]) -> Figure:
-    """The metric against steps: the median over seeds, and a band from the least to the most."""
-    cells = [cell for cell in cells if any(run.history for run in cell.done)]
-    tasks = tasks_of([cell.task for cell in cells])
-    figure, axes = panels(tasks)
-    for ax, task in zip(axes, tasks, strict=True):
-        for cell in (cell for cell in cells if cell.task == task):
-            histories = [dict(run.history) for run in cell.done]
-            steps = sorted(set.intersection(*map(set, histories)))
-            at = [[history[step] for history in histories] for step in steps]
-            look = style(methods.index(cell.method))
-            ax.plot(steps, list(map(median, at)), label=cell.method, **look)
-            if len(histories) > 1:
-                ax.fill_between(steps, list(map(min, at)), list(map(max, at)), color=look["color"], alpha=0.15, lw=0)
-        ax.set(xlabel="step", ylabel=percent(task), xlim=(0, None))
-        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short(n)))
-    return finish(figure, axes, f"{model} while training: {over_seeds(cells, 'and range')}", methods)
-
-
-def sizes(model: str, cells: Sequence[Any], methods: list[str]) -> Figure:
-    """The best epoch's median against the number of parameters that train in the encoder.
-
-    Methods of about the same size would hide each other: they are drawn beside each other, a marker's width apart.
-    """
-    tasks, marker = tasks_of([cell.task for cell in cells]), 9  # points
-    figure, axes = panels(tasks)
-    trained = sorted({cell.done[0].trainable for cell in cells})
-    least, most = next((n for n in trained if n), 1) / 2, 2 * max(trained[-1], 1)
-    steps = (1, 2, 5) if most < 50 * least else (1,)
-    ticks = [m * 10**n for n in range(12) for m in steps if least <= m * 10**n <= most]
-    to_none = 0.0 if trained[0] else 0.6  # decades from 0 to the least
-    decade = 0.8 * 72 * WIDTH / (math.log10(most / least) + to_none)  # points, about
-    for ax, task in zip(axes, tasks, strict=True):
-        if to_none:
-            ax.set_xscale("symlog", linthresh=least, linscale=to_none)
-        else:
-            ax.set_xscale("log")
-        mine = sorted((cell for cell in cells if cell.task == task), key=lambda cell: cell.done[0].trainable)
-        places = [decade * (math.log10(n / least) if n else -to_none) for n in (c.done[0].trainable for c in mine)]
-        for cell, place, moved in zip(mine, places, apart(places, marker), strict=True):
-            look = style(methods.index(cell.method)) | {"linestyle": "none", "markersize": marker}
-            bar = error_bar(ax, cell.done[0].trainable, cell.figures("best"), label=cell.method, **look)
-            aside = ScaledTranslation((moved - place) / 72, 0, figure.dpi_scale_trans)
-            for artist in bar.get_children():
-                artist.set_transform(ax.transData + aside)
-        ax.set_xticks(ticks if trained[0] else [0, *ticks])
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short(n)))
-        ax.minorticks_off()
-        ax.set_xlim(least if trained[0] else -least / 3, most)
-        ax.set(xlabel="parameters trained in the encoder", ylabel=percent(task))
-    return finish(figure, axes, f"{model} by parameters trained: best epoch, {over_seeds(cells, DEVIATION)}", methods)
-
-
-def apart(places: Sequence[float], least: float) -> list[float]:
-    """Rising numbers moved, no more than they must, until each is `least` or more above the one before."""
-    blocks: list[list[float]] = []  # what stands too close moves as one, to where its members are on average
-    for i, place in enumerate(places):
-        blocks.append([place - i * least])
-        while len(blocks) > 1 and mean(blocks[-2]) > mean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    return [moved + i * least for i, moved in enumerate(mean(block) for block in blocks for _ in block)]
-
-
-def error_bar(ax: Any, at: float, figures: Sequence[float], upright: bool = True, **look: Any) -> Any:
-    """The median of some figures with their standard deviation, if there are several."""
-    deviation = stdev(figures) if len(figures) > 1 else None
-    x, y = (at, median(figures)) if upright else (median(figures), at)
-    return ax.errorbar(x, y, **{"yerr" if upright else "xerr": deviation}, capsize=4, **look)
-
-
-def short(n: float) -> str:
-    """10000 to 10k."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= unit:
-            return f"{n / unit:g}{letter}"
-    return f"{n:g}"
-
-
-def against_paper(model: str, cells: Sequence[Any], methods: list[str]) -> Figure:
-    """Our medians beside the paper's, a panel for each task, a line for each method that the paper has."""
-    cells = [cell for cell in cells if cell.done[0].paper]
-    tasks = tasks_of([cell.task for cell in cells])
-    shown = [method for method in reversed(methods) if method in {cell.method for cell in cells}]  # from below
-    figure, axes = panels(tasks, 1.3 + 0.42 * len(shown), grid="x", sharey=True)
-    for ax, task in zip(axes, tasks, strict=True):
-        for cell in (cell for cell in cells if cell.task == task):
-            y, (paper, deviation) = shown.index(cell.method), cell.done[0].paper.figures[task]
-            here, there = (style(i) | {"linestyle": "none", "markersize": 8} for i in (0, 1))
-            error_bar(ax, y + 0.14, cell.figures("best"), upright=False, label="here", **here)
-            ax.errorbar(paper, y - 0.14, xerr=deviation, label="paper", capsize=4, **there)
-        ax.set_yticks(range(len(shown)), [textwrap.fill(method, 30) for method in shown])
-        ax.set(xlabel=percent(task), ylim=(-0.6, len(shown) - 0.4))
-        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    title = f"{model}: best epoch, {over_seeds(cells, DEVIATION)} here, 5 in the paper"
-    return finish(figure, axes, title, ("here", "paper"))
-
-
-def ranks(model: str, swept: Mapping[tuple[str, str], Sequence[tuple[int, Any]]]) -> Figure:
-    """The best epoch's median against the rank, a line for each set of layers with LoRA."""
-    done = {key: [(rank, cell) for rank, cell in mine if cell.done] for key, mine in swept.items()}
-    cells = [cell for mine in done.values() for _, cell in mine]
-    tasks, sets = tasks_of([cell.task for cell in cells]), list(dict.fromkeys(where for _, where in done))
-    every = sorted({rank for mine in done.values() for rank, _ in mine})
-    figure, axes = panels(tasks)
-    for ax, task in zip(axes, tasks, strict=True):
-        for where in (where for name, where in done if name == task):
-            points = [(rank, cell.figures("best")) for rank, cell in done[task, where]]
-            look, x = style(sets.index(where)), [rank for rank, _ in points]
-            ax.plot(x, [median(figures) for _, figures in points], label=where, **look)
-            if any(len(figures) > 1 for _, figures in points):
-                low, high = ([f(figures) for _, figures in points] for f in (min, max))
-                ax.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(every, [str(rank) for rank in every])
-        ax.minorticks_off()
-        ax.set(xlabel="rank r", ylabel=percent(task))
-    return finish(figure, axes, f"{model}, LoRA by rank and layers: best epoch, {over_seeds(cells, 'and range')}", sets)
+def save(figure: Figure, folder: Path, name: str) -> str:
+    with atomic_write(folder / f"{name}.png") as partial:
+        figure.savefig(partial, format="png", dpi=150)
+    return name

@@ -1,18 +1,14 @@
 """Whether two adapters learned the same directions: the subspace similarity of the LoRA paper (section 7.2, eq. 4).
 
-python -m lora_nlu.similarity ADAPTER1 ADAPTER2 [--layers 0,5,11] [--modules query,value] [--out FOLDER]
-
-A row of `lora_A` is a direction of the layer's input; its right-singular vectors order the space of these rows by
-weight. phi(i, j) says how much of the smaller of two such spaces lies in the larger, from 0 (none) to 1 (all): the
+A row of `lora_A` is a direction of the layer's input; the right-singular vectors order the space of these rows by
+weight. phi(i, j) is the share of the smaller of two such spaces that lies in the larger, from 0 (none) to 1 (all): the
 first is spanned by the top i vectors of adapter 1, the second by the top j of adapter 2. Independent random matrices
 give max(i, j) / in on average.
 """
 
-import argparse
 import csv
 import io
 import re
-import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -27,12 +23,93 @@ from lora_nlu.errors import UserError
 from lora_nlu.files import atomic_write, write_text
 
 
+def write_similarity(paths: list[str], layers: str | None, modules: str | None, out: Path | None) -> str:
+    """The similarity of the adapters at two paths as a table; given `out`, also a CSV file and a picture there.
+
+    layers, modules: comma-separated, to show and to compare; None for the table's means alone, and for all modules.
+    Raises UserError.
+    """
+    adapters = [read_adapter(path) for path in paths]
+    pairs = compare(adapters[0], adapters[1], modules)
+    numbers = _layer_numbers(pairs)
+    shown = [] if layers is None else _choose("--layers", layers, numbers)
+    names = short_names(paths)
+    ranks = [", ".join(map(str, sorted(set(adapter.ranks.values())))) for adapter in adapters]
+    if out:
+        few = [n for i, n in enumerate(numbers) if i in (0, (len(numbers) - 1) // 2, len(numbers) - 1)]
+        draw(pairs, shown or few, names, ranks, out)
+        write_csv(pairs, out / "similarity.csv")
+    lines = [f"  adapter {i}: {name}, rank {rank}" for i, name, rank in zip((1, 2), names, ranks, strict=True)]
+    if count := len(adapters[0].ranks.keys() ^ adapters[1].ranks.keys()):
+        lines.append(f"  Left out: {count} layers with LoRA in only one of them.")
+    lines += ["", table(pairs, shown)]
+    lines += ["", f"  {out}: similarity.png and, with every number, similarity.csv."] if out else []
+    return "\n".join(lines)
+
+
+class Pair(NamedTuple):
+    """One layer of two adapters: its number ("" if its name has none), its module, and the similarities [R1, R2]."""
+
+    layer: str
+    module: str
+    phi: Tensor
+    random: Tensor  # of two Gaussian matrices of the same shapes
+
+
+def compare(one: Adapter, two: Adapter, modules: str | None = None) -> list[Pair]:
+    """The layers with LoRA in both adapters, by module, then number; `modules` is a comma-separated choice.
+
+    Raises UserError if there are none, for an unknown module and for matrices that can't be compared.
+    """
+    for adapter in (one, two):
+        if not adapter.ranks:
+            raise UserError(f"{adapter.source}: an adapter of {adapter.method}, which has no LoRA matrices to compare.")
+        check_values(adapter)
+    places = {name: _place(name) for name in one.ranks if name in two.ranks}
+    if not places:
+        names = (next(iter(adapter.ranks)) for adapter in (one, two))
+        raise UserError(
+            f"{one.source} and {two.source} have no layer in common.\nTheir first layers: {', '.join(names)}."
+        )
+    chosen = _choose("--modules", modules, sorted({module for _, module in places.values()}))
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for name, (layer, module) in sorted(places.items(), key=lambda item: (item[1][1], int(item[1][0] or -1))):
+        if module not in chosen:
+            continue
+        A1, A2 = (adapter.state[f"{name}.lora_A"] for adapter in (one, two))
+        if A1.shape[1] != A2.shape[1]:
+            raise UserError(
+                f"{name}.lora_A is {list(A1.shape)} in {one.source}, {list(A2.shape)} in {two.source}.\n"
+                "Compare adapters of base models of the same size."
+            )
+        noise = [torch.randn(A.shape, generator=generator, dtype=torch.float64) for A in (A1, A2)]
+        pairs.append(Pair(layer, module, subspace_similarity(A1, A2), subspace_similarity(*noise)))
+    return pairs
+
+
+def _place(name: str) -> tuple[str, str]:
+    """(number, module) of a layer: `roberta.encoder.layer.3.attention.self.query` is ("3", "query")."""
+    match = re.search(r"\.layer\.(\d+)\.(?:attention\.self\.)?(.+)", name)
+    return (match[1], match[2]) if match else ("", name)
+
+
+def _choose(flag: str, value: str | None, choices: list[str]) -> list[str]:
+    """The choices in a flag's comma-separated value; all without a value. Raises UserError for any other."""
+    if value is None:
+        return choices
+    names = [name.strip() for name in value.split(",")]
+    if unknown := [name for name in names if name not in choices]:
+        raise UserError(f"{flag} {value}: no {', '.join(unknown)}; both adapters have {', '.join(choices) or 'none'}.")
+    return [name for name in choices if name in names]
+
+
 def subspace_similarity(A1: Tensor, A2: Tensor) -> Tensor:
     """phi(i, j) = ||U1_i^T U2_j||_F^2 / min(i, j), the columns of U_i being the top i right-singular vectors.
 
-    An A of rank k < r has no vectors after the k-th: from i = k on, its space is all of its rows' span, and k stands
-    for i, also in min(i, j). The result is then the same whichever vectors the decomposition puts there. A zero matrix
-    has similarity 0. A singular value counts as 0 from the rounding of float64 down.
+    An A of rank k < r has no vectors after the k-th: for i > k its space is the span of all its rows, and min(i, j)
+    uses k instead of i, so the result does not depend on the vectors that the decomposition puts there. A zero matrix
+    has similarity 0. A singular value counts as 0 below the rounding of float64.
 
     Args:    A1 [R1, in], A2 [R2, in], any real dtype, finite, on one device.
     Returns: [R1, R2] float64; entry (i - 1, j - 1) is phi(i, j), in [0, 1].
@@ -56,125 +133,45 @@ def _top_vectors(A: Tensor) -> tuple[Tensor, Tensor]:
     return U, torch.arange(1, len(A) + 1, device=A.device).clamp(max=k)
 
 
-class Pair(NamedTuple):
-    """One layer of two adapters: its number ("" if its name has none), its module, and the similarities [R1, R2]."""
-
-    layer: str
-    module: str
-    phi: Tensor
-    random: Tensor  # of two Gaussian matrices of the same shapes
-
-
-def _place(name: str) -> tuple[str, str]:
-    """(number, module) of a layer: `roberta.encoder.layer.3.attention.self.query` is ("3", "query")."""
-    match = re.search(r"\.layer\.(\d+)\.(?:attention\.self\.)?(.+)", name)
-    return (match[1], match[2]) if match else ("", name)
-
-
-def compare(one: Adapter, two: Adapter, modules: str | None = None) -> list[Pair]:
-    """The layers that both adapters have, by module, then number; `modules` is a comma-separated list of those wanted.
-
-    Raises UserError if there are none, for a module that is unknown and for matrices that can't be compared.
-    """
-    for adapter in (one, two):
-        if not adapter.ranks:
-            raise UserError(f"{adapter.source}: holds {adapter.method}, which has no LoRA matrices to compare.")
-        check_values(adapter)
-    places = {name: _place(name) for name in one.ranks if name in two.ranks}
-    if not places:
-        names = (next(iter(adapter.ranks)) for adapter in (one, two))
-        raise UserError(
-            f"{one.source} and {two.source} have no layer in common.\nTheir first ones: {', '.join(names)}."
-        )
-    wanted = _chosen("--modules", modules, sorted({module for _, module in places.values()}))
-    generator = torch.Generator().manual_seed(0)
-    pairs = []
-    for name, (layer, module) in sorted(places.items(), key=lambda item: (item[1][1], int(item[1][0] or -1))):
-        if module not in wanted:
-            continue
-        A1, A2 = (adapter.state[f"{name}.lora_A"] for adapter in (one, two))
-        if A1.shape[1] != A2.shape[1]:
-            raise UserError(
-                f"{name}.lora_A is {list(A1.shape)} in {one.source}, {list(A2.shape)} in {two.source}.\n"
-                "Compare adapters of base models of the same size."
-            )
-        noise = [torch.randn(A.shape, generator=generator, dtype=torch.float64) for A in (A1, A2)]
-        pairs.append(Pair(layer, module, subspace_similarity(A1, A2), subspace_similarity(*noise)))
-    return pairs
-
-
-def _chosen(flag: str, given: str | None, known: list[str]) -> list[str]:
-    """Those of `known` in a comma-separated list; all of them without one. Raises UserError for any other value."""
-    if given is None:
-        return known
-    values = [value.strip() for value in given.split(",")]
-    unknown = [value for value in values if value not in known]
-    if unknown:
-        raise UserError(f"{flag} {given}: no {', '.join(unknown)}; both adapters have {', '.join(known) or 'none'}.")
-    return [value for value in known if value in values]
-
-
-def _numbers(pairs: list[Pair]) -> list[str]:
+def _layer_numbers(pairs: list[Pair]) -> list[str]:
     return sorted({pair.layer for pair in pairs if pair.layer}, key=int)
 
 
-def _by_module(pairs: list[Pair]) -> dict[str, list[Pair]]:
-    return {module: [p for p in pairs if p.module == module] for module in dict.fromkeys(p.module for p in pairs)}
-
-
-def _mean(matrices: list[Tensor]) -> Tensor:
-    """The mean over layers, as far as the smallest of them goes where their ranks differ."""
-    rows, columns = (min(sizes) for sizes in zip(*(m.shape for m in matrices), strict=True))
-    return torch.stack([m[:rows, :columns] for m in matrices]).mean(0)
-
-
-def table(pairs: list[Pair], layers: list[str]) -> str:
-    """phi(i, i) for powers of two: of each module the mean over all layers, the random one, then these layers."""
-    steps = [2**n for n in range(max(min(pair.phi.shape) for pair in pairs).bit_length())]
-    rows = [("phi(i, i) of lora_A", [f"i = {i}" for i in steps])]
-    for module, mine in _by_module(pairs).items():
-        lines = [(f"{module}, mean of {len(mine)} layer{'s' * (len(mine) > 1)}", _mean([pair.phi for pair in mine]))]
-        lines += [("  random matrices", _mean([pair.random for pair in mine]))]
-        lines += [(f"  layer {pair.layer}", pair.phi) for pair in mine if pair.layer in layers]
-        rows += [(label, [f"{m[i - 1, i - 1]:.3f}" for i in steps if i <= min(m.shape)]) for label, m in lines]
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"  {label:<{width}}" + "".join(f"{cell:>8}" for cell in cells) for label, cells in rows)
-
-
-def write_csv(pairs: list[Pair], path: Path) -> None:
-    """Write every phi of every layer: layer, module, i, j, phi."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["layer", "module", "i", "j", "phi"])
-    for pair in pairs:
-        for i, row in enumerate(pair.phi.tolist(), 1):
-            writer.writerows([pair.layer, pair.module, i, j, phi] for j, phi in enumerate(row, 1))
-    write_text(path, text.getvalue())
+def short_names(paths: list[str]) -> list[str]:
+    """The last part of each path, or as many parts as make the names differ."""
+    parts = [Path(path).absolute().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
 
 
 def draw(pairs: list[Pair], layers: list[str], names: list[str], ranks: list[str], folder: Path) -> None:
-    """Write similarity.png and similarity.svg: a heat map for each of these layers and for the mean over all.
+    """Write similarity.png: a heat map for each of these layers and for the mean over all.
 
     Raises UserError if matplotlib is missing.
     """
     try:
         import matplotlib
-        from matplotlib.figure import Figure  # no pyplot: no window, nothing global
+        from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps global state
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as e:
-        raise UserError("--out draws with matplotlib, which is missing.\nGive: pip install 'lora-nlu[plots]'") from e
+        raise UserError(
+            "--out needs matplotlib, which is not installed.\nInstall it: pip install 'lora-nlu[plots]'"
+        ) from e
 
     folder.mkdir(parents=True, exist_ok=True)
     modules = _by_module(pairs)
     height, width = len(layers) + 1, len(modules)
     names = [name if len(name) <= 32 else f"{name[:15]}...{name[-14:]}" for name in names]
-    with matplotlib.rc_context({"font.size": 12, "text.parse_math": False}):  # a name may hold dollar signs
+    with matplotlib.rc_context({"font.size": 12, "text.parse_math": False}):  # a name may contain dollar signs
         size = max(6.5, 2.6 + 2.6 * width), max(5.6, 1.8 + 1.9 * height)  # inches
         figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.1))
         grid = figure.subplots(height, width, squeeze=False)
-        for column, (module, mine) in enumerate(modules.items()):
-            panels = [next((pair.phi for pair in mine if pair.layer == layer), None) for layer in layers]
-            for row, phi in enumerate([*panels, _mean([pair.phi for pair in mine])]):
+        for column, (module, own) in enumerate(modules.items()):
+            panels = [next((pair.phi for pair in own if pair.layer == layer), None) for layer in layers]
+            for row, phi in enumerate([*panels, _mean([pair.phi for pair in own])]):
                 axes = grid[row, column]
                 if row == 0:
                     axes.set_title(textwrap.fill(module, 22), fontsize=12)
@@ -195,50 +192,39 @@ def draw(pairs: list[Pair], layers: list[str], names: list[str], ranks: list[str
         figure.suptitle("\n".join(["Subspace similarity of lora_A", *lines]), fontsize=13)
         figure.supylabel(f"i: top vectors of adapter 1, {names[0]}", fontsize=12)
         figure.supxlabel(f"j: top vectors of adapter 2, {names[1]}", fontsize=12)
-        for kind in ("png", "svg"):
-            with atomic_write(folder / f"similarity.{kind}") as partial:
-                figure.savefig(partial, format=kind, dpi=150)
+        with atomic_write(folder / "similarity.png") as partial:
+            figure.savefig(partial, format="png", dpi=150)
 
 
-def short_names(paths: list[str]) -> list[str]:
-    """The last part of each path, or as many more as it takes to tell them apart."""
-    parts = [Path(path).absolute().parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(set(parts)):
-            break
-    return names
+def _by_module(pairs: list[Pair]) -> dict[str, list[Pair]]:
+    return {module: [p for p in pairs if p.module == module] for module in dict.fromkeys(p.module for p in pairs)}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lora_nlu.similarity", description=(__doc__ or "").split("\n")[0])
-    for number in (1, 2):
-        parser.add_argument(f"adapter{number}", help="a published .bin, an adapter or output folder, or a Hub id")
-    parser.add_argument("--layers", help="numbers of the layers to show beside the mean over all, as 0,5,11")
-    parser.add_argument("--modules", help="the modules to compare, as query,value; without it, all")
-    parser.add_argument("--out", type=Path, help="a folder for similarity.png, .svg and .csv")
-    args = parser.parse_args(argv)
-    paths = [args.adapter1, args.adapter2]
-    try:
-        adapters = [read_adapter(path) for path in paths]
-        pairs = compare(adapters[0], adapters[1], args.modules)
-        numbers = _numbers(pairs)
-        shown = [] if args.layers is None else _chosen("--layers", args.layers, numbers)
-        names = short_names(paths)
-        ranks = [", ".join(map(str, sorted(set(adapter.ranks.values())))) for adapter in adapters]
-        if args.out:
-            few = [n for i, n in enumerate(numbers) if i in (0, (len(numbers) - 1) // 2, len(numbers) - 1)]
-            draw(pairs, shown or few, names, ranks, args.out)
-            write_csv(pairs, args.out / "similarity.csv")
-        for number in (0, 1):
-            print(f"  adapter {number + 1}: {names[number]}, rank {ranks[number]}")
-        left_out = len(adapters[0].ranks.keys() ^ adapters[1].ranks.keys())
-        if left_out:
-            print(f"  {left_out} of their layers are in one adapter only and left out.")
-        print(f"\n{table(pairs, shown)}")
-        if args.out:
-            print(f"\n  {args.out}: similarity.png, similarity.svg and, with every number, similarity.csv.")
-    except (UserError, OSError) as e:
-        print(f"lora_nlu.similarity: error: {e}", file=sys.stderr)
-        return 1
-    return 0
+def _mean(matrices: list[Tensor]) -> Tensor:
+    """The mean over layers, cut to the smallest of them if their ranks differ."""
+    rows, columns = (min(sizes) for sizes in zip(*(m.shape for m in matrices), strict=True))
+    return torch.stack([m[:rows, :columns] for m in matrices]).mean(0)
+
+
+def write_csv(pairs: list[Pair], path: Path) -> None:
+    """Write every phi of every layer: layer, module, i, j, phi."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["layer", "module", "i", "j", "phi"])
+    for pair in pairs:
+        for i, row in enumerate(pair.phi.tolist(), 1):
+            writer.writerows([pair.layer, pair.module, i, j, phi] for j, phi in enumerate(row, 1))
+    write_text(path, text.getvalue())
+
+
+def table(pairs: list[Pair], layers: list[str]) -> str:
+    """phi(i, i) for powers of two: for each module the mean over all layers, that of random matrices, then `layers`."""
+    steps = [2**n for n in range(max(min(pair.phi.shape) for pair in pairs).bit_length())]
+    rows = [("phi(i, i) of lora_A", [f"i = {i}" for i in steps])]
+    for module, own in _by_module(pairs).items():
+        lines = [(f"{module}, mean of {len(own)} layer{'s' * (len(own) > 1)}", _mean([pair.phi for pair in own]))]
+        lines += [("  random matrices", _mean([pair.random for pair in own]))]
+        lines += [(f"  layer {pair.layer}", pair.phi) for pair in own if pair.layer in layers]
+        rows += [(label, [f"{m[i - 1, i - 1]:.3f}" for i in steps if i <= min(m.shape)]) for label, m in lines]
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"  {label:<{width}}" + "".join(f"{cell:>8}" for cell in cells) for label, cells in rows)

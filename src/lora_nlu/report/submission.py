@@ -1,25 +1,22 @@
-"""The zip that the GLUE test server takes, out of the predictions that runs left in their folders.
-
-python -m lora_nlu.report submission RUN... --out glue.zip [--partial]
-"""
+"""The zip file that the GLUE test server accepts, made of the predictions in run folders."""
 
 import math
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lora_nlu.data.tasks import TASKS, Task
 from lora_nlu.errors import UserError
 from lora_nlu.files import atomic_write, folders_containing, read_json
+from lora_nlu.report.records import RUN, Figures, Record, read_figures
 
 HEADER = "index\tprediction"
-STATE = "trainer_state.json"
 
 
 class _File(NamedTuple):
-    """A file of the zip, the task and split it answers, and the end of the prediction file's name."""
+    """A file of the zip: its task and split, and the end of the name of the prediction file that it is made of."""
 
     name: str
     task: str
@@ -51,62 +48,8 @@ _TITLES = {file.task: TASKS[file.task].title for file in FILES}
 
 
 @dataclass(frozen=True)
-class Figures:
-    """A run's figures on the validation set in its task's first metric, of which more is better; from 0 or -1 to 1.
-
-    last:      of the model that training ended with (the best epoch's with --load_best_model_at_end), which makes the
-               predictions; MNLI's on both sets together. None for a run that was not evaluated.
-    first_set: the same, MNLI's on the matched set alone.
-    history:   (step, epoch, figure) of every evaluation while training, MNLI's on the matched set.
-    diverged:  where training stopped for it, or the figure that is not finite, and its value; "" where all are.
-    """
-
-    last: float | None
-    first_set: float | None
-    history: tuple[tuple[int, float, float], ...]
-    diverged: str
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The trainer_state.json of a run, or of its last checkpoint while it has not ended; without either {}."""
-    checkpoints = [path for path in folder.glob(f"checkpoint-*/{STATE}") if path.parent.name[11:].isdigit()]
-    newest = max(checkpoints, key=lambda path: int(path.parent.name[11:]), default=None)
-    path = folder / STATE if (folder / STATE).is_file() else newest
-    return read_json(path) if path else {}
-
-
-def read_figures(folder: Path, known: dict[str, Any]) -> Figures:
-    """The figures of an output folder, its run.json already known. Raises UserError for a file that can't be read."""
-    metric = f"eval_{TASKS[known['task']].metrics[0]}"
-    evaluated, trained = (
-        read_json(path) if (path := folder / f"{name}_results.json").is_file() else {} for name in ("eval", "train")
-    )
-    log = read_state(folder).get("log_history", [])
-    logged = {key: value for entry in log for key, value in entry.items()}  # the last of each
-    if (known.get("hyperparameters") or {}).get("fp16"):
-        logged.pop("grad_norm", None)  # not finite in a step that the loss scaler leaves out
-    broken = [
-        (key, value)
-        for source in (evaluated, trained, logged)
-        for key, value in source.items()
-        if isinstance(value, float) and not math.isfinite(value)
-    ]
-    history = [
-        (entry["step"], entry.get("epoch", 0.0), entry[metric])
-        for entry in log
-        if isinstance(entry.get(metric), int | float) and math.isfinite(entry[metric])
-    ]
-    last, first_set = (
-        value if isinstance(value, int | float) and math.isfinite(value) else None
-        for value in (evaluated.get(f"{metric}_overall", evaluated.get(metric)), evaluated.get(metric))
-    )
-    diverged = str(known.get("diverged") or (" ".join(map(str, broken[0])) if broken else ""))
-    return Figures(last, first_set, tuple(history), diverged)
-
-
-@dataclass(frozen=True)
 class Run:
-    """An output folder, and what its run.json says of it."""
+    """A run folder, with what its files record."""
 
     folder: Path
     task: str
@@ -119,29 +62,28 @@ class Run:
         return all(file.source(self.folder).is_file() for file in FILES if file.task == task)
 
 
-def find_runs(given: Sequence[Path]) -> list[Run]:
-    """Every run in or under the given folders, each once. Raises UserError for a folder that holds none."""
+def find_runs(paths: Sequence[Path]) -> list[Run]:
+    """Every run on a GLUE task at or under these folders, each once. Raises UserError for a folder without a run."""
     found: dict[Path, Run] = {}
-    for start in given:
-        folders = folders_containing("run.json", start)
+    for start in paths:
+        folders = folders_containing(RUN, start)
         if not folders:
-            raise UserError(f"{start}: holds no run (no run.json). Give an output folder of run_glue.py.")
+            raise UserError(f"{start}: no run in it (no {RUN}). Give an output folder of run_glue.py.")
         for path in folders:
-            known = read_json(path / "run.json")
-            if known.get("task") in TASKS:
-                seed, base = (known.get("hyperparameters") or {}).get("seed"), str(known.get("base_model", "unknown"))
-                run = Run(path, known["task"], seed, base, read_figures(path, known))
-                found.setdefault(path.resolve(), run)
+            record = Record(path, run := read_json(path / RUN))
+            if run.get("task") in TASKS:
+                seed, base = (run.get("hyperparameters") or {}).get("seed"), str(run.get("base_model", "unknown"))
+                found.setdefault(path.resolve(), Run(path, run["task"], seed, base, read_figures(record)))
     return list(found.values())
 
 
 def _best(task: str, runs: list[Run]) -> tuple[Run, list[str]]:
-    """The run that ended with the model of the best dev figure, and lines on it."""
+    """The run whose final model has the best dev figure, and lines on it."""
     title, metric, figures = _TITLES[task], TASKS[task].metrics[0], [run.figures.last for run in runs]
     if len(runs) > 1 and None in figures:
         raise UserError(
-            f"{title}: {len(runs)} runs predict it; no dev {metric} in {runs[figures.index(None)].folder}.\n"
-            "Evaluate them all with --do_eval, or name one run only."
+            f"{title}: {len(runs)} runs predict it, and {runs[figures.index(None)].folder} has no dev {metric}.\n"
+            "Evaluate them all with --do_eval, or name only one run."
         )
     i = max(range(len(runs)), key=lambda i: figures[i] or 0.0)
     which = f"seed {runs[i].seed}" + (f" of {len(runs)} runs" if len(runs) > 1 else ", the only run")
@@ -160,7 +102,7 @@ def _best(task: str, runs: list[Run]) -> tuple[Run, list[str]]:
 
 
 def _only(runs: list[Run]) -> tuple[Run, list[str]]:
-    """The run made for AX, which has no dev figure, and a line on it."""
+    """The separate run that predicts AX, which has no dev figure, and a line on it."""
     if len(runs) > 1:
         folders = ", ".join(str(run.folder) for run in runs)
         raise UserError(f"AX: {len(runs)} runs predict it: {folders}.\nName only the one with the MNLI run's adapter.")
@@ -168,18 +110,18 @@ def _only(runs: list[Run]) -> tuple[Run, list[str]]:
 
 
 def choose(runs: list[Run]) -> tuple[dict[str, Run], list[str]]:
-    """The run that answers each task, for those that have one, and lines on them."""
+    """The run that predicts each task, for tasks with such a run, and lines on them."""
     chosen: dict[str, Run] = {}
     lines = []
-    for task in _TITLES:  # MNLI before AX, which is the same model's
+    for task in _TITLES:  # MNLI before AX, which MNLI's model predicts
         candidates = [run for run in runs if run.task == task and run.predicts(task)]
         if task == "ax" and "mnli" in chosen and chosen["mnli"].predicts("ax"):
-            chosen[task], said = chosen["mnli"], ["AX: from the MNLI run."]
+            chosen[task], notes = chosen["mnli"], ["AX: from the MNLI run."]
         elif candidates:
-            chosen[task], said = _only(candidates) if task == "ax" else _best(task, candidates)
+            chosen[task], notes = _only(candidates) if task == "ax" else _best(task, candidates)
         else:
             continue
-        lines += said
+        lines += notes
     bases: dict[str, list[str]] = {}
     for task, run in chosen.items():
         bases.setdefault(run.base_model, []).append(_TITLES[task])
@@ -199,7 +141,7 @@ def _is_answer(task: Task, answer: str) -> bool:
 
 
 def read_predictions(path: Path, task: Task, rows: int) -> list[str]:
-    """The predictions of a file as they stand in it, all checked. Raises UserError with file, line and remedy."""
+    """The predictions of a file, unchanged but checked. Raises UserError with file, line and remedy."""
 
     def wrong(line: int, found: str, expected: str) -> UserError:
         return UserError(
@@ -207,7 +149,7 @@ def read_predictions(path: Path, task: Task, rows: int) -> list[str]:
             f"Run again with --do_predict, without --max_predict_samples: run_glue.py --task_name {task.name} ..."
         )
 
-    # what is not UTF-8 becomes a character that no header, index or label has
+    # bytes that are not UTF-8 become a character that occurs in no header, index or label
     header, *lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     if header != HEADER:
         raise wrong(1, f"header {header!r}", repr(HEADER))
@@ -224,8 +166,8 @@ def read_predictions(path: Path, task: Task, rows: int) -> list[str]:
     return answers
 
 
-def written_for_server(task: Task, answers: list[str]) -> list[str]:
-    """Predictions as the server wants them: as the task's own files write labels, or numbers from 0 to 5."""
+def server_format(task: Task, answers: list[str]) -> list[str]:
+    """Predictions as the server expects them: labels as the task's own files write them, or numbers from 0 to 5."""
     if task.is_regression:
         return [f"{min(max(0.0, float(answer)), 5.0):.3f}" for answer in answers]
     written = dict(zip(task.labels, task.written or task.labels, strict=True))
@@ -233,7 +175,7 @@ def written_for_server(task: Task, answers: list[str]) -> list[str]:
 
 
 def write_zip(out: Path, content: dict[_File, list[str]]) -> None:
-    """Write the zip whole or not at all, read back before it gets its name; same bytes for same content."""
+    """Write the zip atomically, and read it back before it gets its name; the same content gives the same bytes."""
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_write(out) as partial:
@@ -246,24 +188,24 @@ def write_zip(out: Path, content: dict[_File, list[str]]) -> None:
             with zipfile.ZipFile(partial) as archive:
                 found = {name: archive.read(name).count(b"\n") - 1 for name in archive.namelist()}
             if found != (expected := {file.name: file.rows for file in content}):
-                raise UserError(f"{out}: reads back as {found}; expected {expected}. Nothing was kept; try again.")
+                raise UserError(f"{out}: contains {found} when read back; expected {expected}. Removed; try again.")
     except zipfile.BadZipFile as e:
-        raise UserError(f"{out}: can't be read back ({e}). Nothing was kept; is the disk sound?") from e
+        raise UserError(f"{out}: can't be read back ({e}). Removed; check the disk.") from e
 
 
 def write_submission(runs: Sequence[Path], out: Path, partial: bool = False) -> list[str]:
-    """Write the zip for the GLUE server; returns lines on what is in it. Raises UserError, and then writes nothing.
+    """Write the zip for the GLUE server; returns lines on what is in it. If it raises UserError, nothing is written.
 
-    runs: output folders, or folders that hold some at any depth; partial: do without the tasks that no run predicts.
+    runs: output folders, or folders above them; partial: leave out the tasks that no run predicts.
     """
     if out.exists():
-        raise UserError(f"{out}: is there already. Give another --out; nothing is written over.")
+        raise UserError(f"{out}: exists already and is not overwritten. Give another --out.")
     found = find_runs(runs)
     diverged = [f"left out, diverged ({run.figures.diverged}): {run.folder}" for run in found if run.figures.diverged]
     chosen, lines = choose([run for run in found if not run.figures.diverged])
     lines += diverged
     if diverged and not chosen:
-        raise UserError("no run to take predictions from:\n" + "; ".join(diverged))
+        raise UserError("no run with predictions:\n" + "; ".join(diverged))
     untrained = {"wnli"} - {run.task for run in found}
     if missing := [task for task in _TITLES if task not in {*chosen, *untrained}]:
         names = ", ".join(file.name for file in FILES if file.task in missing)
@@ -274,18 +216,18 @@ def write_submission(runs: Sequence[Path], out: Path, partial: bool = False) -> 
                 f"Make them with run_glue.py --task_name X --do_predict ..., X being {tasks}.\n"
                 "--partial leaves these files out."
             )
-        lines.append(f"Left out, no run predicts them: {names}. The server wants all eleven files.")
+        lines.append(f"Left out, no run predicts them: {names}. The server accepts only all eleven files.")
     content = {}
     for file in (file for file in FILES if file.task not in missing):
         task = TASKS[file.task]
         if file.task in untrained:
             answers = ["not_entailment"] * file.rows
-            lines.append("WNLI: no run; all 146 rows say not_entailment, as 323 of the 635 in training do.")
+            lines.append("WNLI: no run; all 146 rows are not_entailment, as 323 of the 635 in training are.")
         else:
             answers = read_predictions(file.source(chosen[file.task].folder), task, file.rows)
         outside = sum(not 0 <= float(answer) <= 5 for answer in answers) if task.is_regression else 0
         if outside:
             lines.append(f"{_TITLES[task.name]}: {outside:,} of {file.rows:,} numbers moved into 0..5.")
-        content[file] = written_for_server(task, answers)
+        content[file] = server_format(task, answers)
     write_zip(out, content)
     return [*lines, f"{out}: {len(content)} files."]

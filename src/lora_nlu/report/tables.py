@@ -15,9 +15,9 @@ from lora_nlu.report.collect import Cell, differences
 PROTOCOL = (
     "Medians over seeds ± standard deviation, in percent. `best epoch` takes each run's best evaluation while "
     "training, the paper's protocol; `last` is of the model that training ended with, the best epoch's with "
-    "--load_best_model_at_end. That model makes the predictions, and by `last` a submission chooses among seeds. "
-    "`trainable` counts the encoder's part, as the paper does; `training` is the sum over tasks of the median time, "
-    "`memory` the most that a run held."
+    "--load_best_model_at_end. That model makes the predictions, and a submission chooses among seeds by `last`. "
+    "`trainable` counts the encoder's parameters, as the paper does; `training` is the sum over tasks of the median "
+    "time, `memory` the highest peak of a run."
 )
 TEX = str.maketrans(
     {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
@@ -34,15 +34,15 @@ def spread(figures: Sequence[float]) -> str:
     return one_decimal(median(figures)) + (f" ± {one_decimal(stdev(figures))}" if len(figures) > 1 else "")
 
 
-def shown(cell: Cell | None, protocol: str, wanted: int) -> str:
-    """What a table says of a cell: its spread, of how many of the wanted seeds, or why there is none."""
+def cell_text(cell: Cell | None, protocol: str, seed_count: int) -> str:
+    """The text of a cell: its spread, with the number of seeds if some are missing, or why there is none."""
     figures = cell.figures(protocol) if cell else []
-    of = f" ({len(figures)} of {wanted})" if len(figures) < wanted else ""
+    of = f" ({len(figures)} of {seed_count})" if len(figures) < seed_count else ""
     return spread(figures) + of if figures else "unfinished" if cell else "-"
 
 
 def one_decimal(value: float) -> str:
-    """Halves go to the even digit: so the averages of the paper's figures come out as it prints them."""
+    """One decimal; halves are rounded to the even digit, which gives the averages that the paper prints."""
     return f"{Decimal(str(round(value, 9))):.1f}"
 
 
@@ -64,39 +64,41 @@ def table(cells: Sequence[Cell]) -> list[list[str]]:
     tasks, every_seed = list(dict.fromkeys(cell.task for cell in cells)), seeds(cells)
     rows = []
     for method in methods_of(cells):
-        mine = {cell.task: cell for cell in cells if cell.method == method}
-        sizes = "/".join(f"{n:,}" for n in sorted({run.trainable for cell in mine.values() for run in cell.runs}))
-        complete = len(mine) == len(tasks) and all(len(cell.done) == len(every_seed) for cell in mine.values())
+        by_task = {cell.task: cell for cell in cells if cell.method == method}
+        sizes = "/".join(f"{n:,}" for n in sorted({run.trainable for cell in by_task.values() for run in cell.runs}))
+        complete = len(by_task) == len(tasks) and all(len(cell.done) == len(every_seed) for cell in by_task.values())
         for protocol, title in (("best", "best epoch"), ("last", "last")):
             row = [method, sizes, title] if protocol == "best" else ["", "", title]
-            row += [shown(mine.get(task), protocol, len(every_seed)) for task in tasks]
-            row.append(one_decimal(mean(median(mine[task].figures(protocol)) for task in tasks)) if complete else "-")
-            rows.append([*row, *(costs(mine, len(tasks)) if protocol == "best" else ("", ""))])
-        papers = {cell.task: run.paper for cell in mine.values() for run in cell.runs if run.paper}
+            row += [cell_text(by_task.get(task), protocol, len(every_seed)) for task in tasks]
+            row.append(
+                one_decimal(mean(median(by_task[task].figures(protocol)) for task in tasks)) if complete else "-"
+            )
+            rows.append([*row, *(costs(by_task, len(tasks)) if protocol == "best" else ("", ""))])
+        papers = {cell.task: run.paper for cell in by_task.values() for run in cell.runs if run.paper}
         if papers:
             row = ["", next(iter(papers.values())).trainable, "paper"]
             for task in tasks:
                 figure, deviation = papers[task].figures[task] if task in papers else (None, None)
                 row.append("-" if figure is None else f"{figure:.1f}" + (f" ± {deviation:.1f}" if deviation else ""))
-            whole = len(papers) == len(tasks) and len({line.method for line in papers.values()}) == 1
-            average = one_decimal(mean(line.figures[task][0] for task, line in papers.items())) if whole else "-"
+            is_complete = len(papers) == len(tasks) and len({line.method for line in papers.values()}) == 1
+            average = one_decimal(mean(line.figures[task][0] for task, line in papers.items())) if is_complete else "-"
             rows.append([*row, average, "", ""])
     return rows
 
 
-def costs(mine: dict[str, Cell], wanted: int) -> tuple[str, str]:
-    """A method's time, of how many of the wanted tasks where some are missing, and its memory."""
-    times = [[run.seconds for run in cell.done if run.seconds is not None] for cell in mine.values()]
+def costs(cells: dict[str, Cell], task_count: int) -> tuple[str, str]:
+    """A method's time, with the number of tasks if some are missing, and its memory; `cells` by task."""
+    times = [[run.seconds for run in cell.done if run.seconds is not None] for cell in cells.values()]
     medians = [median(seconds) for seconds in times if seconds]
-    of = f" ({len(medians)} of {wanted} tasks)" if len(medians) < wanted else ""
-    memory = [run.memory_gib for cell in mine.values() for run in cell.done if run.memory_gib is not None]
+    of = f" ({len(medians)} of {task_count} tasks)" if len(medians) < task_count else ""
+    memory = [run.memory_gib for cell in cells.values() for run in cell.done if run.memory_gib is not None]
     return clock(sum(medians)) + of if medians else "-", f"{max(memory):.1f} GiB" if memory else "-"
 
 
 def methods_of(cells: Sequence[Cell]) -> list[str]:
-    """Fine-tuning first, then by what trains in the encoder."""
-    trainable = {cell.method: run.trainable for cell in cells for run in cell.runs}
-    return sorted(trainable, key=lambda name: (not name.startswith("fine-tuning"), trainable[name], name))
+    """The methods: first what trains everything, then by the number of parameters that train in the encoder."""
+    order = {cell.method: (not run.trains_all, run.trainable, cell.method) for cell in cells for run in cell.runs}
+    return sorted(order, key=lambda method: order[method])
 
 
 def seeds(cells: Sequence[Cell]) -> list[int]:
@@ -104,49 +106,50 @@ def seeds(cells: Sequence[Cell]) -> list[int]:
 
 
 def rank_table(cells: Sequence[Cell]) -> list[list[str]]:
-    """The paper's table of ranks: of each task and set of layers with LoRA a row, of each rank a column; or nothing."""
-    swept, wanted = rank_cells(cells), len(seeds(cells))
-    ranks = sorted({rank for mine in swept.values() for rank, _ in mine})
+    """The paper's table of ranks, or nothing: a row for each task and set of layers, a column for each rank."""
+    swept, seed_count = rank_cells(cells), len(seeds(cells))
+    ranks = sorted({rank for pairs in swept.values() for rank, _ in pairs})
     rows = [["task", "LoRA on", *(f"r = {rank}" for rank in ranks)]]
-    for (task, where), mine in swept.items():
-        texts = {rank: " / ".join(shown(c, "best", wanted) for r, c in mine if r == rank) for rank in ranks}
-        rows.append([TASKS[task].title, where, *(texts[rank] or "-" for rank in ranks)])
+    for (task, layers), pairs in swept.items():
+        texts = {rank: " / ".join(cell_text(c, "best", seed_count) for r, c in pairs if r == rank) for rank in ranks}
+        rows.append([TASKS[task].title, layers, *(texts[rank] or "-" for rank in ranks)])
     return rows if swept else []
 
 
 def rank_cells(cells: Sequence[Cell]) -> dict[tuple[str, str], list[tuple[int, Cell]]]:
-    """Of each task and set of layers with LoRA the cells by rank, where runs of several ranks differ in nothing else.
+    """For each task and set of layers with LoRA the (rank, cell) pairs of cells that differ in nothing but the rank.
 
-    Alpha may stay as the rank changes, or change with it: the scaling is not compared.
+    The scaling may differ too: alpha may stay as the rank changes, or change with it.
     """
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[int, Cell]]] = {}
     for cell in cells:
         if (rank := cell.runs[0].rank) is not None:
             rest = tuple(item for item in cell.runs[0].settings if item[0] != "scaling")
             groups.setdefault((cell.task, rest), []).append((rank, cell))
-    groups = {key: mine for key, mine in groups.items() if len({rank for rank, _ in mine}) > 1}
+    groups = {key: pairs for key, pairs in groups.items() if len({rank for rank, _ in pairs}) > 1}
     swept: dict[tuple[str, str], list[tuple[int, Cell]]] = {}
-    for (task, rest), mine in groups.items():
-        said = differences([other for name, other in groups if name == task])[rest]
-        sets = {cell.runs[0].targets for _, cell in mine}
+    for (task, rest), pairs in groups.items():
+        difference = differences([other for name, other in groups if name == task])[rest]
+        sets = {cell.runs[0].targets for _, cell in pairs}
         for targets in sorted(sets, key=lambda names: (names.count(","), names)):
-            where = targets + (f" ({said})" if said else "")
-            here = [(rank, cell) for rank, cell in mine if cell.runs[0].targets == targets]
-            swept[task, where] = sorted(here, key=lambda pair: pair[0])
+            layers = targets + (f" ({difference})" if difference else "")
+            chosen = [(rank, cell) for rank, cell in pairs if cell.runs[0].targets == targets]
+            swept[task, layers] = sorted(chosen, key=lambda pair: pair[0])
     return swept
 
 
-def notes(cells: Sequence[Cell], absent: Sequence[str]) -> list[str]:
-    """What a reader of the tables must know: unfinished and missing runs, and how MNLI's best epoch was chosen."""
-    lines = list(absent)
+def all_notes(cells: Sequence[Cell], notes: Sequence[str]) -> list[str]:
+    """The notes of `collect`, unfinished and missing runs, and how MNLI's best epoch is chosen."""
+    lines = list(notes)
     lacking: dict[str, list[str]] = {}
     for cell in cells:
         lines += [f"unfinished: {run.folder}, {run.progress}" for run in cell.unfinished]
-        here = seeds([other for other in cells if other.model == cell.model])
-        gone = [str(seed) for seed in here if seed not in {run.seed for run in cell.runs}]
-        if gone:
-            lacking.setdefault(", ".join(gone), []).append(f"{cell.method} on {TASKS[cell.task].title} ({cell.model})")
-    lines += [f"missing, seed{'s' * (',' in gone)} {gone}: {'; '.join(where)}" for gone, where in lacking.items()]
+        expected = seeds([other for other in cells if other.model == cell.model])
+        missing = [str(seed) for seed in expected if seed not in {run.seed for run in cell.runs}]
+        if missing:
+            place = f"{cell.method} on {TASKS[cell.task].title} ({cell.model})"
+            lacking.setdefault(", ".join(missing), []).append(place)
+    lines += [f"missing, seed{'s' * (',' in missing)} {missing}: {'; '.join(p)}" for missing, p in lacking.items()]
     if any(cell.task == "mnli" for cell in cells):
         lines.append(
             "MNLI: `last` is on both validation sets together, as the paper's; the best epoch is on the matched."
@@ -171,8 +174,8 @@ def latex(rows: Sequence[Sequence[str]]) -> str:
                       r"\hline", r"\end{tabular}"])  # fmt: skip
 
 
-def run_lines(cells: Sequence[Cell]) -> str:
-    """Every run as a line of CSV, finished or not."""
+def csv_text(cells: Sequence[Cell]) -> str:
+    """A line of CSV for each run, finished or not."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(RUN_COLUMNS)
@@ -190,33 +193,33 @@ def by_model(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     return {model: [c for c in cells if c.model == model] for model in dict.fromkeys(c.model for c in cells)}
 
 
-def write_report(cells: Sequence[Cell], absent: Sequence[str], folder: Path | None) -> str:
-    """The report as Markdown; with a folder also as files there, pictures among them where matplotlib is installed."""
+def write_report(cells: Sequence[Cell], notes: Sequence[str], folder: Path | None) -> str:
+    """The report as Markdown; given a folder, its files are written there, with pictures if matplotlib is installed."""
     pictures: dict[str, list[str]] = {}
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             from lora_nlu.report import pictures as drawing
 
-            for model, mine in by_model(cells).items():
-                pictures[model] = drawing.draw(mine, methods_of(mine), rank_cells(mine), folder)
+            for model, own in by_model(cells).items():
+                pictures[model] = drawing.draw(own, methods_of(own), rank_cells(own), folder)
         except ImportError:
-            absent = [*absent, "no pictures: they need matplotlib (pip install 'lora-nlu[plots]')"]
+            notes = [*notes, "no pictures: they need matplotlib (pip install 'lora-nlu[plots]')"]
     text, tex = [], []
-    for model, mine in by_model(cells).items():
-        rows, ranks = [headings(mine), *table(mine)], rank_table(mine)
-        count = len(seeds(mine))
+    for model, own in by_model(cells).items():
+        rows, ranks = [headings(own), *table(own)], rank_table(own)
+        count = len(seeds(own))
         text += [f"## {model}, {count} seed{'s' * (count != 1)}", "", markdown(rows), ""]
         tex += [f"% {model}", latex(rows), ""]
         if ranks:
             text += ["### Ranks, best epoch", "", markdown(ranks), ""]
             tex += [f"% {model}, ranks", latex(ranks), ""]
         text += [line for name in pictures.get(model, ()) for line in (f"![{name}]({quote(name)}.png)", "")]
-    text += [PROTOCOL, "", *(f"- {line}" for line in notes(cells, absent))]
-    tex += [f"% {line}" for line in (PROTOCOL, *notes(cells, absent), "")]
+    text += [PROTOCOL, "", *(f"- {line}" for line in all_notes(cells, notes))]
+    tex += [f"% {line}" for line in (PROTOCOL, *all_notes(cells, notes), "")]
     report = "\n".join(text).rstrip() + "\n"
     if folder:
         write_text(folder / "report.md", report)
         write_text(folder / "report.tex", "\n".join(tex))
-        write_text(folder / "report.csv", run_lines(cells))
+        write_text(folder / "report.csv", csv_text(cells))
     return report

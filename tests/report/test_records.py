@@ -1,0 +1,90 @@
+"""One file of runs' records: reports made from it are those made from the run folders."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from run_folders import BITFIT, HEADINGS, LORA, read, write, write_run, write_seeds, write_sweep
+
+from lora_nlu.errors import UserError
+from lora_nlu.report.__main__ import main
+from lora_nlu.report.records import find_records
+
+
+@pytest.fixture
+def study(tmp_path) -> Path:
+    """Runs of every kind: done, unfinished, diverged, not of GLUE, evaluations, with many entries in their logs."""
+    runs = tmp_path / "runs"
+    write_sweep(runs / "sweep", "rte", 2)
+    for task in [*HEADINGS][:3]:
+        write_seeds(runs / "bitfit", task, (0.1 + 0.2, 1 / 3), method=BITFIT, encoder=102_144)
+    for seed, state in enumerate(("stopped", "begun", "unevaluated"), start=3):
+        write_run(runs / state, "cola", seed, state=state)
+    write_run(runs / "own", "custom")
+    write_run(runs / "evaluated", train_samples=0, state="begun")
+    log = [{"step": i, "loss": 0.5 + i, "grad_norm": 1.0} for i in range(200)]
+    log += [{"step": 200, "epoch": 2.0, "eval_matthews_correlation": 0.4}, {"step": 201, "grad_norm": float("nan")}]
+    write(write_run(runs / "diverged", "cola", 6) / "trainer_state.json", {"epoch": 2.0, "log_history": log})
+    write(write_run(runs / "long", "cola", 7) / "trainer_state.json", {"epoch": 2.0, "log_history": log[:-1]})
+    return runs
+
+
+def test_a_report_from_the_file_is_the_one_from_the_folders_byte_for_byte(study, tmp_path, capsys):
+    assert main(["runs", str(study), "--out", str(tmp_path / "a")]) == 0
+    text = capsys.readouterr().out
+    shutil.rmtree(study)
+    for source, out in ((tmp_path / "a" / "runs.jsonl", "b"), (tmp_path / "b", "c")):  # a file, and a folder with one
+        assert main(["runs", str(source), "--out", str(tmp_path / out)]) == 0
+        assert capsys.readouterr().out == text.replace(f"{tmp_path}/a", f"{tmp_path}/{out}")
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert {"report.md", "report.csv", "report.tex", "runs.jsonl", "roberta-base_ranks.png"} <= names
+    for out in ("b", "c"):
+        assert {path.name for path in (tmp_path / out).iterdir()} == names
+        assert all((tmp_path / out / n).read_bytes() == (tmp_path / "a" / n).read_bytes() for n in names)
+    assert "left out, diverged (grad_norm nan)" in text and "left out, not a GLUE task" in text
+    assert "its last checkpoint at epoch 2.5 of 10" in text and "trained, not evaluated" in text
+
+
+def test_a_line_has_what_a_report_reads_and_no_more_of_the_log(study, tmp_path):
+    assert main(["runs", str(study), "--out", str(tmp_path / "a")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "a" / "runs.jsonl").read_text().splitlines()]
+    by_folder = {line.pop("folder"): line for line in lines}
+    assert f"{study}/evaluated" not in by_folder and len(by_folder) == len(lines)
+    long = by_folder[f"{study}/long"]
+    assert [*long] == ["run.json", "trainer_state.json", "eval_results.json", "train_results.json"]
+    assert long["run.json"] == json.loads((study / "long" / "run.json").read_text())
+    assert [entry["step"] for entry in long["trainer_state.json"]["log_history"]] == [0, 199, 200]
+    assert [*by_folder[f"{study}/begun"]] == ["run.json"]
+
+
+def test_run_folders_come_before_the_file_that_an_earlier_report_wrote_beside_them(tmp_path):
+    run = write_run(tmp_path / "a")
+    assert main(["runs", str(tmp_path), "--out", str(tmp_path)]) == 0
+    shutil.rmtree(run)
+    other = write_run(tmp_path / "b", seed=1)
+    assert [record.folder for record in find_records(tmp_path)] == [other]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"folder": "a"}', '{"run.json": {}}', '{"folder": 1, "run.json": {}}'])
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    main(["runs", str(write_run(tmp_path / "a")), "--out", str(tmp_path / "out")])
+    path = tmp_path / "out" / "runs.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}:2: not the record of a run")
+
+
+def test_a_run_in_a_file_and_in_its_folder_counts_once(tmp_path):
+    run = write_run(tmp_path / "a")
+    main(["runs", str(run), "--out", str(tmp_path / "out")])
+    assert read(run, tmp_path / "out") == read(run)
+
+
+def test_what_a_method_is_called_and_looks_like_divides_no_line(tmp_path):
+    """Runs of an earlier version, which recorded neither, and of this one are seeds of one line."""
+    write_run(tmp_path / "a", seed=0)
+    look = {"label": "LoRA", "color": "#D55E00", "marker": "s"}
+    write_run(tmp_path / "b", seed=1, method=LORA | look)
+    assert "2 seeds" in read(tmp_path) and "missing" not in read(tmp_path)
