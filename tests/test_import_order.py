@@ -40,7 +40,7 @@ ORDER = {
     ],
     "training": [
         "launch", "processes", "legacy_flags", "arguments", "run_arguments", "checks", "parsing", "head", "inputs",
-        "metadata", "checkpoints", "trainer", "output_folder", "model", "runs", "summary",
+        "metadata", "checkpoints", "checkpointing", "trainer", "sharded", "output_folder", "model", "runs", "summary",
     ],
     "report": ["paper", "records", "submission", "collect", "pictures", "tables", "similarity", "__main__"],
 }  # fmt: skip

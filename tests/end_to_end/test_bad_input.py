@@ -463,7 +463,7 @@ def test_a_full_disk_ends_with_code_1_and_the_earlier_checkpoint_can_still_be_re
     outcome = start(*flags, preexec_fn=full_disk)
     assert outcome.code == 1 and "Traceback" not in outcome.err, outcome.err
     message = outcome.err[outcome.err.find("run_glue.py: error:") :].strip()
-    assert message.count("\n") < 3 and "checkpoint-8" in message and "checkpoint-4 is whole" in message
+    assert message.count("\n") < 3 and "checkpoint-8" in message and "checkpoint-4 is complete" in message
     after = contents(output)
     assert after.keys() == before.keys()
     assert after == before

@@ -24,7 +24,8 @@ from test_run_glue import read, rte, scores, succeeded, trained_flat
 from lora_nlu.errors import UserError
 from lora_nlu.models import layers as blocks
 from lora_nlu.training.output_folder import locked, wait_for_file
-from lora_nlu.training.trainer import _OwnDropout, seed_from
+from lora_nlu.training.processes import seed_from
+from lora_nlu.training.trainer import _DropoutOfProcess
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -354,7 +355,7 @@ def test_dropout_of_every_seed_and_process_is_its_own_and_the_first_processs_tha
         for process in range(8):
             args = SimpleNamespace(seed=seed, process_index=process)
             torch.manual_seed(seed)
-            _OwnDropout().on_train_begin(args, None, None)
+            _DropoutOfProcess().on_train_begin(args, None, None)
             started[seed, process] = tuple(torch.rand(4).tolist())
             for step in (0, 1, 1000):
                 resumed[seed, process, step] = seed_from(seed, step, process)

@@ -40,7 +40,7 @@ def fill(command: list[object], disk: Path, alone: Path, log: Path) -> tuple[lis
         return [f"exit code {code}, {err[-1500:]}"], ""
     found = forked.call(kill_and_resume.inspect, str(disk), str(alone))
     wrong += found["wrong"] + [f"{name} lacks files" for name in found["torn"]]
-    if not found["chosen"] or f"{found['chosen']} is whole" not in message:
+    if not found["chosen"] or f"{found['chosen']} is complete" not in message:
         wrong.append(f"the last whole checkpoint is {found['chosen']}, the message says: {message}")
     left = [path.name for path in disk.iterdir() if path.name.startswith(".")]
     wrong += [f"left behind: {name}" for name in left]

@@ -200,7 +200,7 @@ def test_a_save_that_breaks_off_leaves_the_earlier_checkpoint_and_no_half_one(ki
         trainer.train()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
     if kind is not IsKilled:
-        assert "checkpoint-8" in str(error.value) and "checkpoint-4 is whole" in str(error.value)
+        assert "checkpoint-8" in str(error.value) and "checkpoint-4 is complete" in str(error.value)
         assert str(error.value).count("\n") < 3
     again = new_trainer(tmp_path)
     again.train(resume_from_checkpoint=str(complete_checkpoints(str(tmp_path))[-1]))

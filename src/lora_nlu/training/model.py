@@ -1,10 +1,10 @@
 """The model that the flags name: its adapter's file, its weights, its tokenizer, all compared with the flags."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.integrations import deepspeed
 
 from lora_nlu.adapters.adapter import Adapter
 from lora_nlu.adapters.attaching import attach_adapter
@@ -126,15 +126,21 @@ def _load_model(
     replaces_head = adapter and (not args.do_train or head_rows(adapter, config_labels(config)) is not None)
     needs_head = not args.do_train and adapter is None
     set_seed(args.seed)  # A and the head are drawn while loading
-    deepspeed.unset_hf_deepspeed_config()  # ZeRO-3 would read sharded weights; it shards a loaded model as well
-    model, notes = load_model(name, config, needs_head, base_labels, not replaces_head, **model_args.hub)
+    with _complete_loading(args):
+        model, notes = load_model(name, config, needs_head, base_labels, not replaces_head, **model_args.hub)
     check_method(model, name, saved)
     if needs_head:
         _check_is_trained(model_args, args, saved, bool(own_adapter(model)))
-    if args.deepspeed:
-        deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
     say(args, *notes)
     return model
+
+
+def _complete_loading(args: RunArguments) -> AbstractContextManager[None]:
+    if not args.is_sharded:
+        return nullcontext()
+    from lora_nlu.training.sharded import complete_loading
+
+    return complete_loading(args)
 
 
 def _attach(model: Any, adapter: Adapter, model_args: ModelArguments, args: RunArguments) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import transformers
 
@@ -97,6 +98,11 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
         if not first:
             sys.exit(1)
         fail("interrupted. Checkpoints that were there are whole; the same command takes up from the last.", 1)
+
+
+def seed_from(*numbers: int) -> int:
+    """A seed of 32 bits that depends on all of these numbers; their sum would be the same for neighbouring runs."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def say(args: Any, *lines: str) -> None:

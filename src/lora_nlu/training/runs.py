@@ -12,10 +12,10 @@ from accelerate.utils import broadcast_object_list
 from lora_nlu.data.metrics import predicted
 from lora_nlu.errors import UserError
 from lora_nlu.files import write_json, write_text
-from lora_nlu.training.checkpoints import clear_leftovers, complete_checkpoints, processes_of, seconds_trained
+from lora_nlu.training.checkpoints import Diverged, clear_leftovers, complete_checkpoints, processes_of, seconds_trained
 from lora_nlu.training.output_folder import RUN, clear_earlier_run, locked, record, remaining, wait_for_file
 from lora_nlu.training.processes import say
-from lora_nlu.training.trainer import AdapterTrainer, Diverged
+from lora_nlu.training.trainer import AdapterTrainer
 
 # What a method trains in the encoder, as the closing table calls it
 LOSS_PARTS = {"lora": "LoRA", "bitfit": "biases", "houlsby": "adapters", "pfeiffer": "adapters"}
@@ -23,6 +23,10 @@ LOSS_PARTS = {"lora": "LoRA", "bitfit": "biases", "houlsby": "adapters", "pfeiff
 
 def trainer_class(args: Any) -> type[AdapterTrainer]:
     """The trainer for the backend of the flags; args: RunArguments."""
+    if args.is_sharded:
+        from lora_nlu.training.sharded import ShardedTrainer
+
+        return ShardedTrainer
     return AdapterTrainer
 
 
