@@ -115,7 +115,7 @@ def _load_model(
 ) -> Any:
     """The base model with the method of the flags; base_labels: those of its own head, where they are recorded."""
     name = model_args.model_name_or_path
-    settings = {setting: getattr(model_args, setting) for setting in SETTINGS}
+    settings = {setting: getattr(model_args, setting, None) for setting in SETTINGS}
     settings["lora_target_modules"] = parse_targets(model_args.lora_target_modules)
     settings["lora_layers"] = parse_layers(model_args.lora_layers, config.num_hidden_layers)
     if adapter:  # it brings its own layers
