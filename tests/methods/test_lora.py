@@ -23,9 +23,11 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import RobertaConfig
 
-from lora_nlu.methods.description import LORA_SETTINGS, TARGETS, target_of, targets_and_layers
-from lora_nlu.methods.lora import LoRALinear, lora_linear, merge_lora_, set_lora_, unmerge_lora_
-from lora_nlu.methods.table import count_parameters, mark_only_lora_as_trainable
+from lora_nlu.methods.description import description_of
+from lora_nlu.methods.linear import merge_lora_, unmerge_lora_
+from lora_nlu.methods.lora import LoRALinear, set_lora_
+from lora_nlu.methods.marking import count_parameters, mark_only_lora_as_trainable, new_linear
+from lora_nlu.methods.targets import TARGETS, target_of, targets_and_layers
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.ops.kernels import Linear
 
@@ -248,11 +250,11 @@ def test_a_rank_below_1_is_refused(r):
     ],
 )
 def test_a_config_without_lora_gives_a_plain_linear_layer(settings):
-    assert type(lora_linear(RobertaConfig(**settings), "query", 0, I, O)) is Linear
+    assert type(new_linear(description_of(RobertaConfig(**settings)), "query", 0, I, O)) is Linear
 
 
 def test_a_config_with_lora_gives_a_lora_layer_of_its_rank_and_scaling():
-    layer = lora_linear(RobertaConfig(apply_lora=True, lora_r=8, lora_alpha=16), "query", 0, I, O)
+    layer = new_linear(description_of(RobertaConfig(apply_lora=True, lora_r=8, lora_alpha=16)), "query", 0, I, O)
     assert type(layer) is LoRALinear
     assert (layer.r, layer.scaling, layer.in_features, layer.out_features) == (8, 2.0, I, O)
     assert layer.lora_dropout == 0
@@ -281,13 +283,13 @@ def test_lora_is_in_the_targets_and_layers_the_config_names_by_default_query_and
         (target, layer)
         for target in TARGETS
         for layer in range(3)
-        if isinstance(lora_linear(config, target, layer, I, O), LoRALinear)
+        if isinstance(new_linear(description_of(config), target, layer, I, O), LoRALinear)
     }
     assert found == {(target, layer) for target in targets for layer in layers}
 
 
 def test_the_dropout_of_a_layer_is_the_configs():
-    assert lora_linear(lora_config(lora_dropout=0.3), "query", 0, I, O).lora_dropout == 0.3
+    assert new_linear(description_of(lora_config(lora_dropout=0.3)), "query", 0, I, O).lora_dropout == 0.3
 
 
 NAMES = {
@@ -692,7 +694,7 @@ def test_a_lora_setting_that_would_be_ignored_is_refused_by_name(kind, settings,
         CLASSIFIERS[kind][0](config)
 
 
-@pytest.mark.parametrize("name", LORA_SETTINGS)
+@pytest.mark.parametrize("name", ["lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "lora_dropout"])
 def test_a_lora_setting_without_apply_lora_is_refused_and_with_it_false_has_no_effect(name):
     value = {"lora_target_modules": ["key"], "lora_layers": [1]}.get(name, 0.5)
     with pytest.raises(

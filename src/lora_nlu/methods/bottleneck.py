@@ -82,8 +82,3 @@ def describe(model: Any) -> dict[str, Any]:
     """The width of a model's bottlenecks, as run.json records it."""
     first = next(module for module in model.modules() if isinstance(module, Bottleneck))
     return {"adapter_size": first.adapter_A.out_features}
-
-
-def bottleneck(config: Any, after_attention: bool) -> Bottleneck | None:
-    trained = description_of(config)
-    return new_block(trained, config.hidden_size, after_attention) if trained.adapter_size else None

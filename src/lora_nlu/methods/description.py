@@ -112,9 +112,33 @@ def setting_names(methods: Iterable[str] | None = None) -> list[str]:
     return [*dict.fromkeys([*flags, *(name for row in rows for name in row.settings)])]
 
 
+def added_patterns() -> list[str]:
+    """Patterns of the names of parameters that methods add to an encoder."""
+    return [row.added for row in METHODS.values() if row.added]
+
+
+def flags_that_add(tensors: Mapping[str, bool]) -> str:
+    """The flags of a method that adds just those of some tensors that are True; "" if there is none."""
+    for row in METHODS.values():
+        if row.added and all(bool(re.search(row.added, name)) == there for name, there in tensors.items()):
+            return " ".join(f"--{name} {value}" for name, value in [*row.chosen_by.items()][1:])
+    return ""
+
+
+def deciding_flags(name: str) -> list[Flag]:
+    """The flags that decide what a tensor of this name, which a method added, computes."""
+    row = next(row for row in METHODS.values() if row.added and re.search(row.added, name))
+    return [flag for flag in row.flags if flag.decides]
+
+
+def path_flag_of(peft_type: Any) -> str:
+    """The flag that reads a folder whose adapter_config.json has this type."""
+    return next((row.path_flag for row in METHODS.values() if peft_type in row.peft_types), "adapter_path")
+
+
 def is_added(name: str) -> bool:
     """Whether a parameter of this name is what a method adds to an encoder."""
-    return any(row.added and re.search(row.added, name) for row in METHODS.values())
+    return any(re.search(pattern, name) for pattern in added_patterns())
 
 
 def set_method(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:

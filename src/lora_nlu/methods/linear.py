@@ -52,6 +52,10 @@ class UpdatedLinear(Linear):
     def check_shapes(self) -> None:
         """Raise ValueError unless the parameters of the update fit the weight."""
 
+    def update_parameters(self) -> list[Tensor]:
+        """The parameters of the update, in the order of `update_names`."""
+        return [getattr(self, name) for name in self.update_names]
+
     @property
     def merged(self) -> bool:
         """Whether `weight` contains the update."""
@@ -105,7 +109,7 @@ class UpdatedLinear(Linear):
         if self.merged:
             return self.weight
         self.check_shapes()
-        return self.with_update(self.weight, [getattr(self, name) for name in self.update_names], self.scaling)
+        return self.with_update(self.weight, self.update_parameters(), self.scaling)
 
     def frozen_weight(self) -> Tensor:
         """The weight [O, I] without the update, merged or not; to a rounding if `weight` was written to in between."""

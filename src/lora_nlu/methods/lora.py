@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_nlu.errors import UserError
-from lora_nlu.methods.description import Description, description_of
+from lora_nlu.methods.description import Description
 from lora_nlu.methods.linear import UpdatedLinear, check_not_quantised
 from lora_nlu.methods.linear import merge_lora_ as merge_lora_
 from lora_nlu.methods.linear import unmerge_lora_ as unmerge_lora_
@@ -177,8 +177,6 @@ class LoRALinear(UpdatedLinear):
         A, B = parameters
         return with_update(weight, A, B, scaling)
 
-    reset_lora_parameters = reset_added_parameters
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, merged={self.merged}"
 
@@ -329,8 +327,3 @@ def write_settings(model: Any) -> None:
     ):
         if value != default or getattr(config, name, None) is not None:
             setattr(config, name, value)
-
-
-def lora_linear(config: Any, target: str, layer: int, in_features: int, out_features: int) -> Any:
-    sizes = in_features, out_features
-    return new_layer(description_of(config), target, layer, *sizes) or Linear(*sizes)

@@ -24,6 +24,19 @@ def new_block(trained: Description, hidden_size: int, after_attention: bool) -> 
     return next((new for new in made if new is not None), None)
 
 
+def reset_added_parameters(module: Any, normal_std: float | None = None) -> None:
+    """Draw what a method's module adds, if it is one: in a model whose reference draws normally, with this std."""
+    if getattr(module, "method", None) in METHODS and hasattr(module, "reset_added_parameters"):
+        module.reset_added_parameters(normal_std)
+
+
+def start_methods(model: Any) -> None:
+    """Start what the model's methods compute from the base model's weights, once those are loaded."""
+    for row in methods_in(model):
+        if row.start:
+            row.start(model)
+
+
 def trains_a_part(model: Any) -> bool:
     """Whether the encoder's own weights stay frozen, all or most of them."""
     return any(row.freezes for row in methods_in(model))
@@ -91,6 +104,3 @@ def count_parameters(model: Any) -> ParameterCounts:
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters()),
     )
-
-
-describe_lora_ = write_settings

@@ -82,8 +82,8 @@ class Method:
                 ({"params", "weight_decay"}); a group may set its own "lr".
 
     Files
-    peft_type:  in adapter_config.json. Types that PEFT does not have keep PEFT from loading the folder.
-    in_peft:    whether PEFT loads the folder.
+    peft_types: in adapter_config.json, the usual one first; a type that PEFT does not have keeps it from loading the
+                folder.
     rebuild:    rebuild(model, adapter, lora_alpha): gives a loaded model the layers of an `Adapter`, with new tensors;
                 None if it adds no layers.
     to_peft:    to_peft(adapter): keys of adapter_config.json beside those that every method has.
@@ -117,8 +117,7 @@ class Method:
     loss_term: Callable[[Any], Any] | None = None
     after_step: Callable[[Any], Any] | None = None
     parameter_groups: Callable[[Any, list[dict[str, Any]], float], list[dict[str, Any]]] | None = None
-    peft_type: str | None = None
-    in_peft: bool = False
+    peft_types: tuple[str, ...] = ()
     rebuild: Callable[[Any, Any, float | None], None] | None = None
     to_peft: Callable[[Any], dict[str, Any]] | None = None
     from_peft: Callable[[dict[str, Any]], dict[str, Any]] | None = None

@@ -5,10 +5,9 @@ from contextlib import suppress
 from typing import Any
 
 from lora_nlu.errors import UserError, printable
-from lora_nlu.methods.table import describe_lora_
+from lora_nlu.methods.description import description_of, flags_that_add, is_added
+from lora_nlu.methods.marking import write_settings
 from lora_nlu.ops.tensors import is_loaded
-
-_ADDED = re.compile(r"\.(lora|adapter)_[AB]\b")  # in the names of the parameters of LoRA and bottlenecks
 
 
 def refuse_quantised(name: Any, setting: Any) -> None:
@@ -40,8 +39,8 @@ class Checkpoints:
         return True
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', with the LoRA settings in the config. Raises UserError as `lora.describe_lora_`."""
-        describe_lora_(self)
+        """As transformers', with the method's settings in the config. Raises UserError as `lora.write_settings`."""
+        write_settings(self)
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
@@ -54,21 +53,20 @@ class Checkpoints:
         cls._check_quantisation(*args, **kwargs)
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         name = model.name_or_path
-        unused = sorted(key for key in report["unexpected_keys"] if _ADDED.search(key))
+        unused = sorted(key for key in report["unexpected_keys"] if is_added(key))
         if unused:
             raise UserError(
                 f"{name}: contains {unused[0]} and {len(unused) - 1} more adapter tensors that this model lacks; they "
                 "would be left out.\nGive the settings it was trained with (--apply_lora --lora_r R "
                 "--lora_alpha A), or the plain base model, and the adapter as --lora_path (adapters.attach_adapter)."
             )
-        for kind in (r"\.lora_[AB]\b", r"\.adapter_[AB]\b"):
-            every = {key: p for key, p in model.named_parameters() if re.search(kind, key)}
+        for row in description_of(model.config).rows:
+            pattern = row.added or "(?!)"
+            every = {key: p for key, p in model.named_parameters() if re.search(pattern, key)}
             added = {key: is_loaded(p) or p.is_meta for key, p in every.items()}  # meta: stays on the disk
             lacks = [key for key, loaded in added.items() if not loaded]
             if lacks and len(lacks) < len(added):
-                # Pfeiffer's bottlenecks are Houlsby's without those after attention
-                is_pfeiffer = "adapter" in kind and all((".attention." in key) != added[key] for key in added)
-                remedy = "--adapter_type pfeiffer" if is_pfeiffer else "the settings it was saved with"
+                remedy = flags_that_add(added) or "the settings it was saved with"
                 raise UserError(
                     f"{name}: is damaged, or was saved with other settings: of {len(added)} adapter tensors it lacks "
                     f"{len(lacks)}, {lacks[0]} first.\nGive {remedy}, or use a complete copy of the file."

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import DebertaV2Config, RobertaConfig
 from transformers.activations import ACT2FN
 
-from lora_nlu.methods.bottleneck import bottleneck
-from lora_nlu.methods.lora import lora_linear
+from lora_nlu.methods.description import Description
+from lora_nlu.methods.marking import new_block, new_linear
 from lora_nlu.ops.kernels import Dropout
 from lora_nlu.ops.packing import PackedBatch
 
@@ -94,12 +94,13 @@ def refuse_adapter_names(layer: nn.Module) -> None:
 class DenseAddNorm(nn.Module):
     """LayerNorm(dropout(dense(x)) + residual): the end of both halves of a layer, with its bottleneck, if any."""
 
-    def __init__(self, config: Config, layer: int, in_features: int, after_attention: bool) -> None:
+    def __init__(
+        self, config: Config, trained: Description, layer: int, in_features: int, after_attention: bool
+    ) -> None:
         super().__init__()
-        self.dense = lora_linear(
-            config, "dense" if after_attention else "output", layer, in_features, config.hidden_size
-        )
-        self.adapter = bottleneck(config, after_attention)
+        target, size = "dense" if after_attention else "output", config.hidden_size
+        self.dense = new_linear(trained, target, layer, in_features, size)
+        self.adapter = new_block(trained, size, after_attention)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
@@ -115,9 +116,9 @@ class DenseAddNorm(nn.Module):
 class Intermediate(nn.Module):
     """The feed-forward's first half: activation(dense(x))."""
 
-    def __init__(self, config: Config, layer: int) -> None:
+    def __init__(self, config: Config, trained: Description, layer: int) -> None:
         super().__init__()
-        self.dense = lora_linear(config, "intermediate", layer, config.hidden_size, config.intermediate_size)
+        self.dense = new_linear(trained, "intermediate", layer, config.hidden_size, config.intermediate_size)
         self.activation = activation(config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:

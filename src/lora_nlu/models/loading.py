@@ -14,9 +14,9 @@ from transformers import AutoConfig
 from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
 from lora_nlu.files import ADAPTER_CONFIG, read_json, weights_file_problem
 from lora_nlu.labels import check_labels, config_labels, label_list, last_head_layer, match_head_rows, set_labels
-from lora_nlu.methods.description import is_added
-from lora_nlu.methods.lora import unmerged_parameters
-from lora_nlu.methods.table import mark_trainable
+from lora_nlu.methods.description import deciding_flags, is_added, path_flag_of
+from lora_nlu.methods.linear import unmerged_parameters
+from lora_nlu.methods.marking import mark_trainable, start_methods
 from lora_nlu.models.checkpoints import refuse_quantised
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
@@ -38,7 +38,7 @@ def load_config(name: str, **hub: Any) -> Any:
     except Exception as e:  # what a setting that makes no sense is called has many names
         if Path(name, ADAPTER_CONFIG).is_file() and not Path(name, "config.json").is_file():
             settings = read_json(Path(name, ADAPTER_CONFIG))
-            flag = "lora_path" if "LORA" in str(settings.get("peft_type")) else "adapter_path"
+            flag = path_flag_of(settings.get("peft_type"))
             base = printable(settings.get("base_model_name_or_path") or "the model it was trained from")
             raise UserError(
                 f"--model_name_or_path {name}: is an adapter.\n"
@@ -131,6 +131,7 @@ def load_model(
         check_labels(name, trained_labels, config_labels(config))
     if keeps_head:
         notes += _order_head_(model, name, trained_labels, report)
+    start_methods(model)
     mark_trainable(model)
     return model, notes
 
@@ -164,10 +165,10 @@ def check_method(model: Any, name: str, saved: dict[str, Any]) -> None:
     config, own = model.config, own_adapter(model)
     if not own:
         return
-    deciding = ["lora_alpha", "lora_relative_query"] if ".lora_" in own[0] else ["adapter_type"]
-    for setting in deciding:
-        was, now = saved.get(setting) or False, getattr(config, setting, None) or False
-        if was is False and setting != "lora_relative_query":
+    for flag in deciding_flags(own[0]):
+        setting = flag.name
+        was, now = saved.get(setting) or False, vars(config).get(setting) or False
+        if was is False and flag.kind is not bool:
             raise UserError(
                 f"--model_name_or_path {name}: holds {own[0]}, and its config.json doesn't say with which "
                 f"{setting} it was trained.\nGive the plain base model there, and this as --lora_path."

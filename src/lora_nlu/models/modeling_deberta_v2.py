@@ -28,7 +28,9 @@ from transformers import DebertaV2Config, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
-from lora_nlu.methods.lora import LoRALinear, lora_linear
+from lora_nlu.methods.description import Description, added_patterns, description_of, relative_query
+from lora_nlu.methods.linear import UpdatedLinear
+from lora_nlu.methods.marking import new_linear, reset_added_parameters
 from lora_nlu.models.checkpoints import Checkpoints
 from lora_nlu.models.layers import (
     DenseAddNorm,
@@ -136,15 +138,15 @@ def only_real(rows: Tensor, packed: PackedBatch) -> Tensor:
 class DisentangledSelfAttention(nn.Module):
     """Attention by content and by distance; LoRA, where the config asks for it, in `query_proj` and `value_proj`."""
 
-    def __init__(self, config: DebertaV2Config, layer: int) -> None:
+    def __init__(self, config: DebertaV2Config, trained: Description, layer: int) -> None:
         super().__init__()
         size, self.heads = config.hidden_size, config.num_attention_heads
         kinds = position_kinds(config)
         relative, shared = config.relative_attention, share_att_key(config)
         self.scale = math.sqrt(size // self.heads * (1 + len(kinds)))
-        self.query_proj = lora_linear(config, "query", layer, size, size)
-        self.key_proj = lora_linear(config, "key", layer, size, size)
-        self.value_proj = lora_linear(config, "value", layer, size, size)
+        self.query_proj = new_linear(trained, "query", layer, size, size)
+        self.key_proj = new_linear(trained, "key", layer, size, size)
+        self.value_proj = new_linear(trained, "value", layer, size, size)
         self.content_to_position = relative and "c2p" in kinds
         self.position_to_content = relative and "p2c" in kinds
         if self.content_to_position and not shared:
@@ -248,10 +250,10 @@ class DisentangledSelfAttention(nn.Module):
 
         It is called as a module: hooks load offloaded weights, and what wraps a layer passes the argument on.
         """
-        is_frozen = self.shared and not lora_relative_query(self.config) and updated(projection)
+        is_frozen = self.shared and not relative_query(self.config) and updated(projection)
         return {"apply_update": False} if is_frozen else {}
 
-    def shared_updates(self) -> list[LoRALinear]:
+    def shared_updates(self) -> list[UpdatedLinear]:
         """The projections with an update that tokens and relative table share: where `lora_relative_query` matters."""
         layers = self.relative_projections() if self.shared else ()
         return [update for layer in layers if layer is not None for update in updated(layer)]
@@ -260,8 +262,8 @@ class DisentangledSelfAttention(nn.Module):
         """Whether relative keys or queries would require gradients in grad mode."""
         if table is None:
             return False
-        without = [] if lora_relative_query(self.config) else self.shared_updates()
-        unused = {id(x) for layer in without for x in (layer.lora_A, layer.lora_B)}
+        without = [] if relative_query(self.config) else self.shared_updates()
+        unused = {id(x) for layer in without for x in layer.update_parameters()}
         layers = (layer for layer in self.relative_projections() if layer is not None)
         used = (x for layer in layers for x in layer.parameters() if id(x) not in unused)
         return table_trains or any(x.requires_grad for x in used)
@@ -271,7 +273,7 @@ class DisentangledSelfAttention(nn.Module):
         return None if rows is None else rows.view(*rows.shape[:2], self.heads, -1).permute(2, 0, 1, 3)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if not lora_relative_query(self.config) and any(layer.merged for layer in self.shared_updates()):
+        if not relative_query(self.config) and any(layer.merged for layer in self.shared_updates()):
             raise RuntimeError(
                 "A merged DeBERTa whose relative query is frozen can't be saved: a model that loads the file would "
                 "apply the update to the relative query too. Call lora.unmerge_lora_(model) and save the adapter."
@@ -279,9 +281,9 @@ class DisentangledSelfAttention(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-def updated(projection: nn.Module) -> list[LoRALinear]:
+def updated(projection: nn.Module) -> list[UpdatedLinear]:
     """The layer with an update that a projection is, or that PEFT's or another module wraps."""
-    return [module for module in projection.modules() if isinstance(module, LoRALinear)]
+    return [module for module in projection.modules() if isinstance(module, UpdatedLinear)]
 
 
 def add_(scores: Tensor, others: Tensor) -> Tensor:
@@ -315,10 +317,10 @@ def position_to_content(k: Tensor, relative_query: Tensor, places: int) -> Tenso
 class DebertaV2Attention(nn.Module):
     """Self-attention, its output projection, residual and norm: [Q, H] and [N, H] to [Q, H]."""
 
-    def __init__(self, config: DebertaV2Config, layer: int) -> None:
+    def __init__(self, config: DebertaV2Config, trained: Description, layer: int) -> None:
         super().__init__()
-        self.self = DisentangledSelfAttention(config, layer)
-        self.output = DenseAddNorm(config, layer, config.hidden_size, after_attention=True)
+        self.self = DisentangledSelfAttention(config, trained, layer)
+        self.output = DenseAddNorm(config, trained, layer, config.hidden_size, after_attention=True)
 
     def forward(
         self,
@@ -337,11 +339,11 @@ class DebertaV2Attention(nn.Module):
 class EncoderLayer(GradientCheckpointingLayer):
     """Attention and feed-forward: [N, H] to [Q, H]. Named alike in both models: settings of FSDP name this class."""
 
-    def __init__(self, config: DebertaV2Config, layer: int) -> None:
+    def __init__(self, config: DebertaV2Config, trained: Description, layer: int) -> None:
         super().__init__()
-        self.attention = DebertaV2Attention(config, layer)
-        self.intermediate = Intermediate(config, layer)
-        self.output = DenseAddNorm(config, layer, config.intermediate_size, after_attention=False)
+        self.attention = DebertaV2Attention(config, trained, layer)
+        self.intermediate = Intermediate(config, trained, layer)
+        self.output = DenseAddNorm(config, trained, layer, config.intermediate_size, after_attention=False)
 
     def forward(
         self,
@@ -391,9 +393,9 @@ class ConvLayer(nn.Module):
 class DebertaV2Encoder(nn.Module):
     """The layers, the relative table they share, and the convolution after the first, under the Hub's names."""
 
-    def __init__(self, config: DebertaV2Config) -> None:
+    def __init__(self, config: DebertaV2Config, trained: Description) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([EncoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.layer = nn.ModuleList([EncoderLayer(config, trained, i) for i in range(config.num_hidden_layers)])
         self.buckets = getattr(config, "position_buckets", -1)
         self.reach = (
             config.max_relative_positions if config.max_relative_positions > 0 else config.max_position_embeddings
@@ -451,11 +453,6 @@ def relative_norm(config: DebertaV2Config) -> list[str]:
     return [kind.strip() for kind in str(getattr(config, "norm_rel_ebd", "none")).lower().split("|")]
 
 
-def lora_relative_query(config: DebertaV2Config) -> bool:
-    """Whether the relative positions' query (and key) go through the update of a projection they share with tokens."""
-    return bool(getattr(config, "lora_relative_query", False))
-
-
 def check_config(config: DebertaV2Config) -> None:
     """Raise ValueError for a setting that this model would have to ignore or compute differently."""
     size, heads = config.hidden_size, config.num_attention_heads
@@ -495,24 +492,22 @@ class DebertaV2PreTrainedModel(Checkpoints, PreTrainedModel):
     _no_split_modules = ["EncoderLayer"]
     # A base checkpoint has heads of its pretraining that a classifier lacks; what a method adds starts anew.
     _keys_to_ignore_on_load_unexpected = [r"^(cls|lm_predictions|mask_predictions)\.", r"position_(ids|embeddings)"]
-    _keys_to_ignore_on_load_missing = [r"\.lora_[AB]$", r"\.adapter_[AB]\."]
 
     def __init__(self, config: DebertaV2Config) -> None:
         check_config(config)
         super().__init__(config)
+        self._keys_to_ignore_on_load_missing = added_patterns()
 
     @property
     def frozen_relative_query(self) -> bool | None:
         """Whether the relative query bypasses LoRA (the reference's reading); None where both readings are the same."""
         attentions = (module for module in self.modules() if isinstance(module, DisentangledSelfAttention))
         differ = any(attention.shared_updates() for attention in attentions)
-        return not lora_relative_query(self.config) if differ else None
+        return not relative_query(self.config) if differ else None
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # normal(0, initializer_range), biases 0; loaded tensors are left alone
-        if isinstance(module, LoRALinear):  # the reference draws A so here, and Kaiming-uniform in RoBERTa
-            nn.init.normal_(module.lora_A, std=self.config.initializer_range)
-            nn.init.zeros_(module.lora_B)
+        reset_added_parameters(module, self.config.initializer_range)  # the reference draws LoRA's A so here alone
 
 
 class DebertaV2Model(DebertaV2PreTrainedModel):
@@ -521,7 +516,7 @@ class DebertaV2Model(DebertaV2PreTrainedModel):
     def __init__(self, config: DebertaV2Config) -> None:
         super().__init__(config)
         self.embeddings = DebertaV2Embeddings(config)
-        self.encoder = DebertaV2Encoder(config)
+        self.encoder = DebertaV2Encoder(config, description_of(config))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, RobertaConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, SequenceClassifierOutput
 
-from lora_nlu.methods.lora import LoRALinear, lora_linear
+from lora_nlu.methods.description import Description, added_patterns, description_of
+from lora_nlu.methods.marking import new_linear, reset_added_parameters
 from lora_nlu.models.checkpoints import Checkpoints
 from lora_nlu.models.layers import (
     DenseAddNorm,
@@ -92,16 +93,16 @@ class RobertaEmbeddings(nn.Module):
 class RobertaSelfAttention(nn.Module):
     """Multi-head attention; LoRA, where the config asks for it, in `query` and `value`, or `lora_target_modules`."""
 
-    def __init__(self, config: RobertaConfig, layer: int) -> None:
+    def __init__(self, config: RobertaConfig, trained: Description, layer: int) -> None:
         super().__init__()
         size = config.hidden_size
         if size % config.num_attention_heads:
             raise ValueError(f"hidden_size {size} is no multiple of num_attention_heads {config.num_attention_heads}.")
         self.heads = config.num_attention_heads
         self.dropout = Dropout(config.attention_probs_dropout_prob)  # for its p, which may be changed
-        self.query = lora_linear(config, "query", layer, size, size)
-        self.key = lora_linear(config, "key", layer, size, size)
-        self.value = lora_linear(config, "value", layer, size, size)
+        self.query = new_linear(trained, "query", layer, size, size)
+        self.key = new_linear(trained, "key", layer, size, size)
+        self.value = new_linear(trained, "value", layer, size, size)
 
     def forward(
         self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool
@@ -152,10 +153,10 @@ def attend(
 class RobertaAttention(nn.Module):
     """Self-attention, its output projection, residual and norm: [Q, H] and [N, H] to [Q, H]."""
 
-    def __init__(self, config: RobertaConfig, layer: int) -> None:
+    def __init__(self, config: RobertaConfig, trained: Description, layer: int) -> None:
         super().__init__()
-        self.self = RobertaSelfAttention(config, layer)
-        self.output = DenseAddNorm(config, layer, config.hidden_size, after_attention=True)
+        self.self = RobertaSelfAttention(config, trained, layer)
+        self.output = DenseAddNorm(config, trained, layer, config.hidden_size, after_attention=True)
 
     def forward(
         self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool
@@ -167,11 +168,11 @@ class RobertaAttention(nn.Module):
 class EncoderLayer(GradientCheckpointingLayer):
     """Attention and feed-forward: [N, H] to [Q, H]. Named alike in both models: settings of FSDP name this class."""
 
-    def __init__(self, config: RobertaConfig, layer: int) -> None:
+    def __init__(self, config: RobertaConfig, trained: Description, layer: int) -> None:
         super().__init__()
-        self.attention = RobertaAttention(config, layer)
-        self.intermediate = Intermediate(config, layer)
-        self.output = DenseAddNorm(config, layer, config.intermediate_size, after_attention=False)
+        self.attention = RobertaAttention(config, trained, layer)
+        self.intermediate = Intermediate(config, trained, layer)
+        self.output = DenseAddNorm(config, trained, layer, config.intermediate_size, after_attention=False)
 
     def forward(
         self, hidden_states: Tensor, packed: PackedBatch, first_only: bool, with_probs: bool
@@ -188,9 +189,9 @@ class EncoderLayer(GradientCheckpointingLayer):
 class RobertaEncoder(nn.Module):
     """The stack of layers, under the Hub's name `encoder.layer`."""
 
-    def __init__(self, config: RobertaConfig) -> None:
+    def __init__(self, config: RobertaConfig, trained: Description) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([EncoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.layer = nn.ModuleList([EncoderLayer(config, trained, i) for i in range(config.num_hidden_layers)])
 
     def forward(
         self, rows: Tensor, packed: PackedBatch, first_only: bool, with_hidden: bool, with_probs: bool, views: int
@@ -225,7 +226,6 @@ class RobertaPreTrainedModel(Checkpoints, PreTrainedModel):
     _no_split_modules = ["EncoderLayer"]
     # A base checkpoint has the language-model head and pooler that a classifier lacks; what a method adds starts anew.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"pooler\.", r"position_ids$"]
-    _keys_to_ignore_on_load_missing = [r"\.lora_[AB]$", r"\.adapter_[AB]\."]
 
     def __init__(self, config: RobertaConfig) -> None:
         if config.is_decoder or config.add_cross_attention:
@@ -233,11 +233,11 @@ class RobertaPreTrainedModel(Checkpoints, PreTrainedModel):
         if (kind := getattr(config, "position_embedding_type", None) or "absolute") != "absolute":
             raise ValueError(f"This RoBERTa has absolute positions; position_embedding_type={kind!r} is not supported.")
         super().__init__(config)
+        self._keys_to_ignore_on_load_missing = added_patterns()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # normal(0, initializer_range), biases 0; loaded tensors are left alone
-        if isinstance(module, LoRALinear):
-            module.reset_lora_parameters()
+        reset_added_parameters(module)
 
 
 class RobertaModel(RobertaPreTrainedModel):
@@ -246,7 +246,7 @@ class RobertaModel(RobertaPreTrainedModel):
     def __init__(self, config: RobertaConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.embeddings = RobertaEmbeddings(config)
-        self.encoder = RobertaEncoder(config)
+        self.encoder = RobertaEncoder(config, description_of(config))
         self.pooler = RobertaPooler(config) if add_pooling_layer else None
         self.post_init()
 
