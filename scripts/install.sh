@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2154  # $root is the caller's
 # Sourced by demo.sh and test.sh: makes .venv once and installs the package with the tested versions.
 venv="$root/.venv"
 install() {  # install EXTRA: the package with that group of extras, unless this was done with the same files before
@@ -14,6 +15,6 @@ install() {  # install EXTRA: the package with that group of extras, unless this
   "$venv/bin/python" -m pip install --quiet --upgrade pip setuptools wheel
   # torch first and alone: exactly the pinned release, whatever else asks for it
   "$venv/bin/python" -m pip install --quiet "$(grep '^torch==' "$root/constraints.txt")"
-  "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root[$1]"
+  "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "${root}[$1]"
   echo "$wanted" > "$venv/installed-$1"
 }

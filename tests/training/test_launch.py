@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -501,6 +502,25 @@ def test_the_program_prints_the_command_then_becomes_it(start):
 def test_a_refusal_ends_with_status_2_and_runs_nothing(start):
     done = start(BATCH, "8", devices="3")
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("sst2: 3 devices cannot share")
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_ends_it_without_a_traceback_and_stays_ignored_in_the_background(tmp_path, ignored):
+    python = tmp_path / "python"  # which counts devices for a while
+    python.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/counting\nsleep {1 if ignored else 60}\necho 2\n")
+    python.chmod(0o755)
+    command = [sys.executable, "-c", MAIN, "/repository", str(python), "sst2", "2", BATCH, "8"]
+    with subprocess.Popen(
+        ["sh", "-c", "trap '' INT; exec \"$@\"" if ignored else 'exec "$@"', "sh", *command],
+        env={**os.environ, "DRY_RUN": "1", "devices": ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        while not (tmp_path / "counting").exists():
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == (0 if ignored else -signal.SIGINT) and "Traceback" not in errors
+    assert ("--nproc_per_node=2" in output) == ignored
 
 
 def test_a_reader_that_closes_early_gets_no_traceback():

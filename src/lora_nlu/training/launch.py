@@ -117,7 +117,7 @@ def without(words: list[str], flag: str) -> list[str]:
     return kept
 
 
-def whole_number(name: str, text: object, least: int) -> int:
+def whole_number(name: str, text: str | int, least: int) -> int:
     if not re.fullmatch("0|[1-9][0-9]{0,5}", str(text)) or int(str(text)) < least:
         raise UsageError(f"{name}='{text}' is not a whole number, {least} or more.")
     return int(str(text))
@@ -229,7 +229,10 @@ def first_host(nodes: str) -> str:
 
 
 def share(examples: int, batch: int, processes: int) -> tuple[int, int] | None:
-    """Batch per process and accumulation, in as few passes as at most `batch` allows; None if shares are not equal."""
+    """Batch per process, at most `batch`, and the smallest accumulation for so many examples per step.
+
+    None if the processes cannot have equal shares.
+    """
     each, rest = divmod(examples, processes)
     if rest:
         return None
@@ -302,7 +305,9 @@ def main(argv: list[str], environment: Mapping[str, str]) -> None:
 
     argv: the fields of a Script, ROOT PYTHON NAME TUNED_FOR_GPUS FLAGS...
     """
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in a shell: end quietly before `| head`
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end without a traceback, as a shell does: before `| head`
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # and at Ctrl-C
     root, python, name, tuned_for_gpus, *flags = argv
     script, dry_run = Script(root, python, name, tuned_for_gpus, flags), environment.get("DRY_RUN") or "0"
     if dry_run == "json":  # for read_script
