@@ -27,10 +27,17 @@ from lora_nlu.methods.targets import (
     targets_and_layers,
 )
 from lora_nlu.ops.kernels import (
+    NO_ACTIVATION,
+    ONEDNN_LINEAR,
     PLAIN_TENSORS,
     Dropout,
     Linear,
-    by_rows,
+    OneDNNLinear,
+    add_update_,
+    as_grid,
+    as_rows,
+    can_add_update,
+    can_use_onednn,
     check,
     is_traced,
     linear,
@@ -48,7 +55,11 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
-        y, down = product_with_update(x, weight, bias, A.t(), B.t(), s)  # [N, O], [N, R]
+        down, adds = None, can_add_update(x, weight, A.t(), B.t())
+        W = weight if adds else torch.addmm(weight, B, A, alpha=s)  # without the kernel, the sum of both
+        y = ONEDNN_LINEAR(x, W, bias, *NO_ACTIVATION) if can_use_onednn(x, W, bias) else F.linear(x, W, bias)  # [N, O]
+        if adds:
+            y, down = add_update_(y, x, A.t(), B.t(), s)  # [N, O], [N, R]
         ctx.save_for_backward(x, weight, A, B, down)
         ctx.scaling = s
         return y
@@ -141,21 +152,25 @@ class LoRALinear(UpdatedLinear):
         Raises RuntimeError for a merged layer that is to train or whose matrices changed since the merge, ValueError
         for matrices of other shapes.
         """
+        weight, bias, update = self.weight, self.bias, None
         if not apply_update:
-            return linear(x, self.frozen_weight(), self.bias)
-        if self.merged:
+            weight = self.frozen_weight()
+        elif self.merged:
             if not torch.compiler.is_compiling() and not self._holds_its_update():
                 raise RuntimeError("lora_A, lora_B or lora_alpha of a merged LoRALinear changed. Call unmerge() first.")
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("A merged LoRALinear can't train: its lora_A and lora_B are unused. Call unmerge().")
-            return linear(x, self.weight, self.bias)
-        self.check_shapes()
-        dropped = self.dropout(x)
-        tensors = (x, self.weight, self.bias, self.lora_A, self.lora_B)
-        if dropped is x and x.numel() and self._can_fuse(*tensors):
-            return by_rows(_LoRALinear.apply, *tensors, self.scaling)
-        update = F.linear(F.linear(dropped, self.lora_A), self.lora_B)
-        return linear(x, self.weight, self.bias) + self.scaling * update
+        else:
+            self.check_shapes()
+            dropped, A, B = self.dropout(x), self.lora_A, self.lora_B
+            if dropped is x and x.numel() and self._can_fuse(x, weight, bias, A, B):
+                return as_grid(_LoRALinear.apply(as_rows(x), weight, bias, A, B, self.scaling), x)
+            update = F.linear(F.linear(dropped, A), B)
+        if can_use_onednn(x, weight, bias):
+            y = as_grid(OneDNNLinear.apply(as_rows(x), weight, bias), x)
+        else:
+            y = F.linear(x, weight, bias)
+        return y if update is None else y + self.scaling * update
 
     @staticmethod
     def _can_fuse(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

@@ -83,8 +83,24 @@ def memory(name: str, x: Tensor, *shape: int, dtype: torch.dtype = torch.float32
     return x
 
 
-def is_dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `product` can compute x W^T + b: `can_replace`, not empty, of matching sizes. If not, F.linear must.
+# ------------------------------------------------------------------------------------------------- dense products
+
+ONEDNN_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # takes x, weight, bias, *NO_ACTIVATION
+NO_ACTIVATION: tuple[str, list, str] = ("none", [], "")
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b: x [N, I], weight [O, I], bias [O] to [N, O], all of any strides. Not differentiable.
+
+    Raises ValueError for several devices, torch's errors for sizes and dtypes that don't fit.
+    """
+    if can_use_onednn(x, weight, bias):
+        return ONEDNN_LINEAR(x, weight, bias, *NO_ACTIVATION)
+    return F.linear(x, weight, bias)
+
+
+def can_use_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `ONEDNN_LINEAR` can compute x W^T + b and is fast: `can_replace`, not empty, of matching sizes.
 
     Raises ValueError if plain tensors are on several devices, which F.linear doesn't always notice (meta).
     """
@@ -95,30 +111,19 @@ def is_dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
             if other.device != x.device and is_plain and type(x) in PLAIN_TENSORS:
                 raise ValueError(f"{name}: expected on {x.device}, where the input is, but it is on {other.device}.")
             fits = fits and other.dtype is torch.float32 and is_plain
-    if not fits:
+    if not fits or not has_onednn():
         return False
-    shape = weight.shape
-    return len(shape) == 2 and 0 < shape[0] and shape[1] == x.shape[-1] and (bias is None or bias.shape == shape[:1])
-
-
-# ------------------------------------------------------------------------------------------------- dense products
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: x [N, I], weight [O, I], bias [O] to [N, O], all of any strides. Not differentiable.
-
-    Raises ValueError for several devices, torch's errors for sizes and dtypes that don't fit.
-    """
-    # without AVX-512 oneDNN is slow on a transposed view
-    if is_dense_product(x, weight, bias) and has_onednn() and (weight.is_contiguous() or has_avx512()):
-        bias = None if bias is None else bias.contiguous()  # oneDNN ignores the strides of a bias
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    out, size = weight.shape if weight.dim() == 2 else (0, 0)
+    if out == 0 or size != x.shape[-1]:
+        return False
+    if bias is not None and (bias.shape != (out,) or not bias.is_contiguous()):  # oneDNN ignores the strides of a bias
+        return False
+    return weight.is_contiguous() or has_avx512()  # without AVX-512 oneDNN is slow on a transposed view
 
 
 @lru_cache(maxsize=1)
 def has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and ONEDNN_LINEAR is not None
 
 
 @lru_cache(maxsize=1)
@@ -135,13 +140,13 @@ def needs_torch_operations(grad: Tensor) -> bool:
     return torch.is_grad_enabled() or is_traced() or not torch._C._has_storage(grad)
 
 
-class _Linear(torch.autograd.Function):
-    """y = x W^T + b of x [N, I]. Keeps x only where W trains."""
+class OneDNNLinear(torch.autograd.Function):
+    """y = x W^T + b of x [N, I], where `can_use_onednn`. Keeps x only where W trains."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return product(x, weight, bias)
+        return ONEDNN_LINEAR(x, weight, bias, *NO_ACTIVATION)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,24 +160,29 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: x [..., I], weight [O, I], bias [O] to [..., O]. Raises as `product`."""
-    if is_dense_product(x, weight, bias):
-        return by_rows(_Linear.apply, x, weight, bias)
+    if can_use_onednn(x, weight, bias):
+        return as_grid(OneDNNLinear.apply(as_rows(x), weight, bias), x)
     return F.linear(x, weight, bias)
 
 
-def by_rows(f: Any, x: Tensor, *rest: Any) -> Tensor:
-    """f(x, *rest), where f takes [N, I] and returns [N, O], for x [..., I]: [..., O]."""
-    if x.dim() == 2:
-        return f(x, *rest)
-    y = f(x.reshape(-1, x.shape[-1]), *rest)
-    return y.view(*x.shape[:-1], y.shape[-1])
+def as_rows(x: Tensor) -> Tensor:
+    """[..., I] to [N, I]."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def as_grid(rows: Tensor, x: Tensor) -> Tensor:
+    """[N, O], computed from `as_rows(x)` of x [..., I], to [..., O]."""
+    return rows if x.dim() == 2 else rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, computed by `linear`."""
+    """`nn.Linear`, computed as by `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if can_use_onednn(x, weight, bias):
+            return as_grid(OneDNNLinear.apply(as_rows(x), weight, bias), x)
+        return F.linear(x, weight, bias)
 
     @property
     def qconfig(self) -> None:
@@ -202,7 +212,10 @@ def library() -> Any:
     if platform.system() != "Linux":
         return None
     try:
-        return ctypes.CDLL(str(compiled()))
+        functions = ctypes.CDLL(str(compiled()))
+        for name in ("dropout", "add_low_rank", "attention", "attention_backward"):
+            getattr(functions, name).errcheck = _check_memory
+        return functions
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
         reason = (str(getattr(e, "stderr", "") or "").strip() or str(e)).splitlines()[0]
         logger.warning(
@@ -259,10 +272,10 @@ def _threads() -> Any:
     return _int(torch.get_num_threads())
 
 
-def _run(name: str, *arguments: Any) -> None:
-    """Call a compiled function. Raises MemoryError if there is no memory for its working buffers."""
-    if getattr(library(), name)(*arguments):
-        raise MemoryError(f"{name}: not enough memory for its working buffers.")
+def _check_memory(result: int, function: Any, _: tuple) -> None:
+    """Raise MemoryError if a compiled function had no memory for its working buffers."""
+    if result:
+        raise MemoryError(f"{function.__name__}: not enough memory for its working buffers.")
 
 
 class _Dropout(torch.autograd.Function):
@@ -282,7 +295,7 @@ class _Dropout(torch.autograd.Function):
         x = memory("dropout's input", x, *x.shape)
         y, width = torch.empty_like(x), x.shape[-1]
         sizes = (_int(x.numel() // width), _int(width), ctypes.c_uint64(seed), _int(threshold(p)), _threads())
-        _run("dropout", _address(x), _address(y), *sizes)
+        library().dropout(_address(x), _address(y), *sizes)
         return y
 
 
@@ -308,22 +321,31 @@ def product_with_update(
     """x W^T + b + s x down up; and x down, or None where it was not computed. Not differentiable.
 
     x [N, I], weight [O, I], bias [O], down [I, R], up [R, O] to [N, O] and [N, R]. The compiled kernel adds the update
-    to the product in one pass; without it the update is folded into the weight, one matmul instead of three. Raises
-    ValueError for other shapes or several devices, MemoryError.
+    to the product in one pass; without it the update is folded into the weight, one matmul instead of three. Raises as
+    `can_add_update` and `add_update_`.
     """
-    rows, size = x.shape
-    out, rank = weight.shape[0], down.shape[-1]
+    if can_add_update(x, weight, down, up):
+        return add_update_(product(x, weight, bias), x, down, up, s)
+    return product(x, torch.addmm(weight, up.t(), down.t(), alpha=s), bias), None
+
+
+def can_add_update(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> bool:
+    """Whether `add_update_` can add x down up to x W^T. Raises ValueError for other shapes or several devices."""
+    size, (out, rank) = x.shape[1], (weight.shape[0], down.shape[-1])
     for name, matrix, shape in (("weight", weight, (out, size)), ("down", down, (size, rank)), ("up", up, (rank, out))):
         check(name, matrix, x.device, *shape)
-    tensors = (x, weight, down, up)
-    if not all(map(can_replace, tensors)) or not library() or weight.shape[0] % library().vector_width():
-        return product(x, torch.addmm(weight, up.t(), down.t(), alpha=s), bias), None
-    x, u = memory("x", x, rows, size), x.new_empty(rows, rank)
-    y = memory("product", product(x, weight, bias), rows, out)
+    functions = library() if all(map(can_replace, (x, weight, down, up))) else None
+    return functions is not None and out % functions.vector_width() == 0
+
+
+def add_update_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, s: float) -> tuple[Tensor, Tensor]:
+    """y [N, O] + s x down up, in place if y is contiguous, and x down [N, R]. Raises MemoryError."""
+    (rows, size), (rank, out) = x.shape, up.shape
+    x, y, u = memory("x", x, rows, size), memory("product", y, rows, out), x.new_empty(rows, rank)
     down, up = memory("down", down, size, rank, strided=True), memory("up", up, rank, out, strided=True)
     strided = [part for w in (down, up) for part in (_address(w), *map(_int, w.stride()))]
     sizes = map(_int, (rows, size, out, rank))
-    _run("add_low_rank", _address(x), *strided, _address(y), _address(u), *sizes, ctypes.c_float(s), _threads())
+    library().add_low_rank(_address(x), *strided, _address(y), _address(u), *sizes, ctypes.c_float(s), _threads())
     return y, u
 
 
@@ -349,7 +371,7 @@ class _Attention(torch.autograd.Function):
         starts = _Attention.checked_starts(starts, query.shape[0], rows, longest, views)
         out, lse = torch.empty_like(query), query.new_empty(query.shape[0], heads)
         ctx.settings = (tables, starts, longest, heads, scale, p, seed)
-        _run("attention", *_Attention.arguments(query, key, value, *ctx.settings), _address(out), _address(lse))
+        library().attention(*_Attention.arguments(query, key, value, *ctx.settings), _address(out), _address(lse))
         ctx.save_for_backward(*inputs, lse)
         return out
 
@@ -362,7 +384,7 @@ class _Attention(torch.autograd.Function):
         grad = memory("attention's gradient", grad, *query.shape)
         grads = [torch.empty_like(x) for x in (query, key, value)]
         arguments = _Attention.arguments(query, key, value, *ctx.settings)
-        _run("attention_backward", *arguments, *map(_address, (lse, grad, *grads)))
+        library().attention_backward(*arguments, *map(_address, (lse, grad, *grads)))
         return *grads, *[None] * 7
 
     @staticmethod
