@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lora_nlu
 from lora_nlu.methods import lora
-from lora_nlu.methods.table import mark_trainable
+from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2Model
 from lora_nlu.models.modeling_roberta import RobertaModel
 from lora_nlu.ops import kernels
