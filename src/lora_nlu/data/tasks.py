@@ -44,131 +44,48 @@ class Task:
         return not self.labels
 
 
-def _task(name: str, folder: str, rows: tuple[int, int, int], **fields) -> Task:
-    files: dict[str, tuple[str, ...]] = {
-        split: (f"{folder}/{file}.tsv",)
-        for split, file in zip(("train", "validation", "test"), ("train", "dev", "test"), strict=True)
+_SPLITS = ("train", "validation", "test")
+_MNLI_SPLITS = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+_MNLI_FILES = ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")
+
+
+def _task(name: str, folder: str, rows: tuple[int, ...], **fields) -> Task:
+    names, files = (_SPLITS, ("train", "dev", "test")) if len(rows) == 3 else (_MNLI_SPLITS, _MNLI_FILES)
+    paths: dict[str, tuple[str, ...]] = {
+        split: (f"{folder}/{file}.tsv",) for split, file in zip(names, files, strict=True)
     }
-    return Task(name=name, files=files, rows=dict(zip(("train", "validation", "test"), rows, strict=True)), **fields)
+    return Task(name=name, files=paths, rows=dict(zip(names, rows, strict=True)), **fields)
 
 
+_SENTENCES = ("sentence1", "sentence2")
 _MNLI_LABELS = ("entailment", "neutral", "contradiction")
 _ENTAILMENT = ("entailment", "not_entailment")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        _task(
-            "cola",
-            "CoLA",
-            (8551, 1043, 1063),
-            text=("sentence",),
-            labels=("unacceptable", "acceptable"),
-            written=BINARY,
-            metrics=("matthews_correlation",),
-            headerless=("source", "label", "mark", "sentence"),
-        ),
-        _task(
-            "sst2",
-            "SST-2",
-            (67349, 872, 1821),
-            text=("sentence",),
-            labels=("negative", "positive"),
-            written=BINARY,
-            metrics=("accuracy",),
-        ),
-        _task(
-            "mrpc",
-            "MRPC",
-            (3668, 408, 1725),
-            text=("sentence1", "sentence2"),
-            text_columns=("#1 String", "#2 String"),
-            label_column="Quality",
-            labels=("not_equivalent", "equivalent"),
-            written=BINARY,
-            metrics=("accuracy", "f1"),
-        ),
-        _task(
-            "stsb",
-            "STS-B",
-            (5749, 1500, 1379),
-            text=("sentence1", "sentence2"),
-            label_column="score",
-            labels=(),
-            metrics=("pearson", "spearmanr"),
-        ),
-        _task(
-            "qqp",
-            "QQP",
-            (363846, 40430, 390965),
-            text=("question1", "question2"),
-            label_column="is_duplicate",
-            labels=("not_duplicate", "duplicate"),
-            written=BINARY,
-            metrics=("accuracy", "f1"),
-            skips_broken_lines=True,
-        ),
-        Task(
-            name="mnli",
-            text=("premise", "hypothesis"),
-            text_columns=("sentence1", "sentence2"),
-            label_column="gold_label",
-            labels=_MNLI_LABELS,
-            metrics=("accuracy",),
-            splits={
-                "train": ("train",),
-                "validation": ("validation_matched", "validation_mismatched"),
-                "test": ("test_matched", "test_mismatched"),
-            },
-            files={
-                "train": ("MNLI/train.tsv",),
-                "validation_matched": ("MNLI/dev_matched.tsv",),
-                "validation_mismatched": ("MNLI/dev_mismatched.tsv",),
-                "test_matched": ("MNLI/test_matched.tsv",),
-                "test_mismatched": ("MNLI/test_mismatched.tsv",),
-            },
-            rows={
-                "train": 392702,
-                "validation_matched": 9815,
-                "validation_mismatched": 9832,
-                "test_matched": 9796,
-                "test_mismatched": 9847,
-            },
-        ),
-        _task(
-            "qnli",
-            "QNLI",
-            (104743, 5463, 5463),
-            text=("question", "sentence"),
-            labels=_ENTAILMENT,
-            metrics=("accuracy",),
-        ),
-        _task(
-            "rte",
-            "RTE",
-            (2490, 277, 3000),
-            text=("sentence1", "sentence2"),
-            labels=_ENTAILMENT,
-            metrics=("accuracy",),
-        ),
-        _task(
-            "wnli",
-            "WNLI",
-            (635, 71, 146),
-            text=("sentence1", "sentence2"),
-            labels=("not_entailment", "entailment"),
-            written=BINARY,
-            metrics=("accuracy",),
-        ),
-        Task(
-            name="ax",
-            text=("premise", "hypothesis"),
-            text_columns=("sentence1", "sentence2"),
-            labels=_MNLI_LABELS,
-            metrics=("matthews_correlation",),
-            splits={"train": (), "validation": (), "test": ("test",)},
-            files={"test": ("AX/test.tsv", "AX/AX.tsv", "diagnostic/diagnostic.tsv")},
-            rows={"test": 1104},
-        ),
+        _task("cola", "CoLA", (8551, 1043, 1063), text=("sentence",), labels=("unacceptable", "acceptable"),
+              written=BINARY, headerless=("source", "label", "mark", "sentence"), metrics=("matthews_correlation",)),
+        _task("sst2", "SST-2", (67349, 872, 1821), text=("sentence",), labels=("negative", "positive"),
+              written=BINARY, metrics=("accuracy",)),
+        _task("mrpc", "MRPC", (3668, 408, 1725), text=_SENTENCES, text_columns=("#1 String", "#2 String"),
+              labels=("not_equivalent", "equivalent"), label_column="Quality", written=BINARY,
+              metrics=("accuracy", "f1")),
+        _task("stsb", "STS-B", (5749, 1500, 1379), text=_SENTENCES, labels=(), label_column="score",
+              metrics=("pearson", "spearmanr")),
+        _task("qqp", "QQP", (363846, 40430, 390965), text=("question1", "question2"),
+              labels=("not_duplicate", "duplicate"), label_column="is_duplicate", written=BINARY,
+              metrics=("accuracy", "f1"), skips_broken_lines=True),
+        _task("mnli", "MNLI", (392702, 9815, 9832, 9796, 9847), text=("premise", "hypothesis"),
+              text_columns=_SENTENCES, labels=_MNLI_LABELS, label_column="gold_label", metrics=("accuracy",),
+              splits={"train": ("train",), "validation": _MNLI_SPLITS[1:3], "test": _MNLI_SPLITS[3:]}),
+        _task("qnli", "QNLI", (104743, 5463, 5463), text=("question", "sentence"), labels=_ENTAILMENT,
+              metrics=("accuracy",)),
+        _task("rte", "RTE", (2490, 277, 3000), text=_SENTENCES, labels=_ENTAILMENT, metrics=("accuracy",)),
+        _task("wnli", "WNLI", (635, 71, 146), text=_SENTENCES, labels=("not_entailment", "entailment"),
+              written=BINARY, metrics=("accuracy",)),
+        Task("ax", text=("premise", "hypothesis"), text_columns=_SENTENCES, labels=_MNLI_LABELS,
+             metrics=("matthews_correlation",), splits={"train": (), "validation": (), "test": ("test",)},
+             files={"test": ("AX/test.tsv", "AX/AX.tsv", "diagnostic/diagnostic.tsv")}, rows={"test": 1104}),
     )
-}
+}  # fmt: skip
 REPORTED = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")  # in the order of the paper's columns

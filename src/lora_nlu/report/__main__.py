@@ -80,9 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _with_command(words: list[str]) -> list[str]:
-    """The command line with its command in front; `runs` is the default.
+    """The command line with its command first; `runs` is the default.
 
-    Commands were once folders' names like any other: one without the operands that it needs still is, if it exists.
+    A first word that is both a command and a folder is the command if operands follow that the command can take.
     """
     flags = argparse.ArgumentParser(add_help=False)
     for flag in ("--out", "--layers", "--modules"):
@@ -106,7 +106,8 @@ def _runs(args: argparse.Namespace) -> list[str]:
     text = write_report(*collect(args.runs), args.out)
     if not args.out:
         return [text.removesuffix("\n")]
-    write_records(args.out / RECORDS, [record for start in args.runs for record in training_records(start)])
+    records = {record.folder.resolve(): record for start in args.runs for record in training_records(start)}
+    write_records(args.out / RECORDS, records.values())
     return [text, f"Written to {args.out}."]
 
 

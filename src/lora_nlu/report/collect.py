@@ -156,27 +156,17 @@ def read_run(record: Record, figures: Figures) -> Run:
     reached = f"its last checkpoint at epoch {epoch:.4g} of {epochs:g}" if state else "no checkpoint yet"
     ranks = lora["ranks"] if "targets" in method else []
     return Run(
-        folder=folder,
-        model=model,
-        base=run.get("base_fingerprint"),
-        method=label,
-        look=(method["color"], method["marker"]) if {*LOOK} <= {*method} else None,
-        task=task.name,
-        seed=seed,
+        folder=folder, model=model, base=run.get("base_fingerprint"), method=label,
+        look=(method["color"], method["marker"]) if {*LOOK} <= {*method} else None, task=task.name, seed=seed,
         settings=tuple((name, str(value)) for name, value in settings.items()),
         paper=_paper_line(paper_method, task.name, model, lora["ranks"], starts_from_adapter),
-        trainable=trainable,
-        trains_all=parameters.get("trainable") == parameters.get("total"),
-        history=tuple(history),
-        best=best,
-        last=last,
-        progress="trained, not evaluated" if is_trained else reached,
+        trainable=trainable, trains_all=parameters.get("trainable") == parameters.get("total"),
+        history=tuple(history), best=best, last=last, progress="trained, not evaluated" if is_trained else reached,
         seconds=measured.get("train_seconds"),
         memory_gib=measured.get("peak_gpu_memory_gib", measured.get("peak_memory_gib")),
-        rank=ranks[0] if len(ranks) == 1 else None,
-        targets=", ".join(method.get("targets", [])),
+        rank=ranks[0] if len(ranks) == 1 else None, targets=", ".join(method.get("targets", [])),
         train_data=hyper.get("train_data"),
-    )
+    )  # fmt: skip
 
 
 def name_method(method: dict[str, Any], lora: dict[str, Any], hyper: dict[str, Any]) -> tuple[str, str | None]:
