@@ -60,7 +60,7 @@ def build_peer(config: Any) -> torch.nn.Module:
 
 
 def build_ours(config: Any) -> torch.nn.Module:
-    from lora_nlu.methods.table import mark_only_lora_as_trainable
+    from lora_nlu.methods.marking import mark_only_lora_as_trainable
     from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
     from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 

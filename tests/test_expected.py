@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DebertaV2Config, DebertaV2Model, RobertaConfig, RobertaModel
 
-from lora_nlu.methods.table import count_parameters, mark_trainable
+from lora_nlu.methods.marking import count_parameters, mark_trainable
 from lora_nlu.models import modeling_deberta_v2, modeling_roberta
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ import torch
 from transformers import RobertaConfig
 
 from lora_nlu.data.tasks import TASKS
-from lora_nlu.methods.table import mark_trainable
+from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.training import launch
 from lora_nlu.training.parsing import parse_arguments

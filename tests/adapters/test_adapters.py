@@ -40,9 +40,9 @@ from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
-from lora_nlu.methods.description import TARGETS
 from lora_nlu.methods.lora import LoRALinear
-from lora_nlu.methods.table import mark_only_lora_as_trainable, mark_trainable
+from lora_nlu.methods.marking import mark_only_lora_as_trainable, mark_trainable
+from lora_nlu.methods.targets import TARGETS
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification, DebertaV2Model
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification, RobertaModel
 

@@ -28,8 +28,9 @@ from lora_nlu.adapters.attaching import attach_adapter
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
-from lora_nlu.methods.lora import LoRALinear, merge_lora_
-from lora_nlu.methods.table import mark_only_lora_as_trainable, mark_trainable
+from lora_nlu.methods.linear import merge_lora_
+from lora_nlu.methods.lora import LoRALinear
+from lora_nlu.methods.marking import mark_only_lora_as_trainable, mark_trainable
 from lora_nlu.models.loading import base_fingerprint
 
 ROOT = Path(__file__).parents[2]

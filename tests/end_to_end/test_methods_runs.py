@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,22 @@ from safetensors.torch import load_file
 from test_run_glue import read, scores, succeeded
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+from lora_nlu.methods.table import METHODS as TABLE
+
 STEPS = ["--max_steps", "6", "--save_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-2"]
 HOULSBY = ["--apply_adapter", "--adapter_type", "houlsby", "--adapter_size", "8"]
 ELSEWHERE = [*LORA, "--lora_target_modules", "output,key,dense", "--lora_layers", "1", "--lora_dropout", "0.2"]
 H, ADAPTER = 32, 2 * 32 * 8 + 8 + 32  # the tiny model's width, and the parameters of one adapter in it
+
+
+def method_in(record: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the method in a run's record, which also has the method's looks in the table."""
+    method = dict(record["method"])
+    row = TABLE[method["name"]]
+    assert [method.pop(name) for name in ("label", "color", "marker")] == [row.label, row.color, row.marker]
+    return method
+
+
 # flags, what run.json says, trained parameters of the encoder, as the closing table calls them, pattern of their names
 METHODS: dict[str, tuple[list[str], dict[str, object], int, str, str]] = {
     "bitfit": (["--apply_bitfit"], {"name": "bitfit"}, H + 2 * (7 * H + 48), "biases", r"bias$"),
@@ -105,13 +118,13 @@ def test_the_run_records_its_method_and_how_many_parameters_it_trains(method, tr
     folder, outcome = trained(method)
     _, described, encoder, part, _ = METHODS[method]
     run, tensors = read(folder / "run.json"), load_file(folder / "adapter_model.safetensors")
-    assert run["method"] == described
+    assert method_in(run) == described
     config = RobertaConfig.from_pretrained(tiny_model, num_labels=2)
     plain = sum(p.numel() for p in RobertaForSequenceClassification(config).parameters())
     trainable = sum(tensor.numel() for tensor in tensors.values())
     total = plain + sum(t.numel() for name, t in tensors.items() if re.search(r"\.(lora_|adapter_)", name))
     assert run["parameters"] == {"encoder": encoder, "trainable": trainable, "total": total}
-    assert read(folder / "run_metadata.json")["method"] == described
+    assert method_in(read(folder / "run_metadata.json")) == described
     table = dict(re.findall(r"^  (\S[\w -]*?)  +(\S.*)$", outcome.out, re.MULTILINE))
     of_them = f", {encoder:,} of them {part}" if part else ""
     assert table["trainable parameters"] == f"{trainable:,} of {total:,}{of_them}"
@@ -131,7 +144,7 @@ def test_full_fine_tuning_saves_a_whole_model_and_says_so(trained, call, glue, t
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert (folder / "checkpoint-6" / "model.safetensors").is_file() and not [*folder.rglob("adapter_*")]
     run, numbers = read(folder / "run.json"), sum(p.numel() for p in theirs.parameters())
-    assert run["method"] == {"name": "full"}
+    assert method_in(run) == {"name": "full"}
     encoder = sum(p.numel() for p in theirs.roberta.parameters())
     assert run["parameters"] == {"encoder": encoder, "trainable": numbers, "total": numbers}
     assert re.search(rf"trainable parameters +{numbers:,} of {numbers:,}$", outcome.out, re.MULTILINE)
@@ -225,7 +238,7 @@ def test_rte_starts_from_an_mnli_runs_adapters_and_leaves_its_head_behind(said, 
         assert torch.equal(got[name], mnli[name]) == (".adapter." in name), name
     assert got["classifier.out_proj.weight"].shape == (2, H)
     run = read(output / "run.json")
-    assert run["method"] == METHODS["houlsby"][1] and run["started_from"] == str(mnli_run)
+    assert method_in(run) == METHODS["houlsby"][1] and run["started_from"] == str(mnli_run)
     assert run["parameters"]["encoder"] == METHODS["houlsby"][2]
 
 
@@ -235,7 +248,7 @@ def test_training_that_starts_from_updates_drops_what_its_own_flags_say(said, p,
     flags = ["--lora_path", folder, *STEPS, "--max_steps", "1", "--do_train", *said]
     succeeded(call(*rte(glue, tmp_path / "o", *flags)))
     described = METHODS["lora elsewhere"][1] | {"lora_dropout": p}
-    assert read(tmp_path / "o" / "run.json")["method"] == described
+    assert method_in(read(tmp_path / "o" / "run.json")) == described
     assert read(tmp_path / "o" / "adapter_config.json")["lora_dropout"] == p
 
 

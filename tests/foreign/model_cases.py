@@ -15,7 +15,7 @@ from transformers import DebertaV2Config, RobertaConfig
 
 import lora_nlu.models.modeling_deberta_v2
 import lora_nlu.models.modeling_roberta
-from lora_nlu.methods.description import TARGETS
+from lora_nlu.methods.targets import TARGETS
 from lora_nlu.models.modeling_roberta import EncoderLayer
 
 THEIRS = os.environ["FOREIGN_SIDE"] == "theirs"

@@ -18,8 +18,9 @@ from lora_nlu.adapters.converting import merged_state
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
-from lora_nlu.methods.lora import LoRALinear, merge_lora_, set_lora_, unmerge_lora_
-from lora_nlu.methods.table import mark_only_lora_as_trainable
+from lora_nlu.methods.linear import merge_lora_, unmerge_lora_
+from lora_nlu.methods.lora import LoRALinear, set_lora_
+from lora_nlu.methods.marking import mark_only_lora_as_trainable
 from lora_nlu.models.loading import base_fingerprint
 
 KINDS = ["roberta", "deberta", "deberta with LoRA on the relative query"]

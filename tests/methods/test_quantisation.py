@@ -17,9 +17,9 @@ from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.methods.bottleneck import set_bottlenecks_
-from lora_nlu.methods.description import lora_rank
+from lora_nlu.methods.description import description_of
 from lora_nlu.methods.lora import set_lora_
-from lora_nlu.methods.table import mark_only_lora_as_trainable, mark_trainable
+from lora_nlu.methods.marking import mark_only_lora_as_trainable, mark_trainable
 from lora_nlu.models.loading import load_config
 
 KINDS = {"roberta": tiny_config, "deberta-v2": tiny_deberta_config}
@@ -158,7 +158,10 @@ def test_a_merged_model_is_quantised_in_transformers_own_class(kind):
     theirs.load_state_dict(state)
     quantised = torch.ao.quantization.quantize_dynamic(theirs, {nn.Linear})
     count = sum(isinstance(module, dynamic.Linear) for module in quantised.modules())
-    assert count == sum(isinstance(module, nn.Linear) for module in theirs.modules()) > 12 and lora_rank(ours.config)
+    assert (
+        count == sum(isinstance(module, nn.Linear) for module in theirs.modules()) > 12
+        and description_of(ours.config).rank
+    )
     batch = ragged_batch([17, 3, 9], pad=ours.config.pad_token_id)
     with torch.no_grad():
         assert_close(quantised(**batch).logits, ours(**batch).logits, 0.1)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_nlu.models.losses
-from lora_nlu.methods.table import mark_only_lora_as_trainable
+from lora_nlu.methods.marking import mark_only_lora_as_trainable
 from lora_nlu.models.losses import classification_loss, cutoff, two_view_losses
 from lora_nlu.models.modeling_deberta_v2 import table_rows
 from lora_nlu.ops.packing import PackedBatch

@@ -23,8 +23,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn import functional as F
 from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
-from lora_nlu.methods.lora import LoRALinear, merge_lora_, unmerge_lora_
-from lora_nlu.methods.table import count_parameters, mark_only_lora_as_trainable
+from lora_nlu.methods.linear import merge_lora_, unmerge_lora_
+from lora_nlu.methods.lora import LoRALinear
+from lora_nlu.methods.marking import count_parameters, mark_only_lora_as_trainable
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification, DebertaV2Model, shifted, table_rows
 from lora_nlu.ops.packing import PackedBatch
 

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_nlu.methods.table import mark_only_lora_as_trainable
+from lora_nlu.methods.marking import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification, RobertaModel
 
 LENGTHS = [9, 4, 6, 4, 1]

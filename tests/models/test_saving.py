@@ -19,9 +19,11 @@ from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.methods.bottleneck import Bottleneck, set_bottlenecks_
-from lora_nlu.methods.description import TARGETS, set_method, target_of
-from lora_nlu.methods.lora import LoRALinear, merge_lora_, set_lora_
-from lora_nlu.methods.table import mark_only_lora_as_trainable, mark_trainable
+from lora_nlu.methods.description import set_method
+from lora_nlu.methods.linear import merge_lora_
+from lora_nlu.methods.lora import LoRALinear, set_lora_
+from lora_nlu.methods.marking import mark_only_lora_as_trainable, mark_trainable
+from lora_nlu.methods.targets import TARGETS, target_of
 from lora_nlu.models.modeling_roberta import RobertaModel
 
 KINDS = ["roberta", "deberta-v2"]

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_nlu.methods.lora import merge_lora_
+from lora_nlu.methods.linear import merge_lora_
 from lora_nlu.ops import kernels
 
 KINDS = ["roberta", "deberta-v2"]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lora_nlu.methods.lora import LoRALinear
-from lora_nlu.methods.table import mark_only_lora_as_trainable
+from lora_nlu.methods.marking import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.ops import kernels

@@ -38,9 +38,10 @@ from helpers import CLASSIFIERS, randomise_  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import DebertaV2Config, RobertaConfig  # noqa: E402
 
-from lora_nlu.methods.description import TARGETS
-from lora_nlu.methods.lora import LoRALinear, merge_lora_
-from lora_nlu.methods.table import mark_only_lora_as_trainable
+from lora_nlu.methods.linear import merge_lora_
+from lora_nlu.methods.lora import LoRALinear
+from lora_nlu.methods.marking import mark_only_lora_as_trainable
+from lora_nlu.methods.targets import TARGETS
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2Model
 from lora_nlu.models.modeling_roberta import RobertaModel
 

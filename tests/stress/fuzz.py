@@ -50,7 +50,7 @@ from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.files import ADAPTER_WEIGHTS, RUN_METADATA
-from lora_nlu.methods.table import mark_only_lora_as_trainable
+from lora_nlu.methods.marking import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 
 FORMATS = ("zip", "pickle in zip", "legacy", "safetensors", "run")

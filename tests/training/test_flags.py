@@ -3,14 +3,18 @@
 import dataclasses
 import os
 import tracemalloc
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from lora_nlu.errors import UsageError, UserError
-from lora_nlu.methods.description import TARGETS
-from lora_nlu.training.arguments import DataArguments, ModelArguments, parse_layers, parse_targets
+from lora_nlu.methods.description import method_flags, settings_of_flags
+from lora_nlu.methods.targets import TARGETS
+from lora_nlu.training.arguments import DataArguments, ModelArguments
 from lora_nlu.training.legacy_flags import DROPPED, RENAMED, SWITCHES, translate
 from lora_nlu.training.parsing import parse
 
@@ -212,6 +216,15 @@ def test_no_translated_flag_is_one_of_todays(old):
 # Layers with LoRA: lists in one word.
 
 
+def setting(name: str, text: str | None) -> Any:
+    """What the config of a model of 12 layers gets for one method's flag."""
+    flags = SimpleNamespace(**{flag.name: flag.default for flag in method_flags()} | {name: text})
+    return settings_of_flags(flags, SimpleNamespace(num_hidden_layers=12))[name]
+
+
+parse_targets, parse_layers = partial(setting, "lora_target_modules"), partial(setting, "lora_layers")
+
+
 @pytest.mark.parametrize(
     ("text", "targets"),
     [
@@ -250,7 +263,7 @@ def test_a_target_that_is_none_is_refused_with_those_that_are(text, wrong):
     ],
 )
 def test_layers_are_numbers_and_ranges_with_both_ends_each_once_in_order(text, layers):
-    assert parse_layers(text, 12) == layers
+    assert parse_layers(text) == layers
 
 
 @pytest.mark.parametrize(
@@ -258,26 +271,26 @@ def test_layers_are_numbers_and_ranges_with_both_ends_each_once_in_order(text, l
 )
 def test_layers_that_are_no_numbers_are_refused_with_an_example(text):
     with pytest.raises(UsageError, match="give numbers and ranges from 0, such as 0-3,11") as error:
-        parse_layers(text, 12)
+        parse_layers(text)
     assert f"--lora_layers {text}:" in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["12", "0,12", "0-12", "99999999"])
 def test_layers_that_the_model_does_not_have_are_refused_with_those_it_has(text):
     with pytest.raises(UsageError, match="the model has 12 layers, 0 to 11"):
-        parse_layers(text, 12)
+        parse_layers(text)
 
 
 @pytest.mark.parametrize("text", ["3-1", "3-1,7", "7,3-1"])
 def test_a_range_that_runs_backwards_is_refused_not_left_out(text):
     with pytest.raises(UsageError, match=f"--lora_layers {text}: "):
-        parse_layers(text, 12)
+        parse_layers(text)
 
 
 def test_a_range_far_beyond_the_model_is_refused_without_counting_to_its_end():
     tracemalloc.start()
     with pytest.raises(UsageError, match="the model has 12 layers"):
-        parse_layers("0-300000", 12)
+        parse_layers("0-300000")
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 1e6

@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from lora_nlu.errors import UserError
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
-from lora_nlu.methods.table import mark_only_lora_as_trainable
+from lora_nlu.methods.marking import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.training.checkpoints import complete_checkpoints
 from lora_nlu.training.trainer import AdapterTrainer

@@ -15,8 +15,9 @@ from lora_nlu.adapters.head import LoadableState, loadable_state
 from lora_nlu.errors import UserError, printable
 from lora_nlu.methods.bottleneck import set_bottlenecks_
 from lora_nlu.methods.description import TRAINED_NAMES
-from lora_nlu.methods.lora import check_not_quantised, set_lora_, unmerge_lora_
-from lora_nlu.methods.table import mark_trainable
+from lora_nlu.methods.linear import check_not_quantised, unmerge_lora_
+from lora_nlu.methods.lora import set_lora_
+from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.loading import base_fingerprint, encoder_prefix_in, head_names
 from lora_nlu.ops.sharding import copy_into
 

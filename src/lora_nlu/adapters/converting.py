@@ -23,7 +23,8 @@ from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import atomic_write, flush_and_rename
 from lora_nlu.labels import placeholder_labels, set_labels
 from lora_nlu.methods.description import set_method
-from lora_nlu.methods.lora import LoRALinear, unmerged_parameters
+from lora_nlu.methods.linear import unmerged_parameters
+from lora_nlu.methods.lora import LoRALinear
 from lora_nlu.models.loading import base_fingerprint, load_config, load_model
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_nlu.adapters.adapter import Adapter, is_deberta
 from lora_nlu.errors import UserError
-from lora_nlu.methods.description import targets_and_layers
+from lora_nlu.methods.targets import targets_and_layers
 
 
 def check_settings(

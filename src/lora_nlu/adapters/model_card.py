@@ -9,7 +9,7 @@ from lora_nlu.adapters.reading import read_adapter, weights_in
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import printable
 from lora_nlu.files import ADAPTER_CONFIG, RUN_METADATA, write_text
-from lora_nlu.methods.description import targets_and_layers
+from lora_nlu.methods.targets import targets_and_layers
 from lora_nlu.ops.tensors import not_finite
 
 CARD = "README.md"

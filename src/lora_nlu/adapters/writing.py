@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from lora_nlu.adapters.adapter import Adapter, most_common
 from lora_nlu.adapters.peft_format import peft_config, to_peft_key
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, atomic_write, write_json
-from lora_nlu.methods.lora import LoRALinear, unmerged_parameters
-from lora_nlu.methods.table import describe_method
+from lora_nlu.methods.linear import unmerged_parameters
+from lora_nlu.methods.lora import LoRALinear
+from lora_nlu.methods.marking import describe_method
 from lora_nlu.ops.tensors import fingerprint
 
 

@@ -151,7 +151,7 @@ def set_method(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, flag in flags.items():
         value = settings.get(name)
         switches = [row.switch for row in METHODS.values() if flag in row.flags]
-        is_set = value or (value == 0 and flag.kind is str)  # the number of the first layer is 0
+        is_set = value or (value == 0 and flag.kind in (int, str))  # a rank, or the number of the first layer
         if is_set and (flag.always or any(settings.get(switch) for switch in switches)):
             setattr(config, name, value)
     for row in METHODS.values():
@@ -179,6 +179,24 @@ def settings_of_flags(flags: Any, config: Any) -> dict[str, Any]:
 def methods_of_flags(flags: Any) -> list[Method]:
     """The methods whose switch is on."""
     return [row for row in METHODS.values() if row.switch and getattr(flags, row.switch)]
+
+
+def contradicts(flags: Any, method: str) -> bool:
+    """Whether the flags name other methods than that of an adapter."""
+    row, on = METHODS[method], methods_of_flags(flags)
+    alone = all(other is row or other.path_flag != row.path_flag for other in METHODS.values())
+    if on and row not in on and not alone:
+        return True
+    for flag in method_flags():
+        owners = [other for other in METHODS.values() if flag in other.flags]
+        value = getattr(flags, flag.name)
+        if not flag.in_config or flag.always or value == flag.default:
+            continue
+        if row in owners and value != row.chosen_by.get(flag.name, value):
+            return True
+        if row not in owners and not any(owner in on for owner in owners):
+            return True
+    return False
 
 
 def check_flags(flags: Any) -> None:

@@ -17,7 +17,7 @@ from lora_nlu.adapters.tensor_files import check_archive
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.files import ADAPTER_WEIGHTS, flush_and_rename, write_json
-from lora_nlu.methods.table import trains_a_part
+from lora_nlu.methods.marking import trains_a_part
 from lora_nlu.ops.sharding import is_finite
 from lora_nlu.training.checkpoints import (
     FILE_LIST,

@@ -10,7 +10,7 @@ from transformers.integrations import get_available_reporting_integrations
 from lora_nlu.data.metrics import greater_is_better
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UsageError
-from lora_nlu.methods.description import LORA_SETTINGS
+from lora_nlu.methods.description import check_flags, method_flags
 from lora_nlu.training.arguments import parse_names
 from lora_nlu.training.processes import say
 
@@ -26,7 +26,7 @@ def check_compiler(backend: str | None, on_cpu: bool) -> None:
 
 def check_arguments(model_args: Any, data_args: Any, args: Any) -> None:
     """Check the three groups of flags of run_glue.py against each other. Raises UsageError."""
-    check_method(model_args)
+    check_flags(model_args)
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict.")
     if args.save_on_each_node:
@@ -71,12 +71,12 @@ def check_arguments(model_args: Any, data_args: Any, args: Any) -> None:
     check_early_stopping(args)
     check_compiler(args.torch_compile_backend, args.use_cpu)
     counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    of_methods = [(f.at_least, f.below or math.inf, f.name) for f in method_flags() if f.at_least is not None]
     for group, least, below, names in (
-        (model_args, 0, math.inf, ("lora_r",)),  # rank 0 is plain fine-tuning
+        *((model_args, least, below, (name,)) for least, below, name in of_methods),
         (model_args, 0, math.inf, ("reg_loss_wgt",)),
-        (model_args, 0, 1, ("cls_dropout", "masking_prob", "lora_dropout")),
+        (model_args, 0, 1, ("cls_dropout", "masking_prob")),
         (args, 0, 1, ("label_smoothing_factor",)),
-        (model_args, 1, math.inf, ("adapter_size",)),
         (data_args, 1, math.inf, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
         (data_args, 4, math.inf, ("max_seq_length",)),
         (data_args, 0, math.inf, ("sample_seed",)),
@@ -89,14 +89,16 @@ def check_arguments(model_args: Any, data_args: Any, args: Any) -> None:
             if (value := getattr(group, name)) is not None and not least <= value < below:
                 wanted = f"{least} or more" if below == math.inf else f"from {least} to below {below}"
                 raise UsageError(f"--{name} {value}: must be {wanted}.")
+    for f in method_flags():
+        value = getattr(model_args, f.name)
+        if f.above is not None and value is not None and not f.above < value < math.inf:
+            raise UsageError(f"--{f.name} {value}: must be above {f.above:g}.")
     if model_args.masking_prob and not model_args.reg_loss_wgt:
         raise UsageError(
             "--masking_prob needs --reg_loss_wgt: cutoff compares the pass with hidden tokens to a whole one."
         )
     if model_args.reg_loss_wgt and args.label_smoothing_factor:
         raise UsageError("--label_smoothing_factor replaces the loss that --reg_loss_wgt adds to: give one of them.")
-    if model_args.lora_alpha is not None and not 0 < model_args.lora_alpha < math.inf:
-        raise UsageError(f"--lora_alpha {model_args.lora_alpha}: must be above 0.")
 
 
 def check_accelerator(args: Any) -> None:
@@ -124,33 +126,6 @@ def check_early_stopping(args: Any) -> None:
         raise UsageError(
             "--early_stopping_patience counts evaluations while training: add --eval_strategy epoch or steps."
         )
-
-
-def check_method(m: Any) -> None:
-    """One method at a time, with the flags it needs and no other's. Raises UsageError."""
-    if m.apply_lora and not m.lora_path and (m.lora_r is None or (m.lora_r and m.lora_alpha is None)):
-        raise UsageError(
-            "--apply_lora needs --lora_r and --lora_alpha (the paper's RoBERTa: --lora_r 8 --lora_alpha 16)."
-        )
-    if m.apply_adapter and not m.adapter_path and None in (m.adapter_type, m.adapter_size):
-        raise UsageError("--apply_adapter needs --adapter_type (houlsby or pfeiffer) and --adapter_size.")
-    exclusive = (("apply_lora", "lora_path"), ("apply_adapter", "adapter_path"), ("head_only",))
-    said = [
-        next(flag for flag in flags if getattr(m, flag)) for flags in exclusive if any(getattr(m, f) for f in flags)
-    ]
-    if said == ["adapter_path", "head_only"]:  # of a head alone, then
-        said = ["head_only"]
-    if m.apply_bitfit and "head_only" in said:
-        said.append("apply_bitfit")
-    if len(said) > 1:
-        raise UsageError(f"--{said[0]} and --{said[1]}: choose one of them.")
-    for flag, path, settings in (
-        ("apply_lora", "lora_path", LORA_SETTINGS),
-        ("apply_adapter", "adapter_path", ("adapter_type", "adapter_size")),
-    ):
-        setting = next((name for name in settings if getattr(m, name) is not None), None)
-        if setting and not (getattr(m, flag) or getattr(m, path)):
-            raise UsageError(f"--{setting} has no effect without --{flag}. Add --{flag}, or remove --{setting}.")
 
 
 def choose_metrics(args: Any, task: str, is_regression: bool) -> tuple[str, ...]:

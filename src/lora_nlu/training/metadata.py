@@ -13,8 +13,9 @@ import lora_nlu
 from lora_nlu.data.examples import Examples
 from lora_nlu.data.glue import HUB_DATASET
 from lora_nlu.data.tokenization import digest
-from lora_nlu.methods.lora import LoRALinear
-from lora_nlu.methods.table import count_parameters, describe_method
+from lora_nlu.methods.description import relative_query
+from lora_nlu.methods.lora import lora_layers
+from lora_nlu.methods.marking import count_parameters, describe_method
 from lora_nlu.training.arguments import DataArguments, ModelArguments
 from lora_nlu.training.run_arguments import RunArguments
 
@@ -65,7 +66,7 @@ def run_metadata(
 
     examples, tables: as read and as tokenised, truncated to max_length tokens; fingerprints: of base and tokenizer.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    layers = lora_layers(model).values()
     settings = deciding_settings(args)
     file = data_args.train_file or data_args.validation_file or data_args.test_file
     metadata = {
@@ -83,7 +84,7 @@ def run_metadata(
         "lora": {
             "ranks": sorted({layer.r for layer in layers}),
             "scalings": sorted({layer.scaling for layer in layers}),
-            "lora_relative_query": bool(getattr(model.config, "lora_relative_query", False)),
+            "lora_relative_query": relative_query(model.config),
         },
         "method": describe_method(model),
         "parameters": count_parameters(model)._asdict(),

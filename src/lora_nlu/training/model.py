@@ -14,8 +14,9 @@ from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError, UserError, printable
 from lora_nlu.files import ADAPTER_CONFIG
 from lora_nlu.labels import config_labels, recorded_labels
-from lora_nlu.methods.description import SETTINGS, set_method
-from lora_nlu.methods.lora import LoRALinear
+from lora_nlu.methods.description import contradicts, description_of, set_method, settings_of_flags
+from lora_nlu.methods.lora import set_lora_dropout_
+from lora_nlu.methods.table import METHODS
 from lora_nlu.models.loading import (
     base_fingerprint,
     check_method,
@@ -25,7 +26,7 @@ from lora_nlu.models.loading import (
     set_two_views,
 )
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
-from lora_nlu.training.arguments import DataArguments, ModelArguments, parse_layers, parse_targets
+from lora_nlu.training.arguments import DataArguments, ModelArguments
 from lora_nlu.training.head import Head
 from lora_nlu.training.output_folder import recorded
 from lora_nlu.training.processes import say
@@ -39,19 +40,15 @@ def load_adapter(
     m = model_args
     if not m.adapter_source:
         return None
-    flag = "--lora_path" if m.lora_path else "--adapter_path"
-    adapter = read_adapter(m.adapter_source, flag, cache_dir=m.cache_dir, token=m.token)
+    adapter = read_adapter(m.adapter_source, f"--{m.path_flag}", cache_dir=m.cache_dir, token=m.token)
     adapter = with_relative_query(adapter, m.lora_relative_query)
-    method = adapter.method
-    if (method == "lora") != bool(m.lora_path):
-        right = "lora_path" if method == "lora" else "adapter_path"
-        raise UserError(f"{adapter.source}: holds {method}. Give it as --{right}.")
-    by_flags = m.adapter_type or method, m.adapter_size or adapter.adapter_size
-    if m.head_only or (m.apply_bitfit and not m.apply_adapter and not m.lora_path):
-        by_flags = "head" if m.head_only else "bitfit", None
-    if by_flags != (method, adapter.adapter_size) or (m.apply_adapter and not adapter.adapter_size):
+    if METHODS[adapter.method].path_flag != m.path_flag:
+        right = METHODS[adapter.method].path_flag
+        raise UserError(f"{adapter.source}: holds {adapter.method}. Give it as --{right}.")
+    if contradicts(m, adapter.method) or m.adapter_size not in (None, adapter.adapter_size):
         raise UserError(f"{adapter.source}: holds {_contents(adapter, m)}, and the flags say otherwise.")
-    targets, layers = parse_targets(m.lora_target_modules), parse_layers(m.lora_layers, config.num_hidden_layers)
+    settings = settings_of_flags(m, config)
+    targets, layers = settings["lora_target_modules"], settings["lora_layers"]
     check_settings(adapter, m.lora_r, m.lora_alpha, m.lora_relative_query, targets, layers)
     if (task := adapter.metadata.get("task", data_args.task)) != data_args.task:
         say(args, f"{adapter.source}: was trained on {printable(task)}; this is {data_args.task}.")
@@ -60,7 +57,7 @@ def load_adapter(
 
 def _contents(adapter: Adapter, model_args: ModelArguments) -> str:
     """What an adapter's file contains, in a few words."""
-    if adapter.method != "lora":
+    if not adapter.ranks:
         return adapter.method + (f", size {adapter.adapter_size}" if adapter.adapter_size else "")
     ranks, alpha = sorted(set(adapter.ranks.values())), adapter.lora_alpha
     scaling = f"{alpha:g}" if alpha is not None else f"{model_args.lora_alpha:g}, which the file can't confirm"
@@ -115,11 +112,9 @@ def _load_model(
 ) -> Any:
     """The base model with the method of the flags; base_labels: those of its own head, where they are recorded."""
     name = model_args.model_name_or_path
-    settings = {setting: getattr(model_args, setting, None) for setting in SETTINGS}
-    settings["lora_target_modules"] = parse_targets(model_args.lora_target_modules)
-    settings["lora_layers"] = parse_layers(model_args.lora_layers, config.num_hidden_layers)
+    settings = settings_of_flags(model_args, config)
     if adapter:  # it brings its own layers
-        settings |= {"apply_lora": False, "apply_adapter": False}
+        settings |= {row.switch: False for row in METHODS.values() if row.added}
     saved = set_method(config, settings)
     if model_args.lora_relative_query and config.model_type != "deberta-v2":
         raise UsageError(f"--lora_relative_query: a {config.model_type} model has no relative positions.")
@@ -130,7 +125,7 @@ def _load_model(
         model, notes = load_model(name, config, needs_head, base_labels, not replaces_head, **model_args.hub)
     check_method(model, name, saved)
     if needs_head:
-        _check_is_trained(model_args, args, saved, bool(own_adapter(model)))
+        _check_is_trained(model, model_args, args, saved)
     say(args, *notes)
     return model
 
@@ -151,26 +146,20 @@ def _attach(model: Any, adapter: Adapter, model_args: ModelArguments, args: RunA
         way = "without LoRA, the reference's way" if adapter.frozen_relative_query else "with LoRA, PEFT's way"
         guess = f"; the relative query {way}, which the file can't confirm"
     say(args, f"Loaded {adapter.source}: {_contents(adapter, model_args)}{guess}.")
-    for module in model.modules():
-        if isinstance(module, LoRALinear):
-            module.lora_dropout = model_args.lora_dropout or 0.0
+    set_lora_dropout_(model, model_args.lora_dropout or 0.0)
 
 
-def _check_is_trained(model_args: ModelArguments, args: RunArguments, saved: dict[str, Any], has_own: bool) -> None:
+def _check_is_trained(model: Any, model_args: ModelArguments, args: RunArguments, saved: dict[str, Any]) -> None:
     """Raise UsageError for a method's flag in a run that neither trains nor loads anything that the method trained.
 
-    saved: the method's settings in the base's config; has_own: whether the base contains LoRA or adapters of its own.
+    saved: the method's settings in the base's config.
     """
-    m = model_args
-    is_set = {"apply_lora": m.apply_lora and m.lora_r, "apply_adapter": m.apply_adapter}
-    is_set |= {"apply_bitfit": m.apply_bitfit and not saved.get("apply_bitfit")}
-    is_set |= {"head_only": m.head_only and not saved.get("head_only")}
-    flag = next((flag for flag in is_set if is_set[flag]), None)
-    if flag is None or (flag in ("apply_lora", "apply_adapter") and has_own):
+    rows = [row for row in description_of(model.config).rows if row.switch and (row.added or not saved.get(row.switch))]
+    if not rows or (rows[0].added and own_adapter(model)):
         return
-    path_flag = "lora_path" if flag == "apply_lora" else "adapter_path"
+    flag, name = rows[0].switch, model_args.model_name_or_path
     folder = args.output_dir if Path(str(args.output_dir), ADAPTER_CONFIG).is_file() else "FOLDER"
     raise UsageError(
         f"--{flag} says what trains, and nothing trains here (--do_train) or is given that was trained.\n"
-        f"Give it: --{path_flag} {folder}. Or leave --{flag} out: {m.model_name_or_path} is evaluated as it is."
+        f"Give it: --{rows[0].path_flag} {folder}. Or leave --{flag} out: {name} is evaluated as it is."
     )

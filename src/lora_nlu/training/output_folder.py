@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from lora_nlu.errors import UserError
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, is_training_run, read_json, write_json
 from lora_nlu.labels import label_list
+from lora_nlu.methods.table import METHODS
 from lora_nlu.training.checkpoints import complete_checkpoints, remove_checkpoint
 from lora_nlu.training.trainer import AdapterTrainer
 
@@ -69,7 +70,7 @@ def record_evaluation(trainer: AdapterTrainer, evaluated: str) -> None:
         return
     task, method = earlier.get("task"), earlier.get("method", {}).get("name")
     if folder.resolve() != Path(evaluated).resolve() or task != now["task"]:
-        flag = {"full": "model_name_or_path", "lora": "lora_path"}.get(method, "adapter_path")
+        flag = METHODS[method].path_flag if method in METHODS else "adapter_path"
         raise UserError(
             f"--output_dir {folder} is of a run that trained on {task}; the results of {evaluated} on {now['task']} "
             f"would be taken for that run's.\nChoose another --output_dir; what was trained there is --{flag} {folder}."

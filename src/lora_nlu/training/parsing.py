@@ -12,7 +12,7 @@ from transformers.integrations import is_tensorboard_available
 
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import read_json
-from lora_nlu.training.arguments import DataArguments, ModelArguments
+from lora_nlu.training.arguments import DataArguments, ModelArguments, model_arguments
 from lora_nlu.training.checks import check_arguments
 from lora_nlu.training.legacy_flags import translate
 from lora_nlu.training.processes import say
@@ -23,7 +23,7 @@ def parse_arguments(
     argv: list[str], environ: MutableMapping[str, str]
 ) -> tuple[ModelArguments, DataArguments, RunArguments]:
     """Flags, or one JSON file of them, to the three groups; environ: as in `RunArguments`. Raises UsageError."""
-    (model_args, data_args, args), notes = parse(argv, (ModelArguments, DataArguments, RunArguments), environ)
+    (model_args, data_args, args), notes = parse(argv, (model_arguments(), DataArguments, RunArguments), environ)
     if not model_args.use_fast_tokenizer:
         notes.append("--use_fast_tokenizer false is ignored: the fast tokenizer is used wherever there is one.")
     if args.logging_nan_inf_filter:

@@ -17,9 +17,6 @@ from lora_nlu.training.output_folder import RUN, clear_earlier_run, locked, reco
 from lora_nlu.training.processes import say
 from lora_nlu.training.trainer import AdapterTrainer
 
-# What a method trains in the encoder, as the closing table calls it
-LOSS_PARTS = {"lora": "LoRA", "bitfit": "biases", "houlsby": "adapters", "pfeiffer": "adapters"}
-
 
 def trainer_class(args: Any) -> type[AdapterTrainer]:
     """The trainer for the backend of the flags; args: RunArguments."""

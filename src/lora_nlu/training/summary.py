@@ -7,8 +7,9 @@ from lora_nlu.adapters.model_card import write_card
 from lora_nlu.data.metrics import greater_is_better
 from lora_nlu.data.tokenization import token_count
 from lora_nlu.files import RUN_METADATA, read_json, write_json
-from lora_nlu.methods.table import count_parameters
-from lora_nlu.training.runs import LOSS_PARTS, peak_memory_gib
+from lora_nlu.methods.marking import count_parameters
+from lora_nlu.methods.table import METHODS
+from lora_nlu.training.runs import peak_memory_gib
 from lora_nlu.training.trainer import AdapterTrainer
 
 
@@ -34,7 +35,7 @@ def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: d
         best = choose(epochs, key=lambda entry: entry[f"eval_{metric}"])
         rows.append(("best while training", f"{best[f'eval_{metric}']:.4f} at epoch {best['epoch']:.2f}"))
     method = trainer.metadata["method"]
-    part = LOSS_PARTS.get(method["name"], "") + " and biases" * bool(method.get("biases"))
+    part = METHODS[method["name"]].part + " and biases" * bool(method.get("biases"))
     part = f", {counts.encoder:,} of them {part}" if part else ""
     rows.append(("trainable parameters", f"{counts.trainable:,} of {counts.total:,}{part}"))
     runtime = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
