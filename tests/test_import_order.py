@@ -19,7 +19,7 @@ BELOW: dict[str, set[str]] = {
     "ops": {"errors"},
     "methods": {"errors", "ops"},
     "models": {"errors", "files", "labels", "ops", "methods"},
-    "adapters": {"errors", "files", "labels", "ops", "methods", "models", "data"},
+    "adapters": {"errors", "files", "labels", "ops", "methods", "models"},
     "data": {"errors", "files", "labels"},
     "training": {"errors", "files", "labels", "ops", "methods", "models", "adapters", "data"},
     "report": {"errors", "files", "data", "adapters"},

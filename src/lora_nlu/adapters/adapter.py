@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lora_nlu.errors import UserError
 from lora_nlu.labels import last_head_layer
+from lora_nlu.methods.method import Method
+from lora_nlu.methods.table import METHODS
 
 _BARE = ("encoder.", "embeddings.")  # first parts of names in an encoder without classifier (FEATURE_EXTRACTION)
 ENCODER_PREFIXES = ("roberta.", "deberta.", *_BARE)  # of an encoder's names, with a classifier or without
@@ -41,7 +43,7 @@ class Adapter:
     lora_dropout:           the dropout it was trained with; it changes nothing in what the adapter computes.
     targets:                names, or a pattern, of the layers that must have an update.
     base_weights:           weights of those layers in a checkpoint of a whole model, which may hold the update already.
-    method:                 lora, or bitfit, houlsby, pfeiffer, head (methods.py): nothing of the above is theirs.
+    method:                 a name in methods/table.py; all of the above but base_weights is for methods with updates.
     """
 
     source: Path
@@ -55,6 +57,11 @@ class Adapter:
     metadata: dict[str, Any] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
     method: str = "lora"
+
+    @property
+    def row(self) -> Method:
+        """The method's row in the table."""
+        return METHODS[self.method]
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -166,7 +173,7 @@ def is_target(adapter: Adapter, name: str) -> bool:
 
 
 def layer_count(names: Iterable[str]) -> int:
-    return len({match.group(1) for name in names if (match := re.search(r"\.layer\.(\d+)\.", name))})
+    return len({match.group(1) for name in names if (match := re.search(r"\.(\d+)\.", name))})
 
 
 def looks_like_hub_id(base: str) -> bool:

@@ -1,6 +1,7 @@
 """An adapter into a model: its layers made, its tensors checked and copied."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,7 @@ from lora_nlu.adapters.checks import check_values
 from lora_nlu.adapters.flags import relative_query_error
 from lora_nlu.adapters.head import LoadableState, loadable_state
 from lora_nlu.errors import UserError, printable
-from lora_nlu.methods.bottleneck import set_bottlenecks_
-from lora_nlu.methods.description import TRAINED_NAMES
 from lora_nlu.methods.linear import check_not_quantised, unmerge_lora_
-from lora_nlu.methods.lora import set_lora_
 from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.loading import base_fingerprint, encoder_prefix_in, head_names
 from lora_nlu.ops.sharding import copy_into
@@ -41,13 +39,14 @@ def attach_adapter(
     """
     check_not_quantised(model)
     unmerge_lora_(model)
-    layers: dict[str, tuple[int, float]] = {}
-    if adapter.method == "lora":
-        layers = _add_lora(model, adapter, lora_alpha)
-    elif adapter.adapter_size is not None:
-        set_bottlenecks_(model, adapter.method, adapter.adapter_size)
+    layers = adapter.layers(lora_alpha) if adapter.row.layer else {}
+    if layers:
+        _check_layers(model, adapter)
+    if adapter.row.rebuild:
+        adapter.row.rebuild(model, adapter, lora_alpha)
     else:
-        setattr(model.config, {"bitfit": "apply_bitfit", "head": "head_only"}[adapter.method], True)
+        for name, value in adapter.row.chosen_by.items():
+            setattr(model.config, name, value)
     loadable = _check_fit(model, adapter, allow_new_head, labels)
     notes = _check_base_model(model, adapter)
     if adapter.base_weights and base_holds_update(model, adapter, layers):
@@ -76,19 +75,14 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
     return loadable.left_out
 
 
-def _add_lora(model: Any, adapter: Adapter, lora_alpha: float | None) -> dict[str, tuple[int, float]]:
-    """Add the LoRA layers of an adapter; returns (rank, alpha) of each. Raises UserError."""
-    layers = adapter.layers(lora_alpha)
+def _check_layers(model: Any, adapter: Adapter) -> None:
+    """Raise UserError unless the layers with an update are the linear layers of the model that its targets mean."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     targets = [name for name in linear if name.startswith(encoder_prefix_in(model)) and is_target(adapter, name)]
-    missing = [f"{name}.lora_A" for name in targets if name not in layers]
-    unexpected = [f"{name}.lora_A" for name in layers if name not in linear]
+    missing = [f"{name}.lora_A" for name in targets if name not in adapter.ranks]
+    unexpected = [f"{name}.lora_A" for name in adapter.ranks if name not in linear]
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)
-    set_lora_(model, layers, adapter.use_rslora)
-    if getattr(model, "frozen_relative_query", None) is not None:
-        model.config.lora_relative_query = not adapter.frozen_relative_query
-    return layers
 
 
 def _check_fit(
@@ -96,18 +90,19 @@ def _check_fit(
 ) -> LoadableState:
     """The tensors to copy into a model that has the adapter's layers. Raises UserError if they don't fit."""
     loadable, parameters = loadable_state(model, adapter, allow_new_head, labels), dict(model.named_parameters())
-    trained, head = TRAINED_NAMES.get(adapter.method), head_names(model)
-    in_encoder = [name for name in parameters if trained and trained.search(name) and name not in head]
+    pattern, head = adapter.row.state, head_names(model)
+    in_encoder = [name for name in parameters if pattern and re.search(pattern, name) and name not in head]
     required = in_encoder + loadable.required_head
     missing = [name for name in required if name not in loadable.state]
-    # Beside LoRA and head, a folder may contain trained biases and complete modules; a published file never does.
-    allows_more = adapter.source.is_dir() and adapter.method not in ("bitfit", "head")
+    # Beside added parameters and head, a folder may contain trained biases and complete modules; a published file never
+    # does.
+    allows_more = adapter.source.is_dir() and adapter.row.added is not None
     optional = {*parameters} - {*in_encoder} if allows_more else set()
     unexpected = [name for name in loadable.state if name not in required and name not in optional]
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)
-    if adapter.method == "lora":
-        _check_lora_settings(model, adapter)
+    if adapter.row.layer:
+        _check_updates(model, adapter)
     for name, tensor in loadable.state.items():
         if tensor.shape != parameters[name].shape:
             raise _other_shape(adapter, name, list(tensor.shape), list(parameters[name].shape))
@@ -115,8 +110,8 @@ def _check_fit(
     return loadable
 
 
-def _check_lora_settings(model: Any, adapter: Adapter) -> None:
-    """Raise UserError unless the model's LoRA layers scale, and treat a relative query, as the adapter records."""
+def _check_updates(model: Any, adapter: Adapter) -> None:
+    """Raise UserError unless the model scales its updates, and treats a relative query, as the adapter does."""
     if adapter.lora_alpha is not None:
         for name, rank_and_alpha in adapter.layers().items():
             layer: Any = model.get_submodule(name)
@@ -140,9 +135,8 @@ def _other_shape(adapter: Adapter, name: str, in_file: list[int], in_model: list
 def _other_model(adapter: Adapter, model: Any, missing: list[str], unexpected: list[str]) -> UserError:
     """The error for an adapter whose tensors are not those that the model's method needs."""
     if not unexpected and missing and {*missing} == {*head_names(model)}:
-        kind = "LoRA" if adapter.method == "lora" else adapter.method
         return UserError(
-            f"{adapter.source}: holds {kind} and no classifier: train one from it (--do_train).\n"
+            f"{adapter.source}: holds {adapter.row.label} and no classifier: train one from it (--do_train).\n"
             f"(It lacks {missing[0]} and {len(missing) - 1} others.)"
         )
     has_classifier = model.base_model is not model
@@ -160,8 +154,8 @@ def _other_model(adapter: Adapter, model: Any, missing: list[str], unexpected: l
     found = "; ".join(f"{verb} {', '.join(names[:3])}{' ...' if names[3:] else ''}" for verb, names in lists if names)
     return UserError(
         f"{adapter.source}: not an adapter of this model: the file {found}.\n"
-        f"Layers with {adapter.method}: {layer_count(adapter.state)} in the file, {model.config.num_hidden_layers} in "
-        f"the {model.config.model_type} model."
+        f"Layers with {adapter.row.label}: {layer_count(adapter.state)} in the file, "
+        f"{model.config.num_hidden_layers} in the {model.config.model_type} model."
     )
 
 

@@ -5,13 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from lora_nlu.adapters.adapter import ENCODER_PREFIXES, Adapter, is_positive_number
-from lora_nlu.adapters.peft_format import PEFT_PREFIX
+from lora_nlu.adapters.adapter import ENCODER_PREFIXES, Adapter, by_pattern, is_positive_number, is_target
+from lora_nlu.adapters.peft_format import LORA_KEY, PEFT_PREFIX
 from lora_nlu.errors import UserError, printable
 from lora_nlu.files import ADAPTER_CONFIG, RUN_METADATA
-from lora_nlu.methods.description import BOTTLENECK_KEY, LORA_KEY, TRAINED_NAMES
 from lora_nlu.ops.tensors import fingerprint, not_finite
 
 # In a config's task_type or model class: heads other than a sequence classifier's
@@ -29,33 +26,17 @@ def check_run_metadata(path: Path, metadata: dict[str, Any]) -> None:
     scalings = lora.get("scalings", []) if isinstance(lora, dict) else None
     if not isinstance(scalings, list) or not all(is_positive_number(x, (int, float)) for x in scalings):
         raise UserError(f"{path}: lora is {printable(lora)}; expected scalings, a list of positive numbers, in it.")
-    strings = ("task", "base_model", "base_fingerprint", "base_revision", "peft_type")
+    strings = ("task", "dataset", "base_model", "base_fingerprint", "base_revision", "peft_type")
     for key in (*strings, "weights_fingerprint", "tokenizer_fingerprint"):
         if not isinstance(metadata.get(key, ""), str) and not (key == "base_revision" and metadata[key] is None):
             raise UserError(f"{path}: {key} is {printable(metadata[key])}; expected a string.")
 
 
-def check_peft_contents(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Raise UserError unless head and biases are those that a LoRA folder's config describes."""
-    mapping = config.get("auto_mapping")
-    model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    for kind in (config.get("task_type"), model_class):
-        if _OTHER_HEADS.search(str(kind)) and not all(name.startswith(ENCODER_PREFIXES) for name in state):
-            raise UserError(
-                f"{folder}: was trained for {printable(kind)}; its head is not one of a sequence classifier."
-            )
-    biases = any(name.startswith(ENCODER_PREFIXES) and name.endswith(".bias") for name in state)
-    if config.get("bias") not in (None, "none") and not biases:
-        raise UserError(
-            f"{folder}: {ADAPTER_CONFIG} has bias={config['bias']}, but the file contains no encoder biases."
-        )
-
-
 def check_complete(adapter: Adapter) -> None:
     """Raise UserError unless an adapter has all tensors of its method, LoRA's matrices as A [R, in] and B [out, R]."""
     source = adapter.source
-    if adapter.method != "lora":
-        _check_method_complete(adapter)
+    if not adapter.row.layer:
+        _check_trained_names(adapter)
         return
     layers = {name.rpartition(".")[0]: None for name in adapter.state if LORA_KEY.search(name)}
     if not layers:
@@ -70,14 +51,14 @@ def check_complete(adapter: Adapter) -> None:
             raise UserError(f"{source}: {pair[0]} is {A} and {pair[1]} is {B}; expected [r, in] and [out, r].")
 
 
-def _check_method_complete(adapter: Adapter) -> None:
-    source, pattern = adapter.source, TRAINED_NAMES.get(adapter.method)
-    trained = [n for n in adapter.state if pattern and pattern.search(n) and n.startswith(ENCODER_PREFIXES)]
+def _check_trained_names(adapter: Adapter) -> None:
+    source, pattern = adapter.source, adapter.row.state
+    trained = [n for n in adapter.state if pattern and re.search(pattern, n) and n.startswith(ENCODER_PREFIXES)]
     if pattern and not trained:
         raise UserError(
             f"{source}: {ADAPTER_CONFIG} says {adapter.method}, but the file contains no tensor that it trains."
         )
-    if pattern == BOTTLENECK_KEY and adapter.adapter_size is None:
+    if adapter.row.block and adapter.adapter_size is None:
         missing = trained[0].replace("adapter_B", "adapter_A")
         raise UserError(f"{source}: not a complete adapter: the file lacks {missing}.")
 
@@ -91,6 +72,35 @@ def _contents_without_lora(names: Iterable[str]) -> str:
     return "no LoRA matrices (keys ending in lora_A, lora_B) in it."
 
 
+def check_updates(adapter: Adapter, config: dict[str, Any]) -> None:
+    """Raise UserError unless head, biases and layers with an update are those of a folder's `adapter_config.json`."""
+    source = adapter.source
+    mapping = config.get("auto_mapping")
+    model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    for kind in (config.get("task_type"), model_class):
+        if _OTHER_HEADS.search(str(kind)) and not all(name.startswith(ENCODER_PREFIXES) for name in adapter.state):
+            raise UserError(
+                f"{source}: was trained for {printable(kind)}; its head is not one of a sequence classifier."
+            )
+    biases = any(name.startswith(ENCODER_PREFIXES) and name.endswith(".bias") for name in adapter.state)
+    if config.get("bias") not in (None, "none") and not biases:
+        raise UserError(
+            f"{source}: {ADAPTER_CONFIG} has bias={config['bias']}, but the file contains no encoder biases."
+        )
+    for name, rank in adapter.ranks.items():
+        if not is_target(adapter, name):
+            raise UserError(
+                f"{source}: contains {name}.lora_A, but {ADAPTER_CONFIG} has no LoRA on that layer: "
+                "the files don't match."
+            )
+        config_rank = by_pattern(config.get("rank_pattern") or {}, name, config["r"])
+        if rank != config_rank:
+            raise UserError(
+                f"{source}: {name}.lora_A has rank {rank}, {ADAPTER_CONFIG} says {config_rank}: "
+                "they don't belong together."
+            )
+
+
 def check_written_together(adapter: Adapter, peft_type: str) -> None:
     """Raise UserError unless a folder's files were written together, as far as its metadata records it."""
     source, metadata = adapter.source, adapter.metadata
@@ -102,7 +112,7 @@ def check_written_together(adapter: Adapter, peft_type: str) -> None:
             f"{remedy} peft_type back."
         )
     recorded_scalings = metadata.get("lora", {}).get("scalings")
-    if adapter.method == "lora" and recorded_scalings is not None:
+    if adapter.row.layer and recorded_scalings is not None:
         now, recorded = (", ".join(f"{x:.6g}" for x in sorted(xs)) for xs in (adapter.scalings(), recorded_scalings))
         if now != recorded:
             raise UserError(

@@ -1,9 +1,4 @@
-"""One door out: an adapter in PEFT's, the published or a merged form, and a table of what is in one.
-
-python -m lora_nlu.adapters inspect SOURCE
-python -m lora_nlu.adapters convert SOURCE DESTINATION --to {peft,bin,merged} [--lora_alpha A] [--base MODEL]
-                                               [--lora_relative_query]
-"""
+"""An adapter in another form: a PEFT folder, one file in the published layout, or merged into its base model."""
 
 import shutil
 from dataclasses import replace
@@ -22,31 +17,88 @@ from lora_nlu.adapters.writing import write_adapter
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import atomic_write, flush_and_rename
 from lora_nlu.labels import placeholder_labels, set_labels
-from lora_nlu.methods.description import set_method
+from lora_nlu.methods.description import is_added, methods_in, set_method, setting_names
 from lora_nlu.methods.linear import unmerged_parameters
-from lora_nlu.methods.lora import LoRALinear
 from lora_nlu.models.loading import base_fingerprint, load_config, load_model
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
 
 
-def published_order(adapter: Adapter) -> list[str]:
-    """Names as the published files have them: layers by number, query before value, A before B, then the head."""
+def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | None, base: str | None) -> str:
+    """Write `adapter` in another form, "peft", "bin" or "merged"; returns lines to print: what was written or assumed.
 
-    def place(name: str) -> tuple:
-        parts = [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
-        in_encoder = name.startswith(f"{encoder_prefix(adapter)}.")
-        return (not in_encoder, name.startswith("classifier."), parts[:-1], parts[-1] == (0, "bias"), parts[-1])
+    Raises UserError for a conversion that isn't possible, UsageError for a flag that has no effect.
+    """
+    _check_convertible(adapter, destination, to, lora_alpha, base)
+    notes = _assumptions(adapter, to, base)
+    if adapter.lora_alpha is None:
+        adapter = replace(adapter, lora_alpha=lora_alpha)
+    if to == "bin":
+        write_published(adapter, destination)
+        alpha = "ALPHA" if adapter.lora_alpha is None else f"{next(iter(adapter.alphas().values())):g}"
+        line = f"{destination}: published layout. It records no alpha: load it with --lora_alpha {alpha}."
+    elif to == "merged":
+        base = base or adapter.metadata.get("base_model")
+        if not base:
+            raise UserError(f"{adapter.source} doesn't record its base model: give --base MODEL.")
+        notes += write_merged(adapter, base, destination)
+        line = f"{destination}: a plain model; load it with transformers' from_pretrained."
+    else:
+        if base:
+            adapter, base_notes = with_base(adapter, base)
+            notes += base_notes
+        write_adapter(adapter, destination)
+        write_card(destination)
+        line = f"{destination}: {'PEFT' if adapter.row.in_peft else adapter.method} folder with a model card."
+    return "\n".join([line, *notes])
 
-    return sorted(adapter.state, key=place)
+
+def _check_convertible(
+    adapter: Adapter, destination: Path, to: str, lora_alpha: float | None, base: str | None
+) -> None:
+    source = adapter.source
+    if destination.exists() and (destination.is_file() or any(destination.iterdir())):
+        raise UserError(f"{destination}: is there already. Give another destination; nothing is written over.")
+    if base and to == "bin":
+        raise UsageError("--base: a .bin records no base model; leave it out, or write --to peft.")
+    if lora_alpha is not None and not adapter.row.layer:
+        raise UsageError(f"--lora_alpha: {source} holds {adapter.method}, which has none; leave it out.")
+    if foreign := foreign_layer(adapter):
+        raise UserError(f"{source}: it can't be used here: no RoBERTa or DeBERTa-V2 has the layer {foreign}.")
+    if adapter.is_bare:
+        raise UserError(
+            f"{source}: was trained on an encoder alone, without a classifier, and can't be converted; "
+            "attach it to the bare model (adapters.attach_adapter)."
+        )
+    check_values(adapter)
+    if adapter.row.layer and (to != "bin" or lora_alpha is not None):
+        adapter.alphas(lora_alpha)  # raises if neither records the alpha, or if they differ
+
+
+def _assumptions(adapter: Adapter, to: str, base: str | None) -> list[str]:
+    """Lines to print on what the file doesn't record and was assumed, or was not checked."""
+    source, notes = adapter.source, []
+    if not adapter.records_relative_query and to != "bin":
+        way = "the reference's way; --lora_relative_query is PEFT's" if adapter.frozen_relative_query else "PEFT's way"
+        trained = "without" if adapter.frozen_relative_query else "with"
+        notes.append(
+            f"{source}: taken as trained {trained} LoRA on the relative query ({way}), which it can't confirm."
+        )
+    if adapter.base_weights and not base and to != "merged":
+        notes.append(
+            f"{source}: a complete model's checkpoint; only its adapter is written, its base weights are not checked."
+        )
+    return notes
 
 
 def write_published(adapter: Adapter, path: Path) -> None:
-    """Write one flat fp32 state dict in the published layout. Raises UserError for what that layout can't say."""
-    if adapter.method != "lora":
+    """Write one flat fp32 state dict in the published layout. Raises UserError for what that layout can't describe."""
+    if not adapter.ranks:
         raise UserError(f"{adapter.source}: holds {adapter.method}; the published layout is LoRA's: use peft.")
     several = adapter.lora_alpha is not None and len({*adapter.alphas().values()}) > 1
     if several or adapter.use_rslora:
-        raise UserError(f"{adapter.source}: a .bin knows no alpha, and this adapter has several (or rslora): use peft.")
+        raise UserError(
+            f"{adapter.source}: a .bin records no alpha, and this adapter has several (or rslora): use peft."
+        )
     shared = encoder_prefix(adapter) == "deberta"
     if shared and not adapter.frozen_relative_query:
         raise UserError(
@@ -64,39 +116,37 @@ def write_published(adapter: Adapter, path: Path) -> None:
         torch.save({name: adapter.state[name].float() for name in published_order(adapter)}, partial)
 
 
-def merged_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict without LoRA that gives the same logits in transformers' own class, and what its config must say.
+def published_order(adapter: Adapter) -> list[str]:
+    """Names in the order of the published files: layers by number, query before value, A before B, then the head."""
 
-    The model may be merged or not, and stays so. A DeBERTa whose relative query is frozen gets projections of its own
-    for the relative embeddings, copied from the base: with `share_att_key` false, `pos_query_proj` and `pos_key_proj`
-    are what `query_proj` and `key_proj` were.
-    """
-    state = {name: tensor for name, tensor in unmerged_parameters(model).items() if ".lora_" not in name}
-    settings: dict[str, Any] = {}
-    if getattr(model, "frozen_relative_query", False):
-        settings["share_att_key"] = False
-        pairs = [("p2c", "query_proj", "pos_query_proj"), ("c2p", "key_proj", "pos_key_proj")]
-        for name, _ in model.named_modules():
-            if name.endswith(".attention.self"):
-                for kind, source, target in pairs:
-                    if kind in model.config.pos_att_type:
-                        for part in ("weight", "bias"):
-                            state[f"{name}.{target}.{part}"] = state[f"{name}.{source}.{part}"].clone()
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            state[f"{name}.weight"] = module.merged_weight().detach()
-    return state, settings
+    def place(name: str) -> tuple:
+        parts = [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+        in_encoder = name.startswith(f"{encoder_prefix(adapter)}.")
+        return (not in_encoder, name.startswith("classifier."), parts[:-1], parts[-1] == (0, "bias"), parts[-1])
+
+    return sorted(adapter.state, key=place)
+
+
+def with_base(adapter: Adapter, base: str) -> tuple[Adapter, list[str]]:
+    """The adapter with this base model recorded, and lines to print. Raises UserError if it is another model's."""
+    try:
+        return on_base(adapter, base)[1:]
+    except UserError as e:
+        if not isinstance(e.__cause__, OSError) or not looks_like_hub_id(base):
+            raise
+    unchecked = f"--base {base}: recorded, but not available here: not checked that the adapter was trained on it."
+    return replace(adapter, metadata=adapter.metadata | {"base_model": base, "base_revision": None}), [unchecked]
 
 
 def on_base(adapter: Adapter, base: str) -> tuple[Any, Adapter, list[str]]:
-    """The model of a folder or Hub id with an adapter in it, the adapter with that base recorded, lines worth saying.
+    """The model of a folder or Hub id with an adapter in it, the adapter with that base recorded, lines to print.
 
-    Raises UserError if there is no such model, with an OSError as its cause where the Hub doesn't give it, or if the
-    adapter isn't one of it, by names, shapes, fingerprint or weights.
+    Raises UserError if there is no such model, with an OSError as its cause if the Hub doesn't provide it, or if names,
+    shapes, fingerprint or weights show that the adapter is another model's.
     """
-    known = adapter.metadata
-    hub = {"revision": known["base_revision"]} if base == known.get("base_model") and known.get("base_revision") else {}
-    count = adapter.label_count
+    metadata, count = adapter.metadata, adapter.label_count
+    revision = metadata.get("base_revision") if base == metadata.get("base_model") else None
+    hub = {"revision": revision} if revision else {}
     unnamed = () if count == 1 else placeholder_labels(count or 0)
     try:
         config = load_config(base, **hub)
@@ -109,34 +159,23 @@ def on_base(adapter: Adapter, base: str) -> tuple[Any, Adapter, list[str]]:
     of_base: dict[str, Any] = {"base_model": base, "base_fingerprint": base_fingerprint(model)}
     of_base |= {} if hub else {"base_revision": getattr(config, "_commit_hash", None)}
     notes = attach_adapter(model, adapter, None, allow_new_head=count is None)
-    return model, replace(adapter, metadata=known | of_base), notes
-
-
-def with_base(adapter: Adapter, base: str) -> tuple[Adapter, list[str]]:
-    """The adapter with this base model recorded, and lines worth saying. Raises UserError if it isn't one of that."""
-    try:
-        return on_base(adapter, base)[1:]
-    except UserError as e:
-        if not isinstance(e.__cause__, OSError) or not looks_like_hub_id(base):
-            raise
-    unchecked = f"--base {base}: recorded, but not available here: not checked that the adapter was trained on it."
-    return replace(adapter, metadata=adapter.metadata | {"base_model": base, "base_revision": None}), [unchecked]
+    return model, replace(adapter, metadata=metadata | of_base), notes
 
 
 def write_merged(adapter: Adapter, base: str, folder: Path) -> list[str]:
-    """Write a plain Hub model: config, weights with the update in them, tokenizer. transformers loads it without us.
+    """Write a plain Hub model: config, weights with the update in them, tokenizer. transformers loads it as it is.
 
-    Returns lines worth saying. Errors as `on_base`.
+    Returns lines to print. Errors as `on_base`.
     """
-    if adapter.adapter_size is not None:
-        raise UserError(f"{adapter.source}: bottleneck adapters are layers of their own; no plain model has them.")
+    if not adapter.row.merge:
+        raise UserError(f"{adapter.source}: {adapter.row.title} are layers of their own; no plain model has them.")
     if adapter.label_count is None:
         raise UserError(f"{adapter.source}: has no classification head to put into a merged model.")
     model, _, notes = on_base(adapter, base)
     state, settings = merged_state(model)
     config = model.config
-    for name in ("lora_relative_query", "apply_bitfit", "head_only"):
-        config.__dict__.pop(name, None)
+    for name in setting_names():
+        vars(config).pop(name, None)
     for name, value in settings.items():
         setattr(config, name, value)
     config.architectures = [type(model).__name__]
@@ -151,63 +190,31 @@ def write_merged(adapter: Adapter, base: str, folder: Path) -> list[str]:
         tokenizer.save_pretrained(partial)
         weights = partial / "model.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights, {"format": "pt"})
-        weights.chmod(0o644)  # save_file hides it from other users
+        weights.chmod(0o644)  # save_file makes it unreadable for other users
         flush_and_rename(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return notes
 
 
-def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | None, base: str | None) -> str:
-    """Write `adapter` in another form; returns lines on what was written, and on what was guessed.
+def merged_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict without LoRA that gives the same logits in transformers' own class, and the settings it needs there.
 
-    Raises UserError for what can't be, UsageError for a flag that means nothing there.
+    The model may be merged or not, and stays as it is. A DeBERTa whose relative query is frozen gets projections of its
+    own for the relative embeddings, copied from the base: with `share_att_key` false, `pos_query_proj` and
+    `pos_key_proj` are what `query_proj` and `key_proj` were.
     """
-    source = adapter.source
-    if destination.exists() and (destination.is_file() or any(destination.iterdir())):
-        raise UserError(f"{destination}: is there already. Give another destination; nothing is written over.")
-    if base and to == "bin":
-        raise UsageError("--base: a .bin records no base model; leave it out, or write --to peft.")
-    if lora_alpha is not None and adapter.method != "lora":
-        raise UsageError(f"--lora_alpha: {source} holds {adapter.method}, which has none; leave it out.")
-    if foreign := foreign_layer(adapter):
-        raise UserError(f"{source}: it can't be used here: no RoBERTa or DeBERTa-V2 has the layer {foreign}.")
-    if adapter.is_bare:
-        raise UserError(
-            f"{source}: was trained on an encoder alone, without a classifier, and can't be converted; "
-            "attach it to the bare model (adapters.attach_adapter)."
-        )
-    check_values(adapter)
-    if adapter.method == "lora" and (to != "bin" or lora_alpha is not None):
-        adapter.alphas(lora_alpha)  # says so where neither knows the alpha, or they differ
-    notes = []
-    if not adapter.records_relative_query and to != "bin":
-        way = "the reference's way; --lora_relative_query is PEFT's" if adapter.frozen_relative_query else "PEFT's way"
-        has = "without" if adapter.frozen_relative_query else "with"
-        notes.append(f"{source}: taken as trained {has} LoRA on the relative query ({way}), which it can't confirm.")
-    if adapter.lora_alpha is None:
-        adapter = replace(adapter, lora_alpha=lora_alpha)
-    if adapter.base_weights and not base and to != "merged":
-        notes.append(
-            f"{source}: a complete model's checkpoint; only its adapter is written, its base weights are not checked."
-        )
-    if to == "bin":
-        write_published(adapter, destination)
-        alpha = None if adapter.lora_alpha is None else next(iter(adapter.alphas().values()))
-        value = "ALPHA" if alpha is None else f"{alpha:g}"
-        return "\n".join(
-            [f"{destination}: published layout. It records no alpha: load it with --lora_alpha {value}.", *notes]
-        )
-    if to == "merged":
-        base = base or adapter.metadata.get("base_model")
-        if not base:
-            raise UserError(f"{source} doesn't record its base model: give --base MODEL.")
-        notes += write_merged(adapter, base, destination)
-        return "\n".join([f"{destination}: a plain model; load it with transformers' from_pretrained.", *notes])
-    if base:
-        adapter, more = with_base(adapter, base)
-        notes += more
-    write_adapter(adapter, destination)
-    write_card(destination)
-    kind = "PEFT" if adapter.method == "lora" else adapter.method
-    return "\n".join([f"{destination}: {kind} folder with a model card.", *notes])
+    state = {name: tensor for name, tensor in unmerged_parameters(model).items() if not is_added(name)}
+    settings: dict[str, Any] = {}
+    if getattr(model, "frozen_relative_query", False):
+        settings["share_att_key"] = False
+        pairs = [("p2c", "query_proj", "pos_query_proj"), ("c2p", "key_proj", "pos_key_proj")]
+        for name, _ in model.named_modules():
+            if name.endswith(".attention.self"):
+                for kind, source, target in pairs:
+                    if kind in model.config.pos_att_type:
+                        for part in ("weight", "bias"):
+                            state[f"{name}.{target}.{part}"] = state[f"{name}.{source}.{part}"].clone()
+    for row in methods_in(model):
+        state |= row.merge(model) if row.merge else {}
+    return state, settings

@@ -13,15 +13,12 @@ from lora_nlu.adapters.adapter import (
     most_common,
 )
 from lora_nlu.errors import UserError, printable
-from lora_nlu.methods.description import LORA_KEY
+from lora_nlu.methods.table import METHODS
 
-_LORA, LORA_FROZEN_RELATIVE_QUERY = "LORA", "LORA_FROZEN_RELATIVE_QUERY"  # peft_type; PEFT knows the first
-METHODS_BY_TYPE = {
-    "BITFIT": "bitfit",
-    "HOULSBY": "houlsby",
-    "PFEIFFER": "pfeiffer",
-    "HEAD": "head",
-}  # none of these
+_FROZEN_RELATIVE_QUERY = "_FROZEN_RELATIVE_QUERY"  # ends the peft_type of a DeBERTa whose relative query has no update
+_METHOD_NAMES = {row.peft_type: row.name for row in METHODS.values() if row.peft_type}
+_METHOD_NAMES |= {f"{kind}{_FROZEN_RELATIVE_QUERY}": n for kind, n in _METHOD_NAMES.items() if METHODS[n].layer}
+LORA_KEY = re.compile(r"\.lora_[AB]$")
 PEFT_PREFIX = "base_model.model."
 _ALL_LINEAR = [*PEFT_DEFAULT_TARGETS, "key", "key_proj", "pos_key_proj", "pos_query_proj", "embed_proj", "dense"]
 # Settings of an adapter_config.json that are read, or that don't change what a trained adapter computes
@@ -37,13 +34,19 @@ _SUPPORTED_INITS = ("gaussian", "orthogonal", "eva", "mica")  # init_lora_weight
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
     """The `adapter_config.json` with which PEFT builds the layers of an adapter and expects its tensors."""
-    common = {
+    if not adapter.row.peft_type:
+        raise ValueError(f"{adapter.row.label} trains the complete model, which is no adapter: use save_pretrained.")
+    config = {
+        "peft_type": f"{adapter.row.peft_type}{_FROZEN_RELATIVE_QUERY if adapter.frozen_relative_query else ''}",
         "task_type": "FEATURE_EXTRACTION" if adapter.is_bare else "SEQ_CLS",
         "base_model_name_or_path": adapter.metadata.get("base_model"),
     }
-    if adapter.method != "lora":
-        kind = next(kind for kind, method in METHODS_BY_TYPE.items() if method == adapter.method)
-        return {"peft_type": kind, **common}
+    config |= _update_settings(adapter) if adapter.row.layer else {}
+    return config | (adapter.row.to_peft(adapter) if adapter.row.to_peft else {})
+
+
+def _update_settings(adapter: Adapter) -> dict[str, Any]:
+    """PEFT's settings of an adapter with updates of linear layers: where, how scaled, and what trains beside them."""
     ranks, prefix = adapter.ranks, "" if adapter.is_bare else f"{encoder_prefix(adapter)}."
     r = most_common(ranks.values())
     targets, trained_modules, biases = adapter.targets, set(), False
@@ -59,8 +62,6 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
             else:
                 trained_modules.add(module)
     return {
-        "peft_type": LORA_FROZEN_RELATIVE_QUERY if adapter.frozen_relative_query else _LORA,
-        **common,
         "r": r,
         "lora_alpha": adapter.lora_alpha,
         "lora_dropout": adapter.lora_dropout,
@@ -91,6 +92,22 @@ def from_peft_key(key: str) -> str:
     return re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)
 
 
+def peft_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `Adapter` that a checked `adapter_config.json` sets."""
+    row = METHODS[_METHOD_NAMES[config["peft_type"]]]
+    fields: dict[str, Any] = {"method": row.name}
+    if row.layer:
+        fields |= {
+            "lora_alpha": config["lora_alpha"],
+            "alpha_pattern": config.get("alpha_pattern") or {},
+            "use_rslora": bool(config.get("use_rslora")),
+            "frozen_relative_query": config["peft_type"].endswith(_FROZEN_RELATIVE_QUERY),
+            "lora_dropout": config.get("lora_dropout") or 0.0,
+            "targets": adapted_modules(config),
+        }
+    return fields | (row.from_peft(config) if row.from_peft else {})
+
+
 def adapted_modules(config: dict[str, Any]) -> list[str] | str:
     """The layers that an `adapter_config.json` adapts, as names or, where it excludes some, as one pattern."""
     targets, layers, excluded = (config.get(k) for k in ("target_modules", "layers_to_transform", "exclude_modules"))
@@ -113,10 +130,11 @@ def _any_of(names: list[str]) -> str:
 def check_peft_config(path: Path, config: dict[str, Any]) -> None:
     """Refuse, by name, each setting of PEFT with which this model would compute something else. Raises UserError."""
     peft_type = config.get("peft_type")
-    if isinstance(peft_type, str) and peft_type in METHODS_BY_TYPE:
+    if not isinstance(peft_type, str) or peft_type not in _METHOD_NAMES:
+        supported = " and ".join(str(row.peft_type) for row in METHODS.values() if row.in_peft)
+        raise UserError(f"{path}: peft_type is {printable(peft_type)}; of PEFT's types only {supported} is supported.")
+    if not METHODS[_METHOD_NAMES[peft_type]].layer:
         return
-    if peft_type not in (_LORA, LORA_FROZEN_RELATIVE_QUERY):
-        raise UserError(f"{path}: peft_type is {printable(peft_type)}; LORA is the only PEFT type supported here.")
     _check_numbers(path, config)
     _check_modules(path, config)
     _check_strings(path, config)

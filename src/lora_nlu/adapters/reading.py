@@ -17,24 +17,17 @@ import huggingface_hub
 import torch
 from torch import Tensor
 
-from lora_nlu.adapters.adapter import Adapter, by_pattern, is_deberta, is_target
+from lora_nlu.adapters.adapter import Adapter, is_deberta
 from lora_nlu.adapters.checks import (
     check_complete,
-    check_peft_contents,
     check_run_metadata,
+    check_updates,
     check_written_together,
 )
-from lora_nlu.adapters.peft_format import (
-    LORA_FROZEN_RELATIVE_QUERY,
-    METHODS_BY_TYPE,
-    adapted_modules,
-    check_peft_config,
-    from_peft_key,
-)
+from lora_nlu.adapters.peft_format import LORA_KEY, check_peft_config, from_peft_key, peft_fields
 from lora_nlu.adapters.tensor_files import load_tensors
 from lora_nlu.errors import UserError
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, read_json
-from lora_nlu.methods.description import LORA_KEY
 
 _PICKLED_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
 _MODEL_CHECKPOINT = "pytorch_model.bin"  # the reference implementation's checkpoints
@@ -92,12 +85,10 @@ def _read_folder(folder: Path) -> Adapter:
     check_run_metadata(folder / RUN_METADATA, metadata)
     if base := config.get("base_model_name_or_path"):
         metadata = {"base_model": base, "base_revision": config.get("revision")} | metadata
-    state = _read_state(weights)
-    if config["peft_type"] in METHODS_BY_TYPE:
-        adapter = Adapter(folder, state, metadata=metadata, method=METHODS_BY_TYPE[config["peft_type"]])
-        check_complete(adapter)
-    else:
-        adapter = _lora_adapter(folder, config, state, metadata)
+    adapter = Adapter(folder, _read_state(weights), metadata=metadata, **peft_fields(config))
+    check_complete(adapter)
+    if adapter.row.layer:
+        check_updates(adapter, config)
     check_written_together(adapter, config["peft_type"])
     return adapter
 
@@ -127,33 +118,3 @@ def _read_state(weights: Path) -> dict[str, Tensor]:
             raise UserError(f"{weights}: contains two different tensors for {name}; the second is {key}.")
         state[name] = tensor
     return state
-
-
-def _lora_adapter(folder: Path, config: dict[str, Any], state: dict[str, Tensor], metadata: dict[str, Any]) -> Adapter:
-    """The LoRA adapter of a folder, if its tensors are what its `adapter_config.json` says. Raises UserError."""
-    check_peft_contents(folder, config, state)
-    adapter = Adapter(
-        folder,
-        state,
-        config["lora_alpha"],
-        config.get("alpha_pattern") or {},
-        bool(config.get("use_rslora")),
-        config["peft_type"] == LORA_FROZEN_RELATIVE_QUERY,
-        config.get("lora_dropout") or 0.0,
-        adapted_modules(config),
-        metadata,
-    )
-    check_complete(adapter)
-    for name, rank in adapter.ranks.items():
-        if not is_target(adapter, name):
-            raise UserError(
-                f"{folder}: contains {name}.lora_A, but {ADAPTER_CONFIG} has no LoRA on that layer: "
-                "the files don't match."
-            )
-        config_rank = by_pattern(config.get("rank_pattern") or {}, name, config["r"])
-        if rank != config_rank:
-            raise UserError(
-                f"{folder}: {name}.lora_A has rank {rank}, {ADAPTER_CONFIG} says {config_rank}: "
-                "they don't belong together."
-            )
-    return adapter

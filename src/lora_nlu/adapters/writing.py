@@ -1,4 +1,4 @@
-"""A trained model to an adapter folder."""
+"""A trained model saved as an adapter folder."""
 
 from pathlib import Path
 from typing import Any
@@ -10,31 +10,30 @@ from lora_nlu.adapters.adapter import Adapter, most_common
 from lora_nlu.adapters.peft_format import peft_config, to_peft_key
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, atomic_write, write_json
 from lora_nlu.methods.linear import unmerged_parameters
-from lora_nlu.methods.lora import LoRALinear
+from lora_nlu.methods.lora import lora_layers
 from lora_nlu.methods.marking import describe_method
 from lora_nlu.ops.tensors import fingerprint
 
 
 def trained_state(model: Any, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The parameters of `model` that train, from `state_dict` where a distributed engine has gathered one.
+    """The parameters of `model` that train, from `state_dict` where a distributed backend has gathered one.
 
-    A merged model's are those of the unmerged one.
+    For a merged model, those of the unmerged one.
     """
     state = unmerged_parameters(model) if state_dict is None else state_dict
     return {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None) -> Adapter:
-    """What trains in a model whose encoder is frozen, but for its method's part, as the adapter that it is."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    """The parameters that train in a model whose encoder is otherwise frozen, as an adapter."""
+    layers, method = lora_layers(model), describe_method(model)["name"]
     if not layers:
-        method = describe_method(model)["name"]
         return Adapter(Path(), trained_state(model, state_dict), metadata=metadata, method=method)
     alphas = {name: layer.lora_alpha for name, layer in layers.items()}
     alpha = most_common(alphas.values())
-    # A short name stands for every module that ends in it: only if all of those have an update.
+    # A short name stands for every module whose name ends in it, so it is used only if all of those have an update.
     short = sorted({name.rpartition(".")[2] for name in layers})
-    meant = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in short]
+    matches = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in short]
     return Adapter(
         Path(),
         trained_state(model, state_dict),
@@ -43,20 +42,21 @@ def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tenso
         use_rslora=any(layer.use_rslora for layer in layers.values()),
         frozen_relative_query=bool(getattr(model, "frozen_relative_query", False)),
         lora_dropout=max(layer.lora_dropout for layer in layers.values()),
-        targets=short if len(meant) == len(layers) else sorted(layers),
+        targets=short if len(matches) == len(layers) else sorted(layers),
         metadata=metadata,
+        method=method,
     )
 
 
 def save_adapter(
     model: Any, folder: Path | str, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None
 ) -> None:
-    """Write the trained parameters of a model as an adapter folder; each file appears whole or not at all."""
+    """Write the trained parameters of a model as an adapter folder; each file appears complete or not at all."""
     write_adapter(adapter_of(model, metadata, state_dict), Path(folder))
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter, a LoRA one with its alpha, as a folder; each file appears complete or not at all.
+    """Write an adapter as a folder, for LoRA with its alpha; each file appears complete or not at all.
 
     The metadata also records the peft_type and a hash of the weights, which tell files of different runs in one folder
     apart.
