@@ -48,7 +48,7 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
             notes += base_notes
         write_adapter(adapter, destination)
         write_card(destination)
-        line = f"{destination}: {'PEFT' if adapter.row.in_peft else adapter.method} folder with a model card."
+        line = f"{destination}: {'PEFT' if adapter.row.layer else adapter.method} folder with a model card."
     return "\n".join([line, *notes])
 
 

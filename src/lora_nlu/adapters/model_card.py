@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_nlu.adapters.adapter import Adapter, encoder_prefix, foreign_layer, layer_count, looks_like_hub_id
+from lora_nlu.adapters.peft_format import is_in_peft
 from lora_nlu.adapters.reading import read_adapter, weights_in
 from lora_nlu.errors import printable
 from lora_nlu.files import ADAPTER_CONFIG, RUN_METADATA, write_text
@@ -29,8 +30,7 @@ def card(adapter: Adapter) -> str:
     metadata = adapter.metadata
     task, base, metrics = metadata.get("task"), str(metadata.get("base_model") or ""), metadata.get("metrics")
     is_hub_id, is_glue = looks_like_hub_id(base), _is_glue(metadata)
-    in_peft = adapter.row.in_peft and not adapter.frozen_relative_query
-    header = ["---", f"library_name: {'peft' if in_peft else 'lora-nlu'}"]
+    header = ["---", f"library_name: {'peft' if is_in_peft(adapter) else 'lora-nlu'}"]
     header += [f"base_model: {base}"] if is_hub_id else []
     header += ["datasets:", f"- {_GLUE}"] if is_glue else []
     header += ["tags:", f"- {adapter.method}", "- text-classification", "pipeline_tag: text-classification", "---"]
@@ -50,7 +50,7 @@ def card(adapter: Adapter) -> str:
     if adapter.frozen_relative_query and encoder_prefix(adapter) == "deberta":
         lines += ["Trained with the relative positions' query frozen, as the reference implementation does. PEFT would",
                   "apply the update there and refuses to load this folder.", ""]  # fmt: skip
-    if not adapter.row.in_peft:
+    elif not is_in_peft(adapter) and not adapter.frozen_relative_query:
         lines += [f"PEFT has no {adapter.method} and refuses to load this folder.", ""]
     if metrics:
         lines += ["Measured on the validation set when it was trained:", ""]

@@ -15,9 +15,8 @@ from lora_nlu.adapters.adapter import (
 from lora_nlu.errors import UserError, printable
 from lora_nlu.methods.table import METHODS
 
-_FROZEN_RELATIVE_QUERY = "_FROZEN_RELATIVE_QUERY"  # ends the peft_type of a DeBERTa whose relative query has no update
-_METHOD_NAMES = {row.peft_type: row.name for row in METHODS.values() if row.peft_type}
-_METHOD_NAMES |= {f"{kind}{_FROZEN_RELATIVE_QUERY}": n for kind, n in _METHOD_NAMES.items() if METHODS[n].layer}
+_PEFT_TYPES = ("LORA", "ADALORA", "VERA")  # those that PEFT itself loads
+_ROWS = {peft_type: row for row in METHODS.values() for peft_type in row.peft_types}
 LORA_KEY = re.compile(r"\.lora_[AB]$")
 PEFT_PREFIX = "base_model.model."
 _ALL_LINEAR = [*PEFT_DEFAULT_TARGETS, "key", "key_proj", "pos_key_proj", "pos_query_proj", "embed_proj", "dense"]
@@ -34,15 +33,25 @@ _SUPPORTED_INITS = ("gaussian", "orthogonal", "eva", "mica")  # init_lora_weight
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
     """The `adapter_config.json` with which PEFT builds the layers of an adapter and expects its tensors."""
-    if not adapter.row.peft_type:
-        raise ValueError(f"{adapter.row.label} trains the complete model, which is no adapter: use save_pretrained.")
     config = {
-        "peft_type": f"{adapter.row.peft_type}{_FROZEN_RELATIVE_QUERY if adapter.frozen_relative_query else ''}",
+        "peft_type": peft_type(adapter),
         "task_type": "FEATURE_EXTRACTION" if adapter.is_bare else "SEQ_CLS",
         "base_model_name_or_path": adapter.metadata.get("base_model"),
     }
     config |= _update_settings(adapter) if adapter.row.layer else {}
     return config | (adapter.row.to_peft(adapter) if adapter.row.to_peft else {})
+
+
+def peft_type(adapter: Adapter) -> str:
+    """The type in `adapter_config.json`; a second one is for a DeBERTa whose relative query has no update."""
+    if not adapter.row.peft_types:
+        raise ValueError(f"{adapter.row.label} trains the complete model, which is no adapter: use save_pretrained.")
+    return adapter.row.peft_types[adapter.frozen_relative_query]
+
+
+def is_in_peft(adapter: Adapter) -> bool:
+    """Whether PEFT loads the adapter's folder."""
+    return peft_type(adapter) in _PEFT_TYPES
 
 
 def _update_settings(adapter: Adapter) -> dict[str, Any]:
@@ -94,14 +103,14 @@ def from_peft_key(key: str) -> str:
 
 def peft_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of `Adapter` that a checked `adapter_config.json` sets."""
-    row = METHODS[_METHOD_NAMES[config["peft_type"]]]
+    row = _ROWS[config["peft_type"]]
     fields: dict[str, Any] = {"method": row.name}
     if row.layer:
         fields |= {
             "lora_alpha": config["lora_alpha"],
             "alpha_pattern": config.get("alpha_pattern") or {},
             "use_rslora": bool(config.get("use_rslora")),
-            "frozen_relative_query": config["peft_type"].endswith(_FROZEN_RELATIVE_QUERY),
+            "frozen_relative_query": config["peft_type"] in row.peft_types[1:],
             "lora_dropout": config.get("lora_dropout") or 0.0,
             "targets": adapted_modules(config),
         }
@@ -129,11 +138,11 @@ def _any_of(names: list[str]) -> str:
 
 def check_peft_config(path: Path, config: dict[str, Any]) -> None:
     """Refuse, by name, each setting of PEFT with which this model would compute something else. Raises UserError."""
-    peft_type = config.get("peft_type")
-    if not isinstance(peft_type, str) or peft_type not in _METHOD_NAMES:
-        supported = " and ".join(str(row.peft_type) for row in METHODS.values() if row.in_peft)
-        raise UserError(f"{path}: peft_type is {printable(peft_type)}; of PEFT's types only {supported} is supported.")
-    if not METHODS[_METHOD_NAMES[peft_type]].layer:
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in _ROWS:
+        supported = ", ".join(name for name in _PEFT_TYPES if name in _ROWS)
+        raise UserError(f"{path}: peft_type is {printable(kind)}; of PEFT's types these are supported: {supported}.")
+    if not _ROWS[kind].layer:
         return
     _check_numbers(path, config)
     _check_modules(path, config)
