@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from lora_nlu.errors import UserError, first_line
@@ -174,6 +174,8 @@ class AdapterTrainer(CheckpointingTrainer):
         if examples is not None:
             share = examples * self.args.world_size / num_items_in_batch  # processes are averaged afterwards
             loss = loss * share
+            if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # transformers 5.17 divides by this in any case
+                loss = loss * self.current_gradient_accumulation_steps
             for name in ("task_loss", "consistency_loss"):
                 if isinstance(outputs, dict) and name in outputs:
                     self._loss_parts[name] = self._loss_parts.get(name, 0.0) + share * outputs[name].detach()
