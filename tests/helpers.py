@@ -19,6 +19,29 @@ CLASSIFIERS: dict[str, tuple[Any, Any]] = {
     "roberta": (RobertaForSequenceClassification, transformers.RobertaForSequenceClassification),
     "deberta-v2": (DebertaV2ForSequenceClassification, transformers.DebertaV2ForSequenceClassification),
 }
+# The kinds of `inputs_of` that the models are tested with.
+ROBERTA_INPUTS = [
+    "right padding",
+    "left padding",
+    "left and right padding",
+    "holes",
+    "holes and a masked first position",
+    "no mask",
+    "no mask, padding tokens read as text",
+    "padding token inside the text",
+    "inputs_embeds",
+    "inputs_embeds without mask",
+    "position_ids",
+    "one row of position_ids",
+    "token types",
+    "one token",
+]
+DEBERTA_INPUTS = [
+    *ROBERTA_INPUTS,
+    "a row with nothing in it",
+    "one row of token types",
+    "token types and position_ids, left padding",
+]
 GOLDENS = Path(__file__).parent / "goldens"
 
 
@@ -132,6 +155,90 @@ def assert_same_gradients(ours: nn.Module, theirs: nn.Module, tolerance: float =
             if f".{part}." in name:
                 scale = max(scale, 0.1 * want[name.replace(part, "value")].grad.abs().max().item())
         assert_close(got[name].grad, parameter.grad, tolerance, scale, name)
+
+
+def is_zero_in_theory(name: str) -> bool:
+    """Softmax ignores what is added to all keys alike: biases of keys, the relative norm's without p2c."""
+    return name.endswith("key_proj.bias") or name == "deberta.encoder.LayerNorm.bias"
+
+
+def assert_same_deberta_gradients(ours: nn.Module, theirs: nn.Module, one_token: bool = False) -> None:
+    """As `assert_same_gradients`, for DeBERTa.
+
+    Where the exact gradient is 0, both have rounding noise, below 1e-6 of the model's largest gradient. Only those of
+    `is_zero_in_theory` may be such; with `one_token` those of queries, keys and the relative table too.
+    """
+    got, want = dict(ours.named_parameters()), dict(theirs.named_parameters())
+    assert got.keys() == want.keys()
+    noise = 1e-6 * max(p.grad.abs().max().item() for p in want.values() if p.grad is not None)
+    for name, parameter in want.items():
+        if parameter.grad is None:
+            assert got[name].grad is None, name
+            continue
+        assert got[name].grad is not None, name
+        if parameter.grad.abs().max().item() <= noise:
+            attends = any(part in name for part in ("query_proj", "key_proj", "rel_embeddings", "encoder.LayerNorm"))
+            assert is_zero_in_theory(name) or (one_token and attends), f"{name}: no gradient to compare"
+            assert got[name].grad.shape == parameter.grad.shape, name
+            assert got[name].grad.abs().max().item() <= noise, name
+        else:
+            assert_close(got[name].grad, parameter.grad, 2e-5, what=name)
+
+
+def inputs_of(kind: str, pad: int = 1, embedding_size: int = 32) -> dict[str, Tensor]:
+    """One batch of each kind of input that the model takes."""
+    batch = ragged_batch([9, 4, 6, 4, 1], pad=pad)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    shape = ids.shape
+    generator = torch.Generator().manual_seed(1)
+    if kind == "left padding":
+        return {"input_ids": ids.flip(1), "attention_mask": mask.flip(1)}
+    if kind == "left and right padding":
+        return {"input_ids": torch.cat([ids, ids.flip(1)]), "attention_mask": torch.cat([mask, mask.flip(1)])}
+    if kind == "holes":
+        full = torch.randint(3, 50, shape, generator=generator)
+        holes = torch.rand(shape, generator=generator) < 0.4
+        holes[:, 0] = False
+        return {"input_ids": full, "attention_mask": (~holes).long()}
+    if kind == "holes and a masked first position":
+        full = torch.randint(3, 50, shape, generator=generator)
+        holes = torch.rand(shape, generator=generator) < 0.4
+        holes[:2, 0] = True
+        holes[:, -1] = False
+        return {"input_ids": full, "attention_mask": (~holes).long()}
+    if kind == "a row with nothing in it":
+        return {"input_ids": ids, "attention_mask": mask * (torch.arange(5) != 2)[:, None]}
+    if kind == "no mask":
+        return {"input_ids": torch.randint(3, 50, shape, generator=generator)}
+    if kind == "no mask, padding tokens read as text":
+        return {"input_ids": ids}
+    if kind == "padding token inside the text":
+        ids = torch.randint(3, 50, shape, generator=generator)
+        ids[0, 2] = ids[0, 5] = ids[2, 0] = pad
+        return {"input_ids": ids, "attention_mask": mask}
+    if kind == "inputs_embeds":
+        return {"inputs_embeds": torch.randn(*shape, embedding_size, generator=generator), "attention_mask": mask}
+    if kind == "inputs_embeds without mask":
+        return {"inputs_embeds": torch.randn(*shape, embedding_size, generator=generator)}
+    if kind == "position_ids":
+        return {**batch, "position_ids": torch.randint(0, 40, shape, generator=generator)}
+    if kind == "one row of position_ids":
+        return {**batch, "position_ids": torch.arange(20, 20 + shape[1])[None]}
+    if kind == "token types":
+        return {**batch, "token_type_ids": torch.randint(0, 2, shape, generator=generator)}
+    if kind == "one row of token types":
+        return {**batch, "token_type_ids": torch.arange(shape[1])[None] % 2}
+    if kind == "token types and position_ids, left padding":
+        types, places = (
+            torch.randint(0, 2, shape, generator=generator),
+            torch.randint(0, 40, shape, generator=generator),
+        )
+        flipped = {name: tensor.flip(1) for name, tensor in batch.items()}
+        return {**flipped, "token_type_ids": types, "position_ids": places}
+    if kind == "one token":
+        return {"input_ids": torch.tensor([[7], [8]]), "attention_mask": torch.ones(2, 1)}
+    assert kind == "right padding"
+    return batch
 
 
 def golden(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

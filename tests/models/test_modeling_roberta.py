@@ -6,11 +6,10 @@ import pytest
 import torch
 import transformers
 from helpers import (
+    ROBERTA_INPUTS,
     assert_close,
     assert_same_gradients,
-    golden,
-    golden_inputs,
-    golden_model,
+    inputs_of,
     ragged_batch,
     randomise_,
     tiny_config,
@@ -28,67 +27,6 @@ from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification, R
 LENGTHS = [9, 4, 6, 4, 1]
 
 
-def inputs_of(kind: str) -> dict[str, Tensor]:
-    """One batch of each kind of input that the model takes."""
-    batch = ragged_batch(LENGTHS)
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    shape = ids.shape
-    generator = torch.Generator().manual_seed(1)
-    if kind == "left padding":
-        return {"input_ids": ids.flip(1), "attention_mask": mask.flip(1)}
-    if kind == "left and right padding":
-        return {"input_ids": torch.cat([ids, ids.flip(1)]), "attention_mask": torch.cat([mask, mask.flip(1)])}
-    if kind == "holes":
-        full = torch.randint(3, 50, shape, generator=generator)
-        holes = torch.rand(shape, generator=generator) < 0.4
-        holes[:, 0] = False
-        return {"input_ids": full, "attention_mask": (~holes).long()}
-    if kind == "holes and a masked first position":
-        full = torch.randint(3, 50, shape, generator=generator)
-        holes = torch.rand(shape, generator=generator) < 0.4
-        holes[:2, 0] = True
-        holes[:, -1] = False
-        return {"input_ids": full, "attention_mask": (~holes).long()}
-    if kind == "no mask":
-        return {"input_ids": torch.randint(3, 50, shape, generator=generator)}
-    if kind == "no mask, padding tokens read as text":
-        return {"input_ids": ids}
-    if kind == "padding token inside the text":
-        ids = torch.randint(3, 50, shape, generator=generator)
-        ids[0, 2] = ids[0, 5] = ids[2, 0] = 1
-        return {"input_ids": ids, "attention_mask": mask}
-    if kind == "inputs_embeds":
-        return {"inputs_embeds": torch.randn(*shape, 32, generator=generator), "attention_mask": mask}
-    if kind == "inputs_embeds without mask":
-        return {"inputs_embeds": torch.randn(*shape, 32, generator=generator)}
-    if kind == "position_ids":
-        return {**batch, "position_ids": torch.randint(0, 40, shape, generator=generator)}
-    if kind == "one row of position_ids":
-        return {**batch, "position_ids": torch.arange(20, 20 + shape[1])[None]}
-    if kind == "token types":
-        return {**batch, "token_type_ids": torch.randint(0, 2, shape, generator=generator)}
-    if kind == "one token":
-        return {"input_ids": torch.tensor([[7], [8]]), "attention_mask": torch.ones(2, 1)}
-    assert kind == "right padding"
-    return batch
-
-
-KINDS = [
-    "right padding",
-    "left padding",
-    "left and right padding",
-    "holes",
-    "holes and a masked first position",
-    "no mask",
-    "no mask, padding tokens read as text",
-    "padding token inside the text",
-    "inputs_embeds",
-    "inputs_embeds without mask",
-    "position_ids",
-    "one row of position_ids",
-    "token types",
-    "one token",
-]
 # task: number of labels, problem_type, labels of a batch of n
 TASKS = {
     "3 labels": (3, None, lambda n: torch.arange(n) % 3),
@@ -118,7 +56,7 @@ def assert_same_training_step(ours, theirs, inputs: dict[str, Tensor], labels: T
 # Against transformers: training step and outputs.
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ROBERTA_INPUTS)
 def test_logits_loss_and_every_gradient_are_transformers_own(kind):
     ours, theirs = twins(tiny_config())
     inputs = inputs_of(kind)
@@ -134,26 +72,6 @@ def test_every_kind_of_label_gives_transformers_loss_and_gradients(task):
     assert_same_training_step(ours, theirs, inputs_of("right padding"), labels_of(len(LENGTHS)))
 
 
-def test_inputs_embeds_get_transformers_gradient():
-    ours, theirs = twins(tiny_config())
-    inputs = inputs_of("inputs_embeds")
-    grads = []
-    for model in (ours, theirs):
-        embeds = inputs["inputs_embeds"].clone().requires_grad_()
-        model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits.pow(2).sum().backward()
-        grads.append(embeds.grad)
-    assert_close(*grads)
-
-
-@pytest.mark.parametrize("padding", ["right", "left"])
-def test_lengths_from_1_to_512_give_transformers_logits_loss_and_gradients(padding):
-    ours, theirs = twins(tiny_config(max_position_embeddings=514))
-    inputs = ragged_batch([512, 1, 2, 63, 64, 65, 300, 511, 1, 128])
-    if padding == "left":
-        inputs = {name: tensor.flip(1) for name, tensor in inputs.items()}
-    assert_same_training_step(ours, theirs, inputs, torch.arange(10) % 3)
-
-
 @pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu"])
 def test_activation_layer_norm_eps_and_sizes_come_from_the_config(act):
     config = tiny_config(hidden_act=act, layer_norm_eps=0.1, num_attention_heads=2, num_hidden_layers=3, pad_token_id=0)
@@ -163,7 +81,7 @@ def test_activation_layer_norm_eps_and_sizes_come_from_the_config(act):
     assert_same_training_step(ours, theirs, inputs, torch.arange(5) % 3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ROBERTA_INPUTS)
 def test_the_encoder_returns_transformers_hidden_states_attentions_and_pooler_output(kind):
     config = tiny_config()
     theirs_config = copy.deepcopy(config)
@@ -189,29 +107,6 @@ def test_the_encoder_returns_transformers_hidden_states_attentions_and_pooler_ou
     assert bare.hidden_states is None and bare.attentions is None
 
 
-@pytest.mark.parametrize("kind", ["right padding", "left padding"])
-def test_a_classifier_asked_for_attentions_has_the_logits_and_gradients_it_has_without(kind):
-    ours, theirs = twins(tiny_config())
-    inputs, labels = inputs_of(kind), torch.arange(5) % 3
-    got = ours(**inputs, labels=labels, output_attentions=True, output_hidden_states=True)
-    want = theirs(**inputs, labels=labels)
-    assert_close(got.logits, want.logits)
-    assert len(got.attentions) == 2 and len(got.hidden_states) == 3
-    got.loss.backward()
-    want.loss.backward()
-    assert_same_gradients(ours, theirs)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_first_tokens_alone_are_the_first_tokens_of_the_whole(kind):
-    model = randomise_(RobertaModel(tiny_config())).eval()
-    inputs = inputs_of(kind)
-    whole, first = model(**inputs), model(**inputs, first_token_only=True)
-    assert first.last_hidden_state.shape == (rows_of(inputs), 1, 32)
-    assert_close(first.last_hidden_state[:, 0], whole.last_hidden_state[:, 0], 1e-6)
-    assert_close(first.pooler_output, whole.pooler_output, 1e-6)
-
-
 @pytest.mark.parametrize("with_attentions", [True, False])
 @pytest.mark.parametrize("config", [tiny_config, tiny_deberta_config])
 def test_a_fully_masked_sequence_has_transformers_gradients_with_and_without_attentions(config, with_attentions):
@@ -223,12 +118,6 @@ def test_a_fully_masked_sequence_has_transformers_gradients_with_and_without_att
         out = model(**inputs, labels=torch.tensor([0, 2, 1]), output_attentions=with_attentions)
         out.loss.backward()
     assert_same_gradients(ours, theirs)
-
-
-def test_padding_is_zero_in_the_last_hidden_state():
-    inputs = inputs_of("right padding")
-    output = randomise_(RobertaModel(tiny_config()))(**inputs).last_hidden_state
-    assert torch.count_nonzero(output[inputs["attention_mask"] == 0]) == 0
 
 
 def test_without_a_pooling_layer_there_is_no_pooler_output():
@@ -252,145 +141,6 @@ def test_state_dict_keys_are_transformers_own(num_labels):
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     encoder, their_encoder = RobertaModel(tiny_config()), transformers.RobertaModel(tiny_config())
     assert encoder.state_dict().keys() == their_encoder.state_dict().keys()
-
-
-@pytest.mark.parametrize("with_labels", [False, True])
-@pytest.mark.parametrize("more", [{}, {"output_hidden_states": True}, {"output_attentions": True}])
-def test_return_dict_false_gives_the_tuple_transformers_gives(more, with_labels):
-    ours, theirs = twins(tiny_config(), attn_implementation="eager")
-    inputs = inputs_of("no mask")
-    labels = {"labels": torch.arange(5) % 3} if with_labels else {}
-    got = ours(**inputs, **labels, **more, return_dict=False)
-    want = theirs(**inputs, **labels, **more, return_dict=False)
-    assert type(got) is tuple and len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
-        if isinstance(b, tuple):
-            assert len(a) == len(b)
-            for x, y in zip(a, b, strict=True):
-                assert_close(x, y)
-        else:
-            assert_close(a, b)
-    encoder = ours.roberta(**inputs, return_dict=False)
-    assert type(encoder) is tuple and len(encoder) == 1  # no pooler in a classifier
-
-
-def test_the_config_can_ask_for_tuples_hidden_states_and_attentions():
-    model = RobertaForSequenceClassification(
-        tiny_config(return_dict=False, output_hidden_states=True, output_attentions=True)
-    )
-    output = model(**inputs_of("right padding"))
-    assert type(output) is tuple and [len(part) for part in output[1:]] == [3, 2]
-
-
-# Half precision and checkpointing.
-
-
-def test_in_bf16_we_are_no_further_from_fp32_than_transformers_is():
-    config = tiny_config(hidden_size=64, num_hidden_layers=3)
-    ours, theirs = (model.eval() for model in twins(config))
-    inputs = ragged_batch([1 + i % 12 for i in range(64)])
-    with torch.no_grad():
-        exact = theirs(**inputs).logits
-        got, want = ours.bfloat16()(**inputs).logits, theirs.bfloat16()(**inputs).logits
-    assert got.dtype == want.dtype == torch.bfloat16
-    our_error, their_error = ((x.float() - exact).pow(2).mean().sqrt().item() for x in (got, want))
-    assert their_error > 0
-    assert our_error <= 1.5 * their_error, (our_error, their_error)
-
-
-def test_in_bf16_every_gradient_is_as_close_to_fp32_as_transformers_is():
-    ours, theirs = twins(tiny_config())
-    exact = copy.deepcopy(theirs)
-    inputs, labels = ragged_batch([1 + i % 12 for i in range(64)]), torch.arange(64) % 3
-    for model in (ours.bfloat16(), theirs.bfloat16(), exact):
-        model(**inputs, labels=labels).loss.backward()
-    names = [name for name, _ in exact.named_parameters()]
-    flat = [torch.cat([m.get_parameter(name).grad.float().flatten() for name in names]) for m in (ours, theirs, exact)]
-    our_error, their_error = ((x - flat[2]).norm().item() for x in flat[:2])
-    assert our_error <= 2 * their_error, (our_error, their_error)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointed_activations_give_identical_gradients(dropout):
-    config = tiny_config(
-        apply_lora=True,
-        lora_r=4,
-        lora_alpha=8,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    model = randomise_(RobertaForSequenceClassification(config)).train()
-    mark_only_lora_as_trainable(model)
-    model.enable_input_require_grads()
-    labels = torch.arange(5) % 3
-    gradients, forwards = [], []
-    layer = model.roberta.encoder.layer[0].intermediate
-    for checkpointed in (False, True):
-        if checkpointed:
-            # the newer name of the same thing, where transformers has it
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable()
-        calls = []
-        hook = layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        model.zero_grad()
-        torch.manual_seed(0)
-        model(**inputs_of("right padding"), labels=labels).loss.backward()
-        hook.remove()
-        forwards.append(len(calls))
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert forwards == [1, 2]  # the second run did recompute
-    assert len(gradients[0]) == 8 + 4 and gradients[0].keys() == gradients[1].keys()
-    for name, want in gradients[0].items():
-        assert torch.equal(gradients[1][name], want), name
-
-
-# Against the reference implementation.
-
-
-@pytest.mark.parametrize("case", ["roberta_cls3", "roberta_reg"])
-def test_a_lora_model_has_the_references_hidden_states_logits_and_loss(case):
-    tensors, _ = golden(case)
-    model, inputs = golden_model(case), golden_inputs(tensors)
-    real = inputs["attention_mask"] == 1
-    output = model(**inputs, labels=tensors["input.labels"], output_hidden_states=True)
-    assert len(output.hidden_states) == 4
-    for i, got in enumerate(output.hidden_states):
-        assert_close(got[real], tensors[f"out.hidden_states.{i}"][real], 2e-5, scale=1, what=f"hidden state {i}")
-    assert_close(output.logits, tensors["out.logits"], 2e-5, scale=1)
-    assert_close(output.loss, tensors["out.loss"], 2e-5)
-    assert_close(model(**inputs).logits, tensors["out.logits"], 2e-5, scale=1)
-    assert_close(model.eval()(**inputs).logits, tensors["out.logits_eval"], 2e-5, scale=1)
-
-
-@pytest.mark.parametrize("case", ["roberta_cls3", "roberta_reg"])
-def test_a_lora_model_has_the_references_gradients(case):
-    tensors, description = golden(case)
-    model = golden_model(case)
-    mark_only_lora_as_trainable(model)
-    model(**golden_inputs(tensors), labels=tensors["input.labels"]).loss.backward()
-    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert set(got) == set(description["trainable"])
-    for name, gradient in got.items():
-        assert_close(gradient, tensors[f"grad.{name}"], 2e-5, what=name)
-
-
-@pytest.mark.parametrize("case", ["roberta_cls3", "roberta_reg"])
-def test_a_float64_lora_model_has_the_references_float64_logits_and_loss(case):
-    tensors, _ = golden(case)
-    output = golden_model(case).double()(**golden_inputs(tensors), labels=tensors["input.labels"])
-    assert_close(output.logits, tensors["out64.logits"], 1e-12)
-    assert_close(output.loss, tensors["out64.loss"], 1e-12)
-
-
-@pytest.mark.parametrize("case", ["roberta_cls3", "roberta_reg"])
-def test_the_goldens_tell_a_model_without_lora_from_one_with_it(case):
-    tensors, _ = golden(case)
-    inputs = golden_inputs(tensors)
-    with_lora = golden_model(case).eval()
-    without = RobertaForSequenceClassification(copy.deepcopy(with_lora.config)).eval()
-    without.load_state_dict({k: v for k, v in with_lora.state_dict().items() if "lora_" not in k}, strict=False)
-    assert_close(without(**inputs).logits, tensors["alt.logits_no_lora"], 2e-5, scale=1)  # lora_B is zero there
-    assert (with_lora(**inputs).logits - tensors["alt.logits_no_lora"]).abs().max() > 0.1
 
 
 # LoRA in the whole model, against PEFT.
@@ -456,58 +206,6 @@ def test_the_loss_under_dropout_is_distributed_as_transformers(place, asks_for_a
     assert ((got.std(0) / want.std(0) - 1).abs() < 0.15).all()
 
 
-def test_two_training_runs_with_one_seed_are_bit_equal_and_with_another_are_not():
-    config = tiny_config(
-        hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, apply_lora=True, lora_r=4, lora_alpha=8
-    )
-
-    def run(seed: int) -> dict[str, Tensor]:
-        torch.manual_seed(seed)
-        model = RobertaForSequenceClassification(config).train()
-        mark_only_lora_as_trainable(model)
-        trains = [p for p in model.parameters() if p.requires_grad]
-        for step in range(4):
-            loss = model(**ragged_batch(LENGTHS, seed=step), labels=torch.arange(5) % 3).loss
-            with torch.no_grad():
-                for parameter, gradient in zip(trains, torch.autograd.grad(loss, trains), strict=True):
-                    parameter -= 0.1 * gradient
-        return model.state_dict()
-
-    first, second, other = run(0), run(0), run(1)
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-    trained = [name for name in first if "lora_" in name or name.startswith("classifier.")]
-    assert len(trained) == 12 and not any(torch.equal(first[name], other[name]) for name in trained)
-
-
-def test_evaluation_is_deterministic_though_dropout_is_configured():
-    config = tiny_config(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
-    model = randomise_(RobertaForSequenceClassification(config)).eval()
-    batch = inputs_of("right padding")
-    want = model(**batch).logits
-    assert torch.equal(model(**batch).logits, want)
-    assert_close(model(**batch, output_attentions=True).logits, want)
-    assert not torch.equal(model.train()(**batch).logits, want)
-    no_dropout = RobertaForSequenceClassification(tiny_config())
-    no_dropout.load_state_dict(model.state_dict())
-    assert torch.equal(no_dropout.train()(**batch).logits, want)
-
-
-def test_a_sentences_logits_do_not_depend_on_neighbours_order_or_padding():
-    model = randomise_(RobertaForSequenceClassification(tiny_config())).eval()
-    batch = ragged_batch([9, 4, 6, 4, 1, 12])
-    ids, mask = batch.values()
-    want = model(**batch).logits
-    order = [3, 5, 0, 4, 2, 1]
-    reordered = model(input_ids=ids[order], attention_mask=mask[order]).logits
-    padded = model(input_ids=F.pad(ids, (0, 9), value=1), attention_mask=F.pad(mask, (0, 9))).logits
-    alone = torch.cat([model(input_ids=row[None, :n]).logits for row, n in zip(ids, mask.sum(1).tolist(), strict=True)])
-    assert_close(reordered, want[order], 1e-6)
-    assert_close(padded, want, 1e-6)
-    assert_close(alone, want, 1e-6)
-    noise = torch.where(mask == 1, ids, 7)  # what stands under the padding is not read
-    assert_close(model(input_ids=noise, attention_mask=mask).logits, want, 1e-6)
-
-
 @pytest.mark.parametrize(
     ("settings", "rate"),
     [
@@ -565,53 +263,6 @@ def test_transformers_pipeline_classifies_with_our_model(tmp_path):
     for scores, row in zip(got, want, strict=True):
         by_label = {score["label"]: score["score"] for score in scores}
         assert [by_label[f"LABEL_{i}"] for i in range(3)] == pytest.approx(row.tolist(), abs=1e-6)
-
-
-def test_input_embeddings_can_be_read_and_replaced():
-    model = RobertaForSequenceClassification(tiny_config())
-    assert model.get_input_embeddings() is model.roberta.embeddings.word_embeddings
-    model.resize_token_embeddings(60)
-    assert model.get_input_embeddings().weight.shape == (60, 32) and model.config.vocab_size == 60
-    assert model(input_ids=torch.tensor([[0, 59, 2]])).logits.shape == (1, 3)
-
-
-@pytest.mark.parametrize("as_embeds", [False, True])
-def test_a_sequence_beyond_the_position_table_is_refused_with_the_limit(as_embeds):
-    model = RobertaForSequenceClassification(
-        tiny_config(max_position_embeddings=12)
-    )  # 10 positions after the padding's
-
-    def batch(length: int) -> dict[str, Tensor]:
-        if as_embeds:
-            return {"inputs_embeds": torch.zeros(1, length, 32)}
-        return {"input_ids": torch.full((1, length), 5)}
-
-    assert model(**batch(10)).logits.shape == (1, 3)
-    with pytest.raises(ValueError, match=r"11 tokens exceeds the model's 10 positions.*max_length=10"):
-        model(**batch(11))
-
-
-def test_padding_beyond_the_position_table_is_no_error():
-    model = randomise_(RobertaForSequenceClassification(tiny_config(max_position_embeddings=12))).eval()
-    batch = ragged_batch([10, 4])
-    padded = {"input_ids": F.pad(batch["input_ids"], (0, 20), value=1)}
-    padded["attention_mask"] = (padded["input_ids"] != 1).long()
-    assert_close(model(**padded).logits, model(**batch).logits, 1e-6)
-
-
-@pytest.mark.parametrize("model_class", [RobertaModel, RobertaForSequenceClassification])
-def test_both_inputs_or_neither_is_an_error(model_class):
-    model = model_class(tiny_config())
-    ids = torch.tensor([[0, 5, 2]])
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
-        model(input_ids=ids, inputs_embeds=torch.zeros(1, 3, 32))
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
-        model(attention_mask=torch.ones(1, 3))
-
-
-def test_a_mask_of_another_shape_is_an_error():
-    with pytest.raises(ValueError, match=r"attention_mask must be \[batch, seq\] = \[1, 3\], got \[1, 4\]"):
-        RobertaModel(tiny_config())(input_ids=torch.tensor([[0, 5, 2]]), attention_mask=torch.ones(1, 4))
 
 
 @pytest.mark.parametrize(
