@@ -159,3 +159,14 @@ def test_every_listed_difference_from_transformers_and_pefts_tests_is_documented
         if line and not line.startswith("#"):
             pattern, reason = line.split("\t")
             assert f"| `{pattern}` | {reason} |" in page
+
+
+def test_the_page_on_the_architecture_names_every_module_of_every_package():
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("| package | its modules |")[2].partition("\n\n")[0]
+    rows = {line.split("|")[1].strip(" `/"): line for line in table.splitlines()[2:]}
+    package = ROOT / "src" / "lora_nlu"
+    folders = {path.name: path for path in package.iterdir() if (path / "__init__.py").is_file()}
+    assert set(rows) == {*folders, "beside them"}
+    for name, line in rows.items():
+        files = {path.name for path in folders.get(name, package).glob("*.*") if path.name != "py.typed"}
+        assert set(re.findall(r"`(\w+\.\w+)`", line)) == files - {"__init__.py", "__main__.py"}, name
