@@ -8,15 +8,19 @@ import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 from helpers import tiny_config
+from transformers import TrainingArguments
 
 from lora_nlu import read_adapter
 from lora_nlu.training import parse_arguments
+from lora_nlu.training.arguments import DataArguments, model_arguments
+from lora_nlu.training.run_arguments import RunArguments
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -130,6 +134,17 @@ def test_the_python_of_the_page_on_adapters_trains_lora_and_saves_it(tmp_path, m
     assert read_adapter(tmp_path / "my-adapter").labels == ("not_entailment", "entailment")
 
 
+def test_the_page_on_flags_has_every_flag_of_ours_and_no_other():
+    page = (ROOT / "docs" / "flags.md").read_text()
+    groups = (model_arguments(), DataArguments, RunArguments)
+    ours = {item.name for group in groups for item in fields(group)} - {item.name for item in fields(TrainingArguments)}
+    ignored = {"use_fast_tokenizer"}  # of earlier transformers
+    assert sorted(ours - ignored - {*re.findall(r"`--(\w+)", page)}) == []
+    first_cells = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `--"))
+    every = {item.name for group in groups for item in fields(group)}
+    assert sorted({*re.findall(r"--(\w+)", first_cells)} - every) == []
+
+
 def messages() -> str:
     """Every string of src/ and scripts/, the parts of an f-string joined by `...`."""
     found = []
@@ -162,11 +177,12 @@ def test_every_listed_difference_from_transformers_and_pefts_tests_is_documented
 
 
 def test_the_page_on_the_architecture_names_every_module_of_every_package():
-    table = (ROOT / "docs" / "architecture.md").read_text().partition("| package | its modules |")[2].partition("\n\n")[0]
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    table = text.partition("| package | its modules |")[2].partition("\n\n")[0]
     rows = {line.split("|")[1].strip(" `/"): line for line in table.splitlines()[2:]}
     package = ROOT / "src" / "lora_nlu"
     folders = {path.name: path for path in package.iterdir() if (path / "__init__.py").is_file()}
     assert set(rows) == {*folders, "beside them"}
     for name, line in rows.items():
         files = {path.name for path in folders.get(name, package).glob("*.*") if path.name != "py.typed"}
-        assert set(re.findall(r"`(\w+\.\w+)`", line)) == files - {"__init__.py", "__main__.py"}, name
+        assert set(re.findall(r"`(\w+\.(?:py|cpp))`", line)) == files - {"__init__.py", "__main__.py"}, name
