@@ -16,6 +16,10 @@ from transformers import DebertaV2Config, DebertaV2ForMaskedLM, RobertaConfig, R
 SCRIPT = Path(__file__).parents[2] / "examples" / "text-classification" / "run_glue.py"
 NOUNS = "cat dog bird tree house river stone cloud road garden window table".split()
 VERBS = "sees finds leaves likes paints carries follows remembers".split()
+TINY = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "initializer_range": 0.2,
+}  # fmt: skip
 LORA = ["--apply_lora", "--lora_r", "4", "--lora_alpha", "8"]
 
 
@@ -100,12 +104,11 @@ def write_vocabulary(folder: Path, glue: Path) -> Path:
     return folder
 
 
-def write_checkpoint(folder: Path, vocabulary: Path, **settings: int) -> Path:
+def write_checkpoint(folder: Path, vocabulary: Path, **settings: float) -> Path:
     """A RoBERTa checkpoint as the Hub has them: encoder and language-model head, tokenizer, config, safetensors."""
     tokenizer = RobertaTokenizer.from_pretrained(vocabulary)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48} | settings
     config = RobertaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=66, type_vocab_size=1, initializer_range=0.2, **shape
+        vocab_size=len(tokenizer), max_position_embeddings=66, type_vocab_size=1, **(TINY | settings)
     )
     torch.manual_seed(0)
     RobertaForMaskedLM(config).save_pretrained(folder)
@@ -113,7 +116,7 @@ def write_checkpoint(folder: Path, vocabulary: Path, **settings: int) -> Path:
     return folder
 
 
-def write_sentencepiece(folder: Path, text: Path) -> None:
+def write_sentencepiece(folder: Path, text: Path, normalization: str = "nmt_nfkc") -> None:
     """spm.model and its settings as Microsoft's checkpoints have them: [PAD] 0, [CLS] 1, [SEP] 2, [UNK] 3."""
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
@@ -129,6 +132,7 @@ def write_sentencepiece(folder: Path, text: Path) -> None:
         bos_piece="[CLS]",
         eos_piece="[SEP]",
         unk_piece="[UNK]",
+        normalization_rule_name=normalization,
         minloglevel=2,
     )
     (folder / "spm.vocab").unlink()
@@ -137,7 +141,6 @@ def write_sentencepiece(folder: Path, text: Path) -> None:
 
 def write_deberta(folder: Path, **settings) -> Path:
     """A checkpoint in v2-xxlarge's style around the tokenizer in `folder`: encoder and masked-language head."""
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     config = DebertaV2Config(
         vocab_size=160,
         max_position_embeddings=64,
@@ -149,8 +152,7 @@ def write_deberta(folder: Path, **settings) -> Path:
         position_biased_input=False,
         conv_kernel_size=3,
         conv_act="gelu",
-        initializer_range=0.2,
-        **(shape | settings),
+        **(TINY | settings),
     )
     torch.manual_seed(0)
     DebertaV2ForMaskedLM(config).save_pretrained(folder)
