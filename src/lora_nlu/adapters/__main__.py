@@ -1,13 +1,15 @@
 """What is in an adapter, and its other forms.
 
-python -m lora_nlu.adapters inspect SOURCE
-python -m lora_nlu.adapters convert SOURCE DESTINATION --to {peft,bin,merged} [--lora_alpha A] [--base MODEL]
-                                               [--lora_relative_query]
+  python -m lora_nlu.adapters inspect ADAPTER                              print what an adapter contains
+  python -m lora_nlu.adapters convert ADAPTER DESTINATION --to peft        write it as a PEFT folder, .bin or merged model
+
+Each has its own help: python -m lora_nlu.adapters convert -h.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from lora_nlu.adapters.converting import convert
 from lora_nlu.adapters.flags import with_relative_query
@@ -15,35 +17,70 @@ from lora_nlu.adapters.model_card import inspect
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError, UserError
 
+INSPECT = """Print what an adapter contains: method, layers, rank, alpha, labels, base model, metrics, parameters, and
+whether all its numbers are finite.
+
+example: python -m lora_nlu.adapters inspect output/roberta_base_rte
+"""
+CONVERT = """Write an adapter in another form. Nothing is written over.
+
+  --to peft    a folder with a model card, ready for the Hub; peft.PeftModel.from_pretrained loads it (LoRA)
+  --to bin     one file in the layout of microsoft/LoRA's published files (LoRA on query and value)
+  --to merged  a plain model with the update in its weights, for transformers alone
+
+example: python -m lora_nlu.adapters convert output/roberta_base_rte rte-model --to merged
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lora_nlu.adapters", description=(__doc__ or "").split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    looked_at = commands.add_parser("inspect", help="print what is in an adapter")
-    converted = commands.add_parser("convert", help="write an adapter in another form")
-    for command in (looked_at, converted):
-        command.add_argument("source", help="a published .bin, an adapter or output folder, or a Hub id")
-    converted.add_argument("destination", type=Path)
-    converted.add_argument("--to", required=True, choices=["peft", "bin", "merged"])
-    converted.add_argument("--lora_alpha", type=float, help="for a file that doesn't know its own")
-    converted.add_argument(
-        "--lora_relative_query", action="store_true", help="of a DeBERTa .bin: it was trained as PEFT trains"
-    )
-    converted.add_argument("--base", help="the base model to merge into or to record, if not the one recorded")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
-        adapter = read_adapter(args.source)
-        if args.command == "inspect":
-            print(inspect(adapter))
-        else:
-            if args.lora_relative_query and adapter.records_relative_query:
-                raise UsageError(f"--lora_relative_query: {adapter.source} is no DeBERTa .bin; leave it out.")
-            adapter = with_relative_query(adapter, args.lora_relative_query or None)
-            print(convert(adapter, args.destination.absolute(), args.to, args.lora_alpha, args.base))
+        print(args.text(args))
     except (UserError, OSError) as e:
         print(f"lora_nlu.adapters: error: {e}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    form: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    adapter = "a published .bin, an adapter or output folder, or a Hub id"
+    parser = argparse.ArgumentParser(prog="python -m lora_nlu.adapters", description=__doc__, **form)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    inspecting = commands.add_parser("inspect", description=INSPECT, help="print what an adapter contains", **form)
+    inspecting.add_argument("adapter", metavar="ADAPTER", help=adapter)
+    inspecting.set_defaults(text=_inspect)
+
+    converting = commands.add_parser("convert", description=CONVERT, help="write an adapter in another form", **form)
+    converting.add_argument("adapter", metavar="ADAPTER", help=adapter)
+    converting.add_argument("destination", type=Path, metavar="DESTINATION", help="the folder or file to write")
+    converting.add_argument("--to", required=True, choices=["peft", "bin", "merged"], help="the form; see above")
+    converting.add_argument(
+        "--lora_alpha", type=float, metavar="ALPHA", help="of a .bin, which doesn't record it (published RoBERTa: 16)"
+    )
+    converting.add_argument(
+        "--base", metavar="MODEL", help="the base model to merge into or to record; default: the one that is recorded"
+    )
+    converting.add_argument(
+        "--lora_relative_query",
+        action="store_true",
+        help="of a DeBERTa .bin: it was trained with LoRA on the relative positions' query too, as in PEFT",
+    )
+    converting.set_defaults(text=_convert)
+    return parser
+
+
+def _inspect(args: argparse.Namespace) -> str:
+    return inspect(read_adapter(args.adapter))
+
+
+def _convert(args: argparse.Namespace) -> str:
+    adapter = read_adapter(args.adapter)
+    if args.lora_relative_query and adapter.records_relative_query:
+        raise UsageError(f"--lora_relative_query: {adapter.source} is no DeBERTa .bin; leave it out.")
+    adapter = with_relative_query(adapter, args.lora_relative_query or None)
+    return convert(adapter, args.destination.absolute(), args.to, args.lora_alpha, args.base)
 
 
 if __name__ == "__main__":
