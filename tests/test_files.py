@@ -130,8 +130,8 @@ def test_a_folder_that_can_not_be_listed_is_an_error_not_an_empty_folder(tmp_pat
         (b"", "can't be read"),
         (b"\xff\xfe", "can't be read"),
         (b"[" * 200_000, "can't be read"),  # deeper than Python's stack
-        (b"[1, 2]", "holds a JSON list; expected an object."),
-        (b"null", "holds a JSON NoneType; expected an object."),
+        (b"[1, 2]", "contains a JSON list; expected an object."),
+        (b"null", "contains a JSON NoneType; expected an object."),
     ],
     ids=["cut", "empty", "not UTF-8", "too deep", "list", "null"],
 )

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSON objects read with an error for people."""
+"""Files written completely or not at all, folders found by a file in them, and JSON objects read."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA = "adapter_config.json", "adapter_
 
 
 def flush_and_rename(partial: Path, final: Path) -> None:
-    """Give a completely written file or folder its name: on the disk first, then renamed."""
+    """Flush a completely written file or folder to the disk, then rename it."""
     for path in [partial, *partial.rglob("*")] if partial.is_dir() else [partial]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -25,7 +25,7 @@ def flush_and_rename(partial: Path, final: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary name to write a file under; it gets its own when the block ends, and is gone if the block fails."""
+    """A temporary path to write to: renamed to `path` when the block ends, removed if the block fails."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -35,18 +35,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 under a temporary name, then rename."""
+    """Write UTF-8 text atomically."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON under a temporary name, then rename."""
+    """Write `content` as JSON atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def folders_containing(name: str, start: Path) -> list[Path]:
-    """Every folder under `start`, itself among them, that holds a file of this name; checkpoints and hidden ones not.
+    """Every folder from `start` down that contains a file of this name, without checkpoints and hidden folders.
 
     Raises UserError if `start` is no folder, OSError for one that can't be read.
     """
@@ -55,7 +55,7 @@ def folders_containing(name: str, start: Path) -> list[Path]:
         raise error
 
     if not start.is_dir():
-        raise UserError(f"{start}: no such folder. Give an output folder of run_glue.py, or one that holds some.")
+        raise UserError(f"{start}: no such folder. Give an output folder of run_glue.py, or one that contains some.")
     found = []
     for folder, below, files in os.walk(start, onerror=fail):
         below[:] = [name for name in below if not name.startswith((".", "checkpoint-"))]
@@ -63,15 +63,15 @@ def folders_containing(name: str, start: Path) -> list[Path]:
     return sorted(found)
 
 
-def is_training_run(known: dict[str, Any]) -> bool:
-    """Whether a run.json is of a run that trained, or began to: an evaluation or a prediction leaves one as well."""
-    return bool(known.get("trained") or known.get("hyperparameters", {}).get("train_samples"))
+def is_training_run(run: dict[str, Any]) -> bool:
+    """Whether a run.json is of a run that trained, or began to; evaluations and predictions write one as well."""
+    return bool(run.get("trained") or run.get("hyperparameters", {}).get("train_samples"))
 
 
-def weights_file_problem(path: Path, wanted: str = "weights") -> str | None:
+def weights_file_problem(path: Path, expected: str = "weights") -> str | None:
     """What is wrong with a file of weights that is empty or text, and the remedy; None for any other file.
 
-    wanted: what the file should hold, for the message.
+    expected: what the file should contain, for the message.
     """
     with path.open("rb") as file:
         start = file.read(600)
@@ -80,25 +80,25 @@ def weights_file_problem(path: Path, wanted: str = "weights") -> str | None:
     try:
         text = start.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        if e.start < 500:  # not just a character that the reading cut
+        if e.start < 500:  # not just a character that ends after the bytes read
             return None
         text = start[: e.start].decode("utf-8-sig")
     if not all(character.isprintable() or character in "\t\n\r\f" for character in text):
         return None
     if text.startswith("version https://git-lfs"):
-        return f"no {wanted} but a Git LFS pointer.\nRun `git lfs pull` in that folder, or download the file itself."
+        return f"no {expected} but a Git LFS pointer.\nRun `git lfs pull` in that folder, or download the file itself."
     head = text.lstrip().lower()
-    page = head.startswith(("<!doctype html", "<html", "<head", "<!--"))
-    kind = "a web page (HTML)" if page else "JSON" if head.startswith(("{", "[")) else "text"
-    return f"no {wanted} but {kind}: {printable(text.strip(), 60)}\nDownload the file itself."
+    is_page = head.startswith(("<!doctype html", "<html", "<head", "<!--"))
+    kind = "a web page (HTML)" if is_page else "JSON" if head.startswith(("{", "[")) else "text"
+    return f"no {expected} but {kind}: {printable(text.strip(), 60)}\nDownload the file itself."
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError if it is missing, cut or no object."""
+    """Read a JSON object. Raises UserError if the file is missing or damaged, or contains something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: can't be read ({e}).") from e
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a JSON {type(content).__name__}; expected an object.")
+        raise UserError(f"{path}: contains a JSON {type(content).__name__}; expected an object.")
     return content

@@ -1,6 +1,7 @@
-"""The labels that a classification head tells: recorded by name, compared by name, its rows put in order by name.
+"""The labels of a classification head: recorded and compared by name; its rows are put in order by name.
 
-Names are compared stripped and case-blind; () stands for a regression, None for a head that records no names.
+Names are compared without regard to case and blanks around them. () stands for a regression, None for a head without
+recorded names.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,12 +11,12 @@ from lora_nlu.errors import UserError, printable
 
 
 def placeholder_labels(count: int) -> tuple[str, ...]:
-    """The names that transformers' configs have where nobody gave any."""
+    """The label names in a transformers config that records none."""
     return tuple(f"LABEL_{i}" for i in range(count))
 
 
 def config_labels(config: Any) -> tuple[str, ...]:
-    """Label names of a config, class 0 first, placeholders or not; () for regression."""
+    """The label names of a config, class 0 first, placeholders too; () for regression."""
     names = tuple(label for _, label in sorted(config.id2label.items()))
     return () if len(names) == 1 else names
 
@@ -27,8 +28,10 @@ def recorded_labels(config: Any) -> tuple[str, ...] | None:
 
 
 def check_label_config(name: str, config: Any) -> list[str]:
-    """Lines worth saying of what a checkpoint's config says of its own labels. Raises UserError if it contradicts
-    itself: id2label, by which a head's rows are named, and label2id."""
+    """Lines to print on the labels in a checkpoint's config.
+
+    Raises UserError if label2id contradicts id2label, which names the rows of the head.
+    """
     names = recorded_labels(config) or ()
     for i, label in enumerate(names):
         if (other := (config.label2id or {}).get(label, i)) != i:
@@ -48,9 +51,9 @@ def set_labels(config: Any, labels: tuple[str, ...]) -> None:
     config.problem_type = "single_label_classification" if labels else "regression"
 
 
-def shortened_list(said: Sequence[str], most: int = 10) -> str:
-    """With commas between them, and the first of them only where they are many."""
-    return ", ".join(said[:most]) + (f" and {len(said) - most} more" if len(said) > most else "")
+def shortened_list(items: Sequence[str], limit: int = 10) -> str:
+    """Items separated by commas; after the first `limit`, their number instead."""
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
 def label_list(labels: Sequence[str] | None) -> str:
@@ -61,54 +64,53 @@ def label_list(labels: Sequence[str] | None) -> str:
 
 
 def normalised_label(label: str) -> str:
-    """What is equal for names that differ only in case or in blanks around them."""
+    """A label's name without blanks around it, in lower case."""
     return label.strip().casefold()
 
 
-def rows_by_label(trained: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
-    """For each of the `wanted` labels its place among those a head was `trained` to tell; None if they are others."""
-    for key in (str, normalised_label):  # names that only case tells apart are still told apart
+def rows_by_label(trained: Sequence[str], labels: Sequence[str]) -> list[int] | None:
+    """For each of `labels` its place among those that a head was `trained` to predict; None if the sets differ."""
+    for key in (str, normalised_label):  # exact names first, for labels that differ only in case
         places = {key(label): i for i, label in enumerate(trained)}
-        rows = [places.get(key(label)) for label in wanted]
-        if len(places) == len(trained) == len(wanted) and {*rows} == {*range(len(trained))}:
+        rows = [places.get(key(label)) for label in labels]
+        if len(places) == len(trained) == len(labels) and {*rows} == {*range(len(trained))}:
             return [row for row in rows if row is not None] or [0]  # a regression has one row
     return None
 
 
-def check_labels(source: object, trained: Sequence[str] | None, wanted: Sequence[str]) -> None:
-    """The examples' labels must be those that `source` was trained to tell, where it says. Raises UserError."""
-    if trained is not None and rows_by_label(trained, wanted) is None:
+def check_labels(source: object, trained: Sequence[str] | None, labels: Sequence[str]) -> None:
+    """Raise UserError if `source` records labels that it was trained to predict, and they are not the examples'."""
+    if trained is not None and rows_by_label(trained, labels) is None:
         raise UserError(
-            f"{source}: was trained to predict {label_list(trained)}; the examples have {label_list(wanted)}."
+            f"{source}: was trained to predict {label_list(trained)}; the examples have {label_list(labels)}."
         )
 
 
 def match_head_rows(
-    source: object, count: int, trained: Sequence[str] | None, wanted: Sequence[str]
+    source: object, count: int, trained: Sequence[str] | None, labels: Sequence[str]
 ) -> tuple[list[int] | None, str]:
-    """For each of the `wanted` labels the row of a head of `count` rows that tells it, None if it is for other labels.
+    """For each of `labels` the row of a head of `count` rows that predicts it; None if the head is for other labels.
 
-    Where nothing is recorded rows are taken as they stand. The second value is a line worth saying, or "".
+    A head without recorded names is taken in the order of `labels`. The second value is a line to print, or "".
     """
-    n = len(wanted) or 1
-    rows = list(range(n)) if trained is None else rows_by_label(trained, wanted)
+    n, names = len(labels) or 1, label_list(labels)
+    rows = list(range(n)) if trained is None else rows_by_label(trained, labels)
     if count != n or rows is None:
         is_named = trained is not None and count == (len(trained) or 1)
-        said = f"It predicts {label_list(trained)}" if is_named else f"It has {count} outputs"
-        left = f"{source}: its classifier is for other labels and is not loaded; a new one is initialised."
-        return None, f"{left} {said}; the examples have {label_list(wanted)}."
-    if trained is None:
-        guess = f"{source}: records no label names; its head is assumed to predict {label_list(wanted)}, in this order."
-        return rows, f"{guess} If that is wrong, name its classes, class 0 first: --labels." if wanted else ""
-    if rows != list(range(n)):
-        return (
-            rows,
-            f"{source}: its head predicts {label_list(trained)}; its rows are put in the order {label_list(wanted)}.",
+        predicts = f"It predicts {label_list(trained)}" if is_named else f"It has {count} outputs"
+        return None, (
+            f"{source}: its classifier is for other labels and is not loaded; a new one is initialised. "
+            f"{predicts}; the examples have {names}."
         )
+    if trained is None:
+        assumed = f"{source}: records no label names; its head is assumed to predict {names}, in this order."
+        return rows, f"{assumed} If that is wrong, name its classes, class 0 first: --labels." if labels else ""
+    if rows != list(range(n)):
+        return rows, f"{source}: its head predicts {label_list(trained)}; its rows are put in the order {names}."
     return rows, ""
 
 
 def last_head_layer(names: Iterable[str]) -> str | None:
-    """The head's last layer, whose rows are the labels, by the names of its parameters; None if it is not there."""
+    """The name of the head's last layer, whose rows are the labels, among names of parameters; None without a head."""
     layers = ("classifier.out_proj", "classifier")  # RoBERTa's, DeBERTa's
     return next((layer for layer in layers if f"{layer}.weight" in {*names}), None)

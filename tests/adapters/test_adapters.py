@@ -311,7 +311,7 @@ def test_a_published_deberta_file_is_not_read_with_lora_on_the_relative_query(tm
     for path in (file, folder):
         assert "Leave out --lora_relative_query" in refused(path, lora_deberta(seed=1, lora_relative_query=True))
         assert "Leave out" in refused(path, lora_deberta(seed=1, lora_relative_query=True), training=True)
-    assert "doesn't tell whether LoRA was on the relative" in refused(file, lora_deberta(lora_relative_query=True))
+    assert "doesn't record whether LoRA was on the relative" in refused(file, lora_deberta(lora_relative_query=True))
     taken = with_relative_query(read_adapter(str(file)), True)
     load_adapter(lora_deberta(seed=1, lora_relative_query=True), taken, allow_new_head=False)
     assert not taken.frozen_relative_query
@@ -939,7 +939,9 @@ def test_a_file_that_does_not_know_its_alpha_needs_to_be_told_and_one_that_does_
     path = published(tmp_path / "mnli.bin", trained(lora_model()))
     adapter = read_adapter(str(path))
     model = RobertaForSequenceClassification(tiny_config())
-    with pytest.raises(UserError, match=r"doesn't say which lora_alpha[^\n]*\nGive --lora_alpha: 16 for the published"):
+    with pytest.raises(
+        UserError, match=r"doesn't record the lora_alpha[^\n]*\nGive --lora_alpha: 16 for the published"
+    ):
         attach_adapter(model, adapter, None, allow_new_head=False)
     attach_adapter(model, adapter, ALPHA, allow_new_head=False)
     assert {layer.scaling for layer in model.modules() if isinstance(layer, LoRALinear)} == {ALPHA / R}
@@ -1042,7 +1044,11 @@ def test_an_adapter_whose_numbers_are_not_finite_is_never_put_into_a_model(what,
     path = published(tmp_path / "spoilt.bin", state | {name: SPOILT[what](state[name])})
     message = refused(path, training=training)
     assert name in message, message
-    said = {"NaN": "1 of its 12 tensors are not finite", "int8": "holds torch.int8", "complex": "holds torch.complex64"}
+    said = {
+        "NaN": "1 of its 12 tensors are not finite",
+        "int8": "contains torch.int8",
+        "complex": "contains torch.complex64",
+    }
     assert (said.get(what) or ("not finite" if "fin" in what or "fp32" in what else what.split(",")[0])) in message
     model = RobertaForSequenceClassification(tiny_config())
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

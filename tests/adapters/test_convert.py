@@ -228,7 +228,7 @@ def test_inspect_tells_layers_rank_alpha_labels_base_metric_size_and_what_is_not
     name = next(iter(state))
     torch.save(state | {name: state[name] * float("nan")}, tmp_path / "broken.bin")
     code, out, _ = said(capsys, "inspect", tmp_path / "broken.bin")
-    assert code == 0 and f"1 tensors, {name} first" in out and "the file doesn't say" in out
+    assert code == 0 and f"1 tensors, {name} first" in out and "the file doesn't record it" in out
 
 
 @pytest.mark.parametrize("to", ["peft", "bin", "merged"])
@@ -466,8 +466,8 @@ def test_a_base_on_a_hub_that_cant_be_reached_is_recorded_and_said_not_to_be_che
     ("argv", "words"),
     [
         (["{adapter}", "--to", "bin", "--base", "{base}"], "--base: a .bin records no base model"),
-        (["{bitfit}", "--to", "peft", "--lora_alpha", "6"], "--lora_alpha: {bitfit} holds bitfit, which has none"),
-        (["{bitfit}", "--to", "merged", "--lora_alpha", "6"], "--lora_alpha: {bitfit} holds bitfit, which has none"),
+        (["{bitfit}", "--to", "peft", "--lora_alpha", "6"], "--lora_alpha: {bitfit} contains bitfit, which has none"),
+        (["{bitfit}", "--to", "merged", "--lora_alpha", "6"], "--lora_alpha: {bitfit} contains bitfit, which has none"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -767,7 +767,7 @@ def test_a_whole_checkpoint_counts_its_update_once_whether_it_was_merged_before_
     again = fresh(base)
     notes = attach_adapter(again, read_adapter(str(tmp_path if as_folder else path)), ALPHA, allow_new_head=False)
     assert torch.equal(logits(again), want)
-    assert ["hold the update already" in note for note in notes] == ([True] if merged else [])
+    assert ["contain the update already" in note for note in notes] == ([True] if merged else [])
 
 
 def test_a_whole_checkpoint_of_another_base_model_is_refused(case, tmp_path):
@@ -805,7 +805,7 @@ def test_a_bin_that_cannot_tell_how_its_relative_query_was_trained_is_read_as_sa
     if frozen is not None:
         kind = "LORA_FROZEN_RELATIVE_QUERY" if frozen else "LORA"
         assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["peft_type"] == kind
-        assert inspected(capsys, tmp_path / "lora.bin")["relative query"] == "unknown: the file doesn't say"
+        assert inspected(capsys, tmp_path / "lora.bin")["relative query"] == "unknown: the file doesn't record it"
     again = fresh(base)
     attach_adapter(again, read_adapter(str(tmp_path / "peft")), None, allow_new_head=False)
     assert torch.equal(logits(again), logits(model))

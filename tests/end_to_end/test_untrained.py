@@ -141,12 +141,12 @@ def test_a_file_at_the_wrong_door_is_told_the_right_one(trained, call, glue, tin
     for flags, said in (
         ([base, lora], f"is an adapter.\nGive it as --lora_path, and its base ({tiny_model}) as --model_name_or_path"),
         ([base, trained("head")], "Give it as --adapter_path"),
-        ([door, full], "is a whole model, no adapter. Give it as --model_name_or_path"),
-        ([door, full / "model.safetensors"], "is a whole model, without LoRA. Give it as --model_name_or_path"),
-        ([door, tmp_path / "whole.bin"], "is a whole model, without LoRA. Give it as --model_name_or_path"),
-        ([door, lora / "adapter_model.safetensors"], "holds PEFT's keys"),
+        ([door, full], "is a complete model, no adapter. Give it as --model_name_or_path"),
+        ([door, full / "model.safetensors"], "is a complete model, without LoRA. Give it as --model_name_or_path"),
+        ([door, tmp_path / "whole.bin"], "is a complete model, without LoRA. Give it as --model_name_or_path"),
+        ([door, lora / "adapter_model.safetensors"], "contains PEFT's keys"),
         ([door, tmp_path / "peft.bin"], "Give the folder with its adapter_config.json"),
-        ([door, tmp_path / "headless.bin", *alpha], "holds LoRA and no classifier: train one from it (--do_train)"),
+        ([door, tmp_path / "headless.bin", *alpha], "contains LoRA and no classifier: train one from it (--do_train)"),
         ([door, tmp_path / "encoder"], "its keys lack 'roberta.'"),
     ):
         outcome = call(*on_rte(glue, tmp_path / "o", *flags, *SHORT, "--do_eval"))

@@ -24,7 +24,7 @@ def test_the_program_prints_the_report_and_where_it_is(small, written, capsys):
 
 BROKEN = {
     "cut": ("run.json", '{"task": "co', "run.json: can't be read"),
-    "a list": ("run.json", "[]", "run.json: holds a JSON list; expected an object."),
+    "a list": ("run.json", "[]", "run.json: contains a JSON list; expected an object."),
     "cut results": ("eval_results.json", "{", "eval_results.json: can't be read"),
     "no figure": (
         "eval_results.json",

@@ -1,7 +1,7 @@
 """What is in an adapter, and its other forms.
 
   python -m lora_nlu.adapters inspect ADAPTER                              print what an adapter contains
-  python -m lora_nlu.adapters convert ADAPTER DESTINATION --to peft        write it as a PEFT folder, .bin or merged model
+  python -m lora_nlu.adapters convert ADAPTER DESTINATION --to merged      write it as a PEFT folder, .bin or model
 
 Each has its own help: python -m lora_nlu.adapters convert -h.
 """

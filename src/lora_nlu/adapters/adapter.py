@@ -36,13 +36,13 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 class Adapter:
     """A saved adapter in memory: tensors by the model's own parameter names, and how the update is scaled.
 
-    lora_alpha:             None where the file doesn't know it (a published `.bin`).
+    lora_alpha:             None if the file doesn't record it (a published `.bin`).
     alpha_pattern:          alpha of layers whose names match, as PEFT reads patterns; the others have lora_alpha.
     use_rslora:             the scaling is alpha / sqrt(r), not alpha / r.
     frozen_relative_query:  how a DeBERTa was trained (modeling_deberta_v2.py); a `.bin` is taken for the reference's.
     lora_dropout:           the dropout it was trained with; it changes nothing in what the adapter computes.
     targets:                names, or a pattern, of the layers that must have an update.
-    base_weights:           weights of those layers in a checkpoint of a whole model, which may hold the update already.
+    base_weights:           weights of those layers in a complete model's checkpoint; they may contain the update.
     method:                 a name in methods/table.py; all of the above but base_weights is for methods with updates.
     """
 
@@ -97,33 +97,33 @@ class Adapter:
         return next((t.shape[0] for name, t in self.state.items() if name.endswith(".adapter_A.weight")), None)
 
     def alphas(self, lora_alpha: float | None = None) -> dict[str, float]:
-        """The alpha of each layer with an update; `lora_alpha` is for a file that doesn't know its own.
+        """The alpha of each layer with an update; `lora_alpha` is for a file that doesn't record it.
 
         Raises UserError without either, or if they contradict each other.
         """
         if self.lora_alpha is None and lora_alpha is None:
             raise UserError(
-                f"{self.source} doesn't say which lora_alpha it was trained with; another one gives wrong answers.\n"
+                f"{self.source} doesn't record the lora_alpha it was trained with; another one gives wrong answers.\n"
                 "Give --lora_alpha: 16 for the published RoBERTa files, 32 for the published DeBERTa ones."
             )
         if None not in (self.lora_alpha, lora_alpha) and self.lora_alpha != lora_alpha:
             raise UserError(f"{self.source}: was trained with lora_alpha {self.lora_alpha:g}, not {lora_alpha:g}.")
-        known = lora_alpha if self.lora_alpha is None else self.lora_alpha
-        if not is_positive_number(known, (int, float)):
-            raise UserError(f"{self.source}: --lora_alpha {known}: expected a positive number.")
-        return {name: by_pattern(self.alpha_pattern, name, known) for name in self.ranks}
+        alpha = lora_alpha if self.lora_alpha is None else self.lora_alpha
+        if not is_positive_number(alpha, (int, float)):
+            raise UserError(f"{self.source}: --lora_alpha {alpha}: expected a positive number.")
+        return {name: by_pattern(self.alpha_pattern, name, alpha) for name in self.ranks}
 
     def layers(self, lora_alpha: float | None = None) -> dict[str, tuple[int, float]]:
-        """(rank, alpha) of each layer with an update; `lora_alpha` and errors as `alphas` has them."""
+        """(rank, alpha) of each layer with an update; `lora_alpha` and errors as in `alphas`."""
         alphas = self.alphas(lora_alpha)
         return {name: (rank, alphas[name]) for name, rank in self.ranks.items()}
 
     def scaling(self, rank: int, alpha: float) -> float:
-        """By what an update of this rank and alpha is scaled."""
+        """The factor that scales an update of this rank and alpha."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def scalings(self, lora_alpha: float | None = None) -> list[float]:
-        """By what updates are scaled, each number once; `lora_alpha` and errors as `alphas` has them."""
+        """The factors that scale updates, each once; `lora_alpha` and errors as in `alphas`."""
         return sorted({self.scaling(rank, alpha) for rank, alpha in self.layers(lora_alpha).values()})
 
 
@@ -141,7 +141,7 @@ def encoder_prefix(adapter: Adapter) -> str:
 
 
 def is_deberta(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are of a DeBERTa; in a bare encoder its `query_proj`, ... tell."""
+    """Whether tensors of these names are a DeBERTa's; a bare encoder has no prefix, but names like `query_proj`."""
     return any(name.startswith("deberta.") or (name.startswith(_BARE) and "_proj." in name) for name in names)
 
 
@@ -151,8 +151,8 @@ def foreign_layer(adapter: Adapter) -> str | None:
     if adapter.is_bare:
         prefix = "deberta" if is_deberta(adapter.state) else "roberta"
         start, names = f"{prefix}.", [name for name in names if name != "pooler.dense"]
-    known = LAYERS.get(prefix)
-    return next((name for name in names if known is None or not known.fullmatch(start + name)), None)
+    pattern = LAYERS.get(prefix)
+    return next((name for name in names if pattern is None or not pattern.fullmatch(start + name)), None)
 
 
 def most_common(values: Iterable[Any]) -> Any:

@@ -51,7 +51,7 @@ def attach_adapter(
     notes = _check_base_model(model, adapter)
     if adapter.base_weights and base_holds_update(model, adapter, layers):
         notes.append(
-            f"{adapter.source}: its base weights hold the update already (merged, then saved); it counts once."
+            f"{adapter.source}: its base weights contain the update already (merged, then saved); it counts once."
         )
     copy_into(model, loadable.state)
     mark_trainable(model)
@@ -136,7 +136,7 @@ def _other_model(adapter: Adapter, model: Any, missing: list[str], unexpected: l
     """The error for an adapter whose tensors are not those that the model's method needs."""
     if not unexpected and missing and {*missing} == {*head_names(model)}:
         return UserError(
-            f"{adapter.source}: holds {adapter.row.label} and no classifier: train one from it (--do_train).\n"
+            f"{adapter.source}: contains {adapter.row.label} and no classifier: train one from it (--do_train).\n"
             f"(It lacks {missing[0]} and {len(missing) - 1} others.)"
         )
     has_classifier = model.base_model is not model
@@ -150,7 +150,7 @@ def _other_model(adapter: Adapter, model: Any, missing: list[str], unexpected: l
             f"{adapter.source}: was trained on a model with a classifier (its keys start with "
             f"'{encoder_prefix(adapter)}.').\nAttach it to such a model; its `base_model` is then the adapted encoder."
         )
-    lists = (("lacks", missing), ("has but the model lacks", unexpected))
+    lists = (("lacks", missing), ("contains but the model lacks", unexpected))
     found = "; ".join(f"{verb} {', '.join(names[:3])}{' ...' if names[3:] else ''}" for verb, names in lists if names)
     return UserError(
         f"{adapter.source}: not an adapter of this model: the file {found}.\n"
@@ -195,7 +195,7 @@ def base_holds_update(model: Any, adapter: Adapter, layers: dict[str, tuple[int,
             distances[merged] = max(distances[merged], distance.item())
     if min(distances.values()) > 1e-3:
         raise UserError(
-            f"{adapter.source}: a checkpoint of a whole model, and its base weights are not this model's, with or "
+            f"{adapter.source}: a checkpoint of a complete model, and its base weights are not this model's, with or "
             "without the update.\nGive the base model it was trained from, and the --lora_alpha it had."
         )
     return distances[True] < distances[False]

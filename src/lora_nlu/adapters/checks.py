@@ -66,9 +66,9 @@ def _check_trained_names(adapter: Adapter) -> None:
 def _contents_without_lora(names: Iterable[str]) -> str:
     """What a file without LoRA matrices, by our names of them, contains instead, and what to do with it."""
     if any(name.startswith(PEFT_PREFIX) for name in names):
-        return f"holds PEFT's keys, which say nothing of rank and alpha. Give the folder with its {ADAPTER_CONFIG}."
+        return f"contains PEFT's keys, which record neither rank nor alpha. Give the folder with its {ADAPTER_CONFIG}."
     if any(name.endswith(".word_embeddings.weight") for name in names):
-        return "is a whole model, without LoRA. Give it as --model_name_or_path."
+        return "is a complete model, without LoRA. Give it as --model_name_or_path."
     return "no LoRA matrices (keys ending in lora_A, lora_B) in it."
 
 
@@ -116,8 +116,8 @@ def check_written_together(adapter: Adapter, peft_type: str) -> None:
         now, recorded = (", ".join(f"{x:.6g}" for x in sorted(xs)) for xs in (adapter.scalings(), recorded_scalings))
         if now != recorded:
             raise UserError(
-                f"{source}: {ADAPTER_CONFIG} scales the update by {now}, {RUN_METADATA} says it was trained with "
-                f"{recorded}: {mismatch}.\n{remedy} lora_alpha, alpha_pattern and use_rslora back."
+                f"{source}: {ADAPTER_CONFIG} scales the update by {now}, {RUN_METADATA} records that it was trained "
+                f"with {recorded}: {mismatch}.\n{remedy} lora_alpha, alpha_pattern and use_rslora back."
             )
     weights_fingerprint = fingerprint(adapter.state)
     if metadata.get("weights_fingerprint", weights_fingerprint) != weights_fingerprint:
@@ -134,7 +134,7 @@ def check_values(adapter: Adapter) -> None:
     state = adapter.state | {f"{name}.weight": tensor for name, tensor in adapter.base_weights.items()}
     for name, tensor in state.items():
         if not tensor.is_floating_point():
-            raise UserError(f"{source}: {name} holds {tensor.dtype}; expected floating-point numbers.")
+            raise UserError(f"{source}: {name} contains {tensor.dtype}; expected floating-point numbers.")
     if broken := not_finite(state):
         raise UserError(
             f"{source}: {len(broken)} of its {len(state)} tensors are not finite (NaN or infinity), {broken[0]} first: "

@@ -61,7 +61,7 @@ def _check_convertible(
     if base and to == "bin":
         raise UsageError("--base: a .bin records no base model; leave it out, or write --to peft.")
     if lora_alpha is not None and not adapter.row.layer:
-        raise UsageError(f"--lora_alpha: {source} holds {adapter.method}, which has none; leave it out.")
+        raise UsageError(f"--lora_alpha: {source} contains {adapter.method}, which has none; leave it out.")
     if foreign := foreign_layer(adapter):
         raise UserError(f"{source}: it can't be used here: no RoBERTa or DeBERTa-V2 has the layer {foreign}.")
     if adapter.is_bare:
@@ -93,7 +93,7 @@ def _assumptions(adapter: Adapter, to: str, base: str | None) -> list[str]:
 def write_published(adapter: Adapter, path: Path) -> None:
     """Write one flat fp32 state dict in the published layout. Raises UserError for what that layout can't describe."""
     if not adapter.ranks:
-        raise UserError(f"{adapter.source}: holds {adapter.method}; the published layout is LoRA's: use peft.")
+        raise UserError(f"{adapter.source}: contains {adapter.method}; the published layout is LoRA's: use peft.")
     several = adapter.lora_alpha is not None and len({*adapter.alphas().values()}) > 1
     if several or adapter.use_rslora:
         raise UserError(

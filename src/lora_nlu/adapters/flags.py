@@ -66,7 +66,7 @@ def relative_query_error(adapter: Adapter) -> UserError:
     if not adapter.records_relative_query:
         adapter_way, model_way = ("without", "with") if adapter.frozen_relative_query else ("with", "without")
         return UserError(
-            f"{adapter.source}: doesn't tell whether LoRA was on the relative positions' query. It is read as "
+            f"{adapter.source}: doesn't record whether LoRA was on the relative positions' query. It is read as "
             f"{adapter_way}, the model is {model_way}.\nLeave out --lora_relative_query, or use with_relative_query."
         )
     trained, remedy = ("without", "Leave out") if adapter.frozen_relative_query else ("with", "Give")

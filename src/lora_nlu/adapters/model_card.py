@@ -107,14 +107,16 @@ def _facts(adapter: Adapter) -> list[tuple[str, str]]:
             ("layers with LoRA", str(layer_count(ranks))),
             ("modules with LoRA", f"{len(ranks)}: {', '.join(targets_and_layers(ranks)[0])}"),
             ("rank", ", ".join(map(str, sorted({*ranks.values()})))),
-            ("alpha", ", ".join(f"{alpha:g}" for alpha in alphas) or "unknown: the file doesn't say"),
+            ("alpha", ", ".join(f"{alpha:g}" for alpha in alphas) or "unknown: the file doesn't record it"),
         ]
         if alphas and (adapter.use_rslora or adapter.alpha_pattern):
             how = "alpha / sqrt(rank), rslora" if adapter.use_rslora else "alpha / rank"
             rows.append(("scaling", f"{', '.join(f'{x:g}' for x in adapter.scalings())} ({how})"))
     if ranks and prefix == "deberta":
         query = "frozen" if adapter.frozen_relative_query else "with LoRA, as in PEFT"
-        rows.append(("relative query", query if adapter.records_relative_query else "unknown: the file doesn't say"))
+        rows.append(
+            ("relative query", query if adapter.records_relative_query else "unknown: the file doesn't record it")
+        )
     if adapter.adapter_size is not None:
         bottlenecks = [name for name in encoder if name.endswith(".adapter_A.weight")]
         rows += [

@@ -101,8 +101,8 @@ def weights_in(source: Path) -> Path:
         if path.is_file():
             return path
     if (source / "config.json").is_file() and [*source.glob("model*.safetensors")]:
-        raise UserError(f"{source}: is a whole model, no adapter. Give it as --model_name_or_path.")
-    raise UserError(f"{source}: holds no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS} (or {_PICKLED_WEIGHTS}).")
+        raise UserError(f"{source}: is a complete model, no adapter. Give it as --model_name_or_path.")
+    raise UserError(f"{source}: contains no {ADAPTER_CONFIG} with {ADAPTER_WEIGHTS} (or {_PICKLED_WEIGHTS}).")
 
 
 def _read_state(weights: Path) -> dict[str, Tensor]:

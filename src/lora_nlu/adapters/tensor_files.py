@@ -26,7 +26,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise UserError(
-            f"{path}: refused: it is no PyTorch file, or holds more than tensors and could run code.\n"
+            f"{path}: refused: it is no PyTorch file, or contains more than tensors and could run code.\n"
             "Save the state dict alone: torch.save(model.state_dict(), path), or use safetensors."
         ) from e
     except UserError:
@@ -40,7 +40,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         reason = printable(str(e).splitlines()[0] if str(e) else type(e).__name__, 150)
         raise UserError(f"{path}: {problem} ({reason}).") from e
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) and isinstance(k, str) for k, t in state.items()):
-        raise UserError(f"{path}: holds a {type(state).__name__} that is no state dict (names to tensors).")
+        raise UserError(f"{path}: contains a {type(state).__name__} that is no state dict (names to tensors).")
     _check_tensors(path, state)
     return state
 
