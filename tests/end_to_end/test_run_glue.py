@@ -73,6 +73,7 @@ def rte_run(start, glue, tmp_path_factory) -> tuple[Path, Outcome]:
 
 def test_train_eval_predict_writes_the_adapter_and_every_result_file(rte_run, tiny_model):
     output, outcome = rte_run
+    assert read(output / "run.json")["dataset"] == "nyu-mll/glue"
     assert read(output / "train_results.json").keys() >= {"train_loss", "train_runtime", "train_samples", "epoch"}
     assert read(output / "train_results.json")["train_samples"] == 48
     evaluated = read(output / "eval_results.json")
@@ -544,3 +545,27 @@ def test_two_processes_train_one_model_and_write_one_set_of_results(start, glue,
     assert len((tmp_path / "o" / "predict_results_rte.tsv").read_text().splitlines()) == 11
     assert sorted(path.name for path in (tmp_path / "o").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
     assert len(trained_flat(tmp_path / "o")) == 12
+
+
+# Runs the program that its arguments name and prints which of these modules our code imported meanwhile.
+WATCHED_IMPORTS = """
+import builtins, runpy, sys
+plain, backends, seen = builtins.__import__, ("torch.distributed.fsdp", "transformers.integrations.deepspeed"), set()
+def watch(name, globals=None, locals=None, fromlist=(), level=0):
+    names = (name, *(f"{name}.{part}" for part in fromlist or ()))
+    if (globals or {}).get("__name__", "").startswith(("lora_nlu", "__main__")):
+        seen.update(name for name in names if name.startswith((*backends, "deepspeed", "lora_nlu.training.sharded")))
+    return plain(name, globals, locals, fromlist, level)
+builtins.__import__ = watch
+sys.argv.pop(0)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("imported:", sorted(seen))
+"""
+
+
+def test_a_run_without_a_sharded_backend_imports_none(start, glue, tmp_path):
+    flags = ["--max_steps", 2, "--max_train_samples", 16, "--max_eval_samples", 8, "--save_strategy", "no"]
+    run = start(*rte(glue, tmp_path / "o", "--do_train", "--do_eval", *flags), launcher=("-c", WATCHED_IMPORTS))
+    assert succeeded(run).out.splitlines()[-1] == "imported: []"

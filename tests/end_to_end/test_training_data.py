@@ -77,7 +77,8 @@ def test_the_same_examples_in_another_file_another_evaluation_file_and_an_older_
         assert "already trained" in succeeded(call("--train_file", tmp_path / "same.jsonl", *TRAIN, *flags)).out
     for path in (output / "run.json", *output.rglob("run_metadata.json")):
         known = read(path)
-        assert known["train_file"] == "train.csv" and len(known["hyperparameters"].pop("train_data")) == 16
+        assert known["train_file"] == known["dataset"] == "train.csv"
+        assert len(known["hyperparameters"].pop("train_data")) == 16
         path.write_text(json.dumps(known))
     other = write(tmp_path / "other.csv", flipped(rows()))
     assert "already trained" in succeeded(call("--train_file", other, *TRAIN, "--output_dir", output)).out

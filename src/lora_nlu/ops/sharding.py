@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 from torch.utils._pytree import tree_map
@@ -35,6 +34,8 @@ def shared_as(tensor: Tensor, other: Tensor) -> Tensor:
 def reshard(model: Any) -> None:
     """Let FSDP2's modules hold their pieces again: after an evaluation the outermost has its gathered, half-precise
     parameters in their place, and what is read is rounded, what is written lost."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

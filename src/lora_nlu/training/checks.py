@@ -15,34 +15,46 @@ from lora_nlu.training.arguments import parse_names
 from lora_nlu.training.processes import say
 
 
-def check_compiler(backend: str | None, on_cpu: bool) -> None:
-    """torch.compile must know its backend, and find the compiler that it would start. Raises UsageError."""
-    if backend and backend not in torch._dynamo.list_backends(exclude_tags=()):
-        known = ", ".join(torch._dynamo.list_backends())
-        raise UsageError(f"--torch_compile_backend {backend}: unknown. Choose from: {known}.")
-    if backend == "inductor" and on_cpu and not shutil.which("g++"):
-        raise UsageError("--torch_compile: needs a C++ compiler on a CPU, and there is no g++. Leave the flag out.")
-
-
 def check_arguments(model_args: Any, data_args: Any, args: Any) -> None:
     """Check the three groups of flags of run_glue.py against each other. Raises UsageError."""
     check_flags(model_args)
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict.")
+    _check_unsupported(args)
+    _check_data(data_args, args)
+    _check_libraries(args)
+    check_accelerator(args)
+    check_early_stopping(args)
+    check_compiler(args.torch_compile_backend, args.use_cpu)
+    _check_ranges(model_args, data_args, args)
+    if model_args.masking_prob and not model_args.reg_loss_wgt:
+        raise UsageError(
+            "--masking_prob needs --reg_loss_wgt: cutoff compares a pass with hidden tokens to one with all tokens."
+        )
+    if model_args.reg_loss_wgt and args.label_smoothing_factor:
+        raise UsageError("--label_smoothing_factor replaces the loss that --reg_loss_wgt adds to: give one of them.")
+
+
+def _check_unsupported(args: Any) -> None:
+    """Flags of transformers that would do harm here."""
     if args.save_on_each_node:
         raise UsageError("--save_on_each_node: the output folder is on a disk that all machines share; one writes.")
     if args.auto_find_batch_size:
         raise UsageError(
-            "--auto_find_batch_size would change the examples a step unseen. Lower --per_device_train_batch_size and "
-            "raise --gradient_accumulation_steps as much."
+            "--auto_find_batch_size would change the number of examples of a step without a message.\n"
+            "Lower --per_device_train_batch_size and raise --gradient_accumulation_steps by the same factor."
         )
-    files = data_args.train_file or data_args.validation_file or data_args.test_file
-    if bool(data_args.task_name) == bool(files):
+
+
+def _check_data(data_args: Any, args: Any) -> None:
+    """A GLUE task or the user's own files, with their columns and labels."""
+    files = {"train": data_args.train_file, "eval": data_args.validation_file, "predict": data_args.test_file}
+    if bool(data_args.task_name) == any(files.values()):
         raise UsageError("give --task_name or files of your own (--train_file, ...), one of the two.")
     if not data_args.task_name:
-        for wanted, file in (("train", "train_file"), ("eval", "validation_file"), ("predict", "test_file")):
-            if getattr(args, f"do_{wanted}") and not getattr(data_args, file):
-                raise UsageError(f"--do_{wanted} needs --{file}.")
+        for action, flag in (("train", "train_file"), ("eval", "validation_file"), ("predict", "test_file")):
+            if getattr(args, f"do_{action}") and not files[action]:
+                raise UsageError(f"--do_{action} needs --{flag}.")
     texts, label_column = parse_names("text_columns", data_args.text_columns), data_args.label_column
     for flag, value in (("text_columns", texts), ("label_column", label_column)):
         if value is not None and data_args.task_name:
@@ -56,8 +68,14 @@ def check_arguments(model_args: Any, data_args: Any, args: Any) -> None:
     label_names = parse_names("labels", data_args.labels)
     if label_names is not None and len(label_names) < 2:
         raise UsageError(f"--labels {data_args.labels}: give two names or more; a regression has none.")
-    if absent := [name for name in args.report_to if name not in (there := get_available_reporting_integrations())]:
-        raise UsageError(f"--report_to {absent[0]}: not installed here. Choose from: {', '.join(['none', *there])}.")
+
+
+def _check_libraries(args: Any) -> None:
+    """Flags that need a library, or another flag, to have an effect."""
+    installed = get_available_reporting_integrations()
+    if absent := [name for name in args.report_to if name not in installed]:
+        choices = ", ".join(["none", *installed])
+        raise UsageError(f"--report_to {absent[0]}: not installed here. Choose from: {choices}.")
     if args.use_liger_kernel:
         raise UsageError(
             "--use_liger_kernel: Liger has no kernels for these models, which have their own. Leave it out."
@@ -67,38 +85,6 @@ def check_arguments(model_args: Any, data_args: Any, args: Any) -> None:
             raise UsageError(
                 f"--{name} has no effect without --dataloader_num_workers 1 or more. Leave it out, or add it."
             )
-    check_accelerator(args)
-    check_early_stopping(args)
-    check_compiler(args.torch_compile_backend, args.use_cpu)
-    counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    of_methods = [(f.at_least, f.below or math.inf, f.name) for f in method_flags() if f.at_least is not None]
-    for group, least, below, names in (
-        *((model_args, least, below, (name,)) for least, below, name in of_methods),
-        (model_args, 0, math.inf, ("reg_loss_wgt",)),
-        (model_args, 0, 1, ("cls_dropout", "masking_prob")),
-        (args, 0, 1, ("label_smoothing_factor",)),
-        (data_args, 1, math.inf, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
-        (data_args, 4, math.inf, ("max_seq_length",)),
-        (data_args, 0, math.inf, ("sample_seed",)),
-        (args, 1, math.inf, (*counts, "early_stopping_patience")),
-        (args, 0, math.inf, ("early_stopping_threshold",)),
-        (args, 0, math.inf, ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps")),
-        (args, 0, math.inf, ("seed", "dataloader_num_workers", "logging_steps", "eval_steps", "save_steps")),
-    ):
-        for name in names:
-            if (value := getattr(group, name)) is not None and not least <= value < below:
-                wanted = f"{least} or more" if below == math.inf else f"from {least} to below {below}"
-                raise UsageError(f"--{name} {value}: must be {wanted}.")
-    for f in method_flags():
-        value = getattr(model_args, f.name)
-        if f.above is not None and value is not None and not f.above < value < math.inf:
-            raise UsageError(f"--{f.name} {value}: must be above {f.above:g}.")
-    if model_args.masking_prob and not model_args.reg_loss_wgt:
-        raise UsageError(
-            "--masking_prob needs --reg_loss_wgt: cutoff compares the pass with hidden tokens to a whole one."
-        )
-    if model_args.reg_loss_wgt and args.label_smoothing_factor:
-        raise UsageError("--label_smoothing_factor replaces the loss that --reg_loss_wgt adds to: give one of them.")
 
 
 def check_accelerator(args: Any) -> None:
@@ -126,6 +112,42 @@ def check_early_stopping(args: Any) -> None:
         raise UsageError(
             "--early_stopping_patience counts evaluations while training: add --eval_strategy epoch or steps."
         )
+
+
+def check_compiler(backend: str | None, on_cpu: bool) -> None:
+    """torch.compile must know its backend, and find the compiler that it would start. Raises UsageError."""
+    if backend and backend not in torch._dynamo.list_backends(exclude_tags=()):
+        known = ", ".join(torch._dynamo.list_backends())
+        raise UsageError(f"--torch_compile_backend {backend}: unknown. Choose from: {known}.")
+    if backend == "inductor" and on_cpu and not shutil.which("g++"):
+        raise UsageError("--torch_compile: needs a C++ compiler on a CPU, and there is no g++. Leave the flag out.")
+
+
+def _check_ranges(model_args: Any, data_args: Any, args: Any) -> None:
+    """Numbers must be at least one value and below another, or above one."""
+    counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    of_methods = [(f.at_least, f.below or math.inf, f.name) for f in method_flags() if f.at_least is not None]
+    for group, least, below, names in (
+        *((model_args, least, below, (name,)) for least, below, name in of_methods),
+        (model_args, 0, math.inf, ("reg_loss_wgt",)),
+        (model_args, 0, 1, ("cls_dropout", "masking_prob")),
+        (args, 0, 1, ("label_smoothing_factor",)),
+        (data_args, 1, math.inf, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
+        (data_args, 4, math.inf, ("max_seq_length",)),
+        (data_args, 0, math.inf, ("sample_seed",)),
+        (args, 1, math.inf, (*counts, "early_stopping_patience")),
+        (args, 0, math.inf, ("early_stopping_threshold",)),
+        (args, 0, math.inf, ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps")),
+        (args, 0, math.inf, ("seed", "dataloader_num_workers", "logging_steps", "eval_steps", "save_steps")),
+    ):
+        for name in names:
+            if (value := getattr(group, name)) is not None and not least <= value < below:
+                expected = f"{least} or more" if below == math.inf else f"from {least} to below {below}"
+                raise UsageError(f"--{name} {value}: must be {expected}.")
+    for f in method_flags():
+        value = getattr(model_args, f.name)
+        if f.above is not None and value is not None and not f.above < value < math.inf:
+            raise UsageError(f"--{f.name} {value}: must be above {f.above:g}.")
 
 
 def choose_metrics(args: Any, task: str, is_regression: bool) -> tuple[str, ...]:

@@ -28,9 +28,9 @@ def trainer_class(args: Any) -> type[AdapterTrainer]:
 
 
 def train(trainer: AdapterTrainer, overwrite: bool) -> None:
-    """Train, or take up where an interrupted run stopped, or skip what is already done; save what was trained.
+    """Train or resume the run, and save the trained model; a run that has trained is only loaded.
 
-    Raises UserError for a folder of another run, now or earlier, and where something can't be read or written.
+    Raises UserError if the folder is another run's, or locked by it, and for what can't be read or written.
     """
     with locked(Path(trainer.args.output_dir)) if trainer.args.process_index == 0 else nullcontext():
         _train(trainer, overwrite)
@@ -40,10 +40,10 @@ def _train(trainer: AdapterTrainer, overwrite: bool) -> None:
     args = trainer.args
     folder = Path(args.output_dir)
     if overwrite and args.process_index == 0:
-        record(trainer)  # first: from here on the folder holds no finished run
+        record(trainer)  # first: from here on the folder contains no finished run
         clear_earlier_run(folder)
     checkpoint, trained = remaining(trainer) if args.process_index == 0 else (None, False)
-    checkpoint, trained = broadcast_object_list([checkpoint, trained])  # one process looks, and all do the same
+    checkpoint, trained = broadcast_object_list([checkpoint, trained])  # the first process decides for all
     if trained:
         say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
         trainer._load_from_checkpoint(str(folder))
@@ -58,31 +58,42 @@ def _train(trainer: AdapterTrainer, overwrite: bool) -> None:
         clear_leftovers(args.output_dir)
     (written,) = broadcast_object_list([(folder / RUN).read_text() if args.process_index == 0 else None])
     wait_for_file(folder / RUN, written, args)
-    try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    except KeyboardInterrupt as e:
-        last = complete_checkpoints(args.output_dir)
-        kept = f"{last[-1]} is whole: the same command resumes from it" if last else "No checkpoint was due yet"
-        raise UserError(f"interrupted at step {trainer.state.global_step}. {kept}.") from e
-    except Diverged as e:
-        with suppress(OSError):  # where several processes meet it, another may be writing the same
-            write_json(folder / RUN, trainer.metadata | {"diverged": e.what})
-        raise
+    metrics = _train_from(checkpoint, trainer)
     if trainer.state.global_step < trainer.state.max_steps:
         say(args, f"Stopped early, at step {trainer.state.global_step} of {trainer.state.max_steps}.")
-    trainer.rotate(folder)  # a run killed between its last save and the rotation had none since
-    trainer.save_model(_internal_call=True)  # an upload comes last: its failure must lose nothing
+    _save(trainer, metrics)
+
+
+def _train_from(checkpoint: str | None, trainer: AdapterTrainer) -> dict[str, float]:
+    """transformers' metrics of the training. Raises UserError if it is interrupted or diverges."""
+    folder = Path(trainer.args.output_dir)
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint).metrics
+    except KeyboardInterrupt as e:
+        last = complete_checkpoints(str(folder))
+        kept = f"{last[-1]} is complete: the same command resumes from it" if last else "No checkpoint was due yet"
+        raise UserError(f"interrupted at step {trainer.state.global_step}. {kept}.") from e
+    except Diverged as e:
+        with suppress(OSError):  # another process that diverged may be writing the same file
+            write_json(folder / RUN, trainer.metadata | {"diverged": e.what})
+        raise
+
+
+def _save(trainer: AdapterTrainer, metrics: dict[str, float]) -> None:
+    """Write the trained model, its metrics and the record that it is trained; then upload, which may fail."""
+    trainer.rotate(Path(trainer.args.output_dir))  # a run killed after its last save did not
+    trainer.save_model(_internal_call=True)
     seconds, samples = seconds_trained(trainer.state.log_history), len(trainer.train_dataset)
     measured = {"train_seconds": seconds, "train_samples": samples, **peak_memory_gib()}
-    trainer.save_metrics("train", result.metrics | measured)
+    trainer.save_metrics("train", metrics | measured)
     trainer.save_state()
     record(trainer, trained=True)
-    if args.push_to_hub:
-        trainer.push_to_hub(commit_message="Model save", revision=args.hub_revision)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
 
 def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> dict[str, float]:
-    """Score every validation set; MNLI's second one gets the suffix _mm, and both together _overall."""
+    """The metrics of every validation set; those of MNLI's second one end in _mm, of both together in _overall."""
     sets = [name for name in tables if name.startswith("validation")]
     combined: dict[str, float] = {}
     for name in sets:
@@ -91,7 +102,7 @@ def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> di
             metrics = {f"{key}_mm": value for key, value in metrics.items() if key.startswith("eval_")}
             trainer.save_metrics("eval_mm", metrics, combined=False)
         combined |= metrics
-    if len(sets) > 1 and f"eval_{metric}" in combined:  # --prediction_loss_only computes none
+    if len(sets) > 1 and f"eval_{metric}" in combined:  # --prediction_loss_only computes no metric
         sizes = [len(tables[name]) for name in sets]
         scores = [combined[f"eval_{metric}"], combined[f"eval_{metric}_mm"]]
         combined[f"eval_{metric}_overall"] = sum(s * n for s, n in zip(scores, sizes, strict=True)) / sum(sizes)
@@ -116,7 +127,7 @@ def predict(trainer: AdapterTrainer, tables: dict[str, Any]) -> list[Path]:
 
 
 def peak_memory_gib() -> dict[str, float]:
-    """The most memory this process has held, in GiB; on CUDA also the most of the GPU's."""
+    """The peak of this process's memory, in GiB; on CUDA also of the GPU's."""
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
     peak = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
     if torch.cuda.is_available():
