@@ -85,14 +85,14 @@ def fresh_theirs(base: Path, labels: int) -> nn.Module:
     )
 
 
-def said(capsys, *argv: object) -> tuple[int, str, str]:
+def run_program(capsys, *argv: object) -> tuple[int, str, str]:
     code = main([*map(str, argv)])
     return code, *capsys.readouterr()
 
 
 def test_a_merged_model_loads_into_transformers_own_class_with_the_same_logits(case, tmp_path, capsys):
     model, base, adapter = case
-    code, out, _ = said(capsys, "convert", adapter, tmp_path / "merged", "--to", "merged")
+    code, out, _ = run_program(capsys, "convert", adapter, tmp_path / "merged", "--to", "merged")
     assert code == 0 and "transformers" in out
     config = transformers.AutoConfig.from_pretrained(tmp_path / "merged")
     assert list(config.id2label.values()) == LABELS and not hasattr(config, "lora_r")
@@ -146,7 +146,7 @@ def test_a_merged_model_has_the_loss_of_its_own_labels_whatever_the_base_was_tra
     _, base, adapter = case
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"problem_type": problem}))
-    assert said(capsys, "convert", adapter, tmp_path / "merged", "--to", "merged")[0] == 0
+    assert run_program(capsys, "convert", adapter, tmp_path / "merged", "--to", "merged")[0] == 0
     assert (
         json.loads((tmp_path / "merged" / "config.json").read_text())["problem_type"] == "single_label_classification"
     )
@@ -155,7 +155,7 @@ def test_a_merged_model_has_the_loss_of_its_own_labels_whatever_the_base_was_tra
 def test_the_published_form_has_the_references_keys_order_and_dtype_and_gives_the_same_logits(case, tmp_path, capsys):
     model, base, adapter = case
     file = tmp_path / "lora.bin"
-    code, out, err = said(capsys, "convert", adapter, file, "--to", "bin")
+    code, out, err = run_program(capsys, "convert", adapter, file, "--to", "bin")
     if getattr(model, "frozen_relative_query", None) is False:  # a .bin is read the other way
         assert code == 1 and "use peft" in err and not file.exists()
         return
@@ -174,7 +174,7 @@ def test_layers_above_nine_are_in_the_order_of_their_numbers(tmp_path, capsys):
     model = randomise_(CLASSIFIERS["roberta"][0](config))
     mark_only_lora_as_trainable(model)
     save_adapter(model, tmp_path / "adapter", {})
-    assert said(capsys, "convert", tmp_path / "adapter", tmp_path / "lora.bin", "--to", "bin")[0] == 0
+    assert run_program(capsys, "convert", tmp_path / "adapter", tmp_path / "lora.bin", "--to", "bin")[0] == 0
     state = torch.load(tmp_path / "lora.bin", weights_only=True)
     assert list(state) == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(state) == 52
@@ -183,10 +183,10 @@ def test_layers_above_nine_are_in_the_order_of_their_numbers(tmp_path, capsys):
 def test_a_published_file_becomes_a_folder_with_the_same_logits_which_peft_loads_or_refuses(case, tmp_path, capsys):
     model, base, adapter = case
     file = tmp_path / "lora.bin"
-    if said(capsys, "convert", adapter, file, "--to", "bin")[0]:
+    if run_program(capsys, "convert", adapter, file, "--to", "bin")[0]:
         file = adapter
     alpha = ["--lora_alpha", ALPHA] if file.suffix == ".bin" else []
-    code, out, err = said(capsys, "convert", file, tmp_path / "peft", "--to", "peft", *alpha)
+    code, out, err = run_program(capsys, "convert", file, tmp_path / "peft", "--to", "peft", *alpha)
     assert code == 0, err
     again = fresh(base)
     attach_adapter(again, read_adapter(str(tmp_path / "peft")), None, allow_new_head=False)
@@ -203,7 +203,7 @@ def test_the_model_card_is_one_the_hub_reads(case, tmp_path, capsys):
     (adapter / "run_metadata.json").write_text(
         json.dumps(json.loads((adapter / "run_metadata.json").read_text()) | {"base_model": "someone/a-base"})
     )
-    assert said(capsys, "convert", adapter, tmp_path / "peft", "--to", "peft")[0] == 0
+    assert run_program(capsys, "convert", adapter, tmp_path / "peft", "--to", "peft")[0] == 0
     card = huggingface_hub.ModelCard.load(tmp_path / "peft" / "README.md")
     frozen = getattr(model, "frozen_relative_query", None)
     assert card.data.library_name == ("lora-nlu" if frozen else "peft")
@@ -214,7 +214,7 @@ def test_the_model_card_is_one_the_hub_reads(case, tmp_path, capsys):
 
 def test_inspect_tells_layers_rank_alpha_labels_base_metric_size_and_what_is_not_finite(case, tmp_path, capsys):
     model, base, adapter = case
-    code, out, _ = said(capsys, "inspect", adapter)
+    code, out, _ = run_program(capsys, "inspect", adapter)
     table = dict(line.strip().split("  ", 1) for line in out.splitlines())
     table = {name: value.strip() for name, value in table.items()}
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -227,7 +227,7 @@ def test_inspect_tells_layers_rank_alpha_labels_base_metric_size_and_what_is_not
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     name = next(iter(state))
     torch.save(state | {name: state[name] * float("nan")}, tmp_path / "broken.bin")
-    code, out, _ = said(capsys, "inspect", tmp_path / "broken.bin")
+    code, out, _ = run_program(capsys, "inspect", tmp_path / "broken.bin")
     assert code == 0 and f"1 tensors, {name} first" in out and "the file doesn't record it" in out
 
 
@@ -242,7 +242,7 @@ def test_what_is_not_finite_is_not_converted(to, value, case, tmp_path, capsys):
     known = json.loads((adapter / "run_metadata.json").read_text())
     del known["weights_fingerprint"]  # an older folder has none
     (adapter / "run_metadata.json").write_text(json.dumps(known))
-    code, _, err = said(capsys, "convert", adapter, tmp_path / "new", "--to", to)
+    code, _, err = run_program(capsys, "convert", adapter, tmp_path / "new", "--to", to)
     assert code == 1 and "not finite" in err and f"{name[17:-7]} first" in err and not (tmp_path / "new").exists()
 
 
@@ -267,7 +267,7 @@ def test_what_cannot_be_converted_is_refused_in_a_line_or_three_and_nothing_is_w
     torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, tmp_path / "file.bin")
     places = {"adapter": adapter, "file": tmp_path / "file.bin", "new": tmp_path / "new"}
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    code, _, err = said(capsys, *(word.format(**places) for word in argv))
+    code, _, err = run_program(capsys, *(word.format(**places) for word in argv))
     assert code == 1 and words in err and err.strip().count("\n") < 3, err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -292,7 +292,7 @@ def test_a_file_that_is_no_whole_adapter_is_refused_where_it_is_read(spoil, word
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     torch.save(spoil(state), tmp_path / "spoilt.bin")
     for argv in (["inspect"], ["convert", "--to", "bin", "--lora_alpha", "6", tmp_path / "new.bin"]):
-        code, _, err = said(capsys, argv[0], tmp_path / "spoilt.bin", *argv[1:])
+        code, _, err = run_program(capsys, argv[0], tmp_path / "spoilt.bin", *argv[1:])
         assert code == 1 and words in err and err.strip().count("\n") < 3, err
     assert not (tmp_path / "new.bin").exists()
 
@@ -304,7 +304,7 @@ def test_metadata_of_another_kind_than_runs_write_is_refused(content, tmp_path, 
     model = randomise_(CLASSIFIERS["roberta"][0](tiny_config(apply_lora=True, lora_r=R, lora_alpha=ALPHA)))
     mark_only_lora_as_trainable(model)
     save_adapter(model, tmp_path, content)
-    code, _, err = said(capsys, "inspect", tmp_path)
+    code, _, err = run_program(capsys, "inspect", tmp_path)
     assert code == 1 and next(iter(content)) in err and err.strip().count("\n") < 3, err
 
 
@@ -314,7 +314,7 @@ def table(out: str) -> dict[str, str]:
 
 
 def inspected(capsys, source: Path) -> dict[str, str]:
-    code, out, err = said(capsys, "inspect", source)
+    code, out, err = run_program(capsys, "inspect", source)
     assert code == 0, err
     return table(out)
 
@@ -350,7 +350,7 @@ def test_inspect_says_that_no_model_here_reads_another_models_adapter(other, cap
 @pytest.mark.parametrize("to", ["peft", "bin", "merged"])
 def test_another_models_adapter_is_not_converted(to, other, tmp_path, capsys):
     name, folder = other
-    code, _, err = said(capsys, "convert", folder, tmp_path / "new", "--to", to)
+    code, _, err = run_program(capsys, "convert", folder, tmp_path / "new", "--to", to)
     assert code == 1 and f"no RoBERTa or DeBERTa-V2 has the layer {name}." in err and not (tmp_path / "new").exists()
 
 
@@ -368,7 +368,7 @@ def test_a_published_file_of_a_bert_or_of_two_models_at_once_is_told_as_such(tmp
     for path, layer in ((bert, "bert."), (both, "bert."), (mixed, "roberta.encoder.layer.0.attention.self.query_proj")):
         assert f"none here: no RoBERTa or DeBERTa-V2 has the layer {layer}" in inspected(capsys, path)["model"]
         for to in ("peft", "bin", "merged"):
-            code, _, err = said(capsys, "convert", path, tmp_path / "new", "--to", to, "--lora_alpha", ALPHA)
+            code, _, err = run_program(capsys, "convert", path, tmp_path / "new", "--to", to, "--lora_alpha", ALPHA)
             assert code == 1 and f"has the layer {layer}" in err and not (tmp_path / "new").exists()
 
 
@@ -406,7 +406,7 @@ def test_a_base_that_is_given_is_recorded_with_its_fingerprint(case, tmp_path, c
     model, base, adapter = case
     source = anonymous(adapter, tmp_path / "source")
     assert inspected(capsys, source)["base model"] == "unknown"
-    code, _, err = said(capsys, "convert", source, tmp_path / "new", "--to", "peft", "--base", base)
+    code, _, err = run_program(capsys, "convert", source, tmp_path / "new", "--to", "peft", "--base", base)
     assert code == 0, err
     rows = inspected(capsys, tmp_path / "new")
     assert rows["base model"] == str(base) and rows["base fingerprint"] == base_fingerprint(model)
@@ -433,7 +433,7 @@ def test_a_base_that_the_adapter_does_not_fit_is_refused(settings, words, to, ca
     kind = "roberta" if model.config.model_type == "roberta" else "deberta"
     config = CONFIGS[kind](**settings)
     CLASSIFIERS[config.model_type][1](config).save_pretrained(tmp_path / "other")
-    code, _, err = said(capsys, "convert", source, tmp_path / "new", "--to", to, "--base", tmp_path / "other")
+    code, _, err = run_program(capsys, "convert", source, tmp_path / "new", "--to", to, "--base", tmp_path / "other")
     assert code == 1 and words in err and not (tmp_path / "new").exists(), err
 
 
@@ -443,7 +443,9 @@ def test_a_base_with_another_fingerprint_or_of_another_kind_is_refused(case, tmp
     theirs.save_pretrained(tmp_path / "other")
     transformers.BertModel(transformers.BertConfig(**SMALL)).save_pretrained(tmp_path / "bert")
     for other, words in (("other", "was trained on another base model"), ("bert", "a 'bert' model")):
-        code, _, err = said(capsys, "convert", adapter, tmp_path / "new", "--to", "peft", "--base", tmp_path / other)
+        code, _, err = run_program(
+            capsys, "convert", adapter, tmp_path / "new", "--to", "peft", "--base", tmp_path / other
+        )
         assert code == 1 and words in err and "--model_name_or_path" not in err.split("\n")[0], err
         assert not (tmp_path / "new").exists()
 
@@ -453,12 +455,14 @@ def test_a_base_on_a_hub_that_cant_be_reached_is_recorded_and_said_not_to_be_che
 ):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     _, _, adapter = case
-    code, out, err = said(capsys, "convert", adapter, tmp_path / "new", "--to", "peft", "--base", "someone/a-base")
+    code, out, err = run_program(
+        capsys, "convert", adapter, tmp_path / "new", "--to", "peft", "--base", "someone/a-base"
+    )
     assert code == 0 and "--base someone/a-base: recorded, but not available here" in out, err
     assert inspected(capsys, tmp_path / "new")["base model"] == "someone/a-base"
     assert "base_model: someone/a-base" in (tmp_path / "new" / "README.md").read_text()
     for base in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
-        code, _, err = said(capsys, "convert", adapter, tmp_path / "no", "--to", "peft", "--base", base)
+        code, _, err = run_program(capsys, "convert", adapter, tmp_path / "no", "--to", "peft", "--base", base)
         assert code == 1 and f"--base {base}: neither a folder" in err and not (tmp_path / "no").exists()
 
 
@@ -475,7 +479,7 @@ def test_a_flag_that_means_nothing_for_a_form_ends_with_code_2(argv, words, case
     _, base, adapter = case
     places = {"adapter": adapter, "base": base, "bitfit": trained_by(tmp_path / "bitfit", apply_bitfit=True)[1]}
     source, *flags = (word.format(**places) for word in argv)
-    code, _, err = said(capsys, "convert", source, tmp_path / "new", *flags)
+    code, _, err = run_program(capsys, "convert", source, tmp_path / "new", *flags)
     assert code == 2 and words.format(**places) in err and not (tmp_path / "new").exists()
 
 
@@ -485,9 +489,9 @@ def test_the_base_that_only_a_peft_config_names_is_read(case, tmp_path, capsys):
     config = json.loads((source / "adapter_config.json").read_text())
     (source / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
     assert inspected(capsys, source)["base model"] == str(base)
-    assert said(capsys, "convert", source, tmp_path / "peft", "--to", "peft")[0] == 0
+    assert run_program(capsys, "convert", source, tmp_path / "peft", "--to", "peft")[0] == 0
     assert "unnamed base model" not in (tmp_path / "peft" / "README.md").read_text()
-    assert said(capsys, "convert", source, tmp_path / "merged", "--to", "merged")[0] == 0  # no --base
+    assert run_program(capsys, "convert", source, tmp_path / "merged", "--to", "merged")[0] == 0  # no --base
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert_close(logits(theirs), logits(model))
 
@@ -551,7 +555,7 @@ def test_several_alphas_and_ranks_and_rslora_are_all_said(tmp_path, capsys):
     )
     assert rows["layers with LoRA"] == "2" and rows["modules with LoRA"] == "4: query, value"
     assert rows["biases"].endswith("tensors")
-    code, _, err = said(capsys, "convert", tmp_path, tmp_path / "lora.bin", "--to", "bin")
+    code, _, err = run_program(capsys, "convert", tmp_path, tmp_path / "lora.bin", "--to", "bin")
     assert code == 1 and "has several (or rslora)" in err
 
 
@@ -568,7 +572,7 @@ def test_the_alpha_that_a_bin_is_to_be_read_with_is_that_of_the_layers(case, tmp
     config = json.loads((adapter / "adapter_config.json").read_text())
     pattern = {"(query|value)(_proj)?": ALPHA}
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 50, "alpha_pattern": pattern}))
-    code, out, err = said(capsys, "convert", adapter, tmp_path / "lora.bin", "--to", "bin")
+    code, out, err = run_program(capsys, "convert", adapter, tmp_path / "lora.bin", "--to", "bin")
     if getattr(model, "frozen_relative_query", None) is False:
         assert code == 1
         return
@@ -584,7 +588,7 @@ def test_what_a_bin_has_no_place_for_is_not_left_out_in_silence(tmp_path, capsys
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or name.endswith("bias"))
     save_adapter(model, tmp_path / "adapter", {})
-    code, _, err = said(capsys, "convert", tmp_path / "adapter", tmp_path / "lora.bin", "--to", "bin")
+    code, _, err = run_program(capsys, "convert", tmp_path / "adapter", tmp_path / "lora.bin", "--to", "bin")
     assert code == 1 and "can't store roberta." in err and "bias, which was trained too" in err
     assert not (tmp_path / "lora.bin").exists()
 
@@ -595,7 +599,7 @@ def test_a_bin_is_rewritten_in_order_and_in_fp32_without_its_alpha(alpha, case, 
     model, _, _ = case
     want = {n: p.detach().bfloat16() for n, p in model.named_parameters() if p.requires_grad}
     torch.save({f"module.{n}": want[n] for n in reversed(want)}, tmp_path / "old.bin")
-    code, out, err = said(capsys, "convert", tmp_path / "old.bin", tmp_path / "new.bin", "--to", "bin", *alpha)
+    code, out, err = run_program(capsys, "convert", tmp_path / "old.bin", tmp_path / "new.bin", "--to", "bin", *alpha)
     assert code == 0, err
     assert ("load it with --lora_alpha 6" if alpha else "load it with --lora_alpha ALPHA") in out
     state = torch.load(tmp_path / "new.bin", weights_only=True)
@@ -606,7 +610,7 @@ def test_a_bin_still_needs_its_alpha_where_that_is_stored_or_used(case, tmp_path
     model, base, _ = case
     torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, tmp_path / "old.bin")
     for to in (["peft"], ["merged", "--base", base]):
-        code, _, err = said(capsys, "convert", tmp_path / "old.bin", tmp_path / "new", "--to", *to)
+        code, _, err = run_program(capsys, "convert", tmp_path / "old.bin", tmp_path / "new", "--to", *to)
         assert code == 1 and "Give --lora_alpha" in err and not (tmp_path / "new").exists()
 
 
@@ -625,14 +629,16 @@ def test_a_whole_checkpoint_whose_base_weights_were_compared_with_none_says_so(c
     model, base, _ = case
     torch.save(model.state_dict(), tmp_path / "whole.bin")
     flags = ["--to", "peft", "--lora_alpha", ALPHA]
-    code, out, err = said(capsys, "convert", tmp_path / "whole.bin", tmp_path / "one", *flags)
+    code, out, err = run_program(capsys, "convert", tmp_path / "whole.bin", tmp_path / "one", *flags)
     assert code == 0 and "base weights are not checked" in out, err
     if getattr(model, "frozen_relative_query", True):  # a .bin is read as the reference trained it
-        code, out, err = said(capsys, "convert", tmp_path / "whole.bin", tmp_path / "two", *flags, "--base", base)
+        code, out, err = run_program(
+            capsys, "convert", tmp_path / "whole.bin", tmp_path / "two", *flags, "--base", base
+        )
         assert code == 0 and "base weights are not checked" not in out, err
     theirs = randomise_(fresh(base, theirs=True), seed=9)
     theirs.save_pretrained(tmp_path / "other")
-    code, _, err = said(
+    code, _, err = run_program(
         capsys, "convert", tmp_path / "whole.bin", tmp_path / "no", *flags, "--base", tmp_path / "other"
     )
     assert code == 1 and "base weights are not this model's" in err
@@ -653,10 +659,10 @@ def test_what_a_foreign_file_says_is_escaped_and_cut_before_it_is_printed(where,
         value = {"labels": [HOSTILE, "no", "perhaps"], "metrics": {HOSTILE: 10**400}}.get(where, HOSTILE)
         metadata = json.loads((adapter / "run_metadata.json").read_text())
         (adapter / "run_metadata.json").write_text(json.dumps(metadata | {where: value}))
-    code, out, err = said(capsys, "inspect", adapter)
+    code, out, err = run_program(capsys, "inspect", adapter)
     printed = out + err
     assert code == 0 and len(printed) < 10_000 and all(c.isprintable() or c == "\n" for c in printed)
-    assert said(capsys, "convert", adapter, tmp_path / "new", "--to", "peft")[0] == 0
+    assert run_program(capsys, "convert", adapter, tmp_path / "new", "--to", "peft")[0] == 0
     text = (tmp_path / "new" / "README.md").read_text()
     assert len(text) < 10_000 and all(c.isprintable() or c == "\n" for c in text)
     assert text.split("---\n")[1].count("\n") < 12, "it got into the card's header"
@@ -686,17 +692,17 @@ def test_what_a_foreign_config_says_is_escaped_and_cut_in_the_refusal(key, value
     _, _, adapter = case
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {key: value}))
-    code, _, err = said(capsys, "inspect", adapter)
+    code, _, err = run_program(capsys, "inspect", adapter)
     assert code == 1 and len(err) < 1000 and all(c.isprintable() or c == "\n" for c in err), err[:2000]
     assert err.strip().count("\n") < 3
 
 
 def test_a_cards_command_names_a_base_that_others_have_or_leaves_its_place_open(case, tmp_path, capsys):
     _, base, adapter = case
-    assert said(capsys, "convert", adapter, tmp_path / "local", "--to", "peft")[0] == 0
+    assert run_program(capsys, "convert", adapter, tmp_path / "local", "--to", "peft")[0] == 0
     text = (tmp_path / "local" / "README.md").read_text()
     assert str(base.parent) not in text and "--model_name_or_path BASE_MODEL " in text and "base_model:" not in text
-    assert said(capsys, "convert", anonymous(adapter, tmp_path / "a"), tmp_path / "none", "--to", "peft")[0] == 0
+    assert run_program(capsys, "convert", anonymous(adapter, tmp_path / "a"), tmp_path / "none", "--to", "peft")[0] == 0
     text = (tmp_path / "none" / "README.md").read_text()
     assert "for an unnamed base model on an unnamed task" in text and "| labels | unknown |" in text
     assert "--model_name_or_path BASE_MODEL " in text
@@ -712,7 +718,7 @@ def test_the_readmes_python_runs_on_a_folder_and_on_a_published_file_and_is_righ
     code, path = SNIPPET.split("```")[0], adapter
     if kind == "bin":
         path = tmp_path / "mnli.bin"
-        assert said(capsys, "convert", adapter, path, "--to", "bin")[0] == 0
+        assert run_program(capsys, "convert", adapter, path, "--to", "bin")[0] == 0
         line = next(line for line in code.splitlines() if line.startswith("# a published .bin records neither: "))
         said_there = line.partition(": ")[2].replace("), 16", f"), {ALPHA}").replace("mnli.bin", str(path))
         code = code.replace(line, said_there)
@@ -799,7 +805,7 @@ def test_a_bin_that_cannot_tell_how_its_relative_query_was_trained_is_read_as_sa
     flag = [] if frozen in (True, None) else ["--lora_relative_query"]
     flags = ["--lora_alpha", ALPHA, "--base", base, *flag]
     for to in ("peft", "merged"):
-        code, out, err = said(capsys, "convert", tmp_path / "lora.bin", tmp_path / to, "--to", to, *flags)
+        code, out, err = run_program(capsys, "convert", tmp_path / "lora.bin", tmp_path / to, "--to", to, *flags)
         assert code == 0, err
         assert ("can't confirm" in out) == (frozen is not None)
     if frozen is not None:
@@ -811,4 +817,4 @@ def test_a_bin_that_cannot_tell_how_its_relative_query_was_trained_is_read_as_sa
     assert torch.equal(logits(again), logits(model))
     assert_close(logits(fresh(tmp_path / "merged", theirs=True)), logits(model))
     told = ["convert", adapter, tmp_path / "no", "--to", "peft", "--lora_relative_query"]
-    assert said(capsys, *told)[0] == 2
+    assert run_program(capsys, *told)[0] == 2

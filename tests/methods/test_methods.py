@@ -779,7 +779,7 @@ def test_another_depth_or_width_is_refused_by_names_and_shapes(kind, method, oth
     folder, prefix = saved(kind, method)[1], kind.removesuffix("-v2")
     message = refused(others["deeper"][kind], folder)
     assert f"lacks {prefix}.encoder.layer.3." in message
-    assert f"Layers with {method}: 3 in the file, 4 in the {kind} model" in message
+    assert f"Layers with {TABLE[method].label}: 3 in the file, 4 in the {kind} model" in message
     assert f"contains but the model lacks {prefix}.encoder.layer.2." in refused(others["shallower"][kind], folder)
     message = refused(others["wider"][kind], folder)
     assert re.search(r"is \[.*32\] in the file, \[.*40\] in the model", message) and "another base model" in message
