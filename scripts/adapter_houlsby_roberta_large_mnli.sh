@@ -2,13 +2,11 @@
 # RoBERTa-large + Houlsby adapters (arXiv 1902.00751) on MNLI (392,702 training pairs). Reports accuracy,
 # matched and mismatched. Trains the head and the adapters' 835,968 parameters.
 # The paper's dev figure: accuracy 90.3 (matched and mismatched together; median of 5 seeds, best epoch of each).
-#   bash scripts/adapter_houlsby_roberta_large_mnli.sh                  the published recipe, tuned for 8 GPUs
-#   bash scripts/adapter_houlsby_roberta_large_mnli.sh --max_steps 20   a quick try: extra flags override those below
+#   bash scripts/adapter_houlsby_roberta_large_mnli.sh --max_steps 20   flags override the recipe, tuned for 8 GPUs
 tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(
-  --model_name_or_path roberta-large --task_name mnli
-  --do_train --do_eval
+  --model_name_or_path roberta-large --task_name mnli --do_train --do_eval
   --max_seq_length 128                        # tokens; longer pairs are truncated
   --per_device_train_batch_size 32            # x tuned_for_gpus=8: 256 pairs a step
   --per_device_eval_batch_size 32
@@ -17,7 +15,6 @@ args=(
   --apply_adapter --adapter_type houlsby      # after the attention and after the feed-forward of each layer
   --adapter_size 8                            # projects the 1,024 units of a token to 8 and back
   --eval_strategy epoch --save_strategy epoch # the best epoch is one of the checkpoints
-  --logging_steps 10
-  --seed 0
+  --logging_steps 10 --seed 0
 )
 launch "${args[@]}" "$@"

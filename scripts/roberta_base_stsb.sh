@@ -2,13 +2,11 @@
 # RoBERTa-base + LoRA on STS-B (5,749 training pairs). Reports Pearson and Spearman correlation.
 # The paper's dev figure: Pearson 91.5 (median of 5 seeds, best epoch of each).
 # Starts from the MNLI adapter: run roberta_base_mnli.sh first or set MNLI_LORA; see launch.sh.
-#   bash scripts/roberta_base_stsb.sh                  the published recipe, tuned for 8 GPUs
-#   bash scripts/roberta_base_stsb.sh --max_steps 20   a quick try: extra flags override those below
+#   bash scripts/roberta_base_stsb.sh --max_steps 20   extra flags override the published recipe, tuned for 8 GPUs
 tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(
-  --model_name_or_path roberta-base --task_name stsb
-  --do_train --do_eval
+  --model_name_or_path roberta-base --task_name stsb --do_train --do_eval
   --max_seq_length 512                        # tokens; longer pairs are truncated
   --per_device_train_batch_size 16            # x tuned_for_gpus=8: 128 pairs a step
   --num_train_epochs 40
@@ -16,8 +14,7 @@ args=(
   --weight_decay 0.1                          # not on biases
   --apply_lora --lora_r 8 --lora_alpha 16     # W + (16 / 8) B A on query and value of each layer
   --eval_strategy epoch --save_strategy epoch # the best epoch is one of the checkpoints
-  --logging_steps 10
-  --seed 0
+  --logging_steps 10 --seed 0
 )
 needs_mnli roberta_base_mnli # adds --lora_path
 launch "${args[@]}" "$@"

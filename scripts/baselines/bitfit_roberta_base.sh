@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # RoBERTa-base + BitFit (arXiv 2106.10199) on a GLUE task. Starts from the pretrained model, never from an MNLI adapter.
-#   bash scripts/baselines/bitfit_roberta_base.sh cola                  the recipe, tuned for 1 GPU
-#   bash scripts/baselines/bitfit_roberta_base.sh cola --max_steps 20   a quick try: extra flags override those below
+#   bash scripts/baselines/bitfit_roberta_base.sh cola --max_steps 20   extra flags override the recipe, tuned for 1 GPU
 # Settings: the defaults of its authors' program (github.com/benzakenelad/BitFit), but twice its batch of 8. Their
 # learning rates, all for BERT, go by task from 1e-4 (MNLI) to 1e-3 (RTE, and the default); picked here: 1e-4.
 # A row ends with the training set and the LoRA paper's dev figure, which is from earlier work.
@@ -21,8 +20,7 @@ case "$task" in
 esac
 name="${name}_$task"
 args=(
-  --model_name_or_path roberta-base --task_name "$task"
-  --do_train --do_eval
+  --model_name_or_path roberta-base --task_name "$task" --do_train --do_eval
   --max_seq_length 128                         # tokens; longer texts are truncated
   --per_device_train_batch_size "$batch"       # x tuned_for_gpus=1: the examples a step
   --num_train_epochs "$epochs"
@@ -32,7 +30,6 @@ args=(
   --adam_epsilon 1e-6
   --apply_bitfit                               # the encoder's 102,144 biases, and the head
   --eval_strategy epoch --save_strategy epoch  # the best epoch is one of the checkpoints
-  --logging_steps 10
-  --seed 0
+  --logging_steps 10 --seed 0
 )
 launch "${args[@]}" "${@:2}"

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # RoBERTa-base + full fine-tuning on a GLUE task. Starts from the pretrained model, never from an MNLI adapter.
-#   bash scripts/baselines/full_roberta_base.sh cola                  the published recipe, tuned for 1 GPU
-#   bash scripts/baselines/full_roberta_base.sh cola --max_steps 20   a quick try: extra flags override those below
+#   bash scripts/baselines/full_roberta_base.sh cola --max_steps 20   extra flags override the recipe, tuned for 1 GPU
 # Settings: what RoBERTa's authors list for each task, with the large model (fairseq, examples/roberta/README.glue.md).
 # They chose them in their paper's search (arXiv 1907.11692, table 10) over learning rates 1e-5, 2e-5, 3e-5 and 16 or 32
 # examples a step; QQP's warm-up is from the list too (28,318 of 113,272 steps), where the paper has 6%. A row ends with
@@ -22,8 +21,7 @@ case "$task" in
 esac
 name="${name}_$task"
 args=(
-  --model_name_or_path roberta-base --task_name "$task"
-  --do_train --do_eval
+  --model_name_or_path roberta-base --task_name "$task" --do_train --do_eval
   --max_seq_length 512                         # tokens; longer texts are truncated
   --per_device_train_batch_size "$batch"       # x tuned_for_gpus=1: the examples a step
   --num_train_epochs 10
@@ -34,7 +32,6 @@ args=(
   --max_grad_norm 0                            # gradients are not clipped
   --eval_strategy epoch --save_strategy epoch
   --save_total_limit 1                         # complete models: 0.5 GB each, and 1 GB of optimizer state
-  --logging_steps 10
-  --seed 0
+  --logging_steps 10 --seed 0
 )
 launch "${args[@]}" "${@:2}"
