@@ -52,7 +52,7 @@ PRIVATE_NAMES: dict[str, dict[str, str]] = {
     "transformers.modeling_utils.PreTrainedModel": {
         "_hf_peft_config_loaded": "a folder with a model and an adapter is refused",
         "_init_weights": "new layers are drawn by transformers' own rule",
-        "_keys_to_ignore_on_load_missing": "position ids are no weights",
+        "_keys_to_ignore_on_load_missing": "LoRA and bottlenecks start anew on a base checkpoint",
         "_keys_to_ignore_on_load_unexpected": "the pretraining head is no weight that is missing a place",
         "_no_split_modules": "FSDP2 shards by layers",
         "_supports_sdpa": "pipelines and other code may ask for this attention",
@@ -76,7 +76,7 @@ PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_get_dispatch_mode": "the compiled kernels stand back under modes that watch operations",
         "_has_storage": "a batch of gradients (is_grads_batched) has none",
         "_is_tracing": "the compiled kernels stand back while torch.jit traces",
-        "_len_torch_dispatch_stack": "nothing is cached under modes that watch operations",
+        "_len_torch_dispatch_stack": "attention scores are not changed in place under modes that may keep them",
     },
     "torch._C._functorch": {
         "get_unwrapped": "whether vmap batches a tensor within another transform",

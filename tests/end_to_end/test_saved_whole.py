@@ -104,7 +104,7 @@ def test_a_whole_model_that_does_not_say_its_alpha_is_refused(whole, call, glue,
     del config["lora_alpha"], config["apply_lora"]
     (copy / "config.json").write_text(json.dumps(config))
     outcome = run(call, glue, copy, tmp_path / "o", "--do_eval", *LORA)
-    assert outcome.code == 1 and "doesn't say with which lora_alpha" in outcome.err
+    assert outcome.code == 1 and "doesn't record the lora_alpha" in outcome.err
 
 
 def test_an_adapter_on_a_whole_model_with_another_one_is_refused(whole, call, glue, tmp_path):

@@ -155,7 +155,7 @@ def test_a_file_at_the_wrong_door_is_told_the_right_one(trained, call, glue, tin
     for path in (tmp_path / "peft").glob("adapter_*"):
         shutil.copy(path, both)
     outcome = call(*on_rte(glue, tmp_path / "o", "--model_name_or_path", both, *SHORT, "--do_eval"))
-    assert outcome.code == 1 and "holds a model and an adapter" in outcome.err, outcome.err
+    assert outcome.code == 1 and "contains a model and an adapter" in outcome.err, outcome.err
     train = on_rte(glue, tmp_path / "o", *SHORT, "--do_train", "--max_steps", "1")
     assert "its keys lack 'roberta.'" in call(*train, door, tmp_path / "encoder").err
     succeeded(call(*train, door, tmp_path / "headless.bin", *alpha))

@@ -933,8 +933,8 @@ def test_v2_xxlarge_with_r_16_has_4718592_lora_parameters():
         ({"conv_kernel_size": 4, "z_steps": 3}, "conv_kernel_size 4 is even; z_steps 3"),
     ],
 )
-def test_a_config_this_model_cannot_honour_is_refused_by_name(settings, message, model_class):
-    with pytest.raises(ValueError, match=f"This DeBERTa-V2 can't honour its config: {message}"):
+def test_a_config_this_model_does_not_support_is_refused_by_name(settings, message, model_class):
+    with pytest.raises(ValueError, match=f"This DeBERTa-V2 does not support its config: {message}"):
         model_class(tiny_deberta_config(**settings))
 
 

@@ -274,6 +274,6 @@ def test_transformers_pipeline_classifies_with_our_model(tmp_path):
         ({"num_attention_heads": 5}, "hidden_size 32 is no multiple of num_attention_heads 5"),
     ],
 )
-def test_a_config_this_model_cannot_honour_is_refused(settings, message):
+def test_a_config_this_model_does_not_support_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         RobertaForSequenceClassification(tiny_config(**settings))

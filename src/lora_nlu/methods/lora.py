@@ -38,7 +38,7 @@ from lora_nlu.ops.kernels import (
     as_rows,
     can_add_update,
     can_use_onednn,
-    check,
+    check_tensor,
     is_traced,
     linear,
     product,
@@ -185,8 +185,8 @@ class LoRALinear(UpdatedLinear):
     def check_shapes(self) -> None:
         """Raise ValueError unless lora_A [R, I] and lora_B [O, R] are of the weight's sizes, on its device."""
         (out, size), rank, device = self.weight.shape, self.lora_A.shape[0], self.weight.device
-        check("lora_A", self.lora_A, device, rank, size)
-        check("lora_B", self.lora_B, device, out, rank)
+        check_tensor("lora_A", self.lora_A, device, rank, size)
+        check_tensor("lora_B", self.lora_B, device, out, rank)
 
     def with_update(self, weight: Tensor, parameters: list[Tensor], scaling: float) -> Tensor:
         A, B = parameters

@@ -47,8 +47,8 @@ class Checkpoints:
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As transformers'.
 
-        Raises UserError if the checkpoint has LoRA or bottlenecks that the model lacks, or only some of those that it
-        has, and for quantisation.
+        Raises UserError if the checkpoint has LoRA or bottlenecks that the model lacks, or only some of the model's,
+        and for quantisation.
         """
         cls._check_quantisation(*args, **kwargs)
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
@@ -64,12 +64,12 @@ class Checkpoints:
             pattern = row.added or "(?!)"
             every = {key: p for key, p in model.named_parameters() if re.search(pattern, key)}
             added = {key: is_loaded(p) or p.is_meta for key, p in every.items()}  # meta: stays on the disk
-            lacks = [key for key, loaded in added.items() if not loaded]
-            if lacks and len(lacks) < len(added):
+            missing = [key for key, loaded in added.items() if not loaded]
+            if missing and len(missing) < len(added):
                 remedy = flags_that_add(added) or "the settings it was saved with"
                 raise UserError(
                     f"{name}: is damaged, or was saved with other settings: of {len(added)} adapter tensors it lacks "
-                    f"{len(lacks)}, {lacks[0]} first.\nGive {remedy}, or use a complete copy of the file."
+                    f"{len(missing)}, {missing[0]} first.\nGive {remedy}, or use a complete copy of the file."
                 )
         return (model, report) if output_loading_info else model
 

@@ -1,4 +1,4 @@
-"""From a checkpoint folder or Hub id to our model and its tokenizer, checked against what is asked of them."""
+"""A model from a checkpoint folder or Hub id: its configuration, its weights, its head, and checks of each."""
 
 import hashlib
 import math
@@ -35,7 +35,7 @@ def load_config(name: str, **hub: Any) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(name, **hub)
-    except Exception as e:  # what a setting that makes no sense is called has many names
+    except Exception as e:  # transformers raises errors of many kinds for a config that it can't use
         if Path(name, ADAPTER_CONFIG).is_file() and not Path(name, "config.json").is_file():
             settings = read_json(Path(name, ADAPTER_CONFIG))
             flag = path_flag_of(settings.get("peft_type"))
@@ -44,10 +44,10 @@ def load_config(name: str, **hub: Any) -> Any:
                 f"--model_name_or_path {name}: is an adapter.\n"
                 f"Give it as --{flag}, and its base ({base}) as --model_name_or_path."
             ) from e
-        said = "neither a folder with a config.json nor a model available from the Hub"
+        problem = "neither a folder with a config.json nor a model available from the Hub"
         if Path(name, "config.json").is_file():
-            said = "its config.json can't be used"
-        raise UserError(f"--model_name_or_path {name}: {said}.\n({first_line(e)})") from e
+            problem = "its config.json can't be used"
+        raise UserError(f"--model_name_or_path {name}: {problem}.\n({first_line(e)})") from e
     if config.model_type not in MODELS:
         raise UserError(f"--model_name_or_path {name}: a {config.model_type!r} model; supported: {', '.join(MODELS)}.")
     refuse_quantised(f"--model_name_or_path {name}", getattr(config, "quantization_config", None))
@@ -81,34 +81,34 @@ def load_model(
     keeps_head: bool = True,
     **hub: Any,
 ) -> tuple[Any, list[str]]:
-    """The model of `config` with the weights of `name` in fp32, what trains in it marked; and lines worth saying.
+    """The model of `config` with the weights of `name` in fp32, what trains in it marked; and notes for the log.
 
-    trained_labels: what the head in the checkpoint tells, class 0 first; None where nothing records it. Its rows are
-    put in the order of the config's labels, and a head for others starts anew. Not so without `keeps_head`: an adapter
-    brings another.
+    trained_labels: the labels that the checkpoint's head predicts, class 0 first; None where nothing records them. The
+    head's rows are put in the order of the config's labels, and a head for other labels starts anew; not so without
+    `keeps_head`, when an adapter's head will replace it.
     What a method adds and a head that the checkpoint lacks are drawn from torch's global generator. Raises UserError if
     weights are not finite, the encoder's are missing or misshapen, an adapter in them would be left out, or the head is
     missing and `needs_head`.
     """
     verbosity, notes = transformers.logging.get_verbosity(), []
-    transformers.logging.set_verbosity_error()  # what is missing is checked and said below
+    transformers.logging.set_verbosity_error()  # what is missing is checked and reported below
     try:
         model, report = MODELS[config.model_type].from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **hub
         )
     except UserError:
         raise
-    except Exception as e:  # what torch meets in a damaged file has many names
+    except Exception as e:  # torch raises errors of many kinds for a damaged file
         for path in sorted(Path(name).glob("*.safetensors")) or sorted(Path(name).glob("pytorch_model*.bin")):
             if text := weights_file_problem(path):
                 raise UserError(f"--model_name_or_path {name}: {path.name}: {text}") from e
-        said = "there is not enough memory for its weights" if is_out_of_memory(e) else "its weights can't be loaded"
-        raise UserError(f"--model_name_or_path {name}: {said} ({first_line(e)}).") from e
+        problem = "there is not enough memory for its weights" if is_out_of_memory(e) else "its weights can't be loaded"
+        raise UserError(f"--model_name_or_path {name}: {problem} ({first_line(e)}).") from e
     finally:
         transformers.logging.set_verbosity(verbosity)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers took an adapter beside the model, and its base
         raise UserError(
-            f"--model_name_or_path {name}: holds a model and an adapter ({ADAPTER_CONFIG}); it isn't clear which is "
+            f"--model_name_or_path {name}: contains a model and an adapter ({ADAPTER_CONFIG}); it is unclear which is "
             f"meant.\nGive the adapter's files in a folder of their own as --lora_path, and the model without "
             f"{ADAPTER_CONFIG} here."
         )
@@ -153,36 +153,37 @@ def _no_head(name: str, config: Any, trained: Sequence[str] | None, report: dict
 
 
 def own_adapter(model: Any) -> list[str]:
-    """Names of the LoRA matrices and bottlenecks that a model has of its checkpoint."""
+    """Names of the LoRA matrices and bottlenecks that a model got from its checkpoint."""
     return [name for name, parameter in model.named_parameters() if is_added(name) and is_loaded(parameter)]
 
 
 def check_method(model: Any, name: str, saved: dict[str, Any]) -> None:
-    """Raise UserError if LoRA or bottlenecks that a model has of its checkpoint were saved with other settings.
+    """Raise UserError if LoRA or bottlenecks that a model got from its checkpoint were saved with other settings.
 
-    saved: those of the checkpoint's config, by name; the model's config has the flags'.
+    saved: the settings in the checkpoint's config, by name; the model's config has those of the flags.
     """
     config, own = model.config, own_adapter(model)
     if not own:
         return
     for flag in deciding_flags(own[0]):
         setting = flag.name
-        was, now = saved.get(setting) or False, vars(config).get(setting) or False
-        if was is False and flag.kind is not bool:
+        trained_with, flag_value = saved.get(setting) or False, vars(config).get(setting) or False
+        if trained_with is False and flag.kind is not bool:
             raise UserError(
-                f"--model_name_or_path {name}: holds {own[0]}, and its config.json doesn't say with which "
-                f"{setting} it was trained.\nGive the plain base model there, and this as --lora_path."
+                f"--model_name_or_path {name}: contains {own[0]}, and its config.json doesn't record the "
+                f"{setting} that it was trained with.\nGive the plain base model there, and this as --lora_path."
             )
-        if was != now:
+        if trained_with != flag_value:
             raise UserError(
-                f"--model_name_or_path {name}: contains {own[0]}, trained with {setting} {was}; the flags give "
-                f"{now}.\n{'Give' if was else 'Leave out'} --{setting}{'' if was in (True, False) else f' {was}'}."
+                f"--model_name_or_path {name}: contains {own[0]}, trained with {setting} {trained_with}; the flags "
+                f"give {flag_value}.\n{'Give' if trained_with else 'Leave out'} --{setting}"
+                f"{'' if trained_with in (True, False) else f' {trained_with}'}."
             )
 
 
 @torch.no_grad()
 def _order_head_(model: Any, name: str, trained: Sequence[str] | None, report: dict[str, Any]) -> list[str]:
-    """Put the rows of a checkpoint's head in the order of the model's labels, or draw it anew; lines worth saying."""
+    """Put the rows of a checkpoint's head in the order of the model's labels, or draw it anew; notes for the log."""
     last = last_head_layer(model.state_dict())
     if f"{last}.weight" in report["missing_keys"]:
         return [] if trained is None else [f"{name}: has no trained head; a new one is initialised."]
@@ -201,14 +202,14 @@ def _order_head_(model: Any, name: str, trained: Sequence[str] | None, report: d
 
 
 def set_two_views(model: Any, tokenizer: Any, reg_loss_wgt: float, masking_prob: float) -> None:
-    """Turn R-Drop, and with `masking_prob` cutoff, on or off. Raises UserError without a token that stands for none."""
+    """Turn R-Drop, and with `masking_prob` cutoff, on or off. Raises UserError if cutoff lacks an unknown token."""
     config = model.config
     config.reg_loss_wgt, config.masking_prob = reg_loss_wgt, masking_prob
     for name in ("unk_token_id", "special_token_ids"):
         config.__dict__.pop(name, None)
     if masking_prob:
         if tokenizer.unk_token_id is None:
-            raise UserError("--masking_prob: the tokenizer has no unknown token to put in the place of others.")
+            raise UserError("--masking_prob: the tokenizer has no unknown token to replace others with.")
         config.unk_token_id = tokenizer.unk_token_id
         config.special_token_ids = sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id})
 

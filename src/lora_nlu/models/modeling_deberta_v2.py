@@ -169,8 +169,8 @@ class DisentangledSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """queries [Q, H] and hidden_states [N, H] to context [Q, H] and, if asked, probabilities [B, A, S, S].
 
-        table [V, U, H] and distances [2 S - 1] int64: the relative table's rows in use, and which one each distance
-        from -(S - 1) to S - 1 has; whether the table has a gradient in grad mode.
+        table [V, U, H] and distances [2 S - 1] int64: the relative table's rows in use, and the row of each distance
+        from -(S - 1) to S - 1; `table_trains`: whether the table requires a gradient in grad mode.
         """
         query, key, value = self.query_proj(queries), self.key_proj(hidden_states), self.value_proj(hidden_states)
         relative_key = relative_query = None  # k^r by descending, q^r by ascending distance
@@ -183,8 +183,8 @@ class DisentangledSelfAttention(nn.Module):
             if query_proj is not None:
                 relative_query = query_proj(table, **self.relative_arguments(query_proj))
                 relative_query = relative_query.index_select(1, distances)  # [V, 2 S - 1, H]
-        # The kernel gives the tables no gradients. Reentrant checkpointing runs a layer without grad mode first; where
-        # the recomputation can't use the kernel, neither may that run: the kernel draws other dropout than torch.
+        # The kernel gives the tables no gradients. Reentrant checkpointing runs a layer first without grad mode: if the
+        # recomputation can't use the kernel, that first run must not either, as the kernel draws other dropout.
         drops = self.dropout.training
         needs_table_grad = drops and not torch.is_grad_enabled() and self.trains_relative(table, table_trains)
         if not with_probs and type(self.dropout) is Dropout and not needs_table_grad:
@@ -408,7 +408,7 @@ class DebertaV2Encoder(nn.Module):
         self.conv = ConvLayer(config) if getattr(config, "conv_kernel_size", 0) > 0 else None
 
     def relative_table(self, packed: PackedBatch, views: int) -> tuple[Tensor | None, Tensor | None]:
-        """The rows [V, U, H] of the table that a batch's distances fall on, and [2 S - 1] which one each has."""
+        """The rows [V, U, H] of the table that a batch's distances fall on, and [2 S - 1] the row of each distance."""
         if not hasattr(self, "rel_embeddings"):
             return None, None
         rows = table_rows(packed.length, self.buckets, self.reach)
@@ -454,32 +454,32 @@ def relative_norm(config: DebertaV2Config) -> list[str]:
 
 
 def check_config(config: DebertaV2Config) -> None:
-    """Raise ValueError for a setting that this model would have to ignore or compute differently."""
+    """Raise ValueError for settings that this model would have to ignore or compute differently."""
     size, heads = config.hidden_size, config.num_attention_heads
     buckets, reach = getattr(config, "position_buckets", -1), config.max_relative_positions
     reach = reach if reach > 0 else config.max_position_embeddings
-    wrong = []
+    problems = []
     if size % heads:
-        wrong.append(f"hidden_size {size} is no multiple of num_attention_heads {heads}")
+        problems.append(f"hidden_size {size} is no multiple of num_attention_heads {heads}")
     elif getattr(config, "attention_head_size", size // heads) != size // heads:
-        wrong.append(f"attention_head_size {config.attention_head_size} is not hidden_size / num_attention_heads")
+        problems.append(f"attention_head_size {config.attention_head_size} is not hidden_size / num_attention_heads")
     kinds = position_kinds(config)
     if unknown := sorted(set(kinds) - {"c2p", "p2c"}):
-        wrong.append(f"pos_att_type {'|'.join(unknown)}: only c2p and p2c are supported")
+        problems.append(f"pos_att_type {'|'.join(unknown)}: only c2p and p2c are supported")
     if len(set(kinds)) != len(kinds):
-        wrong.append(f"pos_att_type {'|'.join(kinds)} names a kind twice")
+        problems.append(f"pos_att_type {'|'.join(kinds)} names a kind twice")
     if unknown := sorted(set(relative_norm(config)) - {"layer_norm", "none"}):
-        wrong.append(f"norm_rel_ebd {'|'.join(unknown)}: only layer_norm and none are supported")
+        problems.append(f"norm_rel_ebd {'|'.join(unknown)}: only layer_norm and none are supported")
     if buckets > 0 and (buckets < 2 or reach - 1 <= buckets // 2):
-        wrong.append(f"position_buckets {buckets} does not fit max_relative_positions {reach}")
+        problems.append(f"position_buckets {buckets} does not fit max_relative_positions {reach}")
     if (kernel := getattr(config, "conv_kernel_size", 0)) > 0 and kernel % 2 == 0:
-        wrong.append(f"conv_kernel_size {kernel} is even")
+        problems.append(f"conv_kernel_size {kernel} is even")
     if config.pooler_hidden_size != size:
-        wrong.append(f"pooler_hidden_size {config.pooler_hidden_size} is not hidden_size {size}")
+        problems.append(f"pooler_hidden_size {config.pooler_hidden_size} is not hidden_size {size}")
     if getattr(config, "z_steps", 0) > 1:
-        wrong.append(f"z_steps {config.z_steps}: the enhanced mask decoder is not supported")
-    if wrong:
-        raise ValueError(f"This DeBERTa-V2 can't honour its config: {'; '.join(wrong)}.")
+        problems.append(f"z_steps {config.z_steps}: the enhanced mask decoder is not supported")
+    if problems:
+        raise ValueError(f"This DeBERTa-V2 does not support its config: {'; '.join(problems)}.")
 
 
 class DebertaV2PreTrainedModel(Checkpoints, PreTrainedModel):

@@ -19,7 +19,7 @@ _PROBE = "Ünïcode, CamelCase & naïve; ÉCOLE? don't  stop: 3.14% of «Straße
 def _keep_files(tokenizer: Any) -> None:
     """Let a tokenizer written in Python save the vocabulary files that it read.
 
-    BertweetTokenizer's own way drops a column of the merges, and who loads them gets other tokens.
+    BertweetTokenizer's own method drops a column of the merges: loaded again, it would give other tokens.
     """
     kinds = {name: getattr(tokenizer, kind, None) for kind, name in tokenizer.vocab_files_names.items()}
     contents = {name: Path(path).read_bytes() for name, path in kinds.items() if path and Path(path).is_file()}
@@ -34,16 +34,16 @@ def _keep_files(tokenizer: Any) -> None:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of the tokens by their numbers and of what a pair of texts becomes: tens of ms for 128k tokens."""
+    """A hash of the tokens by id and of the ids of a pair of texts: tens of ms for 128k tokens."""
     tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
-    words = " ".join(tokens[:: max(1, len(tokens) // 64)])  # a small vocabulary may know nothing of the probe
+    words = " ".join(tokens[:: max(1, len(tokens) // 64)])  # a small vocabulary may have no word of the probe
     read = tokenizer(f"{_PROBE} {words}", words.title(), verbose=False)["input_ids"]
     return hashlib.sha256("\n".join([*tokens, str(read)]).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def check_tokenizer(source: str, known: dict[str, Any], fingerprint: str, remedy: str) -> None:
-    """Raise UserError if what `known` records was trained with another tokenizer; older metadata records none."""
-    if (trained := known.get("tokenizer_fingerprint", fingerprint)) != fingerprint:
+def check_tokenizer(source: str, metadata: dict[str, Any], fingerprint: str, remedy: str) -> None:
+    """Raise UserError if the run of `metadata` was trained with another tokenizer; older metadata records none."""
+    if (trained := metadata.get("tokenizer_fingerprint", fingerprint)) != fingerprint:
         raise UserError(
             f"{source}: was trained with another tokenizer (fingerprint {printable(trained)}; this one has "
             f"{fingerprint}): it would read other words.\n{remedy}"
@@ -51,20 +51,20 @@ def check_tokenizer(source: str, known: dict[str, Any], fingerprint: str, remedy
 
 
 def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
-    """The tokenizer of a folder or Hub id, set for a model of `config`; and lines worth saying.
+    """The tokenizer of a folder or Hub id, set for a model of `config`; and notes for the log.
 
-    Whatever it was saved with, it pads and cuts on the right, up to the model's own limit. Raises UserError if there is
+    Whatever its files set, it pads and truncates on the right, up to the model's limit. Raises UserError if there is
     none, if it has more tokens than the model, or no token to pad with.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
-    except Exception as e:  # what transformers meets in missing or damaged files has many names
+    except Exception as e:  # transformers raises errors of many kinds for missing or damaged files
         for path in sorted(Path(name).glob("*.model")):  # SentencePiece's
             if text := weights_file_problem(path, "tokens"):
                 raise UserError(f"{path}: {text}") from e
         reason = (
             f"{type(e).__name__}: {first_line(e)}" if isinstance(e, KeyError) else first_line(e)
-        )  # a name says nothing
+        )  # its text is a name alone
         raise UserError(f"No tokenizer in {name} that can be read ({reason}). Give --tokenizer_name.") from e
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where the files are missing
         raise UserError(f"No tokenizer in {name} (it has no vocabulary). Give --tokenizer_name.")

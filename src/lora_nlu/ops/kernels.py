@@ -58,24 +58,26 @@ def is_traced() -> bool:
 
 
 # ------------------------------------------------------------------------------------- checks before compiled code
-# It reads memory by address, without bounds, so each tensor passes one of these three checks first.
+# It reads memory by address, without bounds: a tensor must pass one of these two checks first.
 
 
-def check(name: str, x: Tensor, device: torch.device, *shape: int) -> None:
+def check_tensor(name: str, x: Tensor, device: torch.device, *shape: int) -> None:
     """Raise ValueError unless x has this shape, on this device."""
     if x.shape != shape or x.device != device:
         raise ValueError(f"{name}: expected {list(shape)} on {device}, got {list(x.shape)} on {x.device}.")
 
 
-def memory(name: str, x: Tensor, *shape: int, dtype: torch.dtype = torch.float32, strided: bool = False) -> Tensor:
-    """x as a contiguous tensor that compiled code can read, copied if need be; with `strided`, of any strides.
+def kernel_input(
+    name: str, x: Tensor, *shape: int, dtype: torch.dtype = torch.float32, strided: bool = False
+) -> Tensor:
+    """x as a tensor that compiled code can read: contiguous, copied if need be; with `strided`, of any strides.
 
     Raises ValueError unless it is a plain tensor of this shape and dtype, on the CPU.
     """
     if x.dtype is not dtype or type(x) not in PLAIN_TENSORS:
         raise ValueError(f"{name}: expected a plain {dtype} tensor, got {type(x).__name__}, {x.dtype}.")
-    check(name, x, CPU, *shape)
-    if x.is_neg():  # a lazy negation: memory holds the numbers before it
+    check_tensor(name, x, CPU, *shape)
+    if x.is_neg():  # a lazy negation: the numbers in memory are not negated yet
         x = x.resolve_neg()
     x = x if strided else x.contiguous()
     if x.numel() and not x.data_ptr():
@@ -227,21 +229,25 @@ def library() -> Any:
 
 def compiled() -> Path:
     """The shared object in the user's cache, named by a hash of what it depends on; compiled unless it is complete."""
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))]
-    depends_on = [SOURCE.read_text(), *FLAGS, platform.machine(), *cpu[:1]]
+    cpu_flags = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
+    ]
+    depends_on = [SOURCE.read_text(), *FLAGS, platform.machine(), *cpu_flags[:1]]
     name = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
     path = Path.home() / ".cache" / "lora_nlu" / f"kernels-{name}.so"
     if not _is_complete(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder, path.name)
-            command = ["g++", *FLAGS, str(SOURCE), "-o", str(made)]
+            compiled_file = Path(folder, path.name)
+            command = ["g++", *FLAGS, str(SOURCE), "-o", str(compiled_file)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-            with made.open("ab") as file:  # ends in its length: loading a truncated library would kill the process
+            with compiled_file.open(
+                "ab"
+            ) as file:  # ends in its length: loading a truncated library would kill the process
                 file.write(file.tell().to_bytes(8, "little"))
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(made, path)  # another process may do the same; each renames a complete file
+            os.replace(compiled_file, path)  # another process may do the same; each renames a complete file
     return path
 
 
@@ -292,7 +298,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def run(x: Tensor, p: float, seed: int) -> Tensor:
-        x = memory("dropout's input", x, *x.shape)
+        x = kernel_input("dropout's input", x, *x.shape)
         y, width = torch.empty_like(x), x.shape[-1]
         sizes = (_int(x.numel() // width), _int(width), ctypes.c_uint64(seed), _int(threshold(p)), _threads())
         library().dropout(_address(x), _address(y), *sizes)
@@ -333,7 +339,7 @@ def can_add_update(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> bool:
     """Whether `add_update_` can add x down up to x W^T. Raises ValueError for other shapes or several devices."""
     size, (out, rank) = x.shape[1], (weight.shape[0], down.shape[-1])
     for name, matrix, shape in (("weight", weight, (out, size)), ("down", down, (size, rank)), ("up", up, (rank, out))):
-        check(name, matrix, x.device, *shape)
+        check_tensor(name, matrix, x.device, *shape)
     functions = library() if all(map(can_replace, (x, weight, down, up))) else None
     return functions is not None and out % functions.vector_width() == 0
 
@@ -341,8 +347,8 @@ def can_add_update(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> bool:
 def add_update_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, s: float) -> tuple[Tensor, Tensor]:
     """y [N, O] + s x down up, in place if y is contiguous, and x down [N, R]. Raises MemoryError."""
     (rows, size), (rank, out) = x.shape, up.shape
-    x, y, u = memory("x", x, rows, size), memory("product", y, rows, out), x.new_empty(rows, rank)
-    down, up = memory("down", down, size, rank, strided=True), memory("up", up, rank, out, strided=True)
+    x, y, u = kernel_input("x", x, rows, size), kernel_input("product", y, rows, out), x.new_empty(rows, rank)
+    down, up = kernel_input("down", down, size, rank, strided=True), kernel_input("up", up, rank, out, strided=True)
     strided = [part for w in (down, up) for part in (_address(w), *map(_int, w.stride()))]
     sizes = map(_int, (rows, size, out, rank))
     library().add_low_rank(_address(x), *strided, _address(y), _address(u), *sizes, ctypes.c_float(s), _threads())
@@ -363,11 +369,11 @@ class _Attention(torch.autograd.Function):
         if heads < 1 or width % heads:
             raise ValueError(f"attention: expected a width divisible by {heads} heads, got {width}.")
         inputs = query, key, value
-        query = memory("query", query, query.shape[0], width)
-        key, value = memory("key", key, rows, width), memory("value", value, rows, width)
+        query = kernel_input("query", query, query.shape[0], width)
+        key, value = kernel_input("key", key, rows, width), kernel_input("value", value, rows, width)
         views = count_views(relative)
         shape = (views, 2 * longest - 1, width)
-        tables = tuple(None if x is None else memory("relative table", x.detach(), *shape) for x in relative)
+        tables = tuple(None if x is None else kernel_input("relative table", x.detach(), *shape) for x in relative)
         starts = _Attention.checked_starts(starts, query.shape[0], rows, longest, views)
         out, lse = torch.empty_like(query), query.new_empty(query.shape[0], heads)
         ctx.settings = (tables, starts, longest, heads, scale, p, seed)
@@ -380,8 +386,10 @@ class _Attention(torch.autograd.Function):
         *inputs, lse = ctx.saved_tensors
         if needs_torch_operations(grad):
             return *_Attention.differentiable_gradients(ctx, inputs, grad), *[None] * 7
-        query, key, value = (memory(n, x, *x.shape) for n, x in zip(("query", "key", "value"), inputs, strict=True))
-        grad = memory("attention's gradient", grad, *query.shape)
+        query, key, value = (
+            kernel_input(n, x, *x.shape) for n, x in zip(("query", "key", "value"), inputs, strict=True)
+        )
+        grad = kernel_input("attention's gradient", grad, *query.shape)
         grads = [torch.empty_like(x) for x in (query, key, value)]
         arguments = _Attention.arguments(query, key, value, *ctx.settings)
         library().attention_backward(*arguments, *map(_address, (lse, grad, *grads)))
@@ -407,7 +415,7 @@ class _Attention(torch.autograd.Function):
         """
         count = starts[2].numel()
         sizes = (count + 1, count + 1, count)
-        starts = tuple(memory("starts", x, n, dtype=torch.int64) for x, n in zip(starts, sizes, strict=True))
+        starts = tuple(kernel_input("starts", x, n, dtype=torch.int64) for x, n in zip(starts, sizes, strict=True))
         q, k, view_of = (x.tolist() for x in starts)
         lengths = zip(q, q[1:], k, k[1:], strict=False)
         fit = all(0 < n - m <= longest and b - a in (1, n - m) for a, b, m, n in lengths)

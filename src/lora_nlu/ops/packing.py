@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether vmap has one of many tensors in x, whose values then can't be read; torch has no public test for that."""
+    """Whether vmap batches x, so that its values can't be read; torch has no public test for that."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch
@@ -35,7 +35,7 @@ class PackedBatch:
     unsort:      [B] int64, packed place of each sequence of the batch; None if the order is the batch's.
     groups:      (count, length) of each run of equally long sequences, in packed order.
     key_mask:    [B, 1, 1, S] bool, True for keys that attention may see; None but in the fallback and in `padded`.
-    is_padded:   True in `padded`, where nobody reads the masked rows; False in the fallback, where the caller may.
+    is_padded:   True in `padded`, whose masked rows are not read; False in the fallback, where callers may.
 
     Fallback: a batch keeps all of its B * S tokens as rows, in one group with a `key_mask`, where a sequence's first
     position is masked (left padding), because callers read that position, as transformers does; and where distances
@@ -58,8 +58,8 @@ class PackedBatch:
         """Plan the packing of a [B, S] batch from its attention mask ([B, S], 0 = padding; None = all real).
 
         With `keep_distances`, a mask with holes takes the fallback. Waits for the GPU once, for the lengths. Raises
-        ValueError if the mask has another shape, or is of floats other than 0 and 1; RuntimeError where its values are
-        not known yet: in torch.jit.trace, torch.export and vmap over masks.
+        ValueError if the mask has another shape, or is of floats other than 0 and 1; RuntimeError where values can't be
+        read: in torch.jit.trace, torch.export and vmap over masks.
         """
         dense = cls(
             batch=batch,

@@ -1,6 +1,7 @@
-"""Tensors that an engine keeps in pieces: FSDP2's on every process, DeepSpeed ZeRO's too. Small ones, made whole.
+"""Tensors that a backend shards over processes (FSDP2, DeepSpeed ZeRO): read and written as complete tensors.
 
-Every function here is to be called in all processes at once, for they exchange their pieces.
+Every function but `is_finite` must be called in all processes at once, because they exchange their shards. Meant for
+what trains, which is small: a tensor is complete in one process's memory.
 """
 
 import math
@@ -15,8 +16,8 @@ from torch.nn.utils import get_total_norm
 from torch.utils._pytree import tree_map
 
 
-def whole(tensor: Any) -> Any:
-    """A tensor with all its pieces, on the CPU of the first process and empty elsewhere; other things as they are."""
+def gathered(tensor: Any) -> Any:
+    """The complete tensor on the CPU of the first process, an empty one elsewhere; what is no tensor, as it is."""
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     if not isinstance(tensor, Tensor):
@@ -24,16 +25,19 @@ def whole(tensor: Any) -> Any:
     return tensor.detach().cpu() if torch.distributed.get_rank() == 0 else tensor.new_empty(0)
 
 
-def shared_as(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor in pieces as `other` is, on its device; whole if that one is, or has another shape."""
+def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A complete tensor sharded as `other` is, on its device; unchanged if that is no sharded tensor of this shape."""
     if not isinstance(other, DTensor) or tensor.shape != other.shape:
         return tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
 def reshard(model: Any) -> None:
-    """Let FSDP2's modules hold their pieces again: after an evaluation the outermost has its gathered, half-precise
-    parameters in their place, and what is read is rounded, what is written lost."""
+    """Put the shards of FSDP2's modules back in the place of their gathered parameters.
+
+    After an evaluation the outermost module still has gathered parameters in half precision: values read from them
+    would be rounded, and values written to them lost.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():
@@ -42,19 +46,19 @@ def reshard(model: Any) -> None:
 
 
 def parameters(model: Any, trained_only: bool) -> dict[str, Tensor]:
-    """The parameters of a model under FSDP2 or ZeRO as `whole` gives them; of ZeRO's two copies the one in fp32."""
+    """The parameters of a model under FSDP2 or ZeRO, each `gathered`; of ZeRO's two copies the one in fp32."""
     reshard(model)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad or not trained_only}
     if any(hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") for p in named.values()):
         from deepspeed.utils import safe_get_full_fp32_param
 
         named = {name: safe_get_full_fp32_param(p) for name, p in named.items()}
-    return {name: whole(p) for name, p in named.items()}
+    return {name: gathered(p) for name, p in named.items()}
 
 
 @contextmanager
-def made_whole(model: Any) -> Iterator[None]:
-    """Let trained parameters in pieces be written within; of ZeRO-3's what the first process has written is kept."""
+def writable_parameters(model: Any) -> Iterator[None]:
+    """A context in which sharded trained parameters can be written; ZeRO-3 keeps what the first process wrote."""
     reshard(model)
     parameters = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
     if not parameters:
@@ -68,18 +72,18 @@ def made_whole(model: Any) -> Iterator[None]:
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
     """The state dict of an optimizer as one process without shards would have it."""
-    return tree_map(whole, optimizer.state_dict())
+    return tree_map(gathered, optimizer.state_dict())
 
 
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load what `optimizer_state` or a single process's optimizer gave, into pieces as the parameters are."""
+    """Load the result of `optimizer_state` or of a single process's optimizer, sharded as the parameters are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     moments = state["state"]
     for number, parameter in zip(numbers, parameters, strict=True):
         if number in moments:
             moments[number] = {
-                name: shared_as(value, parameter) if isinstance(value, Tensor) else value
+                name: sharded_like(value, parameter) if isinstance(value, Tensor) else value
                 for name, value in moments[number].items()
             }
     optimizer.load_state_dict(state)
@@ -87,14 +91,14 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def copy_into(model: Any, state: dict[str, Tensor]) -> None:
-    """Write whole tensors into a model's parameters, in pieces or not. Raises RuntimeError if shapes differ."""
+    """Write complete tensors into a model's parameters, sharded or not. Raises RuntimeError if shapes differ."""
     for name, tensor in state.items():
         parameter = model.get_parameter(name)
-        parameter.copy_(shared_as(tensor, parameter))
+        parameter.copy_(sharded_like(tensor, parameter))
 
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every number in these tensors is finite (of FSDP2's, in this process's part). Waits for the GPU once."""
+    """Whether every number in these tensors is finite (FSDP2: in this process's shards). Waits once for the GPU."""
     parts = [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
     parts = [x.detach() for x in parts if x.numel()]
     return not parts or bool(get_total_norm(parts, math.inf).isfinite())

@@ -1,4 +1,4 @@
-"""Checks and hashes of tensors."""
+"""Checks and hashes of tensors, wherever they came from: a model, a checkpoint, an adapter."""
 
 import hashlib
 
@@ -12,24 +12,24 @@ def is_loaded(parameter: Tensor) -> bool:
 
 
 def is_same(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, in y's dtype."""
+    """Whether two tensors have the same shape and, in y's dtype, the same numbers."""
     return x.shape == y.shape and not x.is_meta and not y.is_meta and torch.equal(x.to(y), y)
 
 
 def fingerprint(state: dict[str, Tensor]) -> str:
-    """A hash of tensors with their names, dtypes and shapes, whatever file they are in."""
-    found = hashlib.sha256()
+    """A hash of tensors with their names, dtypes and shapes; the format of their file doesn't matter."""
+    digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity, or what fp32 has no number for."""
+    """Names of the tensors that contain NaN, infinity or numbers too large for fp32."""
     names = []
     for name, tensor in state.items():
         numbers = tensor.float() if tensor.is_floating_point() else tensor
-        if not numbers.sum().isfinite() and not numbers.isfinite().all():  # the sum is the faster to look at
+        if not numbers.sum().isfinite() and not numbers.isfinite().all():  # the sum alone is faster
             names.append(name)
     return names

@@ -15,7 +15,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_nlu.files import ADAPTER_WEIGHTS
-from lora_nlu.ops.sharding import copy_into, load_optimizer_state, made_whole, optimizer_state, parameters
+from lora_nlu.ops.sharding import copy_into, load_optimizer_state, optimizer_state, parameters, writable_parameters
 from lora_nlu.training.checkpoints import naming_damage
 from lora_nlu.training.trainer import AdapterTrainer
 
@@ -93,7 +93,7 @@ class ShardedTrainer(AdapterTrainer):
         if not is_adapter and not self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with made_whole(self.model):
+        with writable_parameters(self.model):
             if is_adapter:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:
