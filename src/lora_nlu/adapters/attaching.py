@@ -39,7 +39,7 @@ def attach_adapter(
     """
     check_not_quantised(model)
     unmerge_lora_(model)
-    layers = adapter.layers(lora_alpha) if adapter.row.layer else {}
+    layers = adapter.layers(lora_alpha) if adapter.row.has_alpha else {}
     if layers:
         _check_layers(model, adapter)
     if adapter.row.rebuild:
@@ -101,7 +101,7 @@ def _check_fit(
     unexpected = [name for name in loadable.state if name not in required and name not in optional]
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)
-    if adapter.row.layer:
+    if adapter.row.has_alpha:
         _check_updates(model, adapter)
     for name, tensor in loadable.state.items():
         if tensor.shape != parameters[name].shape:

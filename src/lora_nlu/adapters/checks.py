@@ -35,7 +35,7 @@ def check_run_metadata(path: Path, metadata: dict[str, Any]) -> None:
 def check_complete(adapter: Adapter) -> None:
     """Raise UserError unless an adapter has all tensors of its method, LoRA's matrices as A [R, in] and B [out, R]."""
     source = adapter.source
-    if not adapter.row.layer:
+    if not adapter.row.has_alpha:
         _check_trained_names(adapter)
         return
     layers = {name.rpartition(".")[0]: None for name in adapter.state if LORA_KEY.search(name)}
@@ -112,7 +112,7 @@ def check_written_together(adapter: Adapter, peft_type: str) -> None:
             f"{remedy} peft_type back."
         )
     recorded_scalings = metadata.get("lora", {}).get("scalings")
-    if adapter.row.layer and recorded_scalings is not None:
+    if adapter.row.has_alpha and recorded_scalings is not None:
         now, recorded = (", ".join(f"{x:.6g}" for x in sorted(xs)) for xs in (adapter.scalings(), recorded_scalings))
         if now != recorded:
             raise UserError(

@@ -48,7 +48,7 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
             notes += base_notes
         write_adapter(adapter, destination)
         write_card(destination)
-        line = f"{destination}: {'PEFT' if adapter.row.layer else adapter.method} folder with a model card."
+        line = f"{destination}: {'PEFT' if adapter.row.has_alpha else adapter.method} folder with a model card."
     return "\n".join([line, *notes])
 
 
@@ -60,7 +60,7 @@ def _check_convertible(
         raise UserError(f"{destination}: is there already. Give another destination; nothing is written over.")
     if base and to == "bin":
         raise UsageError("--base: a .bin records no base model; leave it out, or write --to peft.")
-    if lora_alpha is not None and not adapter.row.layer:
+    if lora_alpha is not None and not adapter.row.has_alpha:
         raise UsageError(f"--lora_alpha: {source} contains {adapter.method}, which has none; leave it out.")
     if foreign := foreign_layer(adapter):
         raise UserError(f"{source}: it can't be used here: no RoBERTa or DeBERTa-V2 has the layer {foreign}.")
@@ -70,7 +70,7 @@ def _check_convertible(
             "attach it to the bare model (adapters.attach_adapter)."
         )
     check_values(adapter)
-    if adapter.row.layer and (to != "bin" or lora_alpha is not None):
+    if adapter.row.has_alpha and (to != "bin" or lora_alpha is not None):
         adapter.alphas(lora_alpha)  # raises if neither records the alpha, or if they differ
 
 

@@ -13,10 +13,10 @@ from lora_nlu.adapters.adapter import (
     most_common,
 )
 from lora_nlu.errors import UserError, printable
+from lora_nlu.methods.description import method_of_config
 from lora_nlu.methods.table import METHODS
 
 _PEFT_TYPES = ("LORA", "ADALORA", "VERA")  # those that PEFT itself loads
-_ROWS = {peft_type: row for row in METHODS.values() for peft_type in row.peft_types}
 LORA_KEY = re.compile(r"\.lora_[AB]$")
 PEFT_PREFIX = "base_model.model."
 _ALL_LINEAR = [*PEFT_DEFAULT_TARGETS, "key", "key_proj", "pos_key_proj", "pos_query_proj", "embed_proj", "dense"]
@@ -38,7 +38,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "task_type": "FEATURE_EXTRACTION" if adapter.is_bare else "SEQ_CLS",
         "base_model_name_or_path": adapter.metadata.get("base_model"),
     }
-    config |= _update_settings(adapter) if adapter.row.layer else {}
+    config |= _update_settings(adapter) if adapter.row.has_alpha else {}
     return config | (adapter.row.to_peft(adapter) if adapter.row.to_peft else {})
 
 
@@ -103,9 +103,9 @@ def from_peft_key(key: str) -> str:
 
 def peft_fields(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of `Adapter` that a checked `adapter_config.json` sets."""
-    row = _ROWS[config["peft_type"]]
+    row = method_of_config(config) or METHODS["lora"]
     fields: dict[str, Any] = {"method": row.name}
-    if row.layer:
+    if row.has_alpha:
         fields |= {
             "lora_alpha": config["lora_alpha"],
             "alpha_pattern": config.get("alpha_pattern") or {},
@@ -138,11 +138,12 @@ def _any_of(names: list[str]) -> str:
 
 def check_peft_config(path: Path, config: dict[str, Any]) -> None:
     """Refuse, by name, each setting of PEFT with which this model would compute something else. Raises UserError."""
-    kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in _ROWS:
-        supported = ", ".join(name for name in _PEFT_TYPES if name in _ROWS)
+    kind, row = config.get("peft_type"), method_of_config(config)
+    if row is None:
+        known = {name for other in METHODS.values() for name in other.peft_types}
+        supported = ", ".join(name for name in _PEFT_TYPES if name in known)
         raise UserError(f"{path}: peft_type is {printable(kind)}; of PEFT's types these are supported: {supported}.")
-    if not _ROWS[kind].layer:
+    if not row.has_alpha:
         return
     _check_numbers(path, config)
     _check_modules(path, config)
@@ -152,7 +153,7 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
     if isinstance(init, str) and init not in _SUPPORTED_INITS:  # PiSSA, OLoRA and others change the base weights
         raise UserError(f"{path}: init_lora_weights={printable(init)} is not supported: it changes the base weights.")
     for key, value in config.items():
-        if value and key not in SUPPORTED_SETTINGS:
+        if value and key not in SUPPORTED_SETTINGS and key not in row.peft_keys:
             raise UserError(f"{path}: {printable(key)}={printable(value)} is not supported.")
 
 

@@ -87,7 +87,7 @@ def _read_folder(folder: Path) -> Adapter:
         metadata = {"base_model": base, "base_revision": config.get("revision")} | metadata
     adapter = Adapter(folder, _read_state(weights), metadata=metadata, **peft_fields(config))
     check_complete(adapter)
-    if adapter.row.layer:
+    if adapter.row.has_alpha:
         check_updates(adapter, config)
     check_written_together(adapter, config["peft_type"])
     return adapter

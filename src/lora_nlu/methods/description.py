@@ -131,9 +131,12 @@ def deciding_flags(name: str) -> list[Flag]:
     return [flag for flag in row.flags if flag.decides]
 
 
-def path_flag_of(peft_type: Any) -> str:
-    """The flag that reads a folder whose adapter_config.json has this type."""
-    return next((row.path_flag for row in METHODS.values() if peft_type in row.peft_types), "adapter_path")
+def method_of_config(config: Mapping[str, Any]) -> Method | None:
+    """The method of a folder by its adapter_config.json; None if it is none of the table's."""
+    rows = [row for row in METHODS.values() if config.get("peft_type") in row.peft_types]
+    return next(
+        (row for row in sorted(rows, key=lambda row: not row.peft_keys) if all(map(config.get, row.peft_keys))), None
+    )
 
 
 def is_added(name: str) -> bool:
@@ -227,21 +230,3 @@ def check_flags(flags: Any) -> None:
             raise UsageError(
                 f"--{flag.name} has no effect without --{switch}. Add --{switch}, or remove --{flag.name}."
             )
-
-
-# names that moved, until every module imports them from their place
-from lora_nlu.methods.targets import TARGETS as TARGETS  # noqa: E402
-from lora_nlu.methods.targets import target_names as target_names  # noqa: E402
-from lora_nlu.methods.targets import target_of as target_of  # noqa: E402
-from lora_nlu.methods.targets import targets_and_layers as targets_and_layers  # noqa: E402
-
-ADAPTER_TYPES = ("houlsby", "pfeiffer")
-LORA_SETTINGS = ("lora_r", "lora_alpha", "lora_target_modules", "lora_layers", "lora_dropout")
-SETTINGS = tuple(setting_names())
-LORA_KEY = re.compile(r"\.lora_[AB]$")
-BOTTLENECK_KEY = re.compile(r"\.adapter_[AB]\.(weight|bias)$")
-TRAINED_NAMES = {"lora": LORA_KEY, "houlsby": BOTTLENECK_KEY, "pfeiffer": BOTTLENECK_KEY, "bitfit": re.compile("bias$")}
-
-
-def lora_rank(config: Any) -> int:
-    return description_of(config).rank

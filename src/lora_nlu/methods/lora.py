@@ -14,9 +14,6 @@ from torch.nn import functional as F
 from lora_nlu.errors import UserError
 from lora_nlu.methods.description import Description
 from lora_nlu.methods.linear import UpdatedLinear, check_not_quantised
-from lora_nlu.methods.linear import merge_lora_ as merge_lora_
-from lora_nlu.methods.linear import unmerge_lora_ as unmerge_lora_
-from lora_nlu.methods.linear import unmerged_parameters as unmerged_parameters
 from lora_nlu.methods.targets import (
     DEFAULT_TARGETS,
     TARGETS,

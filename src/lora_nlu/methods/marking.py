@@ -37,11 +37,6 @@ def start_methods(model: Any) -> None:
             row.start(model)
 
 
-def trains_a_part(model: Any) -> bool:
-    """Whether the encoder's own weights stay frozen, all or most of them."""
-    return any(row.freezes for row in methods_in(model))
-
-
 def mark_trainable(model: Any) -> None:
     """Freeze what the model's methods leave alone; for fine-tuning of everything, nothing.
 

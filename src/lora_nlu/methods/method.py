@@ -82,12 +82,14 @@ class Method:
                 ({"params", "weight_decay"}); a group may set its own "lr".
 
     Files
-    peft_types: in adapter_config.json, the usual one first; a type that PEFT does not have keeps it from loading the
-                folder.
+    peft_types: in adapter_config.json: the usual one, then that of a DeBERTa whose relative query bypasses the update.
+                A type that PEFT does not have keeps it from loading the folder.
+    peft_keys:  keys of adapter_config.json that tell it from other methods of the same type.
     rebuild:    rebuild(model, adapter, lora_alpha): gives a loaded model the layers of an `Adapter`, with new tensors;
                 None if it adds no layers.
-    to_peft:    to_peft(adapter): keys of adapter_config.json beside those that every method has.
-    from_peft:  from_peft(config): fields of `Adapter` that adapter_config.json (already checked) sets.
+    to_peft:    to_peft(adapter): keys of adapter_config.json beside those that every method, or every one with an
+                alpha, has.
+    from_peft:  from_peft(config): fields of `Adapter` by an adapter_config.json beside those. Raises UserError.
     to_config:  to_config(model): writes settings from the model's layers to its config before the model is saved.
     merge:      merge(model): weights by name which, in place of the model's, make a model without the method that
                 computes the same; None if no plain model does.
@@ -118,6 +120,7 @@ class Method:
     after_step: Callable[[Any], Any] | None = None
     parameter_groups: Callable[[Any, list[dict[str, Any]], float], list[dict[str, Any]]] | None = None
     peft_types: tuple[str, ...] = ()
+    peft_keys: tuple[str, ...] = ()
     rebuild: Callable[[Any, Any, float | None], None] | None = None
     to_peft: Callable[[Any], dict[str, Any]] | None = None
     from_peft: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -125,6 +128,11 @@ class Method:
     merge: Callable[[Any], dict[str, Any]] | None = None
     describe: Callable[[Any], dict[str, Any]] | None = None
     count: Callable[[Any], int] | None = None
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether it trains pairs of matrices with ranks and an alpha, in PEFT's format of LoRA."""
+        return any(flag.name == "lora_alpha" for flag in self.flags)
 
     @property
     def switch(self) -> str:

@@ -12,7 +12,6 @@ The order matters where a config chooses several: the first names the model's me
 colour-blind readers tell apart. This module imports neither torch nor transformers.
 """
 
-from importlib import import_module
 from typing import Any
 
 from lora_nlu.methods.method import Flag, Method, function
@@ -142,9 +141,3 @@ _ROWS = (
     Method("full", "fine-tuning", "#0072B2", "o", path_flag="model_name_or_path", state="", freezes=False),
 )
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
-
-
-def __getattr__(name: str) -> Any:  # names that moved, until every module imports them from their place
-    if name.startswith("_"):
-        raise AttributeError(name)
-    return getattr(import_module("lora_nlu.methods.marking"), name)

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
 from lora_nlu.files import ADAPTER_CONFIG, read_json, weights_file_problem
 from lora_nlu.labels import check_labels, config_labels, label_list, last_head_layer, match_head_rows, set_labels
-from lora_nlu.methods.description import deciding_flags, is_added, path_flag_of
+from lora_nlu.methods.description import deciding_flags, is_added, method_of_config
 from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.methods.marking import mark_trainable, start_methods
 from lora_nlu.models.checkpoints import refuse_quantised
@@ -38,7 +38,8 @@ def load_config(name: str, **hub: Any) -> Any:
     except Exception as e:  # transformers raises errors of many kinds for a config that it can't use
         if Path(name, ADAPTER_CONFIG).is_file() and not Path(name, "config.json").is_file():
             settings = read_json(Path(name, ADAPTER_CONFIG))
-            flag = path_flag_of(settings.get("peft_type"))
+            row = method_of_config(settings)
+            flag = row.path_flag if row else "adapter_path"
             base = printable(settings.get("base_model_name_or_path") or "the model it was trained from")
             raise UserError(
                 f"--model_name_or_path {name}: is an adapter.\n"

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
@@ -17,7 +18,7 @@ from lora_nlu.adapters.tensor_files import check_archive
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.files import ADAPTER_WEIGHTS, flush_and_rename, write_json
-from lora_nlu.methods.marking import trains_a_part
+from lora_nlu.methods.description import methods_in
 from lora_nlu.ops.sharding import is_finite
 from lora_nlu.training.checkpoints import (
     FILE_LIST,
@@ -32,6 +33,8 @@ from lora_nlu.training.checkpoints import (
     remove_checkpoint,
 )
 from lora_nlu.training.processes import seed_from
+
+METHOD_STATE = "method_state.pt"  # in a checkpoint: what the methods' `after_step` keeps
 
 
 class CheckpointingTrainer(Trainer):
@@ -52,7 +55,9 @@ class CheckpointingTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # A loaded RoBERTa counts positions from the config's pad token, which transformers sets to the tokenizer's.
         self._pad_token_id = self.model.config.pad_token_id
-        self.saves_part = trains_a_part(kwargs["model"])
+        self.methods = methods_in(kwargs["model"])
+        self.saves_part = any(row.freezes for row in self.methods)
+        self.after_steps = {row.name: row.after_step(kwargs["model"]) for row in self.methods if row.after_step}
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -93,6 +98,8 @@ class CheckpointingTrainer(Trainer):
     def _publish(self, written: Path, checkpoint: Path) -> None:
         """Complete a checkpoint by its state and the list of its files, and give it its name."""
         self.state.save_to_json(str(written / STATE))
+        if self.after_steps:
+            torch.save({name: x.state_dict() for name, x in self.after_steps.items()}, written / METHOD_STATE)
         paths = [path for path in written.rglob("*") if path.is_file()]
         write_json(written / FILE_LIST, {str(path.relative_to(written)): path.stat().st_size for path in paths})
         if checkpoint.exists():  # a damaged one of the same step
@@ -178,6 +185,10 @@ class CheckpointingTrainer(Trainer):
             for path in Path(checkpoint).glob("*.pt*") if checkpoint else ():
                 check_archive(path)
             self._read_optimizer_and_scheduler(checkpoint)
+            if checkpoint and self.after_steps:
+                saved = torch.load(Path(checkpoint, METHOD_STATE), weights_only=True)
+                for name, after_step in self.after_steps.items():
+                    after_step.load_state_dict(saved[name])
 
     def _read_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

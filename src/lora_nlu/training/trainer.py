@@ -53,6 +53,17 @@ class _DropoutOfProcess(TrainerCallback):
             torch.manual_seed(seed_from(args.seed, args.process_index))
 
 
+class _AfterStep(TrainerCallback):
+    """Calls what methods do after an optimizer step, while the gradients are still there."""
+
+    def __init__(self, after_steps: dict[str, Any]) -> None:
+        self.after_steps = after_steps
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for after_step in self.after_steps.values():
+            after_step.step(state.global_step + 1, state.max_steps)
+
+
 class _EarlyStopping(EarlyStoppingCallback):
     """transformers', but a run that was interrupted after the evaluation that ended it does not resume training."""
 
@@ -82,6 +93,8 @@ class AdapterTrainer(CheckpointingTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(_DropoutOfProcess)
+        if self.after_steps:
+            self.add_callback(_AfterStep(self.after_steps))
         if (patience := getattr(self.args, "early_stopping_patience", None)) is not None:
             self.add_callback(_EarlyStopping(patience, self.args.early_stopping_threshold))
             self.args.restore_callback_states_from_checkpoint = True  # the evaluations that it has waited already
@@ -103,10 +116,18 @@ class AdapterTrainer(CheckpointingTrainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers'. Raises UserError if its package is missing or --optim_args are not its own."""
+        is_new = self.optimizer is None
         try:
-            return super().create_optimizer(model)
+            optimizer: Any = super().create_optimizer(model)
         except (ImportError, ValueError, TypeError, NotImplementedError) as e:
             raise UserError(f"--optim {_flag_value(self.args.optim)}: {first_line(e)}") from e
+        for row in self.methods if is_new else ():
+            if row.parameter_groups:
+                groups = row.parameter_groups(self.model, optimizer.param_groups, self.args.learning_rate)
+                optimizer.param_groups = []
+                for group in groups:
+                    optimizer.add_param_group(group)
+        return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'. Raises UserError if --lr_scheduler_kwargs are missing or not the schedule's own."""
@@ -173,7 +194,7 @@ class AdapterTrainer(CheckpointingTrainer):
         loss, outputs = super().compute_loss(model, inputs, True)
         if examples is not None:
             share = examples * self.args.world_size / num_items_in_batch  # processes are averaged afterwards
-            loss = loss * share
+            loss = sum((row.loss_term(self.model) for row in self.methods if row.loss_term), loss) * share
             if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # transformers 5.17 divides by this in any case
                 loss = loss * self.current_gradient_accumulation_steps
             for name in ("task_loss", "consistency_loss"):
