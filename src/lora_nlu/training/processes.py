@@ -1,4 +1,4 @@
-"""How a program ends that may be one of several processes, and which of them says why."""
+"""How a program ends that may be one of several processes, and which of them prints why."""
 
 import errno
 import gc
@@ -24,31 +24,31 @@ ERROR_OF_ALL, ERROR_OF_ANOTHER = 3, 10
 
 
 def lost_process(error: BaseException) -> bool:
-    """Whether an error says no more than that another process of the run is gone."""
+    """Whether an error is only the consequence of another process of the run having ended."""
     gone = isinstance(error, RuntimeError) and re.search("gloo|[Cc]onnection (closed|reset)", str(error))
     return isinstance(error, torch.distributed.DistError) or bool(gone)
 
 
 def _failed(error: OSError) -> str:
-    """What failed: the file, the network, writing, or else the line that says no more."""
-    said = error.strerror or (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """What failed: the file, the network, writing, or else the line of code that raised the error."""
+    reason = error.strerror or (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     if error.filename:
-        return f"{said}: {error.filename}"
+        return f"{reason}: {error.filename}"
     package = type(error).__module__.partition(".")[0]
     if isinstance(error, ConnectionError | TimeoutError | socket.gaierror) or package in _NETWORK:
-        return f"the network, or a server, failed: {said}"
+        return f"the network, or a server, failed: {reason}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-        return f"{said}, while writing"
+        return f"{reason}, while writing"
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{said} ({type(error).__name__} in {frame.name}, {frame.filename}:{frame.lineno})"
+    return f"{reason} ({type(error).__name__} in {frame.name}, {frame.filename}:{frame.lineno})"
 
 
 def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str, str]) -> None:
     """Run `main` on the flags; turn what a user can help into a message on stderr and an exit code.
 
-    argv: the program's name and flags; environ: where torchrun says which process this is. An error is said once a
-    machine: by its first process at once; by another only if the launcher has not ended it a little later, so that what
-    all processes meet is not said by all.
+    argv: the program's name and flags; environ: where torchrun says which process this is. An error is printed
+    once per machine: by its first process at once; by another only if the launcher has not ended it a little later, so
+    that an error of all processes is not printed by all.
     """
     first, process = environ.get("LOCAL_RANK", "0") == "0", f" (process {environ.get('RANK')})"
 
@@ -71,7 +71,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
         fail(e, 2)
     except UserError as e:
         if not first and isinstance(e.__cause__, KeyboardInterrupt):
-            sys.exit(1)  # the first says it
+            sys.exit(1)  # the first process prints it
         fail(e, 1)
     except OSError as e:
         fail(f"{_failed(e)}. What was saved before is untouched.", 1)
@@ -93,11 +93,14 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
         if not lost_process(e):
             raise
         time.sleep(ERROR_OF_ANOTHER)  # its own error comes first
-        fail(f"another process of this run ended ({str(e).splitlines()[0][:150]}). Its own error stands elsewhere.", 1)
+        fail(
+            f"another process of this run ended ({str(e).splitlines()[0][:150]}). Its own error is printed elsewhere.",
+            1,
+        )
     except KeyboardInterrupt:
         if not first:
             sys.exit(1)
-        fail("interrupted. Checkpoints that were there are whole; the same command takes up from the last.", 1)
+        fail("interrupted. Earlier checkpoints are complete; the same command resumes from the last.", 1)
 
 
 def seed_from(*numbers: int) -> int:
