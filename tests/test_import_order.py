@@ -37,7 +37,6 @@ ORDER = {
     ],
     "data": [
         "tasks", "metrics", "text_files", "examples", "tokenization", "glue", "user_rows", "user_labels", "user_files",
-        "loading",
     ],
     "training": [
         "launch", "processes", "legacy_flags", "arguments", "run_arguments", "checks", "parsing", "head", "inputs",

@@ -5,7 +5,7 @@ from data_files import LAYOUTS, own, refusal, tsv, write
 from datasets import Dataset
 
 from lora_nlu.data.examples import Examples, choose_rows, describe_examples
-from lora_nlu.data.loading import load_examples
+from lora_nlu.data.glue import load_glue
 
 
 def of_two_classes(labels: list[int]) -> Examples:
@@ -76,7 +76,7 @@ def test_a_part_that_lacks_a_class_says_which_in_the_line_of_counts():
 def test_every_split_has_a_line_of_its_columns_labels_and_counts(tmp_path):
     for _, _, file, lines, *_ in LAYOUTS:
         write(tmp_path / file, tsv(*lines))
-    examples = load_examples("mnli", str(tmp_path), {}, ["train", "validation", "test"])
+    examples = load_glue("mnli", ["train", "validation", "test"], str(tmp_path))
     assert describe_examples(examples) == [
         "train: 3 rows, text in 'sentence1' and 'sentence2', labels in 'gold_label': "
         "entailment 1, neutral 1, contradiction 1.",
@@ -84,7 +84,7 @@ def test_every_split_has_a_line_of_its_columns_labels_and_counts(tmp_path):
           "none of entailment, neutral." for kind in ("matched", "mismatched")],
         *[f"test_{kind}: 1 rows, text in 'sentence1' and 'sentence2'." for kind in ("matched", "mismatched")],
     ]  # fmt: skip
-    (line,) = describe_examples(load_examples("stsb", str(tmp_path), {}, ["train"]))
+    (line,) = describe_examples(load_glue("stsb", ["train"], str(tmp_path)))
     texts = "text in 'sentence1' and 'sentence2'"
     assert line == f"train: 2 rows, {texts}, labels in 'score', a regression: numbers from 0.5 to 5."
     many = "text,label\n" + "".join(f"t{i % 7},c{i % 40:02}\n" for i in range(120))

@@ -12,8 +12,7 @@ import pytest
 from data_files import BOM, LAYOUTS, STSB_FRONT, assert_table, refusal, tsv, write
 from datasets import Dataset
 
-from lora_nlu.data.glue import load_glue_folder
-from lora_nlu.data.loading import load_examples
+from lora_nlu.data.glue import load_glue, load_glue_folder
 from lora_nlu.data.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -45,13 +44,13 @@ def test_a_file_in_the_published_layout_gives_its_text_and_the_hubs_label_ids(tm
         assert [type(value) for value in table["label"]] == [float if task == "stsb" else int] * len(label)
 
 
-def test_load_examples_reads_both_sets_of_mnli_and_says_the_labels_in_id_order(tmp_path):
+def test_load_glue_reads_both_sets_of_mnli_and_says_the_labels_in_id_order(tmp_path):
     for _, _, file, lines, *_ in LAYOUTS:
         write(tmp_path / file, tsv(*lines))
-    examples = load_examples("mnli", str(tmp_path), {}, ["validation", "test"])
+    examples = load_glue("mnli", ["validation", "test"], str(tmp_path))
     assert list(examples.splits) == ["validation_matched", "validation_mismatched", "test_matched", "test_mismatched"]
     assert examples.labels == ("entailment", "neutral", "contradiction") and not examples.is_regression
-    assert load_examples("stsb", str(tmp_path), {}, ["train"]).is_regression
+    assert load_glue("stsb", ["train"], str(tmp_path)).is_regression
 
 
 def test_quotes_are_characters_and_none_na_and_null_are_words(tmp_path):
@@ -173,20 +172,20 @@ def test_a_bad_glue_file_is_refused_by_name_and_line(tmp_path, what):
 
 def test_a_missing_glue_folder_or_file_is_named_with_what_it_must_hold(tmp_path):
     missing = tmp_path / "nowhere"
-    message = refusal(load_examples, "rte", str(missing), {}, ["train"])
+    message = refusal(load_glue, "rte", ["train"], str(missing))
     assert "--glue_dir" in message and str(missing) in message and "RTE/train.tsv" in message
-    message = refusal(load_examples, "rte", str(tmp_path), {}, ["train"])
+    message = refusal(load_glue, "rte", ["train"], str(tmp_path))
     assert message.startswith(f"{tmp_path / 'RTE' / 'train.tsv'}: ") and "--glue_dir" in message
 
 
 def test_a_file_where_the_glue_folder_should_be_is_refused(tmp_path):
     path = write(tmp_path / "train.tsv", RTE)
-    assert str(path) in refusal(load_examples, "rte", str(path), {}, ["train"])
+    assert str(path) in refusal(load_glue, "rte", ["train"], str(path))
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_the_diagnostic_task_has_nothing_to_train_or_evaluate_on(tmp_path, split):
-    message = refusal(load_examples, "ax", str(tmp_path), {}, [split])
+    message = refusal(load_glue, "ax", [split], str(tmp_path))
     assert split in message and "--do_predict" in message
 
 
@@ -196,6 +195,6 @@ def test_the_unreachable_hub_is_said_within_seconds_with_the_flag_that_helps(tmp
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True, raising=False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     start = time.monotonic()
-    message = refusal(load_examples, "cola", None, {}, ["train", "validation"], cache_dir=str(tmp_path / "cache"))
+    message = refusal(load_glue, "cola", ["train", "validation"], None, cache_dir=str(tmp_path / "cache"))
     assert "--glue_dir" in message and "CoLA/train.tsv" in message and "nyu-mll/glue" in message
     assert time.monotonic() - start < 10

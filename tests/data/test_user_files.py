@@ -7,7 +7,6 @@ import pytest
 from data_files import BOM, assert_table, own, refusal, write
 
 from lora_nlu.data.examples import Examples, describe_examples
-from lora_nlu.data.loading import load_examples
 from lora_nlu.data.user_files import load_files
 
 
@@ -325,11 +324,6 @@ def test_validation_alone_sets_the_labels_and_a_test_file_alone_cannot(tmp_path)
     assert load_files({"validation": str(path)}, None).labels == ("x", "y")
     assert "--train_file" in refusal(load_files, {"test": str(path)}, None)
     assert load_files({"test": str(path)}, ["x", "y"]).labels == ("x", "y")
-
-
-def test_load_examples_reads_only_the_wanted_files(tmp_path):
-    files = {"train": str(write(tmp_path / "a.csv", "text,label\nA,y\nB,x\n")), "test": str(tmp_path / "missing.csv")}
-    assert list(load_examples(None, None, files, ["train"]).splits) == ["train"]
 
 
 GUESSES = {  # columns of real files whose text was guessed: (header, two rows)

@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING
 from lora_nlu.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from lora_nlu.data.loading import load_examples as load_examples
+    from lora_nlu.data.glue import load_glue as load_glue
     from lora_nlu.data.metrics import compute_metrics as compute_metrics
     from lora_nlu.data.tasks import TASKS as TASKS
     from lora_nlu.data.tokenization import tokenize as tokenize
+    from lora_nlu.data.user_files import load_files as load_files
 
 __getattr__, __all__ = lazy_names(
-    __name__, {"loading": "load_examples", "metrics": "compute_metrics", "tasks": "TASKS", "tokenization": "tokenize"}
+    __name__,
+    {"glue": "load_glue", "metrics": "compute_metrics", "tasks": "TASKS", "tokenization": "tokenize"}
+    | {"user_files": "load_files"},
 )

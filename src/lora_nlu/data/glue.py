@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -10,12 +11,43 @@ import huggingface_hub
 from datasets import Dataset
 
 from lora_nlu.data.examples import LABEL, Examples, table_with_fingerprint
-from lora_nlu.data.tasks import Task
+from lora_nlu.data.tasks import TASKS, Task
 from lora_nlu.data.text_files import decode_utf8, read_nonempty
 from lora_nlu.errors import UserError
 
 HUB_DATASET = "nyu-mll/glue"
 HUB_TIMEOUT_S = 5
+
+
+def load_glue(
+    name: str, kinds: Sequence[str], glue_dir: str | None = None, cache_dir: str | None = None, token: str | None = None
+) -> Examples:
+    """Load a GLUE task's splits of these kinds (train, validation, test) from `glue_dir`, or else from the Hub.
+
+    Raises UserError for a split that the task lacks or that can't be read.
+    """
+    task = TASKS[name]
+    for kind in kinds:
+        if not task.splits[kind]:
+            raise UserError(f"{name} has no {kind} set. It is for --do_predict with an adapter trained on mnli.")
+    splits = [split for kind in kinds for split in task.splits[kind]]
+    if glue_dir is not None:
+        return load_glue_folder(glue_dir, task, splits)
+    return load_glue_hub(task, splits, cache_dir, token)
+
+
+def with_diagnostics(examples: Examples, *source: str | None) -> tuple[Examples, str]:
+    """MNLI's examples with GLUE's diagnostic set (AX), which an MNLI model predicts, as split `test_ax`.
+
+    source: glue_dir, cache_dir and token as in `load_glue`. If the set can't be loaded, the examples are returned
+    unchanged, with the reason; otherwise the reason is "".
+    """
+    try:
+        ax = load_glue("ax", ["test"], *source)
+    except UserError as e:
+        return examples, str(e).splitlines()[0]
+    splits = examples.splits | {"test_ax": ax.splits["test"]}
+    return replace(examples, splits=splits, columns=examples.columns | {"test_ax": ax.columns["test"]}), ""
 
 
 def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str]) -> Examples:
@@ -52,7 +84,7 @@ def read_glue_file(path: Path, task: Task, with_labels: bool) -> Dataset:
     """
     content = read_nonempty(path)
     lines = _lines(path, task, decode_utf8(path, content))
-    names_in_file = _columns(task, with_labels)
+    columns_read = _columns(task, with_labels)
     if with_labels and task.headerless:
         header = list(task.headerless)
         width = content.split(b"\n", 1)[0].count(b"\t") + 1
@@ -60,18 +92,18 @@ def read_glue_file(path: Path, task: Task, with_labels: bool) -> Dataset:
             raise UserError(f"{path}:1: {width} columns, {task.name} files have {len(header)}: {', '.join(header)}.")
     else:
         _, header = next(lines)
-        if missing := [column for column in names_in_file if column not in header]:
+        if missing := [column for column in columns_read if column not in header]:
             raise UserError(
                 f"{path}:1: the header lacks {', '.join(map(repr, missing))}; it has {', '.join(header)}.\n"
                 f"Is this the standard GLUE file of {task.name}?"
             )
-    indices = [header.index(column) for column in names_in_file]
+    indices = [header.index(column) for column in columns_read]
     ids = {name: i for i, name in enumerate(task.written or task.labels)}
     names = ["text", "text_pair"][: len(task.text)]
-    columns: dict[str, list] = {name: [] for name in names + ([LABEL] if with_labels else [])}
+    columns: dict[str, list] = {name: [] for name in [*names, LABEL][: len(indices)]}
     for number, fields in lines:
-        for name, index in zip(names, indices, strict=False):
-            columns[name].append(fields[index])
+        for name, i in zip(names, indices, strict=False):
+            columns[name].append(fields[i])
         if with_labels:
             columns[LABEL].append(_label(fields[indices[-1]], ids, task, f"{path}:{number}"))
     if not columns["text"]:

@@ -1,41 +1,34 @@
 """The metrics of GLUE, by name, from scikit-learn and scipy."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 # scikit-learn and scipy are imported where they are called, so that a run starts training sooner.
 
 
-def _sklearn(name: str) -> Callable:
-    def score(labels: np.ndarray, predictions: np.ndarray) -> float:
-        import sklearn.metrics
+def _sklearn(function: str, labels: np.ndarray, predictions: np.ndarray) -> float:
+    import sklearn.metrics
 
-        return getattr(sklearn.metrics, name)(labels, predictions)
-
-    return score
+    return getattr(sklearn.metrics, function)(labels, predictions)
 
 
-def _correlation(name: str) -> Callable:
-    """scipy's measure, but 0 if one side is constant, where scipy gives NaN, which no comparison can rank."""
+def _scipy(function: str, labels: np.ndarray, predictions: np.ndarray) -> float:
+    """A correlation, but 0 if one side is constant, where scipy gives NaN, which no comparison can rank."""
+    import scipy.stats
 
-    def score(labels: np.ndarray, predictions: np.ndarray) -> float:
-        import scipy.stats
-
-        if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
-            return 0.0
-        return getattr(scipy.stats, name)(labels, predictions)[0]
-
-    return score
+    is_constant = np.ptp(labels) == 0 or np.ptp(predictions) == 0
+    return 0.0 if is_constant else getattr(scipy.stats, function)(labels, predictions)[0]
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": _sklearn("accuracy_score"),
-    "f1": _sklearn("f1_score"),
-    "matthews_correlation": _sklearn("matthews_corrcoef"),
-    "pearson": _correlation("pearsonr"),
-    "spearmanr": _correlation("spearmanr"),
-    "mse": _sklearn("mean_squared_error"),
+    "accuracy": partial(_sklearn, "accuracy_score"),
+    "f1": partial(_sklearn, "f1_score"),
+    "matthews_correlation": partial(_sklearn, "matthews_corrcoef"),
+    "pearson": partial(_scipy, "pearsonr"),
+    "spearmanr": partial(_scipy, "spearmanr"),
+    "mse": partial(_sklearn, "mean_squared_error"),
 }
 
 

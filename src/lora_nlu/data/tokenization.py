@@ -45,14 +45,9 @@ def tokenize(
         key = hashlib.sha256(f"{table._fingerprint} {len(table)} {identity}".encode()).hexdigest()[:32]
         texts = [name for name in table.column_names if name != LABEL]
         tokens = table.map(
-            encode,
-            batched=True,
-            remove_columns=texts,
-            cache_file_name=str(folder / f"{split}-{key}.arrow"),
-            load_from_cache_file=not overwrite_cache,
-            new_fingerprint=key,
-            desc=f"Tokenising {split}",
-        )
+            encode, batched=True, remove_columns=texts, new_fingerprint=key, desc=f"Tokenising {split}",
+            cache_file_name=str(folder / f"{split}-{key}.arrow"), load_from_cache_file=not overwrite_cache,
+        )  # fmt: skip
         lengths = tokens.with_format("numpy")[_LENGTH][:]
         if count := int((lengths > max_length).sum()):
             note = f"{split}: {count} of {len(lengths)} examples are cut at --max_seq_length {max_length}"
@@ -77,9 +72,9 @@ def _check_vocabulary(table: Dataset, tokenizer: Any, split: str) -> None:
     """A wrong tokenizer class for a vocabulary silently makes words unknown, drops or joins some. Raises UserError."""
     texts = [text[:200] for text in table[:100]["text"]]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    kept = sum(len(tokenizer.decode(row, skip_special_tokens=True).split()) for row in ids)
-    lost = sum(len(text.split()) for text in texts) - kept
-    if lost > max(10, kept):
+    decoded_words = sum(len(tokenizer.decode(row, skip_special_tokens=True).split()) for row in ids)
+    lost_words = sum(len(text.split()) for text in texts) - decoded_words
+    if lost_words > max(10, decoded_words):
         raise UserError(
             f"Almost all words of the {split} examples are unknown to the tokenizer ({type(tokenizer).__name__}).\n"
             "Its files don't fit its class: set tokenizer_class in tokenizer_config.json, or give --tokenizer_name."

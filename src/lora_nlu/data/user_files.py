@@ -11,13 +11,8 @@ from lora_nlu.data.user_labels import check_leak, check_varied, class_names, lab
 from lora_nlu.data.user_rows import Row, read_rows
 from lora_nlu.errors import UserError
 
-_PAIRS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text", "text_pair"),
-)
+_PAIRS = [("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence")]
+_PAIRS += [("text", "text_pair")]
 _ROW_NUMBERS = {"idx", "id", "index", ""}
 
 

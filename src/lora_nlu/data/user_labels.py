@@ -13,7 +13,7 @@ from lora_nlu.labels import label_list, normalised_label
 
 def label_values(rows: Sequence[Row], column: str) -> list[str] | list[float]:
     """Labels as class names (strings), or as floats if every one is a number and not every one an integer."""
-    written = []
+    values = []
     for row in rows:
         value = row.fields[column]
         if isinstance(value, bool):
@@ -23,18 +23,18 @@ def label_values(rows: Sequence[Row], column: str) -> list[str] | list[float]:
             raise UserError(f"{row.place}: the label is {value!r}. Give every example one.")
         if not isinstance(value, (str, int, float)):
             raise UserError(f"{row.place}: the label is a {type(value).__name__}; it must be a string or a number.")
-        written.append(value)
-    if any(isinstance(value, float) for value in written) or all(isinstance(value, str) for value in written):
-        try:
-            numbers = [_number(value) for value in written]
-        except ValueError:
-            return [str(value) for value in written]
-        if not all(_is_integer(value) for value in written):
-            for row, number in zip(rows, numbers, strict=True):
-                if not math.isfinite(number):
-                    raise UserError(f"{row.place}: the label is {row.fields[column]!r}, which is not finite.")
-            return numbers
-    return [str(value) for value in written]
+        values.append(value)
+    names = [str(value) for value in values]
+    if all(_is_integer(value) for value in values) or {*map(type, values)} == {int, str}:
+        return names
+    try:
+        numbers = [_number(value) for value in values]
+    except ValueError:
+        return names
+    for row, number in zip(rows, numbers, strict=True):
+        if not math.isfinite(number):
+            raise UserError(f"{row.place}: the label is {row.fields[column]!r}, which is not finite.")
+    return numbers
 
 
 def _number(value: Any) -> float:
@@ -46,9 +46,10 @@ def _number(value: Any) -> float:
 
 def _is_integer(value: Any) -> bool:
     try:
-        return not isinstance(value, float) and int(value) is not None
+        int(value)
     except ValueError:
         return False
+    return not isinstance(value, float)
 
 
 def class_names(

@@ -4,9 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from lora_nlu.adapters.adapter import Adapter
-from lora_nlu.data.examples import Examples, choose_rows, describe_examples
-from lora_nlu.data.loading import load_examples, with_diagnostics
+from lora_nlu.data.examples import LABEL, Examples, choose_rows, describe_examples
+from lora_nlu.data.glue import load_glue, with_diagnostics
 from lora_nlu.data.tokenization import tokenize
+from lora_nlu.data.user_files import load_files
 from lora_nlu.labels import check_labels
 from lora_nlu.models.loading import longest_input
 from lora_nlu.training.arguments import DataArguments, ModelArguments, parse_names
@@ -25,19 +26,22 @@ def read_examples(
     task = data_args.task_name
     is_read = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     splits = [split for split in is_read if is_read[split]]
-    files = {split: getattr(data_args, f"{split}_file") for split in is_read}
     flag_labels = parse_names("labels", data_args.labels)
     labels = flag_labels if args.do_train else head.labels
     named_by = head.source if flag_labels is None else "--labels"
     if labels is None and not task and splits == ["test"]:
         head.check_ids(None)
-    folder, hub = data_args.glue_dir, (model_args.cache_dir, model_args.token)
-    columns = parse_names("text_columns", data_args.text_columns), data_args.label_column
+    glue_source = data_args.glue_dir, model_args.cache_dir, model_args.token
+    text_columns = parse_names("text_columns", data_args.text_columns)
     with args.main_process_first(desc="loading the examples"):
-        examples = load_examples(task, folder, files, splits, labels, *hub, *columns, named_by)
+        if task:
+            examples = load_glue(task, splits, *glue_source)
+        else:
+            files = {split: getattr(data_args, f"{split}_file") for split in splits}
+            examples = load_files(files, labels, text_columns, data_args.label_column or LABEL, named_by)
         reason = ""
         if task == "mnli" and args.do_predict:
-            examples, reason = with_diagnostics(examples, folder, *hub)
+            examples, reason = with_diagnostics(examples, *glue_source)
     if labels is None and not task and not args.do_train:
         say(args, head.check_ids(examples.labels))
         head = replace(head, labels=examples.labels)
