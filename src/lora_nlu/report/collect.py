@@ -12,7 +12,7 @@ from lora_nlu.report.paper import LORA_RANKS, PAPER, Published
 from lora_nlu.report.records import EVALUATION, RUN, STATE, TRAINING, Figures, Record, find_records, read_figures
 
 FROM_MNLI = ("mrpc", "rte", "stsb")  # the paper's LoRA starts them from its MNLI adapter, except on one line
-NO_START = "lora, no MNLI start"
+MNLI_START, NO_START = "lora", "lora, no MNLI start"
 LOOK = ("color", "marker")  # of a method in plots, keys of its record
 # Labels of methods in the records of versions that did not record any.
 LABELS = {
@@ -196,7 +196,7 @@ def _paper_line(
     method: str | None, task: str, model: str, ranks: list[int], starts_from_adapter: bool
 ) -> Published | None:
     """The paper's line for a run; of a task that it starts from MNLI's adapter only with the same start."""
-    if method == "lora":
+    if method == MNLI_START:
         if ranks != [LORA_RANKS.get(model)]:
             return None
         if starts_from_adapter != (task in FROM_MNLI):
@@ -218,7 +218,7 @@ def compare_runs(runs: list[Run]) -> list[Run]:
     compared = []
     for run in runs:
         same, paper = (run.model, run.base, run.method), run.paper
-        if paper and paper.method == "lora" and (*same, NO_START) in starts and (*same, "lora") not in starts:
+        if paper and paper.method == MNLI_START and (*same, NO_START) in starts and (*same, MNLI_START) not in starts:
             paper = next(line for line in PAPER if (line.model, line.method) == (paper.model, NO_START))
         model = f"{run.model}@{(run.base or 'unknown')[:8]}" if run.model in ambiguous else run.model
         compared.append(replace(run, model=model, paper=paper))
