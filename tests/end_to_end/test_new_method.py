@@ -56,12 +56,19 @@ class Counter:
 
 
 COUNTERS: list[Counter] = []
+STARTED: list[list[float]] = []
 TERMS: list[float] = []
 RATES: list[list[float]] = []
 
 
 def new_layer(trained: Any, target: str, layer: int, in_features: int, out_features: int) -> Any:
     return ScaledLinear(in_features, out_features) if target == "query" else None
+
+
+def start(model: Any) -> None:
+    STARTED.append([p.mean().item() for p in scales(model).values()])
+    for p in scales(model).values():
+        nn.init.constant_(p, 0.9)
 
 
 def loss_term(model: Any) -> Tensor:
@@ -97,6 +104,7 @@ TOY = Method(
     added=r"\.toy_scale$",
     state=r"\.toy_scale$",
     layer=new_layer,
+    start=start,
     loss_term=loss_term,
     after_step=Counter,
     parameter_groups=parameter_groups,
@@ -124,7 +132,7 @@ def test_no_two_methods_look_the_same_in_a_plot():
 @pytest.mark.parametrize("kind", ["roberta", "deberta"])
 def test_a_new_row_is_all_that_a_new_method_needs(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(METHODS, "toy", TOY)
-    for log in (COUNTERS, TERMS, RATES):
+    for log in (COUNTERS, STARTED, TERMS, RATES):
         log.clear()
     glue = write_glue(tmp_path / "glue")
     base = write_models(tmp_path / "models", glue)[kind]
@@ -141,9 +149,10 @@ def test_a_new_row_is_all_that_a_new_method_needs(kind, tmp_path, monkeypatch, c
     assert record["parameters"]["encoder"] == 2 * 32
     tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert sum("toy_scale" in name for name in tensors) == 2
-    assert all((t - 1).abs().max() > 1e-3 for name, t in tensors.items() if "toy_scale" in name)
+    assert all((t - 0.9).abs().max() > 1e-3 for name, t in tensors.items() if "toy_scale" in name)
     assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["toy_layers"] == 2
     assert COUNTERS[-1].count == 4 and COUNTERS[-1].steps == [(i, 4) for i in (1, 2, 3, 4)]
+    assert STARTED == [[1.0, 1.0]]  # once, with the new layers
     assert len(TERMS) == 4 and RATES == [[1e-2, 3e-2]]
     state = torch.load(tmp_path / "run" / "checkpoint-2" / "method_state.pt", weights_only=True)
     assert state == {"toy": {"count": 2}}
@@ -155,6 +164,7 @@ def test_a_new_row_is_all_that_a_new_method_needs(kind, tmp_path, monkeypatch, c
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in again.items()) and again.keys() == tensors.keys()
 
     call("evaluated", "--adapter_path", tmp_path / "run")
+    assert STARTED == 3 * [[1.0, 1.0]]  # an adapter's layers are started too, before its tensors are copied
     scores = [json.loads((tmp_path / f / "eval_results.json").read_text()) for f in ("run", "evaluated")]
     assert scores[0]["eval_loss"] == scores[1]["eval_loss"]
     capsys.readouterr()

@@ -47,6 +47,8 @@ def attach_adapter(
     else:
         for name, value in adapter.row.chosen_by.items():
             setattr(model.config, name, value)
+    if adapter.row.start:
+        adapter.row.start(model)
     loadable = _check_fit(model, adapter, allow_new_head, labels)
     notes = _check_base_model(model, adapter)
     if adapter.base_weights and base_holds_update(model, adapter, layers):

@@ -69,9 +69,11 @@ class Method:
                 this encoder layer; None for a plain one. Called while the model is built.
     block:      block(trained, hidden_size, after_attention): the module at the end of one half of each encoder layer;
                 None for none. Called while the model is built.
-    start:      start(model): called once the base model's weights are loaded, before an adapter's and before what
-                trains is marked, to set what starts from W (PiSSA's singular vectors) or what layers share (VeRA's
-                pair). `base_fingerprint` and a DeBERTa's relative query read W by a layer's `frozen_weight()`.
+    start:      start(model): sets what starts from W (PiSSA's singular vectors) or what layers share (VeRA's pair).
+                Called once the base model's weights are loaded, and again after `rebuild` has put an adapter's layers
+                into a loaded model; both times before an adapter's tensors are copied and before what trains is marked.
+                A checkpoint of a complete model contained some tensors already: `ops.tensors.is_loaded` tells them.
+                `base_fingerprint` and a DeBERTa's relative query read W by a layer's `frozen_weight()`.
 
     A step
     loss_term:  loss_term(model): a scalar added once to the mean loss of each training step.
