@@ -72,9 +72,9 @@ def test_every_page_of_docs_is_in_the_readmes_table_of_links():
 
 
 def commands() -> list[str]:
-    """Each line of each bash block of README and docs, continued lines joined, comments removed."""
+    """Lines of bash blocks, continued ones joined, without comments; test_adding_a_method.py runs those of its page."""
     lines = []
-    for document in DOCUMENTS:
+    for document in (path for path in DOCUMENTS if path.name != "adding_a_method.md"):
         for block in re.findall(r"^```bash\n(.*?)^```", document.read_text(), re.M | re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 lines.append(re.sub(r"\s+#.*", "", line).strip())

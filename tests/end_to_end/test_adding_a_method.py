@@ -34,7 +34,7 @@ def package(tmp_path_factory) -> Path:
     """The sources with the page's file and row in them."""
     folder = tmp_path_factory.mktemp("package")
     shutil.copytree(ROOT / "src" / "lora_nlu", folder / "lora_nlu", ignore=shutil.ignore_patterns("__pycache__"))
-    file, row = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+    file, row = re.findall(r"^```(?:python|text)\n(.*?)^```", PAGE, re.M | re.S)
     methods = folder / "lora_nlu" / "methods"
     (methods / "rescaling.py").write_text(file)
     table = (methods / "table.py").read_text()
@@ -60,7 +60,8 @@ def test_the_pages_method_trains_is_evaluated_again_and_merged(model, package, g
         commands.append(words)
     assert len(commands) == 3
     env = environment | {"PYTHONPATH": str(package)}
-    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(commands)], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     first, again = (json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("run", "run_again"))
     assert first["eval_loss"] == again["eval_loss"] and first["eval_accuracy"] == again["eval_accuracy"]
@@ -68,7 +69,8 @@ def test_the_pages_method_trains_is_evaluated_again_and_merged(model, package, g
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["method"]["name"] == "rescaling"
 
-    factors = [t for name, t in load_file(tmp_path / "run" / "adapter_model.safetensors").items() if name.endswith(".factor")]
+    trained = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    factors = [t for name, t in trained.items() if name.endswith(".factor")]
     assert len(factors) == 4 and all(t.abs().min() > 0 for t in factors)
 
     # the merged model in transformers' own class has the run's loss
