@@ -36,7 +36,7 @@ example: python -m lora_nlu.report similarity output/r8/seed_0 output/r64/seed_1
 
 def main(argv: list[str] | None = None, command: str | None = None) -> int:
     """Run a command; without one it is the first word of the command line, or `runs`."""
-    words = argparse.ArgumentParser(add_help=False).parse_known_args(argv)[1]
+    words = argparse.ArgumentParser(add_help=False).parse_known_args(argv)[1]  # those of the program without `argv`
     args = _parser().parse_args([command, *words] if command else _with_command(words))
     try:
         for line in args.lines(args):
@@ -55,19 +55,15 @@ def _parser() -> argparse.ArgumentParser:
 
     runs = commands.add_parser("runs", description=RUNS, help="tables and pictures of runs", **form)
     runs.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=f"{folder}, or a {RECORDS} file")
-    runs.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help=f"write report.md, report.csv, report.tex, pictures and {RECORDS}, the runs' records in one file",
-    )
+    out = f"write report.md, report.csv, report.tex, pictures and {RECORDS}, the runs' records in one file"
+    runs.add_argument("--out", type=Path, metavar="FOLDER", help=out)
     runs.set_defaults(lines=_runs)
 
     submission = commands.add_parser("submission", description=SUBMISSION, help="the zip for the GLUE server", **form)
     submission.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=folder)
     submission.add_argument("--out", type=Path, required=True, metavar="ZIP", help="the file to write")
     submission.add_argument("--partial", action="store_true", help="leave out tasks that no run predicts")
-    submission.set_defaults(lines=_submission)
+    submission.set_defaults(lines=lambda args: write_submission(args.runs, args.out, args.partial))
 
     similarity = commands.add_parser("similarity", description=SIMILARITY, help="compare two LoRA adapters", **form)
     adapter = "a published .bin, an adapter or output folder, or a Hub id"
@@ -88,18 +84,17 @@ def _with_command(words: list[str]) -> list[str]:
     for flag in ("--out", "--layers", "--modules"):
         flags.add_argument(flag)
     operands = [word for word in flags.parse_known_args(words)[1] if not word.startswith("-")]
-    first = operands[0] if operands else ""
+    first, asks_for_help = "".join(operands[:1]), bool({"-h", "--help"} & {*words})
     if first not in ("runs", "submission", "similarity"):
-        return words if not words or {"-h", "--help"} & {*words} else ["runs", *words]
-    rest = list(words)
-    rest.remove(first)
-    if first != "submission" and Path(first).is_dir() and not {"-h", "--help"} & {*words}:
-        if len(operands) > {"runs": 1, "similarity": 2}[first]:
-            note = f"{first!r} is taken as the command, not as the folder of that name; ./{first} is the folder."
-        else:
-            note, first, rest = f"{first!r} is taken as the folder of that name.", "runs", words
+        return words if not words or asks_for_help else ["runs", *words]
+    if first != "submission" and Path(first).is_dir() and not asks_for_help:
+        if len(operands) <= {"runs": 1, "similarity": 2}[first]:
+            print(f"lora_nlu.report: {first!r} is taken as the folder of that name.", file=sys.stderr)
+            return ["runs", *words]
+        note = f"{first!r} is taken as the command, not as the folder of that name; ./{first} is the folder."
         print(f"lora_nlu.report: {note}", file=sys.stderr)
-    return [first, *rest]
+    i = words.index(first)
+    return [first, *words[:i], *words[i + 1 :]]
 
 
 def _runs(args: argparse.Namespace) -> list[str]:
@@ -109,10 +104,6 @@ def _runs(args: argparse.Namespace) -> list[str]:
     records = {record.folder.resolve(): record for start in args.runs for record in training_records(start)}
     write_records(args.out / RECORDS, records.values())
     return [text, f"Written to {args.out}."]
-
-
-def _submission(args: argparse.Namespace) -> list[str]:
-    return write_submission(args.runs, args.out, args.partial)
 
 
 def _similarity(args: argparse.Namespace) -> list[str]:

@@ -31,13 +31,13 @@ def write_similarity(paths: list[str], layers: str | None, modules: str | None, 
     """
     adapters = [read_adapter(path) for path in paths]
     pairs = compare(adapters[0], adapters[1], modules)
-    numbers = _layer_numbers(pairs)
+    numbers = sorted({pair.layer for pair in pairs if pair.layer}, key=int)
     shown = [] if layers is None else _choose("--layers", layers, numbers)
     names = short_names(paths)
     ranks = [", ".join(map(str, sorted(set(adapter.ranks.values())))) for adapter in adapters]
     if out:
-        few = [n for i, n in enumerate(numbers) if i in (0, (len(numbers) - 1) // 2, len(numbers) - 1)]
-        draw(pairs, shown or few, names, ranks, out)
+        first_middle_last = dict.fromkeys([*numbers[:1], *numbers[(len(numbers) - 1) // 2 :][:1], *numbers[-1:]])
+        draw(pairs, shown or [*first_middle_last], names, ranks, out)
         write_csv(pairs, out / "similarity.csv")
     lines = [f"  adapter {i}: {name}, rank {rank}" for i, name, rank in zip((1, 2), names, ranks, strict=True)]
     if count := len(adapters[0].ranks.keys() ^ adapters[1].ranks.keys()):
@@ -133,18 +133,13 @@ def _top_vectors(A: Tensor) -> tuple[Tensor, Tensor]:
     return U, torch.arange(1, len(A) + 1, device=A.device).clamp(max=k)
 
 
-def _layer_numbers(pairs: list[Pair]) -> list[str]:
-    return sorted({pair.layer for pair in pairs if pair.layer}, key=int)
-
-
 def short_names(paths: list[str]) -> list[str]:
     """The last part of each path, or as many parts as make the names differ."""
     parts = [Path(path).absolute().parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(set(parts)):
-            break
-    return names
+    count = 1
+    while len({path[-count:] for path in parts}) < len({*parts}):
+        count += 1
+    return ["/".join(path[-count:]) for path in parts]
 
 
 def draw(pairs: list[Pair], layers: list[str], names: list[str], ranks: list[str], folder: Path) -> None:
@@ -157,10 +152,7 @@ def draw(pairs: list[Pair], layers: list[str], names: list[str], ranks: list[str
         from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps global state
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as e:
-        raise UserError(
-            "--out needs matplotlib, which is not installed.\nInstall it: pip install 'lora-nlu[plots]'"
-        ) from e
-
+        raise UserError("--out needs matplotlib, which is not installed: pip install 'lora-nlu[plots]'") from e
     folder.mkdir(parents=True, exist_ok=True)
     modules = _by_module(pairs)
     height, width = len(layers) + 1, len(modules)
@@ -182,9 +174,8 @@ def draw(pairs: list[Pair], layers: list[str], names: list[str], ranks: list[str
                     continue
                 r1, r2 = phi.shape
                 extent = (0.5, r2 + 0.5, r1 + 0.5, 0.5)  # cell (i, j) is centred on i and j
-                image = axes.imshow(
-                    phi.numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto", extent=extent, interpolation="nearest"
-                )
+                style = {"cmap": "viridis", "aspect": "auto", "interpolation": "nearest"}
+                image = axes.imshow(phi.numpy(), vmin=0, vmax=1, extent=extent, **style)
                 for axis, rank in ((axes.xaxis, r2), (axes.yaxis, r1)):
                     axis.set_ticks(sorted({1, *(-(-rank * quarter // 4) for quarter in (1, 2, 3, 4))}))
         figure.colorbar(image, ax=grid, label="phi(i, j): share in common", pad=0.04 / width, shrink=min(1, 2 / height))

@@ -32,18 +32,11 @@ class _File(NamedTuple):
 
 
 FILES = (
-    _File("CoLA.tsv", "cola"),
-    _File("SST-2.tsv", "sst2"),
-    _File("MRPC.tsv", "mrpc"),
-    _File("STS-B.tsv", "stsb"),
-    _File("QQP.tsv", "qqp"),
-    _File("MNLI-m.tsv", "mnli", "test_matched"),
-    _File("MNLI-mm.tsv", "mnli", "test_mismatched", "-mm"),
-    _File("QNLI.tsv", "qnli"),
-    _File("RTE.tsv", "rte"),
-    _File("WNLI.tsv", "wnli"),
-    _File("AX.tsv", "ax"),
-)
+    _File("CoLA.tsv", "cola"), _File("SST-2.tsv", "sst2"), _File("MRPC.tsv", "mrpc"), _File("STS-B.tsv", "stsb"),
+    _File("QQP.tsv", "qqp"), _File("MNLI-m.tsv", "mnli", "test_matched"),
+    _File("MNLI-mm.tsv", "mnli", "test_mismatched", "-mm"), _File("QNLI.tsv", "qnli"), _File("RTE.tsv", "rte"),
+    _File("WNLI.tsv", "wnli"), _File("AX.tsv", "ax"),
+)  # fmt: skip
 _TITLES = {file.task: TASKS[file.task].title for file in FILES}
 
 
@@ -86,13 +79,13 @@ def _best(task: str, runs: list[Run]) -> tuple[Run, list[str]]:
             "Evaluate them all with --do_eval, or name only one run."
         )
     i = max(range(len(runs)), key=lambda i: figures[i] or 0.0)
-    which = f"seed {runs[i].seed}" + (f" of {len(runs)} runs" if len(runs) > 1 else ", the only run")
+    count = f" of {len(runs)} runs" if len(runs) > 1 else ", the only run"
     figure = "not evaluated" if figures[i] is None else f"dev {metric} {figures[i]:.3f} of its final model"
-    lines = [f"{title}: {which}, {figure}: {runs[i].folder}"]
-    seen = [(value, epoch, run.seed) for run in runs for _, epoch, value in run.figures.history]
-    reached = runs[i].figures.first_set
-    if seen and reached is not None and (best := max(seen, key=lambda one: one[0]))[0] > reached + 1e-6:
-        value, epoch, seed = best
+    lines = [f"{title}: seed {runs[i].seed}{count}, {figure}: {runs[i].folder}"]
+    evaluations = [(value, epoch, run.seed) for run in runs for _, epoch, value in run.figures.history]
+    value, epoch, seed = max(evaluations, key=lambda evaluation: evaluation[0], default=(-math.inf, 0.0, None))
+    final_figure = runs[i].figures.first_set
+    if final_figure is not None and value > final_figure + 1e-6:
         place = " on the matched set" if task == "mnli" else ""
         lines.append(
             f"{title}: epoch {epoch:g} of seed {seed} had {metric} {value:.3f}{place}; "
@@ -101,27 +94,25 @@ def _best(task: str, runs: list[Run]) -> tuple[Run, list[str]]:
     return runs[i], lines
 
 
-def _only(runs: list[Run]) -> tuple[Run, list[str]]:
-    """The separate run that predicts AX, which has no dev figure, and a line on it."""
-    if len(runs) > 1:
-        folders = ", ".join(str(run.folder) for run in runs)
-        raise UserError(f"AX: {len(runs)} runs predict it: {folders}.\nName only the one with the MNLI run's adapter.")
-    return runs[0], [f"AX: from a separate run: {runs[0].folder}"]
-
-
 def choose(runs: list[Run]) -> tuple[dict[str, Run], list[str]]:
     """The run that predicts each task, for tasks with such a run, and lines on them."""
     chosen: dict[str, Run] = {}
     lines = []
     for task in _TITLES:  # MNLI before AX, which MNLI's model predicts
         candidates = [run for run in runs if run.task == task and run.predicts(task)]
-        if task == "ax" and "mnli" in chosen and chosen["mnli"].predicts("ax"):
-            chosen[task], notes = chosen["mnli"], ["AX: from the MNLI run."]
+        if task != "ax":
+            if candidates:
+                chosen[task], notes = _best(task, candidates)
+                lines += notes
+        elif "mnli" in chosen and chosen["mnli"].predicts("ax"):
+            chosen[task] = chosen["mnli"]
+            lines.append("AX: from the MNLI run.")
+        elif len(candidates) > 1:  # AX has no dev figure to choose by
+            text = f"AX: {len(candidates)} runs predict it: {', '.join(str(run.folder) for run in candidates)}."
+            raise UserError(f"{text}\nName only the one with the MNLI run's adapter.")
         elif candidates:
-            chosen[task], notes = _only(candidates) if task == "ax" else _best(task, candidates)
-        else:
-            continue
-        lines += notes
+            chosen[task] = candidates[0]
+            lines.append(f"AX: from a separate run: {candidates[0].folder}")
     bases: dict[str, list[str]] = {}
     for task, run in chosen.items():
         bases.setdefault(run.base_model, []).append(_TITLES[task])
