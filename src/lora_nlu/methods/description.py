@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from lora_nlu.errors import UsageError
@@ -53,20 +54,24 @@ def description_of(config: Any) -> Description:
 
     Raises ValueError, naming the attribute, for a setting that is invalid, missing or without effect.
     """
-    values, fields = vars(config), {}
+    values, names = vars(config), []
+    fields: dict[str, Any] = {}
     for row in METHODS.values():
-        names = [flag.name for flag in row.flags if flag.in_config and not flag.always]
-        stray = next((name for name in names if values.get(name) is not None), None)
-        if stray and row.switch not in values:
-            raise ValueError(
-                f"config.{stray} has no effect without {row.switch}. Set {row.switch}=True, or remove {stray}."
-            )
-        if _is_on(row, values) and (read := row.read(config) if row.read else {}) is not None:
-            fields[row.name] = read
-    names = _most_specific([*fields])
-    read = {key: value for name in names for key, value in fields[name].items()}
+        for flag in row.flags:
+            if flag.in_config and not flag.always and values.get(flag.name) is not None and row.switch not in values:
+                raise ValueError(
+                    f"config.{flag.name} has no effect without {row.switch}. Set {row.switch}=True, or remove "
+                    f"{flag.name}."
+                )
+        if _is_chosen(row, values):
+            settings = row.read(config) if row.read else {}
+            if settings is not None:
+                names.append(row.name)
+                fields |= settings
+        elif values.get(row.switch):
+            _check_choice(row.switch, values)
     settings = {name: values[name] for name in setting_names(names) if name in values}
-    return Description(tuple(names) or ("full",), **read, relative_query=relative_query(config), settings=settings)
+    return Description(tuple(names) or ("full",), **fields, relative_query=relative_query(config), settings=settings)
 
 
 def relative_query(config: Any) -> bool:
@@ -74,30 +79,26 @@ def relative_query(config: Any) -> bool:
     return bool(getattr(config, "lora_relative_query", False))
 
 
-def _is_on(row: Method, values: Mapping[str, Any]) -> bool:
-    """Whether a config's attributes choose a method. Raises ValueError if its switch is on and no method is chosen."""
-    if not row.switch or not values.get(row.switch):
-        return False
-    rows = [other for other in METHODS.values() if other.switch == row.switch]
-    on = [other for other in rows if all(values.get(name) == x for name, x in [*other.chosen_by.items()][1:])]
-    if not on:
-        name = [*row.chosen_by][1]
-        choices = " or ".join(str(other.chosen_by[name]) for other in rows if name in other.chosen_by)
+def _is_chosen(row: Method, values: Mapping[str, Any]) -> bool:
+    """Whether a config's attributes choose a method: its switch is on, and the others have the row's values."""
+    others = [name for name in row.chosen_by if name != row.switch]
+    return bool(values.get(row.switch)) and all(values.get(name) == row.chosen_by[name] for name in others)
+
+
+def _check_choice(switch: str, values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a config whose switch is on chooses one of the methods that have this switch."""
+    rows = [row for row in METHODS.values() if row.switch == switch]
+    if not any(_is_chosen(row, values) for row in rows):
+        name = [*rows[0].chosen_by][1]
+        choices = " or ".join(str(row.chosen_by[name]) for row in rows)
         raise ValueError(f"config.{name} {values.get(name)!r}: choose {choices}.")
-    return row in on
-
-
-def _most_specific(names: Iterable[str]) -> list[str]:
-    """Those of some methods whose settings are not all among another's of them."""
-    items = {name: METHODS[name].chosen_by.items() for name in names}
-    return [name for name, mine in items.items() if not any(mine < other for other in items.values())]
 
 
 def methods_in(model: Any) -> list[Method]:
     """The methods that a model has: by its modules, and those without modules of their own by its config."""
     names = {getattr(module, "method", None) for module in model.modules()}
     names |= {row.name for row in description_of(model.config).rows if row.freezes and not row.added}
-    return [METHODS[name] for name in _most_specific(n for n in METHODS if n in names)] or [METHODS["full"]]
+    return [row for row in METHODS.values() if row.name in names] or [METHODS["full"]]
 
 
 def method_of(model: Any) -> Method:
@@ -134,9 +135,8 @@ def deciding_flags(name: str) -> list[Flag]:
 def method_of_config(config: Mapping[str, Any]) -> Method | None:
     """The method of a folder by its adapter_config.json; None if it is none of the table's."""
     rows = [row for row in METHODS.values() if config.get("peft_type") in row.peft_types]
-    return next(
-        (row for row in sorted(rows, key=lambda row: not row.peft_keys) if all(map(config.get, row.peft_keys))), None
-    )
+    rows = [row for row in rows if all(config.get(key) for key in row.peft_keys)]
+    return max(rows, key=lambda row: len(row.peft_keys), default=None)
 
 
 def is_added(name: str) -> bool:
@@ -158,7 +158,7 @@ def set_method(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
         if is_set and (flag.always or any(settings.get(switch) for switch in switches)):
             setattr(config, name, value)
     for row in METHODS.values():
-        if row.read and _is_on(row, vars(config)) and row.read(config) is None:
+        if row.read and _is_chosen(row, vars(config)) and row.read(config) is None:
             for flag in row.flags:
                 if not flag.always:
                     vars(config).pop(flag.name, None)
@@ -184,48 +184,49 @@ def methods_of_flags(flags: Any) -> list[Method]:
     return [row for row in METHODS.values() if row.switch and getattr(flags, row.switch)]
 
 
+def _method_settings(flags: Any) -> list[tuple[Flag, list[Method]]]:
+    """The flags on the command line that have an effect with some methods alone, each with these."""
+    dependent = [flag for flag in method_flags() if flag.in_config and not flag.always]
+    return [
+        (flag, [row for row in METHODS.values() if flag in row.flags])
+        for flag in dependent
+        if getattr(flags, flag.name) != flag.default
+    ]
+
+
 def contradicts(flags: Any, method: str) -> bool:
     """Whether the flags name other methods than that of an adapter."""
-    row, on = METHODS[method], methods_of_flags(flags)
-    alone = all(other is row or other.path_flag != row.path_flag for other in METHODS.values())
-    if on and row not in on and not alone:
+    row, chosen = METHODS[method], methods_of_flags(flags)
+    shares_path = any(other is not row and other.path_flag == row.path_flag for other in METHODS.values())
+    if chosen and row not in chosen and shares_path:
         return True
-    for flag in method_flags():
-        owners = [other for other in METHODS.values() if flag in other.flags]
+    for flag, rows in _method_settings(flags):
         value = getattr(flags, flag.name)
-        if not flag.in_config or flag.always or value == flag.default:
-            continue
-        if row in owners and value != row.chosen_by.get(flag.name, value):
+        if row in rows and value != row.chosen_by.get(flag.name, value):
             return True
-        if row not in owners and not any(owner in on for owner in owners):
+        if row not in rows and not any(other in chosen for other in rows):
             return True
     return False
 
 
 def check_flags(flags: Any) -> None:
     """One method at a time, with the flags it needs and no other's. Raises UsageError."""
-    on = methods_of_flags(flags)
-    for row in on:
+    for row in methods_of_flags(flags):
         if row.missing and not getattr(flags, row.path_flag) and (text := row.missing(flags)):
             raise UsageError(text)
-    owners: dict[str, list[Method]] = {}
-    for row in METHODS.values():
-        for name in (row.switch, row.path_flag):
-            if getattr(flags, name, None) and name in {flag.name for flag in row.flags}:
-                owners.setdefault(name, []).append(row)
-    for name, rows in owners.items():
-        for other, others in owners.items():
-            pairs = [(a, b) for a in rows for b in others]
-            together = any(
-                a is b or (a.switch == name and b.name in a.beside) or (b.switch == other and a.name in b.beside)
-                for a, b in pairs
-            )
-            if not together:
-                raise UsageError(f"--{name} and --{other}: choose one of them.")
-    for flag in method_flags():
-        rows = [row for row in METHODS.values() if flag in row.flags]
-        is_set = flag.in_config and not flag.always and getattr(flags, flag.name) != flag.default
-        if is_set and not any(getattr(flags, row.switch) or getattr(flags, row.path_flag) for row in rows):
+    rows_by_flag = {  # switches and paths on the command line
+        flag.name: rows
+        for flag in method_flags()
+        if (rows := [row for row in METHODS.values() if flag.name in (row.switch, row.path_flag)])
+        and getattr(flags, flag.name)
+    }
+    for (name, rows), (other, others) in combinations(rows_by_flag.items(), 2):
+        is_one_method = any(row in others for row in rows)
+        is_combined = any(row.combines and row.switch in (name, other) for row in rows + others)
+        if not is_one_method and not (is_combined and any(row.added for row in rows + others)):
+            raise UsageError(f"--{name} and --{other}: choose one of them.")
+    for flag, rows in _method_settings(flags):
+        if not any(getattr(flags, row.switch) or getattr(flags, row.path_flag) for row in rows):
             switch = rows[0].switch
             raise UsageError(
                 f"--{flag.name} has no effect without --{switch}. Add --{switch}, or remove --{flag.name}."

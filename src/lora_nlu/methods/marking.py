@@ -14,14 +14,18 @@ from lora_nlu.ops.kernels import Linear
 
 def new_linear(trained: Description, target: str, layer: int, in_features: int, out_features: int) -> nn.Linear:
     """One of the `TARGETS` of an encoder layer: the method's own where it has one there, else a plain one."""
-    made = (row.layer(trained, target, layer, in_features, out_features) for row in trained.rows if row.layer)
-    return next((new for new in made if new is not None), None) or Linear(in_features, out_features)
+    for row in trained.rows:
+        if row.layer and (new := row.layer(trained, target, layer, in_features, out_features)) is not None:
+            return new
+    return Linear(in_features, out_features)
 
 
 def new_block(trained: Description, hidden_size: int, after_attention: bool) -> Any:
     """The module that a method adds at the end of one half of an encoder layer; None if it adds none there."""
-    made = (row.block(trained, hidden_size, after_attention) for row in trained.rows if row.block)
-    return next((new for new in made if new is not None), None)
+    for row in trained.rows:
+        if row.block and (new := row.block(trained, hidden_size, after_attention)) is not None:
+            return new
+    return None
 
 
 def reset_added_parameters(module: Any, normal_std: float | None = None) -> None:
@@ -69,7 +73,7 @@ def describe_method(model: Any) -> dict[str, Any]:
     is_frozen = not base.get_input_embeddings().weight.requires_grad
     biases = (p for name, p in base.named_parameters() if name.endswith("bias") and not is_added(name))
     has_biases = bitfit in rows or (is_frozen and any(bias.requires_grad for bias in biases))
-    row = bitfit if has_biases and rows[0].name not in bitfit.beside else rows[0]
+    row = bitfit if has_biases and not rows[0].added else rows[0]
     method = {"name": row.name, "label": row.label, "color": row.color, "marker": row.marker}
     method |= row.describe(model) if row.describe else {}
     return method | ({"biases": True} if has_biases and row is not bitfit else {})

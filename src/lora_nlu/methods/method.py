@@ -2,36 +2,28 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
+
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Flag:
-    """A command-line flag of one method or several; the value is also an attribute of the model's config.
-
-    kind:       what its text is converted to: bool, int, float or str.
-    options:    further arguments of argparse: choices, nargs, const.
-    parse:      called with the flag's name, its text and the config of the model; returns what the config gets. Raises
-                UsageError. None: the config gets the value itself.
-    at_least, above, below: the range of a number.
-    decides:    tensors trained with one value compute something else with another.
-    always:     also has an effect without the method's switch, since an adapter file may bring the method.
-    in_config:  False for a path, which no config gets.
-    """
+    """A command-line flag of one method or several; the value is also an attribute of the model's config."""
 
     name: str
     help: str
-    kind: type = str
+    kind: type = str  # what its text is converted to: bool, int, float or str
     default: Any = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of argparse: choices, nargs, const
+    # parse(name, text, config of the model): what the config gets; None for the value itself. Raises UsageError.
     parse: Callable[[str, str, Any], Any] | None = None
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
-    decides: bool = False
-    always: bool = False
-    in_config: bool = True
+    decides: bool = False  # whether tensors trained with one value compute something else with another
+    always: bool = False  # whether it has an effect without the method's switch: an adapter's file may bring the method
+    in_config: bool = True  # False for a path
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,95 +32,80 @@ class Method:
 
     `trained` below is the `Description` of a model's config, as `description_of(model.config)` reads it; its
     `settings` are the config's values of the method's flags.
-
-    For people
-    name:       in files and in `Description.method`.
-    label, color, marker: in reports and their plots, which read them in run.json.
-    title:      at the top of a model card; "" for the label.
-    part:       what trains in the encoder, in the table that a run prints at its end.
-
-    Choosing it
-    chosen_by:  the config's attributes, with their values, that choose the method; the first is its switch, a flag.
-                Of two methods that a config chooses, one whose attributes are among the other's does not count.
-    flags:      the flags that it reads; a flag of several methods is one object.
-    settings:   further attributes of the config that it reads.
-    path_flag:  the flag that reads what it trained.
-    beside:     names of the methods that it may be added to.
-    missing:    missing(flags): what the switch needs and the command line lacks, as a message; "" if nothing.
-    read:       read(config): the fields of `Description` that it sets; None if the settings choose nothing to train
-                (rank 0). Raises ValueError, naming the config's attribute.
-
-    What trains
-    added:      pattern of the names of parameters that it adds to an encoder. The modules that hold them have the
-                method's name as `method`, and `reset_added_parameters(std)`, which draws them with functions of
-                torch.nn.init: from a normal distribution with `std` in a DeBERTa, otherwise (None) as they usually are.
-    state:      pattern of the names of parameters that train in the encoder; None if none does (the head always does).
-                A frozen matrix that is added, such as VeRA's shared pair, is in `added` alone.
-    freezes:    False if everything trains, and runs save the complete model.
-    layer:      layer(trained, target, number, in_features, out_features): the linear layer that is one of `TARGETS` in
-                this encoder layer; None for a plain one. Called while the model is built.
-    block:      block(trained, hidden_size, after_attention): the module at the end of one half of each encoder layer;
-                None for none. Called while the model is built.
-    start:      start(model): sets what starts from W (PiSSA's singular vectors) or what layers share (VeRA's pair).
-                Called once the base model's weights are loaded, and again after `rebuild` has put an adapter's layers
-                into a loaded model; both times before an adapter's tensors are copied and before what trains is marked.
-                A checkpoint of a complete model contained some tensors already: `ops.tensors.is_loaded` tells them.
-                `base_fingerprint` and a DeBERTa's relative query read W by a layer's `frozen_weight()`.
-
-    A step
-    loss_term:  loss_term(model): a scalar added once to the mean loss of each training step.
-    after_step: after_step(model): an object for one run. Its `step(number, total)` is called after optimizer step
-                `number` of `total`, while the gradients, clipped, are still there; its `state_dict()` and
-                `load_state_dict(state)`, of tensors and numbers, are saved in checkpoints and read on resuming.
-    parameter_groups: parameter_groups(model, groups, learning_rate): the optimizer's groups, from the trainer's
-                ({"params", "weight_decay"}); a group may set its own "lr".
-
-    Files
-    peft_types: in adapter_config.json: the usual one, then that of a DeBERTa whose relative query bypasses the update.
-                A type that PEFT does not have keeps it from loading the folder.
-    peft_keys:  keys of adapter_config.json that tell it from other methods of the same type.
-    rebuild:    rebuild(model, adapter, lora_alpha): gives a loaded model the layers of an `Adapter`, with new tensors;
-                None if it adds no layers.
-    to_peft:    to_peft(adapter): keys of adapter_config.json beside those that every method, or every one with an
-                alpha, has.
-    from_peft:  from_peft(config): fields of `Adapter` by an adapter_config.json beside those. Raises UserError.
-    to_config:  to_config(model): writes settings from the model's layers to its config before the model is saved.
-    merge:      merge(model): weights by name which, in place of the model's, make a model without the method that
-                computes the same; None if no plain model does.
-    describe:   describe(model): what run.json records of it beside its name, in plain values.
-    count:      count(model): how many parameters train in the encoder; None if the number is that of all `state`.
     """
 
-    name: str
-    label: str
+    # For people
+    name: str  # in files and in `Description.method`
+    label: str  # this, colour and marker: in reports and their plots, which read them in run.json
     color: str
     marker: str
-    title: str = ""
-    part: str = ""
+    title: str = ""  # at the top of a model card; "" for the label
+    part: str = ""  # what trains in the encoder, in the table that a run prints at its end
+
+    # Choosing it
+    # The config's attributes, with their values, that choose the method; the first is its switch, a flag.
     chosen_by: Mapping[str, Any] = field(default_factory=dict)
-    flags: tuple[Flag, ...] = ()
-    settings: tuple[str, ...] = ()
-    path_flag: str = "adapter_path"
-    beside: tuple[str, ...] = ()
+    flags: tuple[Flag, ...] = ()  # those that it reads; a flag of several methods is one object
+    settings: tuple[str, ...] = ()  # further attributes of the config that it reads
+    path_flag: str = "adapter_path"  # the flag that reads what it trained
+    combines: bool = False  # whether it may be chosen together with a method that adds parameters
+    # missing(flags): what the switch needs and the command line lacks, as a message; "" if nothing.
     missing: Callable[[Any], str] | None = None
+    # read(config): the fields of `Description` that it sets; None if the settings choose nothing to train (rank 0).
+    # Raises ValueError, naming the config's attribute.
     read: Callable[[Any], dict[str, Any] | None] | None = None
+
+    # What trains
+    # Pattern of the names of parameters that it adds to an encoder. The modules that hold them have the method's name
+    # as `method`, and `reset_added_parameters(std)`, which draws them with functions of torch.nn.init: from a normal
+    # distribution with `std` in a DeBERTa, otherwise (None) as they usually are.
     added: str | None = None
+    # Pattern of the names of parameters that train in the encoder; None if none does (the head always does). A frozen
+    # matrix that is added, such as VeRA's shared pair, is in `added` alone.
     state: str | None = None
-    freezes: bool = True
-    layer: Callable[..., Any] | None = None
-    block: Callable[..., Any] | None = None
+    freezes: bool = True  # False if everything trains, and runs save the complete model
+    # layer(trained, target, number, in_features, out_features): the linear layer that is one of `TARGETS` in this
+    # encoder layer; None for a plain one. Called while the model is built.
+    layer: Function | None = None
+    # block(trained, hidden_size, after_attention): the module at the end of one half of each encoder layer; None for
+    # none. Called while the model is built.
+    block: Function | None = None
+    # start(model): sets what starts from W (PiSSA's singular vectors) or what layers share (VeRA's pair). Called once
+    # the base model's weights are loaded, and again after `rebuild` has put an adapter's layers into a loaded model;
+    # both times before an adapter's tensors are copied and before what trains is marked. A checkpoint of a complete
+    # model contained some tensors already: `ops.tensors.is_loaded` tells them. `base_fingerprint` and a DeBERTa's
+    # relative query read W by a layer's `frozen_weight()`.
     start: Callable[[Any], None] | None = None
-    loss_term: Callable[[Any], Any] | None = None
-    after_step: Callable[[Any], Any] | None = None
+
+    # A step
+    loss_term: Function | None = None  # loss_term(model): a scalar added once to the mean loss of each training step
+    # after_step(model): an object for one run. Its `step(number, total)` is called after optimizer step `number` of
+    # `total`, while the gradients, clipped, are still there; its `state_dict()` and `load_state_dict(state)`, of
+    # tensors and numbers, are saved in checkpoints and read on resuming.
+    after_step: Function | None = None
+    # parameter_groups(model, groups, learning_rate): the optimizer's groups, from the trainer's ({"params",
+    # "weight_decay"}); a group may set its own "lr".
     parameter_groups: Callable[[Any, list[dict[str, Any]], float], list[dict[str, Any]]] | None = None
+
+    # Files
+    # In adapter_config.json: the usual type, then that of a DeBERTa whose relative query bypasses the update. A type
+    # that PEFT does not have keeps it from loading the folder.
     peft_types: tuple[str, ...] = ()
-    peft_keys: tuple[str, ...] = ()
+    peft_keys: tuple[str, ...] = ()  # keys of adapter_config.json that are true for it alone among those of its type
+    # rebuild(model, adapter, lora_alpha): gives a loaded model the layers of an `Adapter`, with new tensors; None if it
+    # adds no layers.
     rebuild: Callable[[Any, Any, float | None], None] | None = None
+    # to_peft(adapter), from_peft(config): keys of adapter_config.json, and fields of `Adapter` by them, beside those of
+    # every method or of every one with an alpha. The second raises UserError.
     to_peft: Callable[[Any], dict[str, Any]] | None = None
     from_peft: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    to_config: Callable[[Any], None] | None = None
+    to_config: Callable[[Any], None] | None = None  # to_config(model): writes its layers' settings to its config
+    # merge(model): weights by name which, in place of the model's, make a model without the method that computes the
+    # same; None if no plain model does.
     merge: Callable[[Any], dict[str, Any]] | None = None
+    # describe(model): what run.json records of it beside its name, in plain values.
     describe: Callable[[Any], dict[str, Any]] | None = None
+    # count(model): how many parameters train in the encoder; None if the number is that of all `state`.
     count: Callable[[Any], int] | None = None
 
     @property
@@ -140,12 +117,3 @@ class Method:
     def switch(self) -> str:
         """The flag that turns the method on; "" for the one that needs none."""
         return next(iter(self.chosen_by), "")
-
-
-def function(module: str, name: str) -> Callable[..., Any]:
-    """A function of a module of this package, which is imported when it is first called: torch takes seconds."""
-
-    def call(*args: Any) -> Any:
-        return getattr(import_module(f"lora_nlu.methods.{module}"), name)(*args)
-
-    return call

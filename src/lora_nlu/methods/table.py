@@ -12,28 +12,37 @@ The order matters where a config chooses several: the first names the model's me
 colour-blind readers tell apart. This module imports neither torch nor transformers.
 """
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-from lora_nlu.methods.method import Flag, Method, function
+from lora_nlu.methods.method import Flag, Method
 from lora_nlu.methods.targets import parse_layers, parse_targets
 
-_ADAPTER_PATH = Flag("adapter_path", "The same as --lora_path for what the other methods trained", in_config=False)
+
+class _Module:
+    """A module of this package whose functions import it when they are first called: torch takes seconds."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, function: str) -> Callable[..., Any]:
+        return lambda *args: getattr(import_module(f"lora_nlu.methods.{self.name}"), function)(*args)
+
+
+lora, bottleneck = _Module("lora"), _Module("bottleneck")
+_ADAPTER_PATH = Flag("adapter_path", "Run of another method than LoRA, to start from or evaluate", in_config=False)
 _LORA_FLAGS = (
     Flag("apply_lora", "Train LoRA in the query and value projections, and the head; freeze the rest", bool, False),
     Flag("lora_r", "Rank of the update; 0 is plain fine-tuning", int, at_least=0),
     Flag("lora_alpha", "The update is scaled by lora_alpha / lora_r", float, above=0, decides=True),
     Flag(
-        "lora_path",
-        "Adapter to start from or evaluate: a published .bin, an adapter or output folder",
+        "lora_path", "Adapter to start from or evaluate: a published .bin, an adapter or output folder",
         in_config=False,
     ),
     Flag(
-        "lora_relative_query",
-        "DeBERTa: LoRA also on the relative positions' query, as in PEFT; an adapter knows",
-        bool,
-        options={"nargs": "?", "const": True},
-        decides=True,
-        always=True,
+        "lora_relative_query", "DeBERTa: LoRA also on the relative positions' query, as in PEFT; an adapter records it",
+        bool, options={"nargs": "?", "const": True}, decides=True, always=True,
     ),
     Flag(
         "lora_target_modules",
@@ -43,15 +52,11 @@ _LORA_FLAGS = (
     ),
     Flag("lora_layers", "Encoder layers with LoRA, from 0, such as 0-3,11; default: all", parse=parse_layers),
     Flag("lora_dropout", "Dropout of what the update reads; the reference has none", float, at_least=0, below=1),
-)
+)  # fmt: skip
+_TYPES = {"choices": ["houlsby", "pfeiffer"]}
 _BOTTLENECK_FLAGS = (
     Flag("apply_adapter", "Train bottleneck adapters, and the head", bool, False),
-    Flag(
-        "adapter_type",
-        "Where adapters go and what they read",
-        options={"choices": ["houlsby", "pfeiffer"]},
-        decides=True,
-    ),
+    Flag("adapter_type", "Where adapters go and what they read", options=_TYPES, decides=True),
     Flag("adapter_size", "Width of the adapters' bottleneck", int, at_least=1),
     _ADAPTER_PATH,
 )
@@ -71,73 +76,34 @@ def _missing_bottleneck(flags: Any) -> str:
 
 def _bottleneck(name: str, added: str, color: str, marker: str) -> Method:
     return Method(
-        name,
-        name.title(),
-        color,
-        marker,
-        title=f"{name.title()} adapters",
-        part="adapters",
-        chosen_by={"apply_adapter": True, "adapter_type": name},
-        flags=_BOTTLENECK_FLAGS,
-        missing=_missing_bottleneck,
-        read=function("bottleneck", "read_settings"),
-        added=added,
-        state=added,
-        block=function("bottleneck", "new_block"),
-        peft_types=(name.upper(),),
-        rebuild=function("bottleneck", "rebuild"),
-        describe=function("bottleneck", "describe"),
-    )
+        name, name.title(), color, marker, title=f"{name.title()} adapters", part="adapters",
+        chosen_by={"apply_adapter": True, "adapter_type": name}, flags=_BOTTLENECK_FLAGS, missing=_missing_bottleneck,
+        read=bottleneck.read_settings, added=added, state=added, block=bottleneck.new_block, peft_types=(name.upper(),),
+        rebuild=bottleneck.rebuild, describe=bottleneck.describe,
+    )  # fmt: skip
 
 
 _ROWS = (
     Method(
-        "lora",
-        "LoRA",
-        "#D55E00",
-        "s",
-        part="LoRA",
-        chosen_by={"apply_lora": True},
-        flags=_LORA_FLAGS,
-        settings=("use_rslora",),
-        path_flag="lora_path",
-        missing=_missing_lora,
-        read=function("lora", "read_settings"),
-        added=r"\.lora_[AB]$",
-        state=r"\.lora_[AB]$",
-        layer=function("lora", "new_layer"),
-        peft_types=("LORA", "LORA_FROZEN_RELATIVE_QUERY"),
-        rebuild=function("lora", "rebuild"),
-        to_config=function("lora", "write_settings"),
-        merge=function("lora", "merged_weights"),
-        describe=function("lora", "describe"),
+        "lora", "LoRA", "#D55E00", "s", part="LoRA",
+        chosen_by={"apply_lora": True}, flags=_LORA_FLAGS, settings=("use_rslora",), path_flag="lora_path",
+        missing=_missing_lora, read=lora.read_settings,
+        added=r"\.lora_[AB]$", state=r"\.lora_[AB]$", layer=lora.new_layer,
+        peft_types=("LORA", "LORA_FROZEN_RELATIVE_QUERY"), rebuild=lora.rebuild, to_config=lora.write_settings,
+        merge=lora.merged_weights, describe=lora.describe,
     ),
     _bottleneck("houlsby", r"\.adapter_[AB]\.(weight|bias)$", "#009E73", "D"),
     _bottleneck("pfeiffer", r"(?<!attention)\.output\.adapter\.adapter_[AB]\.(weight|bias)$", "#CC79A7", "^"),
     Method(
-        "head",
-        "head alone",
-        "#56B4E9",
-        "P",
-        title="A classification head",
-        chosen_by={"head_only": True},
+        "head", "head alone", "#56B4E9", "P", title="A classification head", chosen_by={"head_only": True},
         flags=(Flag("head_only", "Train the head alone, on the frozen encoder", bool, False), _ADAPTER_PATH),
-        peft_types=("HEAD",),
-        merge=lambda model: {},
+        peft_types=("HEAD",), merge=lambda model: {},
     ),
     Method(
-        "bitfit",
-        "BitFit",
-        "#E69F00",
-        "v",
-        part="biases",
-        chosen_by={"apply_bitfit": True},
+        "bitfit", "BitFit", "#E69F00", "v", part="biases", chosen_by={"apply_bitfit": True}, combines=True,
         flags=(Flag("apply_bitfit", "Train the encoder's biases, and the head (BitFit)", bool, False), _ADAPTER_PATH),
-        beside=("lora", "houlsby", "pfeiffer"),
-        state="bias$",
-        peft_types=("BITFIT",),
-        merge=lambda model: {},
+        state="bias$", peft_types=("BITFIT",), merge=lambda model: {},
     ),
     Method("full", "fine-tuning", "#0072B2", "o", path_flag="model_name_or_path", state="", freezes=False),
-)
+)  # fmt: skip
 METHODS: dict[str, Method] = {row.name: row for row in _ROWS}
