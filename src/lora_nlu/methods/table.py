@@ -20,7 +20,7 @@ from lora_nlu.methods.method import Flag, Method
 from lora_nlu.methods.targets import parse_layers, parse_targets
 
 
-class _Module:
+class LazyModule:
     """A module of this package whose functions import it when they are first called: torch takes seconds."""
 
     def __init__(self, name: str) -> None:
@@ -30,7 +30,7 @@ class _Module:
         return lambda *args: getattr(import_module(f"lora_nlu.methods.{self.name}"), function)(*args)
 
 
-lora, bottleneck = _Module("lora"), _Module("bottleneck")
+lora, bottleneck = LazyModule("lora"), LazyModule("bottleneck")
 _ADAPTER_PATH = Flag("adapter_path", "Run of another method than LoRA, to start from or evaluate", in_config=False)
 _LORA_FLAGS = (
     Flag("apply_lora", "Train LoRA in the query and value projections, and the head; freeze the rest", bool, False),
