@@ -32,8 +32,8 @@ ORDER = {
     "methods": ["method", "targets", "table", "description", "linear", "lora", "bottleneck", "marking"],
     "models": ["losses", "layers", "checkpoints", "modeling_roberta", "modeling_deberta_v2", "loading", "tokenizer"],
     "adapters": [
-        "tensor_files", "adapter", "peft_format", "checks", "reading", "writing", "flags", "head", "attaching",
-        "model_card", "converting", "__main__",
+        "tensor_files", "adapter", "peft_format", "reading", "writing", "attaching", "model_card", "converting",
+        "__main__",
     ],
     "data": [
         "tasks", "metrics", "text_files", "examples", "tokenization", "glue", "user_rows", "user_labels", "user_files",

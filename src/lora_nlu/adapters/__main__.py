@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lora_nlu.adapters.adapter import with_relative_query
 from lora_nlu.adapters.converting import convert
-from lora_nlu.adapters.flags import with_relative_query
 from lora_nlu.adapters.model_card import inspect
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError, UserError
@@ -44,35 +44,25 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     form: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    adapter = "a published .bin, an adapter or output folder, or a Hub id"
+    adapter: Any = {"metavar": "ADAPTER", "help": "a published .bin, an adapter or output folder, or a Hub id"}
     parser = argparse.ArgumentParser(prog="python -m lora_nlu.adapters", description=__doc__, **form)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     inspecting = commands.add_parser("inspect", description=INSPECT, help="print what an adapter contains", **form)
-    inspecting.add_argument("adapter", metavar="ADAPTER", help=adapter)
-    inspecting.set_defaults(text=_inspect)
+    inspecting.add_argument("adapter", **adapter)
+    inspecting.set_defaults(text=lambda args: inspect(read_adapter(args.adapter)))
 
     converting = commands.add_parser("convert", description=CONVERT, help="write an adapter in another form", **form)
-    converting.add_argument("adapter", metavar="ADAPTER", help=adapter)
-    converting.add_argument("destination", type=Path, metavar="DESTINATION", help="the folder or file to write")
-    converting.add_argument("--to", required=True, choices=["peft", "bin", "merged"], help="the form; see above")
-    converting.add_argument(
-        "--lora_alpha", type=float, metavar="ALPHA", help="of a .bin, which doesn't record it (published RoBERTa: 16)"
-    )
-    converting.add_argument(
-        "--base", metavar="MODEL", help="the base model to merge into or to record; default: the one that is recorded"
-    )
-    converting.add_argument(
-        "--lora_relative_query",
-        action="store_true",
-        help="of a DeBERTa .bin: it was trained with LoRA on the relative positions' query too, as in PEFT",
-    )
+    converting.add_argument("adapter", **adapter)
+    add = converting.add_argument
+    add("destination", type=Path, metavar="DESTINATION", help="the folder or file to write")
+    add("--to", required=True, choices=["peft", "bin", "merged"], help="the form; see above")
+    add("--lora_alpha", type=float, metavar="ALPHA", help="of a .bin, which doesn't record it (published RoBERTa: 16)")
+    add("--base", metavar="MODEL", help="the base model to merge into or to record; default: the one that is recorded")
+    query = "of a DeBERTa .bin: it was trained with LoRA on the relative positions' query too, as in PEFT"
+    add("--lora_relative_query", action="store_true", help=query)
     converting.set_defaults(text=_convert)
     return parser
-
-
-def _inspect(args: argparse.Namespace) -> str:
-    return inspect(read_adapter(args.adapter))
 
 
 def _convert(args: argparse.Namespace) -> str:

@@ -1,9 +1,9 @@
-"""A saved adapter in memory."""
+"""A saved adapter in memory, and its settings compared with those of a run."""
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from lora_nlu.errors import UserError
 from lora_nlu.labels import last_head_layer
 from lora_nlu.methods.method import Method
 from lora_nlu.methods.table import METHODS
+from lora_nlu.methods.targets import targets_and_layers
+from lora_nlu.ops.tensors import not_finite
 
 _BARE = ("encoder.", "embeddings.")  # first parts of names in an encoder without classifier (FEATURE_EXTRACTION)
 ENCODER_PREFIXES = ("roberta.", "deberta.", *_BARE)  # of an encoder's names, with a classifier or without
@@ -26,8 +28,7 @@ LAYERS = {
         r"|deberta\.embeddings\.embed_proj"
     ),
 }
-# The modules that PEFT adapts without target_modules, and with "all-linear"
-PEFT_DEFAULT_TARGETS = ["query", "value", "query_proj", "value_proj"]
+DEFAULT_MODULES = ["query", "value", "query_proj", "value_proj"]  # those that PEFT adapts without target_modules
 PEFT_NAME_PATTERN = r"(.*\.)?({})$"  # how PEFT matches the names in rank_pattern and alpha_pattern
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -53,7 +54,7 @@ class Adapter:
     use_rslora: bool = False
     frozen_relative_query: bool = False
     lora_dropout: float = 0.0
-    targets: Sequence[str] | str = tuple(PEFT_DEFAULT_TARGETS)
+    targets: Sequence[str] | str = tuple(DEFAULT_MODULES)
     metadata: dict[str, Any] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
     method: str = "lora"
@@ -137,7 +138,8 @@ def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
 
 def encoder_prefix(adapter: Adapter) -> str:
     """`roberta` or `deberta`: the first part of its layers' names; "" for a head alone and for a bare encoder."""
-    return next((prefix for name in adapter.state if (prefix := name.split(".")[0]) in ("roberta", "deberta")), "")
+    first_parts = [name.partition(".")[0] for name in adapter.state]
+    return next((part for part in first_parts if part in LAYERS), "")
 
 
 def is_deberta(names: Iterable[str]) -> bool:
@@ -155,11 +157,6 @@ def foreign_layer(adapter: Adapter) -> str | None:
     return next((name for name in names if pattern is None or not pattern.fullmatch(start + name)), None)
 
 
-def most_common(values: Iterable[Any]) -> Any:
-    every = list(values)
-    return max(every, key=every.count)
-
-
 def is_positive_number(value: Any, types: Any) -> bool:
     """A positive number that stays one in any arithmetic with ranks."""
     return isinstance(value, types) and not isinstance(value, bool) and 1e-12 <= value <= 1e12
@@ -169,12 +166,85 @@ def is_target(adapter: Adapter, name: str) -> bool:
     """Whether PEFT's `target_modules` mean this layer: a list names it or its end, a string is a pattern of it."""
     if isinstance(adapter.targets, str):
         return re.fullmatch(adapter.targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in adapter.targets)
+    return any(f".{name}".endswith(f".{target}") for target in adapter.targets)
 
 
 def layer_count(names: Iterable[str]) -> int:
+    """In how many encoder layers tensors or modules of these names are."""
     return len({match.group(1) for name in names if (match := re.search(r"\.(\d+)\.", name))})
 
 
 def looks_like_hub_id(base: str) -> bool:
+    """Whether the name of a base model is not a local path and could be a Hub id."""
     return _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
+
+
+def check_values(adapter: Adapter) -> None:
+    """Raise UserError, naming a tensor, unless all values of an adapter are finite floating-point numbers."""
+    source = adapter.source
+    state = adapter.state | {f"{name}.weight": tensor for name, tensor in adapter.base_weights.items()}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{source}: {name} contains {tensor.dtype}; expected floating-point numbers.")
+    if broken := not_finite(state):
+        raise UserError(
+            f"{source}: {len(broken)} of its {len(state)} tensors are not finite (NaN or infinity), {broken[0]} first: "
+            "its training diverged, or the file is damaged.\n"
+            "Take an earlier checkpoint, or train again with a lower --learning_rate."
+        )
+
+
+def check_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:
+    """Raise UserError if a LoRA setting, by its flag's name, is not None and differs from what the file records."""
+    source, recorded_alpha = adapter.source, adapter.lora_alpha
+    r, alpha, relative_query = (settings.get(name) for name in ("lora_r", "lora_alpha", "lora_relative_query"))
+    for name, rank in adapter.ranks.items():
+        if r is not None and rank != r:
+            shape = list(adapter.state[f"{name}.lora_A"].shape)
+            raise UserError(
+                f"{source}: {name}.lora_A is {shape} in the file, [{r}, {shape[-1]}] by --lora_r {r}.\n"
+                f"Give --lora_r {rank}, or leave it out: the file records its rank."
+            )
+    if recorded_alpha is not None and alpha is not None and recorded_alpha != alpha:
+        raise UserError(
+            f"{source}: was trained with lora_alpha {recorded_alpha:g}, but --lora_alpha is {alpha:g}.\n"
+            f"Give --lora_alpha {recorded_alpha:g}, or leave it out: the file records its alpha."
+        )
+    if is_deberta(adapter.state) and adapter.records_relative_query and relative_query is not None:
+        if relative_query == adapter.frozen_relative_query:
+            raise relative_query_error(adapter)
+    targets, layers = targets_and_layers(adapter.ranks)
+    places: dict[str, list[Any]] = {"lora_target_modules": targets, "lora_layers": layers}
+    for flag, recorded in places.items():
+        value = settings.get(flag)
+        if value is not None and set(value) != set(recorded):
+            in_file, by_flag = (",".join(map(str, names)) for names in (recorded, value))
+            raise UserError(
+                f"{source}: has its updates in {in_file}, by --{flag} they would be in {by_flag}.\n"
+                f"Leave --{flag} out: the file records its layers."
+            )
+
+
+def with_relative_query(adapter: Adapter, lora_relative_query: bool | None) -> Adapter:
+    """A DeBERTa `.bin`, which doesn't record it, as trained with LoRA on the relative query or without.
+
+    None is without, as the reference trained. An adapter that records it is returned as it is.
+    """
+    if adapter.records_relative_query or lora_relative_query is None:
+        return adapter
+    return replace(adapter, frozen_relative_query=not lora_relative_query)
+
+
+def relative_query_error(adapter: Adapter) -> UserError:
+    """The error for a model that treats the relative positions' query otherwise than the adapter's training did."""
+    if not adapter.records_relative_query:
+        adapter_way, model_way = ("without", "with") if adapter.frozen_relative_query else ("with", "without")
+        return UserError(
+            f"{adapter.source}: doesn't record whether LoRA was on the relative positions' query. It is read as "
+            f"{adapter_way}, the model is {model_way}.\nLeave out --lora_relative_query, or use with_relative_query."
+        )
+    trained, remedy = ("without", "Leave out") if adapter.frozen_relative_query else ("with", "Give")
+    return UserError(
+        f"{adapter.source}: was trained {trained} LoRA on the relative positions' query; read otherwise it gives "
+        f"other answers.\n{remedy} --lora_relative_query."
+    )

@@ -1,31 +1,42 @@
-"""An adapter into a model: its layers made, its tensors checked and copied."""
+"""An adapter put into a model: its layers are made, its tensors checked and copied, its head matched by labels."""
 
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_nlu.adapters.adapter import Adapter, encoder_prefix, is_target, layer_count
-from lora_nlu.adapters.checks import check_values
-from lora_nlu.adapters.flags import relative_query_error
-from lora_nlu.adapters.head import LoadableState, loadable_state
+from lora_nlu.adapters.adapter import (
+    Adapter,
+    check_values,
+    encoder_prefix,
+    is_target,
+    layer_count,
+    relative_query_error,
+)
 from lora_nlu.errors import UserError, printable
+from lora_nlu.files import RUN_METADATA
+from lora_nlu.labels import (
+    check_labels,
+    label_list,
+    last_head_layer,
+    match_head_rows,
+    placeholder_labels,
+    recorded_labels,
+)
 from lora_nlu.methods.linear import check_not_quantised, unmerge_lora_
 from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.loading import base_fingerprint, encoder_prefix_in, head_names
 from lora_nlu.ops.sharding import copy_into
+from lora_nlu.ops.tensors import is_loaded
 
 
 def attach_adapter(
-    model: Any,
-    adapter: Adapter,
-    lora_alpha: float | None,
-    allow_new_head: bool,
-    labels: Sequence[str] | None = None,
+    model: Any, adapter: Adapter, lora_alpha: float | None, allow_new_head: bool, labels: Sequence[str] | None = None
 ) -> list[str]:
     """Add the layers of an adapter of any method to a model, load its tensors and mark what trains.
 
@@ -52,9 +63,7 @@ def attach_adapter(
     loadable = _check_fit(model, adapter, allow_new_head, labels)
     notes = _check_base_model(model, adapter)
     if adapter.base_weights and base_holds_update(model, adapter, layers):
-        notes.append(
-            f"{adapter.source}: its base weights contain the update already (merged, then saved); it counts once."
-        )
+        notes.append(f"{adapter.source}: its base weights contain the update (merged, then saved); it counts once.")
     copy_into(model, loadable.state)
     mark_trainable(model)
     for name in adapter.state:
@@ -69,12 +78,12 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
     with `allow_new_head` (training starts from another task's adapter): a `classifier` for other labels, or another
     number of them, is left out, and the model's own stays, as in the reference implementation for another number. That
     is RoBERTa's complete head; DeBERTa gets the `pooler` that was trained with it. A merged model is unmerged first.
-    Returns the names left out. Raises UserError naming key and shapes; the model is then unchanged.
+    Returns lines to print. Raises UserError naming key and shapes; the model is then unchanged.
     """
     loadable = _check_fit(model, adapter, allow_new_head)
     unmerge_lora_(model)
     copy_into(model, loadable.state)
-    return loadable.left_out
+    return loadable.notes
 
 
 def _check_layers(model: Any, adapter: Adapter) -> None:
@@ -87,17 +96,27 @@ def _check_layers(model: Any, adapter: Adapter) -> None:
         raise _other_model(adapter, model, missing, unexpected)
 
 
-def _check_fit(
-    model: Any, adapter: Adapter, allow_new_head: bool, labels: Sequence[str] | None = None
-) -> LoadableState:
-    """The tensors to copy into a model that has the adapter's layers. Raises UserError if they don't fit."""
-    loadable, parameters = loadable_state(model, adapter, allow_new_head, labels), dict(model.named_parameters())
+class _Loadable(NamedTuple):
+    """What of an adapter is copied into a model.
+
+    state:          all tensors to copy, rows of the head in the order of the model's labels.
+    required_head:  names of the head's parameters that must be among them.
+    notes:          lines to print.
+    """
+
+    state: dict[str, Tensor]
+    required_head: list[str]
+    notes: list[str]
+
+
+def _check_fit(model: Any, adapter: Adapter, allow_new_head: bool, labels: Sequence[str] | None = None) -> _Loadable:
+    """What to copy into a model that has the adapter's layers. Raises UserError if it doesn't fit."""
+    loadable, parameters = _loadable(model, adapter, allow_new_head, labels), dict(model.named_parameters())
     pattern, head = adapter.row.state, head_names(model)
     in_encoder = [name for name in parameters if pattern and re.search(pattern, name) and name not in head]
     required = in_encoder + loadable.required_head
     missing = [name for name in required if name not in loadable.state]
-    # Beside added parameters and head, a folder may contain trained biases and complete modules; a published file never
-    # does.
+    # A folder may contain trained biases and complete modules too; a published file never does.
     allows_more = adapter.source.is_dir() and adapter.row.added is not None
     optional = {*parameters} - {*in_encoder} if allows_more else set()
     unexpected = [name for name in loadable.state if name not in required and name not in optional]
@@ -170,16 +189,12 @@ def _check_base_model(model: Any, adapter: Adapter) -> list[str]:
             f"{source}: was trained on another base model: {printable(name)}, fingerprint {printable(recorded)}; "
             f"this one has {fingerprint}.\nGive that model as --model_name_or_path."
         )
-    if recorded is None and name and model_name and not _is_same_name(name, model_name):
-        return [
-            f"{source}: names {printable(name)} as its base model, but no fingerprint; it is loaded into {model_name}."
-        ]
-    return []
-
-
-def _is_same_name(one: str, other: str) -> bool:
-    """Whether two folders or Hub ids are the same path, or have the same last part."""
-    return Path(one).resolve() == Path(other).resolve() or Path(one).name == Path(other).name
+    if recorded is not None or not name or not model_name:
+        return []
+    recorded_path, path = Path(name), Path(model_name)
+    if recorded_path.name == path.name or recorded_path.resolve() == path.resolve():
+        return []
+    return [f"{source}: names the base model {printable(name)}, but no fingerprint; it is loaded into {model_name}."]
 
 
 def base_holds_update(model: Any, adapter: Adapter, layers: dict[str, tuple[int, float]]) -> bool:
@@ -201,3 +216,83 @@ def base_holds_update(model: Any, adapter: Adapter, layers: dict[str, tuple[int,
             "without the update.\nGive the base model it was trained from, and the --lora_alpha it had."
         )
     return distances[True] < distances[False]
+
+
+def with_labels(adapter: Adapter, labels: Sequence[str] | None) -> Adapter:
+    """The adapter with these label names recorded, if any."""
+    return adapter if labels is None else replace(adapter, metadata=adapter.metadata | {"labels": [*labels]})
+
+
+def head_rows(adapter: Adapter, labels: Sequence[str]) -> list[int] | None:
+    """For each of `labels` the row of an adapter's head that predicts it; None if it has no head for them."""
+    if adapter.label_count is None:
+        return None
+    return match_head_rows(adapter.source, adapter.label_count, adapter.labels, labels)[0]
+
+
+def _loadable(model: Any, adapter: Adapter, allow_new_head: bool, labels: Sequence[str] | None) -> _Loadable:
+    """An adapter's tensors without those of the head that the model doesn't take.
+
+    labels: those that the model is to predict; None for those that its config records. Raises UserError for a head
+    that doesn't fit, without `allow_new_head`.
+    """
+    state, left_out, notes = _order_head(model, adapter, labels, allow_new_head)
+    of_model, note = _head_without_pooler(model, adapter, allow_new_head)
+    for name in of_model:
+        state.pop(name, None)
+    if note:
+        notes = [note] if any(name.startswith("classifier.") for name in of_model) else [*notes, note]
+    head = head_names(model)
+    if allow_new_head and not any(name in state for name in head):
+        return _Loadable(state, [], notes)
+    return _Loadable(state, [name for name in head if name not in (*left_out, *of_model)], notes)
+
+
+def _order_head(
+    model: Any, adapter: Adapter, labels: Sequence[str] | None, allow_new_head: bool
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """An adapter's tensors, its head's rows in the order of the labels; names left out; lines to print."""
+    source, state, count, n = adapter.source, dict(adapter.state), adapter.label_count, model.config.num_labels
+    if count is None:
+        return state, [], []
+    trained, expected = adapter.labels, recorded_labels(model.config) if labels is None else tuple(labels)
+    if trained is not None and count != (len(trained) or 1):
+        names = label_list(trained)
+        raise UserError(f"{source}: its head has {count} outputs, but {RUN_METADATA} names {names}: not the same run.")
+    if not allow_new_head and count != n:
+        raise UserError(f"{source}: its head has {count} labels, this task {n}: another task's adapter.")
+    if expected is None:  # rows by position
+        rows, note = match_head_rows(source, count, None, placeholder_labels(n))
+    else:
+        if not allow_new_head:
+            check_labels(source, trained, expected)
+        rows, note = match_head_rows(source, count, trained, expected)
+    if rows is None:
+        left_out = [name for name in head_names(model) if name in state and name.startswith("classifier.")]
+        return {name: tensor for name, tensor in state.items() if name not in left_out}, left_out, [note]
+    for name, tensor in adapter.state.items():
+        if name.rpartition(".")[0] == last_head_layer(state) and len(torch.atleast_1d(tensor)) == count:
+            state[name] = tensor[rows]
+    return state, [], [note] if note and expected is not None else []
+
+
+def _head_without_pooler(model: Any, adapter: Adapter, allow_new_head: bool) -> tuple[list[str], str]:
+    """Names of the head's parameters that stay the model's own, and a line to print: PEFT saves no pooler by default.
+
+    A DeBERTa's classifier needs the pooler that it was trained on: the base checkpoint's, or one that PEFT drew at
+    random and did not save. Raises UserError for a lost one, without `allow_new_head`.
+    """
+    head = head_names(model)
+    pooler = [name for name in head if name.startswith("pooler.")]
+    has_head = any(name in adapter.state for name in head)
+    if not pooler or not has_head or not adapter.source.is_dir() or any(name in adapter.state for name in pooler):
+        return [], ""
+    if all(is_loaded(model.get_parameter(name)) for name in pooler):
+        return pooler, f"{adapter.source}: contains no pooler; its classifier uses the base checkpoint's, as in PEFT."
+    lost = f"{adapter.source}: its classifier was trained on a pooler that PEFT drew at random and did not save"
+    if allow_new_head:
+        return head, f"{lost}; a new head is initialised."
+    raise UserError(
+        f"{lost}, and the base model has none.\nGive the fine-tuned model it was trained from, or train it again in "
+        'PEFT with modules_to_save=["classifier", "pooler"].\nTraining (--do_train) can start from it, with a new head.'
+    )

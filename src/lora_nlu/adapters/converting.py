@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_nlu.adapters.adapter import Adapter, encoder_prefix, foreign_layer, looks_like_hub_id
+from lora_nlu.adapters.adapter import Adapter, check_values, encoder_prefix, foreign_layer, looks_like_hub_id
 from lora_nlu.adapters.attaching import attach_adapter
-from lora_nlu.adapters.checks import check_values
 from lora_nlu.adapters.model_card import write_card
 from lora_nlu.adapters.writing import write_adapter
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import atomic_write, flush_and_rename
 from lora_nlu.labels import placeholder_labels, set_labels
-from lora_nlu.methods.description import is_added, methods_in, set_method, setting_names
+from lora_nlu.methods.description import is_added, methods_in, set_method
 from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.models.loading import base_fingerprint, load_config, load_model
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
@@ -28,7 +28,7 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
 
     Raises UserError for a conversion that isn't possible, UsageError for a flag that has no effect.
     """
-    _check_convertible(adapter, destination, to, lora_alpha, base)
+    _check_request(adapter, destination, to, lora_alpha, base)
     notes = _assumptions(adapter, to, base)
     if adapter.lora_alpha is None:
         adapter = replace(adapter, lora_alpha=lora_alpha)
@@ -52,9 +52,8 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
     return "\n".join([line, *notes])
 
 
-def _check_convertible(
-    adapter: Adapter, destination: Path, to: str, lora_alpha: float | None, base: str | None
-) -> None:
+def _check_request(adapter: Adapter, destination: Path, to: str, lora_alpha: float | None, base: str | None) -> None:
+    """Raise UserError or UsageError as `convert`."""
     source = adapter.source
     if destination.exists() and (destination.is_file() or any(destination.iterdir())):
         raise UserError(f"{destination}: is there already. Give another destination; nothing is written over.")
@@ -66,8 +65,8 @@ def _check_convertible(
         raise UserError(f"{source}: it can't be used here: no RoBERTa or DeBERTa-V2 has the layer {foreign}.")
     if adapter.is_bare:
         raise UserError(
-            f"{source}: was trained on an encoder alone, without a classifier, and can't be converted; "
-            "attach it to the bare model (adapters.attach_adapter)."
+            f"{source}: was trained on an encoder alone, without a classifier, and can't be converted; attach it to "
+            "the bare model (lora_nlu.attach_adapter)."
         )
     check_values(adapter)
     if adapter.row.has_alpha and (to != "bin" or lora_alpha is not None):
@@ -80,37 +79,30 @@ def _assumptions(adapter: Adapter, to: str, base: str | None) -> list[str]:
     if not adapter.records_relative_query and to != "bin":
         way = "the reference's way; --lora_relative_query is PEFT's" if adapter.frozen_relative_query else "PEFT's way"
         trained = "without" if adapter.frozen_relative_query else "with"
-        notes.append(
-            f"{source}: taken as trained {trained} LoRA on the relative query ({way}), which it can't confirm."
-        )
+        notes.append(f"{source}: read as trained {trained} LoRA on the relative query ({way}), which it can't confirm.")
     if adapter.base_weights and not base and to != "merged":
-        notes.append(
-            f"{source}: a complete model's checkpoint; only its adapter is written, its base weights are not checked."
-        )
+        notes.append(f"{source}: a complete model; only its adapter is written, its base weights are not checked.")
     return notes
 
 
 def write_published(adapter: Adapter, path: Path) -> None:
     """Write one flat fp32 state dict in the published layout. Raises UserError for what that layout can't describe."""
+    source, prefix = adapter.source, encoder_prefix(adapter)
     if not adapter.ranks:
-        raise UserError(f"{adapter.source}: contains {adapter.method}; the published layout is LoRA's: use peft.")
-    several = adapter.lora_alpha is not None and len({*adapter.alphas().values()}) > 1
-    if several or adapter.use_rslora:
+        raise UserError(f"{source}: contains {adapter.method}; the published layout is LoRA's: use peft.")
+    several_alphas = adapter.lora_alpha is not None and len({*adapter.alphas().values()}) > 1
+    if several_alphas or adapter.use_rslora:
+        raise UserError(f"{source}: a .bin records no alpha, and this adapter has several (or rslora): use peft.")
+    if prefix == "deberta" and not adapter.frozen_relative_query:
         raise UserError(
-            f"{adapter.source}: a .bin records no alpha, and this adapter has several (or rslora): use peft."
-        )
-    shared = encoder_prefix(adapter) == "deberta"
-    if shared and not adapter.frozen_relative_query:
-        raise UserError(
-            f"{adapter.source}: a DeBERTa .bin is read with the relative positions' query frozen, and this adapter has "
-            "LoRA there: use peft."
+            f"{source}: a DeBERTa .bin is read with the relative positions' query frozen, and this adapter has LoRA "
+            "there: use peft."
         )
     names = {name.rpartition(".")[2] for name in adapter.ranks}
-    if names != ({"query_proj", "value_proj"} if shared else {"query", "value"}):
-        raise UserError(f"{adapter.source}: a .bin has LoRA on query and value, this adapter on {', '.join(names)}.")
-    more = [name for name in adapter.state if name.startswith(f"{encoder_prefix(adapter)}.") and ".lora_" not in name]
-    if more:
-        raise UserError(f"{adapter.source}: a .bin can't store {more[0]}, which was trained too: use --to peft.")
+    if names != ({"query_proj", "value_proj"} if prefix == "deberta" else {"query", "value"}):
+        raise UserError(f"{source}: a .bin has LoRA on query and value, this adapter on {', '.join(names)}.")
+    if others := [name for name in adapter.state if name.startswith(f"{prefix}.") and ".lora_" not in name]:
+        raise UserError(f"{source}: a .bin can't store {others[0]}, which was trained too: use --to peft.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         torch.save({name: adapter.state[name].float() for name in published_order(adapter)}, partial)
@@ -174,15 +166,11 @@ def write_merged(adapter: Adapter, base: str, folder: Path) -> list[str]:
     model, _, notes = on_base(adapter, base)
     state, settings = merged_state(model)
     config = model.config
-    for name in setting_names():
-        vars(config).pop(name, None)
-    for name, value in settings.items():
-        setattr(config, name, value)
-    config.architectures = [type(model).__name__]
+    set_method(config, {})
+    config.update(settings | {"architectures": [type(model).__name__]})
     tokenizer, _ = load_tokenizer(base, config)
     remedy = "Give --base a copy of the base model with the tokenizer that it was trained with."
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    check_tokenizer(str(adapter.source), adapter.metadata, fingerprint, remedy)
+    check_tokenizer(str(adapter.source), adapter.metadata, tokenizer_fingerprint(tokenizer), remedy)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -208,13 +196,11 @@ def merged_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     settings: dict[str, Any] = {}
     if getattr(model, "frozen_relative_query", False):
         settings["share_att_key"] = False
-        pairs = [("p2c", "query_proj", "pos_query_proj"), ("c2p", "key_proj", "pos_key_proj")]
-        for name, _ in model.named_modules():
-            if name.endswith(".attention.self"):
-                for kind, source, target in pairs:
-                    if kind in model.config.pos_att_type:
-                        for part in ("weight", "bias"):
-                            state[f"{name}.{target}.{part}"] = state[f"{name}.{source}.{part}"].clone()
+        copies = {"p2c": ("query_proj", "pos_query_proj"), "c2p": ("key_proj", "pos_key_proj")}
+        pairs = [copies[kind] for kind in copies if kind in model.config.pos_att_type]
+        attentions = [name for name, _ in model.named_modules() if name.endswith(".attention.self")]
+        for name, (source, target), part in product(attentions, pairs, ("weight", "bias")):
+            state[f"{name}.{target}.{part}"] = state[f"{name}.{source}.{part}"].clone()
     for row in methods_in(model):
         state |= row.merge(model) if row.merge else {}
     return state, settings

@@ -1,25 +1,19 @@
 """PEFT's adapter_config.json: written, checked, read."""
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lora_nlu.adapters.adapter import (
-    PEFT_DEFAULT_TARGETS,
-    PEFT_NAME_PATTERN,
-    Adapter,
-    encoder_prefix,
-    is_positive_number,
-    most_common,
-)
+from lora_nlu.adapters.adapter import DEFAULT_MODULES, PEFT_NAME_PATTERN, Adapter, encoder_prefix, is_positive_number
 from lora_nlu.errors import UserError, printable
 from lora_nlu.methods.description import method_of_config
 from lora_nlu.methods.table import METHODS
 
-_PEFT_TYPES = ("LORA", "ADALORA", "VERA")  # those that PEFT itself loads
 LORA_KEY = re.compile(r"\.lora_[AB]$")
 PEFT_PREFIX = "base_model.model."
-_ALL_LINEAR = [*PEFT_DEFAULT_TARGETS, "key", "key_proj", "pos_key_proj", "pos_query_proj", "embed_proj", "dense"]
+# The modules that PEFT adapts with target_modules "all-linear"
+_ALL_LINEAR = [*DEFAULT_MODULES, "key", "key_proj", "pos_key_proj", "pos_query_proj", "embed_proj", "dense"]
 # Settings of an adapter_config.json that are read, or that don't change what a trained adapter computes
 SUPPORTED_SETTINGS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
@@ -51,16 +45,16 @@ def peft_type(adapter: Adapter) -> str:
 
 def is_in_peft(adapter: Adapter) -> bool:
     """Whether PEFT loads the adapter's folder."""
-    return peft_type(adapter) in _PEFT_TYPES
+    return adapter.row.in_peft and not adapter.frozen_relative_query
 
 
 def _update_settings(adapter: Adapter) -> dict[str, Any]:
     """PEFT's settings of an adapter with updates of linear layers: where, how scaled, and what trains beside them."""
     ranks, prefix = adapter.ranks, "" if adapter.is_bare else f"{encoder_prefix(adapter)}."
-    r = most_common(ranks.values())
+    [(r, _)] = Counter(ranks.values()).most_common(1)
     targets, trained_modules, biases = adapter.targets, set(), False
     if not isinstance(targets, str):
-        targets = [target for target in targets if any(n == target or n.endswith(f".{target}") for n in ranks)]
+        targets = [target for target in targets if any(f".{name}".endswith(f".{target}") for name in ranks)]
     for name in adapter.state:
         if not LORA_KEY.search(name):
             module, _, kind = name.rpartition(".")
@@ -120,29 +114,30 @@ def peft_fields(config: dict[str, Any]) -> dict[str, Any]:
 def adapted_modules(config: dict[str, Any]) -> list[str] | str:
     """The layers that an `adapter_config.json` adapts, as names or, where it excludes some, as one pattern."""
     targets, layers, excluded = (config.get(k) for k in ("target_modules", "layers_to_transform", "exclude_modules"))
-    targets = PEFT_DEFAULT_TARGETS if targets is None else _ALL_LINEAR if targets == "all-linear" else targets
+    targets = DEFAULT_MODULES if targets is None else _ALL_LINEAR if targets == "all-linear" else targets
     if layers in (None, []) and not excluded:
         return targets
-    patterns = [names if isinstance(names, str) else _any_of(names) for names in (targets, excluded or [])]
-    where = config.get("layers_pattern") or ["[^.]*"]
-    stacks = "|".join([where] if isinstance(where, str) else where)
-    numbers = "|".join(map(str, layers if isinstance(layers, list) else [layers]))
-    within = rf"(?=(?:|.*?\.)(?:{stacks})\.(?:{numbers})\.)" if layers not in (None, []) else ""
-    return f"(?!(?:{patterns[1]})$){within}(?:{patterns[0]})" if excluded else f"{within}(?:{patterns[0]})"
+    pattern = f"(?:{_module_pattern(targets)})"
+    if layers not in (None, []):
+        names = config.get("layers_pattern") or "[^.]*"
+        stacks = names if isinstance(names, str) else "|".join(names)
+        numbers = "|".join(map(str, layers if isinstance(layers, list) else [layers]))
+        pattern = rf"(?=(?:|.*?\.)(?:{stacks})\.(?:{numbers})\.){pattern}"
+    return f"(?!(?:{_module_pattern(excluded)})$){pattern}" if excluded else pattern
 
 
-def _any_of(names: list[str]) -> str:
-    """A pattern of the modules whose names, or the ends of whose names, are these."""
-    return rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
+def _module_pattern(names: list[str] | str) -> str:
+    """A pattern of the modules whose names, or the ends of whose names, are these; a pattern is returned as it is."""
+    return names if isinstance(names, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
 
 
 def check_peft_config(path: Path, config: dict[str, Any]) -> None:
     """Refuse, by name, each setting of PEFT with which this model would compute something else. Raises UserError."""
     kind, row = config.get("peft_type"), method_of_config(config)
     if row is None:
-        known = {name for other in METHODS.values() for name in other.peft_types}
-        supported = ", ".join(name for name in _PEFT_TYPES if name in known)
-        raise UserError(f"{path}: peft_type is {printable(kind)}; of PEFT's types these are supported: {supported}.")
+        supported = dict.fromkeys(other.peft_types[0] for other in METHODS.values() if other.in_peft)
+        types = ", ".join(supported)
+        raise UserError(f"{path}: peft_type is {printable(kind)}; of PEFT's types these are supported: {types}.")
     if not row.has_alpha:
         return
     _check_numbers(path, config)
@@ -172,12 +167,10 @@ def _check_modules(path: Path, config: dict[str, Any]) -> None:
         is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if names is not None and not isinstance(names, str) and not is_list:
             raise UserError(f"{path}: {key} is neither a list of names nor a pattern.")
-    numbers = config.get("layers_to_transform")
-    numbers = numbers if isinstance(numbers, list) else [numbers or 0]
+    layers = config.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list) else [layers or 0]
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise UserError(
-            f"{path}: layers_to_transform is {printable(config['layers_to_transform'])}; expected layer numbers."
-        )
+        raise UserError(f"{path}: layers_to_transform is {printable(layers)}; expected layer numbers.")
 
 
 def _check_strings(path: Path, config: dict[str, Any]) -> None:

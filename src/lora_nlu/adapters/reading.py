@@ -10,6 +10,7 @@ which the reference implementation leaves frozen, and it lacks BitFit, bottlenec
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,20 @@ import huggingface_hub
 import torch
 from torch import Tensor
 
-from lora_nlu.adapters.adapter import Adapter, is_deberta
-from lora_nlu.adapters.checks import (
-    check_complete,
-    check_run_metadata,
-    check_updates,
-    check_written_together,
-)
-from lora_nlu.adapters.peft_format import LORA_KEY, check_peft_config, from_peft_key, peft_fields
+from lora_nlu.adapters.adapter import ENCODER_PREFIXES, Adapter, by_pattern, is_deberta, is_positive_number, is_target
+from lora_nlu.adapters.peft_format import LORA_KEY, PEFT_PREFIX, check_peft_config, from_peft_key, peft_fields
 from lora_nlu.adapters.tensor_files import load_tensors
-from lora_nlu.errors import UserError
+from lora_nlu.errors import UserError, printable
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, read_json
+from lora_nlu.ops.tensors import fingerprint
 
 _PICKLED_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
 _MODEL_CHECKPOINT = "pytorch_model.bin"  # the reference implementation's checkpoints
 _HUB_FILES = [ADAPTER_CONFIG, RUN_METADATA, "adapter_model.*"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MISMATCH = "the files don't belong together"
+# In a config's task_type or model class: heads other than a sequence classifier's
+_OTHER_HEADS = re.compile("TOKEN_CLS|QUESTION_ANS|ForTokenClassification|ForQuestionAnswering")
 
 
 def read_adapter(path: str, flag: str = "", **hub: Any) -> Adapter:
@@ -53,7 +52,7 @@ def read_adapter(path: str, flag: str = "", **hub: Any) -> Adapter:
         folder = huggingface_hub.snapshot_download(path, allow_patterns=_HUB_FILES, **hub)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
         reason = str(e).splitlines()[0][:150] if str(e) else type(e).__name__
-        raise UserError(f"{name}: no such file or folder, nor an adapter the Hub gives ({reason}).") from e
+        raise UserError(f"{name}: no such file or folder, and no adapter on the Hub ({reason}).") from e
     return _read_folder(Path(folder))
 
 
@@ -65,13 +64,13 @@ def _read_file(path: Path) -> Adapter:
         raise UserError(f"{path}: contains some tensors twice, with and without the prefix 'module.'.")
     layers = [name.removesuffix(".lora_A") for name in state if name.endswith(".lora_A")]
     encoder = f"{layers[0].split('.')[0]}." if layers else ""
-    base = {name for name in state if layers and name.startswith(encoder) and not LORA_KEY.search(name)}
-    frozen, base_weights = is_deberta(state), {}
-    if layers and base >= {f"{layer}.weight" for layer in layers}:
+    frozen_names = {name for name in state if layers and name.startswith(encoder) and not LORA_KEY.search(name)}
+    base_weights, deberta = {}, is_deberta(state)
+    if layers and frozen_names >= {f"{layer}.weight" for layer in layers}:
         base_weights = {layer: state[f"{layer}.weight"] for layer in layers}
-        state = {name: tensor for name, tensor in state.items() if name not in base}
-    adapter = Adapter(path, state, frozen_relative_query=frozen, base_weights=base_weights)
-    check_complete(adapter)
+        state = {name: tensor for name, tensor in state.items() if name not in frozen_names}
+    adapter = Adapter(path, state, frozen_relative_query=deberta, base_weights=base_weights)
+    _check_complete(adapter)
     return adapter
 
 
@@ -82,14 +81,14 @@ def _read_folder(folder: Path) -> Adapter:
     config = read_json(folder / ADAPTER_CONFIG)
     check_peft_config(folder / ADAPTER_CONFIG, config)
     metadata = read_json(folder / RUN_METADATA) if (folder / RUN_METADATA).is_file() else {}
-    check_run_metadata(folder / RUN_METADATA, metadata)
+    _check_run_metadata(folder / RUN_METADATA, metadata)
     if base := config.get("base_model_name_or_path"):
         metadata = {"base_model": base, "base_revision": config.get("revision")} | metadata
     adapter = Adapter(folder, _read_state(weights), metadata=metadata, **peft_fields(config))
-    check_complete(adapter)
+    _check_complete(adapter)
     if adapter.row.has_alpha:
-        check_updates(adapter, config)
-    check_written_together(adapter, config["peft_type"])
+        _check_updates(adapter, config)
+    _check_written_together(adapter, config["peft_type"])
     return adapter
 
 
@@ -118,3 +117,105 @@ def _read_state(weights: Path) -> dict[str, Tensor]:
             raise UserError(f"{weights}: contains two different tensors for {name}; the second is {key}.")
         state[name] = tensor
     return state
+
+
+def _check_run_metadata(path: Path, metadata: dict[str, Any]) -> None:
+    """Raise UserError unless the values of a run's metadata that are read have the types that runs write."""
+    labels, metrics = metadata.get("labels", []), metadata.get("metrics", {})
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{path}: labels is {printable(labels)}; expected a list of names.")
+    if not isinstance(metrics, dict) or not all(isinstance(value, (int, float)) for value in metrics.values()):
+        raise UserError(f"{path}: metrics is {printable(metrics)}; expected names with numbers.")
+    lora = metadata.get("lora", {})
+    scalings = lora.get("scalings", []) if isinstance(lora, dict) else None
+    if not isinstance(scalings, list) or not all(is_positive_number(x, (int, float)) for x in scalings):
+        raise UserError(f"{path}: lora is {printable(lora)}; expected scalings, a list of positive numbers, in it.")
+    strings = ("task", "dataset", "base_model", "base_fingerprint", "base_revision", "peft_type")
+    for key in (*strings, "weights_fingerprint", "tokenizer_fingerprint"):
+        if not isinstance(metadata.get(key, ""), str) and not (key == "base_revision" and metadata[key] is None):
+            raise UserError(f"{path}: {key} is {printable(metadata[key])}; expected a string.")
+
+
+def _check_complete(adapter: Adapter) -> None:
+    """Raise UserError unless an adapter has all tensors of its method, LoRA's matrices as A [R, in] and B [out, R]."""
+    source = adapter.source
+    if not adapter.row.has_alpha:
+        _check_trained_names(adapter)
+        return
+    layers = {name.rpartition(".")[0]: None for name in adapter.state if LORA_KEY.search(name)}
+    if not layers:
+        raise UserError(f"{source}: {_contents_without_lora(adapter.state)}")
+    for layer in layers:
+        pair = [f"{layer}.lora_A", f"{layer}.lora_B"]
+        for name in pair:
+            if name not in adapter.state:
+                raise UserError(f"{source}: not a complete adapter: the file lacks {name}.")
+        A, B = (list(adapter.state[name].shape) for name in pair)
+        if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
+            raise UserError(f"{source}: {pair[0]} is {A} and {pair[1]} is {B}; expected [r, in] and [out, r].")
+
+
+def _check_trained_names(adapter: Adapter) -> None:
+    """Raise UserError for a folder of a method without alpha that lacks the method's tensors."""
+    source, pattern = adapter.source, adapter.row.state
+    trained = [n for n in adapter.state if pattern and re.search(pattern, n) and n.startswith(ENCODER_PREFIXES)]
+    if pattern and not trained:
+        raise UserError(f"{source}: {ADAPTER_CONFIG} says {adapter.method}, but the file contains no tensor of it.")
+    if adapter.row.block and adapter.adapter_size is None:
+        missing = trained[0].replace("adapter_B", "adapter_A")
+        raise UserError(f"{source}: not a complete adapter: the file lacks {missing}.")
+
+
+def _contents_without_lora(names: Iterable[str]) -> str:
+    """What a file without LoRA matrices, by our names of them, contains instead, and what to do with it."""
+    if any(name.startswith(PEFT_PREFIX) for name in names):
+        return f"contains PEFT's keys, which record neither rank nor alpha. Give the folder with its {ADAPTER_CONFIG}."
+    if any(name.endswith(".word_embeddings.weight") for name in names):
+        return "is a complete model, without LoRA. Give it as --model_name_or_path."
+    return "no LoRA matrices (keys ending in lora_A, lora_B) in it."
+
+
+def _check_updates(adapter: Adapter, config: dict[str, Any]) -> None:
+    """Raise UserError unless head, biases and layers with an update are those of a folder's `adapter_config.json`."""
+    source = adapter.source
+    mapping = config.get("auto_mapping")
+    model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    for kind in (config.get("task_type"), model_class):
+        if _OTHER_HEADS.search(str(kind)) and not all(name.startswith(ENCODER_PREFIXES) for name in adapter.state):
+            raise UserError(f"{source}: was trained for {printable(kind)}; its head is not a sequence classifier's.")
+    biases = any(name.startswith(ENCODER_PREFIXES) and name.endswith(".bias") for name in adapter.state)
+    if config.get("bias") not in (None, "none") and not biases:
+        raise UserError(f"{source}: {ADAPTER_CONFIG} has bias={config['bias']}, but the file has no encoder biases.")
+    for name, rank in adapter.ranks.items():
+        if not is_target(adapter, name):
+            raise UserError(f"{source}: contains {name}.lora_A, but {ADAPTER_CONFIG} has no LoRA there: {_MISMATCH}.")
+        config_rank = by_pattern(config.get("rank_pattern") or {}, name, config["r"])
+        if rank != config_rank:
+            raise UserError(f"{source}: {name}.lora_A has rank {rank}, {ADAPTER_CONFIG} {config_rank}: {_MISMATCH}.")
+
+
+def _check_written_together(adapter: Adapter, peft_type: str) -> None:
+    """Raise UserError unless a folder's files were written together, as far as its metadata records it."""
+    source, metadata = adapter.source, adapter.metadata
+    remedy = "One of them was changed since: put"
+    recorded_type = metadata.get("peft_type", peft_type)
+    if recorded_type != peft_type:
+        raise UserError(
+            f"{source}: {ADAPTER_CONFIG} says {peft_type}, {RUN_METADATA} {printable(recorded_type)}: {_MISMATCH}.\n"
+            f"{remedy} peft_type back."
+        )
+    recorded_scalings = metadata.get("lora", {}).get("scalings")
+    if adapter.row.has_alpha and recorded_scalings is not None:
+        in_config, in_run = (", ".join(f"{x:.6g}" for x in sorted(s)) for s in (adapter.scalings(), recorded_scalings))
+        if in_config != in_run:
+            raise UserError(
+                f"{source}: {ADAPTER_CONFIG} scales the update by {in_config}, {RUN_METADATA} records that it was "
+                f"trained with {in_run}: {_MISMATCH}.\n{remedy} lora_alpha, alpha_pattern and use_rslora back."
+            )
+    weights_fingerprint = fingerprint(adapter.state)
+    if metadata.get("weights_fingerprint", weights_fingerprint) != weights_fingerprint:
+        raise UserError(
+            f"{source}: the weights are not those that {RUN_METADATA} was written with: {_MISMATCH}, or are damaged.\n"
+            "Take all files of the folder from one place, or a checkpoint of the run. After an interrupted save, save "
+            "it again: the same command does."
+        )

@@ -72,6 +72,4 @@ def check_archive(path: Path) -> None:
         if damaged is None and any(entry.CRC for entry in entries):
             damaged = archive.testzip()
     if damaged is not None:
-        raise UserError(
-            f"{path}: damaged: {printable(damaged)} in it is not what was saved, by its checksum or length."
-        )
+        raise UserError(f"{path}: damaged: {printable(damaged)} in it is not what was saved (checksum or length).")

@@ -1,12 +1,14 @@
 """A trained model saved as an adapter folder."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora_nlu.adapters.adapter import Adapter, most_common
+from lora_nlu.adapters.adapter import Adapter
 from lora_nlu.adapters.peft_format import peft_config, to_peft_key
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, atomic_write, write_json
 from lora_nlu.methods.linear import unmerged_parameters
@@ -26,32 +28,31 @@ def trained_state(model: Any, state_dict: dict[str, Tensor] | None = None) -> di
 
 def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None) -> Adapter:
     """The parameters that train in a model whose encoder is otherwise frozen, as an adapter."""
-    layers, method = lora_layers(model), describe_method(model)["name"]
-    if not layers:
-        return Adapter(Path(), trained_state(model, state_dict), metadata=metadata, method=method)
+    adapter = Adapter(
+        Path(), trained_state(model, state_dict), metadata=metadata, method=describe_method(model)["name"]
+    )
+    if not (layers := lora_layers(model)):
+        return adapter
     alphas = {name: layer.lora_alpha for name, layer in layers.items()}
-    alpha = most_common(alphas.values())
+    [(alpha, _)] = Counter(alphas.values()).most_common(1)
     # A short name stands for every module whose name ends in it, so it is used only if all of those have an update.
     short = sorted({name.rpartition(".")[2] for name in layers})
     matches = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in short]
-    return Adapter(
-        Path(),
-        trained_state(model, state_dict),
-        alpha,
+    return replace(
+        adapter,
+        lora_alpha=alpha,
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
         use_rslora=any(layer.use_rslora for layer in layers.values()),
         frozen_relative_query=bool(getattr(model, "frozen_relative_query", False)),
         lora_dropout=max(layer.lora_dropout for layer in layers.values()),
         targets=short if len(matches) == len(layers) else sorted(layers),
-        metadata=metadata,
-        method=method,
     )
 
 
 def save_adapter(
     model: Any, folder: Path | str, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None
 ) -> None:
-    """Write the trained parameters of a model as an adapter folder; each file appears complete or not at all."""
+    """Write the parameters that train in a model as an adapter folder; `state_dict` as in `trained_state`."""
     write_adapter(adapter_of(model, metadata, state_dict), Path(folder))
 
 

@@ -91,6 +91,7 @@ class Method:
     # In adapter_config.json: the usual type, then that of a DeBERTa whose relative query bypasses the update. A type
     # that PEFT does not have keeps it from loading the folder.
     peft_types: tuple[str, ...] = ()
+    in_peft: bool = False  # whether PEFT has the method and loads folders of the first of those types
     peft_keys: tuple[str, ...] = ()  # keys of adapter_config.json that are true for it alone among those of its type
     # rebuild(model, adapter, lora_alpha): gives a loaded model the layers of an `Adapter`, with new tensors; None if it
     # adds no layers.

@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_nlu.adapters.adapter import Adapter
-from lora_nlu.adapters.checks import check_values
+from lora_nlu.adapters.adapter import Adapter, check_values
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.files import atomic_write, write_text

@@ -6,10 +6,8 @@ from typing import Any
 
 from transformers import set_seed
 
-from lora_nlu.adapters.adapter import Adapter
-from lora_nlu.adapters.attaching import attach_adapter
-from lora_nlu.adapters.flags import check_settings, with_relative_query
-from lora_nlu.adapters.head import head_rows, with_labels
+from lora_nlu.adapters.adapter import Adapter, check_settings, with_relative_query
+from lora_nlu.adapters.attaching import attach_adapter, head_rows, with_labels
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError, UserError, printable
 from lora_nlu.files import ADAPTER_CONFIG
@@ -47,9 +45,7 @@ def load_adapter(
         raise UserError(f"{adapter.source}: holds {adapter.method}. Give it as --{right}.")
     if contradicts(m, adapter.method) or m.adapter_size not in (None, adapter.adapter_size):
         raise UserError(f"{adapter.source}: holds {_contents(adapter, m)}, and the flags say otherwise.")
-    settings = settings_of_flags(m, config)
-    targets, layers = settings["lora_target_modules"], settings["lora_layers"]
-    check_settings(adapter, m.lora_r, m.lora_alpha, m.lora_relative_query, targets, layers)
+    check_settings(adapter, settings_of_flags(m, config))
     if (task := adapter.metadata.get("task", data_args.task)) != data_args.task:
         say(args, f"{adapter.source}: was trained on {printable(task)}; this is {data_args.task}.")
     return adapter
