@@ -189,9 +189,9 @@ def _check_updates(adapter: Adapter, config: dict[str, Any]) -> None:
     for name, rank in adapter.ranks.items():
         if not is_target(adapter, name):
             raise UserError(f"{source}: contains {name}.lora_A, but {ADAPTER_CONFIG} has no LoRA there: {_MISMATCH}.")
-        config_rank = by_pattern(config.get("rank_pattern") or {}, name, config["r"])
-        if rank != config_rank:
-            raise UserError(f"{source}: {name}.lora_A has rank {rank}, {ADAPTER_CONFIG} {config_rank}: {_MISMATCH}.")
+        config_r = by_pattern(config.get("rank_pattern") or {}, name, config["r"])
+        if rank != config_r:
+            raise UserError(f"{source}: {name}.lora_A has rank {rank}, {ADAPTER_CONFIG} says {config_r}: {_MISMATCH}.")
 
 
 def _check_written_together(adapter: Adapter, peft_type: str) -> None:
