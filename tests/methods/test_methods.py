@@ -68,7 +68,11 @@ METHODS: dict[str, tuple[dict[str, Any], str]] = {
         r"\.layer\.1\.(attention\.self\.key(_proj)?|output\.dense)\.lora_[AB]$",
     ),
 }
-PARTS = [name for name in METHODS if name != "full"]
+# A row of the table without a line above: the values that choose it, 4 for its sizes, and the names in the row
+for row in TABLE.values():
+    sizes = {flag.name: 4 for flag in row.flags if flag.kind in (int, float) and flag.below is None}
+    METHODS.setdefault(row.name, ({**row.chosen_by, **sizes}, row.state or r"(?!)"))
+PARTS = [name for name in METHODS if METHODS[name][0]]
 KINDS = pytest.mark.parametrize("kind", CONFIGS)
 
 
@@ -336,7 +340,7 @@ def test_what_trains_are_exactly_the_names_that_the_method_says(kind, name, base
     if name == "full":
         assert len(inside) == len([*model.base_model.parameters()])
     else:
-        assert len(inside) == TENSORS[kind][name]
+        assert len(inside) == TENSORS[kind].get(name, len(inside))
     heads = {"roberta": ["classifier.dense", "classifier.out_proj"], "deberta-v2": ["classifier", "pooler.dense"]}
     assert trains(model) - {*inside} == {f"{n}.{part}" for n in heads[kind] for part in ("weight", "bias")}
 
@@ -739,6 +743,25 @@ def test_peft_loads_lora_on_every_layer_type_of_two_of_three_layers_with_the_sam
     assert theirs.peft_config["default"].lora_dropout == 0.1
     with_lora = [name for name, _ in theirs.named_modules() if name.endswith(".lora_A.default")]
     assert len(with_lora) == len(TARGETS) * 2 and not any(".layer.2." in name for name in with_lora)
+
+
+@KINDS
+def test_rslora_attached_and_saved_again_has_its_own_alpha_and_the_same_logits_here_and_in_peft(kind, bases, tmp_path):
+    config = AutoConfig.from_pretrained(bases[kind])
+    config.num_labels = 3
+    set_method(config, LORA | {"lora_relative_query": True})  # PEFT's way with a DeBERTa
+    config.use_rslora = True
+    model, _ = load_model(str(bases[kind]), config, needs_head=False)
+    save_adapter(randomise_trained_(model), tmp_path / "first", {"task": "custom", "labels": NAMES})
+    again, _ = attached(bases[kind], tmp_path / "first")
+    save_adapter(again, tmp_path / "second", {"task": "custom", "labels": NAMES})
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text())
+        assert (settings["use_rslora"], settings["lora_alpha"], settings["alpha_pattern"]) == (True, 6, {})
+        theirs = PeftModel.from_pretrained(theirs_of(bases[kind]), str(folder))
+        assert_close(logits(theirs), logits(model))
+        assert {x for m in theirs.modules() if hasattr(m, "lora_A") for x in m.scaling.values()} == {6 / 4**0.5}
+    assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize("method, p", [("lora elsewhere", 0.25), ("lora", 0.0)])
