@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # DeBERTa-v2-xxlarge + LoRA on RTE (2,490 training pairs). Reports accuracy.
 # The paper's dev figure: accuracy 94.9 (median of 5 seeds, best epoch of each).
-# Starts from the MNLI adapter: run deberta_v2_xxlarge_mnli.sh first or set MNLI_LORA; see launch.sh.
 #   bash scripts/deberta_v2_xxlarge_rte.sh --max_steps 20   extra flags override the published recipe, tuned for 8 GPUs
 tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
@@ -18,5 +17,5 @@ args=(
   --fp16 --full_determinism                 # mixed precision; launch.sh drops it where there is no GPU
   --logging_steps 10 --seed 0
 )
-needs_mnli deberta_v2_xxlarge_mnli # adds --lora_path
+needs_mnli deberta_v2_xxlarge_mnli # start from its adapter: run it first, or set MNLI_LORA (see launch.sh)
 launch "${args[@]}" "$@"

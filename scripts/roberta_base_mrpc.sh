@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # RoBERTa-base + LoRA on MRPC (3,668 training pairs). Reports accuracy and F1.
 # The paper's dev figure: accuracy 89.7 (median of 5 seeds, best epoch of each).
-# Starts from the MNLI adapter: run roberta_base_mnli.sh first or set MNLI_LORA; see launch.sh.
 #   bash scripts/roberta_base_mrpc.sh --max_steps 20   extra flags override the published recipe, tuned for 8 GPUs
 tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
@@ -16,5 +15,5 @@ args=(
   --eval_strategy epoch --save_strategy epoch # the best epoch is one of the checkpoints
   --logging_steps 10 --seed 0
 )
-needs_mnli roberta_base_mnli # adds --lora_path
+needs_mnli roberta_base_mnli # start from its adapter: run it first, or set MNLI_LORA (see launch.sh)
 launch "${args[@]}" "$@"

@@ -68,12 +68,11 @@ def plan(script: Script, settings: Mapping[str, str]) -> Command:
     local = devices or 1  # the CPU is one process
     processes = nnodes * local
 
-    flags, added, note = share_step(flags, tuned_for_gpus, nnodes, devices)
+    flags, batch_flags, note = share_step(flags, tuned_for_gpus, nnodes, devices)
     notes.append(note)
     if devices == 0 and (fp32_flags := without(flags, "--fp16")) != flags:  # a CPU only emulates it, slowly
         flags = fp32_flags
         notes.append("no GPU: --fp16 is dropped, computing in fp32")
-
     if devices == 0 or processes == 1:
         # a single process that saw several GPUs would spread over them (DataParallel) and multiply the batch
         visible = settings.get("CUDA_VISIBLE_DEVICES", "0") if devices else ""
@@ -83,14 +82,10 @@ def plan(script: Script, settings: Mapping[str, str]) -> Command:
         program += ["-m", "torch.distributed.run", *rendezvous, f"--nproc_per_node={local}", *options]
         if local > 1 and not settings.get("OMP_NUM_THREADS"):  # torchrun would set the same, under a banner
             environment["OMP_NUM_THREADS"] = "1"
-
     folders = ["--output_dir", settings.get("output_dir") or str(root / "output" / script.name)]
     if settings.get("GLUE_DIR"):
         folders += ["--glue_dir", settings["GLUE_DIR"]]
-    return Command(environment, [*program, str(root / PROGRAM)], [*folders, *added, *flags], notes)
-
-
-# ---------------------------------------------------------------------------------------------------------------- flags
+    return Command(environment, [*program, str(root / PROGRAM)], [*folders, *batch_flags, *flags], notes)
 
 
 def is_flag(word: str, flag: str) -> bool:
@@ -130,20 +125,17 @@ def start_from_mnli(flags: list[str], root: Path, adapter: str | None) -> list[s
     """
     if not (mnli_script := last_value(flags, "--needs_mnli")):
         return flags
-    at = flags.index("--needs_mnli")
+    i = flags.index("--needs_mnli")
     adapter = adapter or str(root / "output" / mnli_script)
     if adapter == "none" or last_value(flags, "--lora_path"):
-        return flags[:at] + flags[at + 2 :]
+        return flags[:i] + flags[i + 2 :]
     if not Path(adapter).is_file() and not Path(adapter, "adapter_model.safetensors").is_file():
         raise UsageError(
             f"starts from an MNLI adapter, and there is none at {adapter}.\n"
             f"Train it with 'bash scripts/{mnli_script}.sh', or point to one with MNLI_LORA=<published .bin file or "
             "adapter folder>.\nMNLI_LORA=none starts from the plain pretrained model instead."
         )
-    return [*flags[:at], "--lora_path", adapter, *flags[at + 2 :]]
-
-
-# ------------------------------------------------------------------------------------------------- devices and machines
+    return [*flags[:i], "--lora_path", adapter, *flags[i + 2 :]]
 
 
 def count_devices(python: str) -> int:
@@ -161,7 +153,7 @@ def torchrun_options(settings: Mapping[str, str]) -> list[str]:
     """The user's own options for torch.distributed.run."""
     options = settings.get("torchrun_options", "").split()
     for word in options:
-        if is_flag(word, "--nnodes") or is_flag(word, "--nproc_per_node"):
+        if any(is_flag(word, flag) for flag in ("--nnodes", "--nproc_per_node")):
             raise UsageError(
                 f"torchrun_options: {word.partition('=')[0]} there would change the examples per step unnoticed.\n"
                 "Set nnodes=<machines> and devices=<accelerators of each> instead."
@@ -225,67 +217,61 @@ def first_host(nodes: str) -> str:
     return match[1] + (match[2] or "") if match else ""
 
 
-# ------------------------------------------------------------------------------------------------ the examples per step
-
-
 def share(examples: int, batch: int, processes: int) -> tuple[int, int] | None:
-    """Batch per process, at most `batch`, and the smallest accumulation for so many examples per step.
+    """Batch per process, at most `batch`, and the smallest accumulation that give a step this number of examples.
 
     None if the processes cannot have equal shares.
     """
-    each, rest = divmod(examples, processes)
-    if rest:
+    per_process, remainder = divmod(examples, processes)
+    if remainder:
         return None
-    accumulation = next(n for n in range(-(-each // batch), each + 1) if each % n == 0)
-    return each // accumulation, accumulation
+    accumulation = next(n for n in range(-(-per_process // batch), per_process + 1) if per_process % n == 0)
+    return per_process // accumulation, accumulation
 
 
 def share_step(flags: list[str], tuned_for_gpus: int, nnodes: int, devices: int) -> tuple[list[str], list[str], str]:
-    """Keep tuned_for_gpus x batch examples per step. Returns the flags that stay, those to add, and a line about it.
+    """Keep tuned_for_gpus x batch examples per step, unless the user sets the accumulation.
 
-    A user's own accumulation wins, whatever becomes of the number of examples.
+    Returns the flags that stay, the flags to add, and a line to print.
     """
     processes = nnodes * (devices or 1)
-    where = "the CPU" if devices == 0 else "1 device" if processes == 1 else f"{processes} devices"
+    hardware = "the CPU" if devices == 0 else "1 device" if processes == 1 else f"{processes} devices"
     if nnodes > 1:
-        where = f"{where if devices else 'the CPUs'} of {nnodes} machines"
+        hardware = f"{hardware if devices else 'the CPUs'} of {nnodes} machines"
     batch_text = last_value(flags, BATCH)
     batch = whole_number(BATCH, DEFAULT_BATCH if batch_text is None else batch_text, 1)
     added: list[str] = []
     if (accumulation := last_value(flags, ACCUMULATION)) is not None:
         passes = whole_number(ACCUMULATION, accumulation, 1)
         note = f"{processes} x {batch} x {passes} = {processes * batch * passes} examples a step"
-        made_up = [ACCUMULATION, str(passes)] if passes > 1 else []
+        shown_flags = [ACCUMULATION, str(passes)] if passes > 1 else []
     else:
         shares = share(tuned_for_gpus * batch, batch, processes)
         if shares is None:
-            raise UsageError(unequal_shares(where, tuned_for_gpus, batch, nnodes, devices))
+            raise UsageError(unequal_shares(hardware, tuned_for_gpus, batch, nnodes, devices))
         note = f"{tuned_for_gpus} x {batch} = {tuned_for_gpus * batch} examples a step"
         if shares[0] != batch:
             flags, added = without(flags, BATCH), [BATCH, str(shares[0])]
         if shares[1] > 1:
             added += [ACCUMULATION, str(shares[1])]
-        made_up = added
-    return flags, added, note + f", made up on {where} with {' '.join(made_up)}" * bool(made_up)
+        shown_flags = added
+    return flags, added, note + f", made up on {hardware} with {' '.join(shown_flags)}" * bool(shown_flags)
 
 
-def unequal_shares(where: str, tuned_for_gpus: int, batch: int, nnodes: int, devices: int) -> str:
+def unequal_shares(hardware: str, tuned_for_gpus: int, batch: int, nnodes: int, devices: int) -> str:
     """Why a step cannot be shared, with a number of devices, or else of machines, that can share it."""
     examples, processes = tuned_for_gpus * batch, nnodes * (devices or 1)
-    if fit := next((n for n in range(devices, 0, -1) if examples % (nnodes * n) == 0), 0):
-        on_each = " on each" * (nnodes > 1)
-        remedy = f"Use {fit} of them{on_each}: devices={fit}, or name {fit} in CUDA_VISIBLE_DEVICES."
+    if device_counts := [n for n in range(1, devices + 1) if examples % (nnodes * n) == 0]:
+        n, on_each = device_counts[-1], " on each" * (nnodes > 1)
+        remedy = f"Use {n} of them{on_each}: devices={n}, or name {n} in CUDA_VISIBLE_DEVICES."
     else:
-        fit = next(n for n in range(nnodes, 0, -1) if examples % n == 0)
-        remedy = f"Use {fit} of the machines: nnodes={fit}."
+        n = max(n for n in range(1, nnodes + 1) if examples % n == 0)
+        remedy = f"Use {n} of the machines: nnodes={n}."
     return (
-        f"{where} cannot share the {tuned_for_gpus} x {batch} examples a step of tuned_for_gpus={tuned_for_gpus} "
+        f"{hardware} cannot share the {tuned_for_gpus} x {batch} examples a step of tuned_for_gpus={tuned_for_gpus} "
         f"equally.\n{remedy}\n"
         f"Or train another recipe, with {processes} x {batch} examples a step: tuned_for_gpus={processes}."
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- programs
 
 
 def read_script(command: list[str], settings: Mapping[str, str]) -> Script:
