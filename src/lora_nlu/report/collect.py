@@ -13,6 +13,7 @@ from lora_nlu.report.records import EVALUATION, RUN, STATE, TRAINING, Figures, R
 
 FROM_MNLI = ("mrpc", "rte", "stsb")  # the paper's LoRA starts them from its MNLI adapter, except on one line
 MNLI_START, NO_START = "lora", "lora, no MNLI start"
+TASK_ORDER = (*REPORTED, *(name for name in TASKS if name not in REPORTED))  # the paper's, then the others
 LOOK = ("color", "marker")  # of a method in plots, keys of its record
 # Labels of methods in the records of versions that did not record any.
 LABELS = {
@@ -83,10 +84,11 @@ def training_records(start: Path) -> list[Record]:
 def collect(paths: Sequence[Path]) -> tuple[list[Cell], list[str]]:
     """The cells of all tables, in the paper's order of tasks, and notes on what is not in them. Raises UserError."""
     runs: dict[Path, Run] = {}
-    notes = []
+    notes: list[str] = []
     for start in paths:
         records = training_records(start)
-        notes += [] if records else [f"missing: {start}" + ", no training run in it" * start.exists()]
+        if not records:
+            notes.append(f"missing: {start}" + ", no training run in it" * start.exists())
         for record in records:
             if record.run.get("task") not in TASKS:
                 notes.append(f"left out, not a GLUE task: {record.folder}")
@@ -106,17 +108,15 @@ def collect(paths: Sequence[Path]) -> tuple[list[Cell], list[str]]:
             same = sorted((run for run in members if run.settings == settings), key=lambda run: run.seed)
             for one, other in zip(same, same[1:], strict=False):
                 if one.seed == other.seed:
-                    raise UserError(
-                        f"{one.folder} and {other.folder} are the same run with the same seed. Name only one of them."
-                    )
+                    text = f"{one.folder} and {other.folder} are the same run with the same seed."
+                    raise UserError(f"{text} Name only one of them.")
             done = tuple(run for run in same if run.last is not None)
             unfinished = tuple(run for run in same if run.last is None)
             cells.append(Cell(model, f"{method} ({difference})" if difference else method, task, done, unfinished))
             folders = {run.train_data: run.folder for run in same if run.train_data}  # older versions recorded none
             if len(folders) > 1:
                 notes.append(f"in one line, but trained on different examples: {', '.join(map(str, folders.values()))}")
-    order = [*REPORTED, *(name for name in TASKS if name not in REPORTED)]
-    cells.sort(key=lambda cell: (cell.model, order.index(cell.task)))
+    cells.sort(key=lambda cell: (cell.model, TASK_ORDER.index(cell.task)))
     return cells, notes
 
 
@@ -171,7 +171,7 @@ def read_run(record: Record, figures: Figures) -> Run:
 
 def name_method(method: dict[str, Any], lora: dict[str, Any], hyper: dict[str, Any]) -> tuple[str, str | None]:
     """The name of a method in tables, and in the paper's lines; None for settings that the paper does not have."""
-    name, more = method["name"], []
+    name, more = method["name"], []  # more: what differs from the paper's settings
     label = method.get("label") or LABELS.get(name, name)
     if "targets" in method:
         label += f" r={','.join(map(str, lora['ranks']))}"
@@ -217,20 +217,20 @@ def compare_runs(runs: list[Run]) -> list[Run]:
     starts = {(run.model, run.base, run.method, run.paper.method) for run in deciding if run.paper}
     compared = []
     for run in runs:
-        same, paper = (run.model, run.base, run.method), run.paper
-        if paper and paper.method == MNLI_START and (*same, NO_START) in starts and (*same, MNLI_START) not in starts:
+        key, paper = (run.model, run.base, run.method), run.paper
+        if paper and paper.method == MNLI_START and (*key, NO_START) in starts and (*key, MNLI_START) not in starts:
             paper = next(line for line in PAPER if (line.model, line.method) == (paper.model, NO_START))
         model = f"{run.model}@{(run.base or 'unknown')[:8]}" if run.model in ambiguous else run.model
         compared.append(replace(run, model=model, paper=paper))
     return compared
 
 
-def differences(several: Sequence[tuple[tuple[str, str], ...]]) -> dict[tuple[tuple[str, str], ...], str]:
-    """For each of these settings a text of the values that are not the same in all."""
-    values = {settings: dict(settings) for settings in several}
-    names = dict.fromkeys(name for settings in values for name, _ in settings)
-    differing = [name for name in names if len({own.get(name) for own in values.values()}) > 1]
+def differences(settings_of_runs: Sequence[tuple[tuple[str, str], ...]]) -> dict[tuple[tuple[str, str], ...], str]:
+    """For each run's settings a text of the values that are not the same in all."""
+    by_name = {settings: dict(settings) for settings in settings_of_runs}
+    names = dict.fromkeys(name for settings in by_name for name, _ in settings)
+    differing = [name for name in names if len({values.get(name) for values in by_name.values()}) > 1]
     return {
-        settings: ", ".join(f"{name} {own.get(name, 'not recorded')}" for name in differing)
-        for settings, own in values.items()
+        settings: ", ".join(f"{name} {values.get(name, 'not recorded')}" for name in differing)
+        for settings, values in by_name.items()
     }

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from lora_nlu.data.tasks import REPORTED, TASKS
+from lora_nlu.data.tasks import TASKS
 from lora_nlu.files import atomic_write
-from lora_nlu.report.collect import Cell
+from lora_nlu.report.collect import TASK_ORDER, Cell
 
 # Okabe and Ito's palette
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -24,35 +24,33 @@ WIDTH = 3.9  # of a panel, inches
 DEVIATION = "±\N{NO-BREAK SPACE}standard\N{NO-BREAK SPACE}deviation"
 
 
-def draw(
-    cells: Sequence[Cell],
-    methods: list[str],
-    swept: Mapping[tuple[str, str], Sequence[tuple[int, Cell]]],
-    folder: Path,
-) -> list[str]:
+Sweep = Mapping[tuple[str, str], Sequence[tuple[int, Cell]]]  # what `tables.rank_cells` returns
+
+
+def draw(cells: Sequence[Cell], methods: list[str], swept: Sweep, folder: Path) -> list[str]:
     """Draw the pictures that the cells of one model allow; returns their names.
 
-    methods: in the order of the legend; swept: as `tables.rank_cells` returns them.
+    methods: in the order of the legend. More of them than colours leave out those of `swept`, drawn by themselves.
     """
     finished = [cell for cell in cells if cell.done]
     if not finished:
         return []
     model, names = finished[0].model, []
     with matplotlib.rc_context({"font.size": 12, "text.parse_math": False}):
-        of_ranks = [cell for pairs in swept.values() for _, cell in pairs]
-        others = {cell.method for cell in finished if cell not in of_ranks}  # a sweep has pictures of its own
-        methods = [name for name in methods if len(methods) <= len(COLORS) or name in others]
-        rest = sorted((c for c in finished if c.method in methods), key=lambda cell: methods.index(cell.method))
-        left = [cell for cell in of_ranks if cell.done and cell.method not in methods]
-        left_methods = list(dict.fromkeys(cell.method for cell in left))
-        for some, order, name in ((rest, methods, "curves"), (left, left_methods, "ranks_curves")):
-            if any(len(run.history) > 1 for cell in some for run in cell.done):
-                names.append(save(curves(model, some, order), folder, f"{model}_{name}"))
-        if len({cell.method for cell in rest}) > 1:
-            names.append(save(sizes(model, rest, methods), folder, f"{model}_parameters"))
-        if any(run.paper for cell in rest for run in cell.done):
-            names.append(save(against_paper(model, rest, methods), folder, f"{model}_paper"))
-        if any(cell.done for cell in of_ranks):
+        swept_cells = [cell for pairs in swept.values() for _, cell in pairs if cell.done]
+        if len(methods) > len(COLORS):
+            methods = [m for m in methods if any(cell.method == m and cell not in swept_cells for cell in finished)]
+        main = sorted((c for c in finished if c.method in methods), key=lambda cell: methods.index(cell.method))
+        sweep = [cell for cell in swept_cells if cell.method not in methods]
+        sweep_methods = list(dict.fromkeys(cell.method for cell in sweep))
+        for chosen, legend, name in ((main, methods, "curves"), (sweep, sweep_methods, "ranks_curves")):
+            if any(len(run.history) > 1 for cell in chosen for run in cell.done):
+                names.append(save(curves(model, chosen, legend), folder, f"{model}_{name}"))
+        if len({cell.method for cell in main}) > 1:
+            names.append(save(sizes(model, main, methods), folder, f"{model}_parameters"))
+        if any(run.paper for cell in main for run in cell.done):
+            names.append(save(against_paper(model, main, methods), folder, f"{model}_paper"))
+        if swept_cells:
             names.append(save(ranks(model, swept), folder, f"{model}_ranks"))
     return names
 
@@ -61,21 +59,24 @@ def curves(model: str, cells: Sequence[Cell], methods: list[str]) -> Figure:
     """The metric against steps: the median over seeds, and a band from the lowest to the highest."""
     look_of = looks(cells, methods)
     cells = [cell for cell in cells if any(run.history for run in cell.done)]
-    tasks = tasks_of([cell.task for cell in cells])
-    figure, axes = panels(tasks)
-    for ax, task in zip(axes, tasks, strict=True):
+    figure, axes = panels(cells)
+    for task, ax in axes.items():
         for cell in (cell for cell in cells if cell.task == task):
             histories = [dict(run.history) for run in cell.done]
             steps = sorted(set.intersection(*map(set, histories)))
-            at = [[history[step] for history in histories] for step in steps]
-            look = look_of[cell.method]
-            ax.plot(steps, list(map(median, at)), label=cell.method, **look)
-            if len(histories) > 1:
-                ax.fill_between(steps, list(map(min, at)), list(map(max, at)), color=look["color"], alpha=0.15, lw=0)
+            figures = [[history[step] for history in histories] for step in steps]
+            plot_band(ax, steps, figures, cell.method, look_of[cell.method])
         ax.set(xlabel="step", ylabel=percent(task), xlim=(0, None))
         ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short(n)))
     return finish(figure, axes, f"{model} while training: {over_seeds(cells, 'and range')}", methods)
+
+
+def plot_band(ax: Any, x: Sequence[int], figures: Sequence[Sequence[float]], label: str, look: dict[str, Any]) -> None:
+    """A line through the medians of the figures at each x, and a band from the lowest to the highest."""
+    ax.plot(x, list(map(median, figures)), label=label, **look)
+    if any(len(at_one_x) > 1 for at_one_x in figures):
+        ax.fill_between(x, list(map(min, figures)), list(map(max, figures)), color=look["color"], alpha=0.15, lw=0)
 
 
 def sizes(model: str, cells: Sequence[Cell], methods: list[str]) -> Figure:
@@ -83,15 +84,15 @@ def sizes(model: str, cells: Sequence[Cell], methods: list[str]) -> Figure:
 
     Methods of about the same size would hide each other, so they are drawn side by side, a marker's width apart.
     """
-    tasks, marker, look_of = tasks_of([cell.task for cell in cells]), 9, looks(cells, methods)  # marker: points
-    figure, axes = panels(tasks)
+    marker, look_of = 9, looks(cells, methods)  # marker: points
+    figure, axes = panels(cells)
     trained = sorted({cell.done[0].trainable for cell in cells})
     least, most = next((n for n in trained if n), 1) / 2, 2 * max(trained[-1], 1)
     steps = (1, 2, 5) if most < 50 * least else (1,)
     ticks = [m * 10**n for n in range(12) for m in steps if least <= m * 10**n <= most]
     to_none = 0.0 if trained[0] else 0.6  # decades from 0 to the least
     decade = 0.8 * 72 * WIDTH / (math.log10(most / least) + to_none)  # points, about
-    for ax, task in zip(axes, tasks, strict=True):
+    for task, ax in axes.items():
         if to_none:
             ax.set_xscale("symlog", linthresh=least, linscale=to_none)
         else:
@@ -126,10 +127,9 @@ def against_paper(model: str, cells: Sequence[Cell], methods: list[str]) -> Figu
     """Our medians beside the paper's: a panel for each task, a line for each method in the paper."""
     papers = {(cell.method, cell.task): run.paper for cell in cells if (run := cell.done[0]).paper}
     cells = [cell for cell in cells if (cell.method, cell.task) in papers]
-    tasks = tasks_of([cell.task for cell in cells])
     shown = [method for method in reversed(methods) if method in {cell.method for cell in cells}]  # from below
-    figure, axes = panels(tasks, 1.3 + 0.42 * len(shown), grid="x", sharey=True)
-    for ax, task in zip(axes, tasks, strict=True):
+    figure, axes = panels(cells, 1.3 + 0.42 * len(shown), grid="x", sharey=True)
+    for task, ax in axes.items():
         for cell in (cell for cell in cells if cell.task == task):
             y, (paper, deviation) = shown.index(cell.method), papers[cell.method, task].figures[task]
             here, there = (style(i) | {"linestyle": "none", "markersize": 8} for i in (0, 1))
@@ -142,21 +142,17 @@ def against_paper(model: str, cells: Sequence[Cell], methods: list[str]) -> Figu
     return finish(figure, axes, title, ("here", "paper"))
 
 
-def ranks(model: str, swept: Mapping[tuple[str, str], Sequence[tuple[int, Cell]]]) -> Figure:
+def ranks(model: str, swept: Sweep) -> Figure:
     """The best epoch's median against the rank, a line for each set of layers with LoRA."""
     done = {key: [(rank, cell) for rank, cell in pairs if cell.done] for key, pairs in swept.items()}
     cells = [cell for pairs in done.values() for _, cell in pairs]
-    tasks, sets = tasks_of([cell.task for cell in cells]), list(dict.fromkeys(layers for _, layers in done))
+    sets = list(dict.fromkeys(layers for _, layers in done))
     all_ranks = sorted({rank for pairs in done.values() for rank, _ in pairs})
-    figure, axes = panels(tasks)
-    for ax, task in zip(axes, tasks, strict=True):
+    figure, axes = panels(cells)
+    for task, ax in axes.items():
         for layers in (layers for name, layers in done if name == task):
-            points = [(rank, cell.figures("best")) for rank, cell in done[task, layers]]
-            look, x = style(sets.index(layers)), [rank for rank, _ in points]
-            ax.plot(x, [median(figures) for _, figures in points], label=layers, **look)
-            if any(len(figures) > 1 for _, figures in points):
-                low, high = ([f(figures) for _, figures in points] for f in (min, max))
-                ax.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
+            figures = [cell.figures("best") for _, cell in done[task, layers]]
+            plot_band(ax, [rank for rank, _ in done[task, layers]], figures, layers, style(sets.index(layers)))
         ax.set_xscale("log", base=2)
         ax.set_xticks(all_ranks, [str(rank) for rank in all_ranks])
         ax.minorticks_off()
@@ -170,18 +166,18 @@ def looks(cells: Sequence[Cell], methods: Sequence[str]) -> dict[str, dict[str, 
     Methods without a recorded look, and further settings of the same method, get the first of `style` that is free.
     """
     recorded = {cell.method: run.look for cell in cells for run in cell.runs if run.look}
-    found: dict[str, dict[str, Any]] = {}
+    look_of: dict[str, dict[str, Any]] = {}
     for method in (method for method in methods if method in recorded):
         color, marker = recorded[method]
-        if (color, marker) not in {(look["color"], look["marker"]) for look in found.values()}:
-            found[method] = _look(color, marker, LINES[COLORS.index(color)] if color in COLORS else LINES[0])
-    for method in (method for method in methods if method not in found):
-        colors = {look["color"] for look in found.values()}
-        pairs = {(look["color"], look["marker"]) for look in found.values()}
-        unused = [look for look in map(style, range(64)) if (look["color"], look["marker"]) not in pairs]
-        fresh = [look for look in unused if look["color"] not in colors]
-        found[method] = next(iter(fresh + unused), style(len(found)))
-    return {method: found[method] for method in methods}
+        if (color, marker) not in {(look["color"], look["marker"]) for look in look_of.values()}:
+            look_of[method] = _look(color, marker, LINES[COLORS.index(color)] if color in COLORS else LINES[0])
+    for method in (method for method in methods if method not in look_of):
+        used_colors = {look["color"] for look in look_of.values()}
+        used_pairs = {(look["color"], look["marker"]) for look in look_of.values()}
+        unused = [look for look in map(style, range(64)) if (look["color"], look["marker"]) not in used_pairs]
+        new_colors = [look for look in unused if look["color"] not in used_colors]
+        look_of[method] = [*new_colors, *unused, style(len(look_of))][0]
+    return {method: look_of[method] for method in methods}
 
 
 def style(i: int) -> dict[str, Any]:
@@ -195,9 +191,10 @@ def _look(color: str, marker: str, line: Any) -> dict[str, Any]:
 
 
 def panels(
-    tasks: Sequence[str], height: float = 3.1, grid: str = "y", sharey: bool = False
-) -> tuple[Figure, list[Any]]:
-    """A figure with a panel for each task, in rows of up to four; height: of a panel, inches."""
+    cells: Sequence[Cell], height: float = 3.1, grid: str = "y", sharey: bool = False
+) -> tuple[Figure, dict[str, Any]]:
+    """A figure, and its panel for each task, in rows of up to four; height: of a panel, inches."""
+    tasks = sorted({cell.task for cell in cells}, key=TASK_ORDER.index)
     count = len(tasks)
     columns = {4: 2, 5: 3, 6: 3}.get(count, min(count, 4))
     rows = -(-count // columns)
@@ -210,13 +207,7 @@ def panels(
         used.spines[["top", "right"]].set_visible(False)
         used.grid(axis=grid, color="#DDDDDD", linewidth=0.8)
         used.set_axisbelow(True)
-    return figure, list(axes[:count])
-
-
-def tasks_of(tasks: Sequence[str]) -> list[str]:
-    """Each once: in the paper's order, then the others."""
-    here = dict.fromkeys(tasks)
-    return [task for task in REPORTED if task in here] + [task for task in here if task not in REPORTED]
+    return figure, dict(zip(tasks, axes, strict=False))
 
 
 def percent(task: str) -> str:
@@ -245,15 +236,18 @@ def over_seeds(cells: Sequence[Cell], spread: str) -> str:
     return f"median {spread} over {'up to ' * (len(counts) > 1)}{max(counts)} seeds" if max(counts) > 1 else "one seed"
 
 
-def finish(figure: Figure, axes: Sequence[Any], title: str, labels: Sequence[str]) -> Figure:
+def finish(figure: Figure, axes: dict[str, Any], title: str, labels: Sequence[str]) -> Figure:
     """Put a title above all panels and one legend below them, of those labels that a panel has; enlarge the figure."""
-    found = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    panels_legends = [zip(*ax.get_legend_handles_labels(), strict=True) for ax in axes.values()]
+    handle_of = {label: handle for legend in panels_legends for handle, label in legend}
     width, height = figure.get_size_inches()
     letters = int(10 * width)  # of a line of text
-    texts = [textwrap.fill(label, letters - 8) for label in labels if label in found]
+    labels = [label for label in labels if label in handle_of]
+    texts = [textwrap.fill(label, letters - 8) for label in labels]
     columns = max(1, min(len(texts), letters // (max(map(len, texts)) + 8)))
-    handles = [found[label] for label in labels if label in found]
-    figure.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False)
+    figure.legend(
+        [handle_of[label] for label in labels], texts, loc="outside lower center", ncols=columns, frameon=False
+    )
     heading = textwrap.fill(title, letters)
     figure.suptitle(heading, fontsize="medium")
     lines = -(-sum(text.count("\n") + 1 for text in texts) // columns) + heading.count("\n") + 1

@@ -72,10 +72,11 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 def _shortened_state(state: dict[str, Any]) -> dict[str, Any]:
     """The epoch, and of the log the evaluations and what has the first or the last value of some key."""
     log = [*enumerate(state.get("log_history", []))]
-    first, last = ({key: i for i, entry in entries for key in entry} for entries in (reversed(log), log))
+    last = {key: i for i, entry in log for key in entry}
+    first = {key: i for i, entry in reversed(log) for key in entry}
     ends = {*first.values(), *last.values()}
-    kept = [entry for i, entry in log if i in ends or any(key.startswith("eval_") for key in entry)]
-    return {key: value for key, value in state.items() if key == "epoch"} | {"log_history": kept}
+    kept_entries = [entry for i, entry in log if i in ends or any(key.startswith("eval_") for key in entry)]
+    return {key: value for key, value in state.items() if key == "epoch"} | {"log_history": kept_entries}
 
 
 @dataclass(frozen=True)
@@ -103,22 +104,13 @@ def read_figures(record: Record) -> Figures:
     logged = {key: value for entry in log for key, value in entry.items()}  # the last value of each key
     if (run.get("hyperparameters") or {}).get("fp16"):
         logged.pop("grad_norm", None)  # not finite in a step that the loss scaler skips
-    not_finite = [
-        f"{key} {value}"
-        for source in (evaluated, trained, logged)
-        for key, value in source.items()
-        if isinstance(value, float) and not math.isfinite(value)
-    ]
-    history = [
-        (entry["step"], entry.get("epoch", 0.0), entry[metric]) for entry in log if _is_finite(entry.get(metric))
-    ]
-    last, first_set = evaluated.get(f"{metric}_overall", evaluated.get(metric)), evaluated.get(metric)
-    return Figures(
-        last if _is_finite(last) else None,
-        first_set if _is_finite(first_set) else None,
-        tuple(history),
-        str(run.get("diverged") or next(iter(not_finite), "")),
-    )
+    values = [*evaluated.items(), *trained.items(), *logged.items()]
+    not_finite = [f"{key} {value}" for key, value in values if isinstance(value, float) and not math.isfinite(value)]
+    evaluations = [entry for entry in log if _is_finite(entry.get(metric))]
+    history = tuple((entry["step"], entry.get("epoch", 0.0), entry[metric]) for entry in evaluations)
+    figures = evaluated.get(f"{metric}_overall", evaluated.get(metric)), evaluated.get(metric)
+    last, first_set = (figure if _is_finite(figure) else None for figure in figures)
+    return Figures(last, first_set, history, str(run.get("diverged") or "".join(not_finite[:1])))
 
 
 def _is_finite(value: Any) -> bool:
