@@ -12,9 +12,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import IO, Any
 
 from lora_nlu.data.tasks import TASKS
@@ -63,26 +65,25 @@ class Run:
             command = launch.plan(script, self.environment(devices="1"))
         except UserError as error:
             raise UserError(f"{script.name}: {error}") from error
-        groups: list[list[str]] = []
+        flags: list[list[str]] = []  # each with its values
         for word in command.flags:
             if word.startswith("--"):
-                groups.append([])
-            groups[-1].append(word)
+                flags.append([])
+            flags[-1].append(word)
         # the adapter's path is a location too; that the run starts from one is not
-        groups = [group[:1] if group[0] == "--lora_path" else group for group in groups if group[0] not in LOCATIONS]
-        self.recorded_flags = [shlex.join(group) for group in groups]
+        flags = [flag[:1] if flag[0] == "--lora_path" else flag for flag in flags if flag[0] not in LOCATIONS]
+        self.recorded_flags = [shlex.join(flag) for flag in flags]
         return command
 
     def is_done(self) -> bool:
         """Whether the folder has the finished run. Raises UserError if it was made with other flags."""
-        record = read(self.folder / "run.json")
         files = {"--do_eval": "eval_results.json", "--do_predict": "predict_results_*.tsv"}
         patterns = [pattern for flag, pattern in files.items() if flag in self.recorded_flags]
-        if not record.get("trained") or not all(any(self.folder.glob(pattern)) for pattern in patterns):
+        if not read(self.folder / "run.json").get("trained") or not all(any(self.folder.glob(p)) for p in patterns):
             return False
         marks = [line for line in tail(self.log_path, 10**7) if line.startswith(MARK)]
-        if marks and (before := json.loads(marks[-1].removeprefix(MARK))) != self.recorded_flags:
-            changes = [line for line in difflib.ndiff(before, self.recorded_flags) if line[0] in "+-"]
+        if marks and (earlier_flags := json.loads(marks[-1].removeprefix(MARK))) != self.recorded_flags:
+            changes = [line for line in difflib.ndiff(earlier_flags, self.recorded_flags) if line[0] in "+-"]
             raise UserError(
                 f"{self.folder} holds a finished run with other flags: {', '.join(changes)}.\n"
                 "Choose another --output_dir, or remove that folder."
@@ -121,17 +122,15 @@ class Run:
             os.killpg(self.process.pid, number)
 
     def progress(self) -> str:
-        found = re.findall(r"'epoch': '?([\d.]+)", "".join(tail(self.log_path, 20_000)))
-        return f"{self.name} at epoch {found[-1]}" if found else f"{self.name} starting"
+        epochs = re.findall(r"'epoch': '?([\d.]+)", "".join(tail(self.log_path, 20_000)))
+        return f"{self.name} at epoch {epochs[-1]}" if epochs else f"{self.name} starting"
 
     def outcome(self) -> str:
         if self.state == "stopped":
             return f"{self.name} stopped"
         if self.state == "failed":
-            last = [line for line in tail(self.log_path, 4000) if line.strip()][-4:]
-            return "\n".join(
-                [f"{self.name} failed with status {self.process.returncode}; {self.log_path} ends:", *last]
-            )
+            headline = f"{self.name} failed with status {self.process.returncode}; {self.log_path} ends:"
+            return "\n".join([headline, *[line for line in tail(self.log_path, 4000) if line.strip()][-4:]])
         task = TASKS.get(read(self.folder / "run.json").get("task", ""))
         score = read(self.folder / "eval_results.json").get(f"eval_{task.metrics[0]}") if task else None
         return self.name + (f": {task.metrics[0]} {score:.4f}" if task and score is not None else "")
@@ -156,8 +155,8 @@ def tail(path: Path, size: int) -> list[str]:
 
 def parse(argv: list[str]) -> tuple[list[Run], argparse.Namespace]:
     """The runs of a command line, seed by seed, and its other settings."""
-    cut = argv.index("--") if "--" in argv else len(argv)
-    extra = argv[cut + 1 :]
+    own_count = argv.index("--") if "--" in argv else len(argv)
+    extra = argv[own_count + 1 :]  # for every run
     parser = argparse.ArgumentParser(prog="run_seeds.sh", description="Run scripts over seeds.", allow_abbrev=False)
     parser.add_argument("what", nargs="+", metavar="SCRIPT[:TASK]... [COUNT]",
                         help="launch scripts, with the task for those that take one; then how many seeds")  # fmt: skip
@@ -166,15 +165,15 @@ def parse(argv: list[str]) -> tuple[list[Run], argparse.Namespace]:
                         help="run with each value of a flag; several grids are combined")  # fmt: skip
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, one without")
     parser.add_argument("--output_dir", type=Path, default=os.environ.get("output_dir") or ROOT / "output" / "seeds")
-    args = parser.parse_intermixed_args(argv[:cut])
+    args = parser.parse_intermixed_args(argv[:own_count])
     scripts = [split_task(word) for word in args.what if not word.isdecimal()]
     counts = [int(word) for word in args.what if word.isdecimal()]
     if missing := [path for path, *_ in scripts if not Path(path).is_file()]:
         parser.error(f"{missing[0]}: no such script.")
     if others := [path for path, *_ in scripts if "launch.sh" not in Path(path).read_text()]:  # it could do anything
         parser.error(f"{others[0]}: is no launch script, it doesn't source launch.sh.")
-    numbers = [*counts, *([] if args.jobs is None else [args.jobs])]
-    if not scripts or len(counts) + (args.seeds is not None) > 1 or min(numbers, default=1) < 1:
+    is_too_small = 0 in counts or (args.jobs is not None and args.jobs < 1)
+    if not scripts or len(counts) + (args.seeds is not None) > 1 or is_too_small:
         parser.error("give scripts, then one count of seeds or --seeds; --jobs is 1 or more.")
     seeds = list(map(str, range(counts[0] if counts else 5))) if args.seeds is None else args.seeds.split(",")
     if not all(seed.isdecimal() for seed in seeds):
@@ -198,22 +197,20 @@ def split_task(word: str) -> list[str]:
 def make_runs(
     scripts: list[list[str]], seeds: list[int], grids: list[list[str]], extra: list[str], output: Path
 ) -> Iterator[Run]:
-    made: dict[Path, Run] = {}
+    """A run for each seed, script and combination of the grids' values, MNLI first: others start from its adapter."""
+    run_of_folder: dict[Path, Run] = {}
     read_scripts = [(words, launch.read_script(words, os.environ)) for words in scripts]
-    # MNLI scripts first: others may start from their adapters
     read_scripts.sort(key=lambda pair: not pair[1].name.endswith("_mnli"))
-    combinations = list(itertools.product(*(grid[1:] for grid in grids)))
-    for seed, (words, script), values in itertools.product(seeds, read_scripts, combinations):
-        pairs = [(grid[0], value) for grid, value in zip(grids, values, strict=True)]
-        combination = "-".join(f"{flag}_{value}" for flag, value in pairs).replace("/", "_")
-        place = Path(combination, f"seed_{seed}")
-        flags = [*extra, *(word for flag, value in pairs for word in (f"--{flag}", value)), "--seed", str(seed)]
-        run = Run(words, script, flags, output / script.name / place, str(Path(script.name, place)))
-        made[run.folder] = run
+    combinations = list(itertools.product(*(itertools.product(grid[:1], grid[1:]) for grid in grids)))
+    for seed, (words, script), settings in itertools.product(seeds, read_scripts, combinations):
+        subfolder = Path("-".join(map("_".join, settings)).replace("/", "_"), f"seed_{seed}")
+        flags = [*extra, *(word for flag, value in settings for word in (f"--{flag}", value)), "--seed", str(seed)]
+        run = Run(words, script, flags, output / script.name / subfolder, str(Path(script.name, subfolder)))
+        run_of_folder[run.folder] = run
         mnli_script = launch.last_value(script.flags, "--needs_mnli")
         if mnli_script and not os.environ.get("MNLI_LORA") and "--lora_path" not in flags:
-            mnli = output / mnli_script / place
-            run.needs = made.get(mnli)
+            mnli = output / mnli_script / subfolder
+            run.needs = run_of_folder.get(mnli)
             run.mnli = mnli if run.needs or (mnli / "adapter_model.safetensors").is_file() else None
         yield run
 
@@ -236,15 +233,16 @@ def slots(jobs: int | None) -> tuple[list[str | None], dict[str, str]]:
     return [None] * (jobs or 1), settings
 
 
-def status(runs: list[Run], since: float, slot_count: int) -> str:
-    count = {state: sum(run.state == state for run in runs) for state in ("done", "failed", "waiting")}
+def status(runs: list[Run], start_seconds: float, slot_count: int) -> str:
+    """A line: how many runs are done and failed, how far the running ones are, the time so far and about to go."""
+    count = Counter(run.state for run in runs)
     running = [run.progress() for run in runs if run.state == "running"]
-    timed = [run.seconds for run in runs if run.state == "done" and run.process]
-    left = count["waiting"] + len(running) / 2  # on average, running ones are half done
-    remaining = f", about {clock(sum(timed) / len(timed) * left / slot_count)} to go" if timed else ""
+    durations = [run.seconds for run in runs if run.state == "done" and run.process]
+    runs_to_go = count["waiting"] + len(running) / 2  # on average, running ones are half done
+    to_go = f", about {clock(mean(durations) * runs_to_go / slot_count)} to go" if durations else ""
     failed = f", {count['failed']} failed" if count["failed"] else ""
-    spent = f"{clock(time.monotonic() - since)}{remaining}"
-    return "; ".join([f"{count['done']} of {len(runs)} done{failed}", *running, spent])
+    elapsed = clock(time.monotonic() - start_seconds)
+    return "; ".join([f"{count['done']} of {len(runs)} done{failed}", *running, elapsed + to_go])
 
 
 def run_all(runs: list[Run], slots: list[str | None], settings: dict[str, str], interrupts: list[int]) -> None:
@@ -253,21 +251,22 @@ def run_all(runs: list[Run], slots: list[str | None], settings: dict[str, str], 
     interrupts: signals received, appended by their handler. After the first no run starts, and the running ones are
     interrupted and waited for; Ctrl-C after it kills them.
     """
-    free, since, live, stopping = list(slots), time.monotonic(), sys.stderr.isatty(), False
-    erase = "\r\x1b[K" if live else ""
+    free, start_seconds, is_stopping = list(slots), time.monotonic(), False
+    is_terminal = sys.stderr.isatty()
+    erase = "\r\x1b[K" if is_terminal else ""
 
     def show(*lines: str) -> None:
         print(erase + "\n".join(lines), file=sys.stderr, flush=True)
 
     try:
         while any(run.state == "running" or (run.state == "waiting" and not interrupts) for run in runs):
-            if interrupts and not stopping:
-                stopping = True
+            if interrupts and not is_stopping:
+                is_stopping = True
                 show("Stopping the running ones, which may take a moment; Ctrl-C now kills them")
             for run in runs:
                 if run.state == "running" and run.finished():
                     free.append(run.slot)
-                    show(f"{run.outcome()} ({clock(run.seconds)})", status(runs, since, len(slots)))
+                    show(f"{run.outcome()} ({clock(run.seconds)})", status(runs, start_seconds, len(slots)))
                 elif run.state == "running" and interrupts:
                     run.send(signal.SIGKILL if signal.SIGINT in interrupts[1:] else signal.SIGINT)
                 if run.state != "waiting" or interrupts:
@@ -283,9 +282,9 @@ def run_all(runs: list[Run], slots: list[str | None], settings: dict[str, str], 
                     except BlockingIOError:
                         run.state = "failed"
                         show(f"{run.name} can't start: another command is running it, see {run.log_path}")
-            if live:
+            if is_terminal:
                 width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-                print(erase + status(runs, since, len(slots))[: width - 1], end="", file=sys.stderr, flush=True)
+                print(erase + status(runs, start_seconds, len(slots))[: width - 1], end="", file=sys.stderr, flush=True)
             time.sleep(0.1)
         print(erase, end="", file=sys.stderr, flush=True)
     finally:  # no process is left behind after an error
