@@ -8,9 +8,8 @@ args=(
   --model_name_or_path microsoft/deberta-v2-xxlarge --task_name cola --do_train --do_eval
   --max_seq_length 64                        # tokens; longer sentences are truncated
   --per_device_train_batch_size 4            # x tuned_for_gpus=8: 32 sentences a step
-  --num_train_epochs 10
+  --num_train_epochs 10 --weight_decay 0
   --learning_rate 1.3e-4 --warmup_steps 100  # linear up over these steps, then linear down to 0
-  --weight_decay 0
   --cls_dropout 0.1                          # before the classifier
   --apply_lora --lora_r 16 --lora_alpha 32   # W + (32 / 16) B A on query and value of each layer
   --eval_strategy steps --eval_steps 20 --save_strategy steps --save_steps 20 # the best step is a checkpoint

@@ -8,9 +8,8 @@ args=(
   --model_name_or_path microsoft/deberta-v2-xxlarge --task_name mrpc --do_train --do_eval
   --max_seq_length 128                      # tokens; longer pairs are truncated
   --per_device_train_batch_size 32          # x tuned_for_gpus=8: 256 pairs a step
-  --num_train_epochs 30
+  --num_train_epochs 30 --weight_decay 0.01 # no decay of biases
   --learning_rate 2e-4 --warmup_ratio 0.1   # linear up over 10% of the steps, then linear down to 0
-  --weight_decay 0.01                       # not on biases
   --cls_dropout 0                           # before the classifier
   --apply_lora --lora_r 16 --lora_alpha 32  # W + (32 / 16) B A on query and value of each layer
   --eval_strategy steps --eval_steps 10 --save_strategy steps --save_steps 10 # the best step is a checkpoint

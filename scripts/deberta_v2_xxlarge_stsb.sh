@@ -8,9 +8,8 @@ args=(
   --model_name_or_path microsoft/deberta-v2-xxlarge --task_name stsb --do_train --do_eval
   --max_seq_length 128                      # tokens; longer pairs are truncated
   --per_device_train_batch_size 4           # x tuned_for_gpus=8: 32 pairs a step
-  --num_train_epochs 10
+  --num_train_epochs 10 --weight_decay 0.1  # no decay of biases
   --learning_rate 2e-4 --warmup_steps 100   # linear up over these steps, then linear down to 0
-  --weight_decay 0.1                        # not on biases
   --cls_dropout 0.2                         # before the classifier
   --apply_lora --lora_r 16 --lora_alpha 32  # W + (32 / 16) B A on query and value of each layer
   --eval_strategy steps --eval_steps 50 --save_strategy steps --save_steps 50 # the best step is a checkpoint

@@ -8,9 +8,8 @@ args=(
   --model_name_or_path microsoft/deberta-v2-xxlarge --task_name mnli --do_train --do_eval
   --max_seq_length 256                      # tokens; longer pairs are truncated
   --per_device_train_batch_size 8           # x tuned_for_gpus=8: 64 pairs a step
-  --num_train_epochs 5
+  --num_train_epochs 5 --weight_decay 0
   --learning_rate 1e-4 --warmup_steps 1000  # linear up over these steps, then linear down to 0
-  --weight_decay 0
   --cls_dropout 0.15                        # before the classifier
   --apply_lora --lora_r 16 --lora_alpha 32  # W + (32 / 16) B A on query and value of each layer
   --reg_loss_wgt 1.0                        # weight of the distance between the two passes

@@ -8,9 +8,8 @@ args=(
   --model_name_or_path roberta-large --task_name mrpc --do_train --do_eval
   --max_seq_length 512                        # tokens; longer pairs are truncated
   --per_device_train_batch_size 4             # x tuned_for_gpus=8: 32 pairs a step
-  --num_train_epochs 20
+  --num_train_epochs 20 --weight_decay 0.1    # no decay of biases
   --learning_rate 3e-4 --warmup_ratio 0.06    # linear up over 6% of the steps, then linear down to 0
-  --weight_decay 0.1                          # not on biases
   --apply_lora --lora_r 8 --lora_alpha 16     # W + (16 / 8) B A on query and value of each layer
   --eval_strategy epoch --save_strategy epoch # the best epoch is one of the checkpoints
   --logging_steps 10 --seed 0
