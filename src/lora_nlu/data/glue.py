@@ -65,9 +65,8 @@ def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str]) -> Exampl
             )
         tables[split] = read_glue_file(path, task, with_labels=not split.startswith("test"))
         if len(tables[split]) != task.rows[split]:
-            datasets.logging.get_logger(__name__).warning(
-                f"{path} has {len(tables[split])} examples; the published file has {task.rows[split]}."
-            )
+            text = f"{path} has {len(tables[split])} examples; the published file has {task.rows[split]}."
+            datasets.logging.get_logger(__name__).warning(text)
     return Examples(tables, task.labels, {s: _columns(task, not s.startswith("test")) for s in splits})
 
 

@@ -1,6 +1,6 @@
 """The GLUE benchmark (Wang et al. 2018, arXiv 1804.07461) as data: columns, labels, files, metrics of each task."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 BINARY = ("0", "1")
 
@@ -12,8 +12,7 @@ class Task:
     text:     the one or two text columns as the Hub's `nyu-mll/glue` names them.
     labels:   label names in the Hub's id order; () for a regression task.
     metrics:  names from `metrics.py`; reports and the choice of the best checkpoint use the first.
-    splits:   for train, validation and test the Hub's split names (MNLI has two each of validation and test).
-    files:    file of each split under the GLUE folder; several names where downloads differ.
+    files:    file of each split (by the Hub's name) under the GLUE folder; several names where downloads differ.
     columns:  columns of the file's header that hold text (and, last, the label), where they differ from the defaults.
     written:  how the file writes each label, in id order, where it is not the label's name.
     rows:     number of examples of each split as published.
@@ -30,14 +29,16 @@ class Task:
     written: tuple[str, ...] = ()
     headerless: tuple[str, ...] = ()  # the columns of train and dev files that have no header (CoLA)
     skips_broken_lines: bool = False  # QQP: the Hub leaves out the few published lines that are broken
-    splits: dict[str, tuple[str, ...]] = field(
-        default_factory=lambda: {"train": ("train",), "validation": ("validation",), "test": ("test",)}
-    )
 
     @property
     def title(self) -> str:
         """The name that papers and the GLUE server use: CoLA, SST-2, ..."""
         return next(iter(self.files.values()))[0].split("/")[0]
+
+    @property
+    def splits(self) -> dict[str, tuple[str, ...]]:
+        """The Hub's split names for train, validation and test; MNLI has two each of validation and test."""
+        return {kind: tuple(split for split in self.files if split.startswith(kind)) for kind in _SPLITS}
 
     @property
     def is_regression(self) -> bool:
@@ -46,15 +47,14 @@ class Task:
 
 _SPLITS = ("train", "validation", "test")
 _MNLI_SPLITS = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
-_MNLI_FILES = ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched")
 
 
 def _task(name: str, folder: str, rows: tuple[int, ...], **fields) -> Task:
-    names, files = (_SPLITS, ("train", "dev", "test")) if len(rows) == 3 else (_MNLI_SPLITS, _MNLI_FILES)
-    paths: dict[str, tuple[str, ...]] = {
-        split: (f"{folder}/{file}.tsv",) for split, file in zip(names, files, strict=True)
+    splits = _MNLI_SPLITS if name == "mnli" else _SPLITS
+    files: dict[str, tuple[str, ...]] = {
+        split: (f"{folder}/{split.replace('validation', 'dev')}.tsv",) for split in splits
     }
-    return Task(name=name, files=paths, rows=dict(zip(names, rows, strict=True)), **fields)
+    return Task(name=name, files=files, rows=dict(zip(splits, rows, strict=True)), **fields)
 
 
 _SENTENCES = ("sentence1", "sentence2")
@@ -76,16 +76,15 @@ TASKS: dict[str, Task] = {
               labels=("not_duplicate", "duplicate"), label_column="is_duplicate", written=BINARY,
               metrics=("accuracy", "f1"), skips_broken_lines=True),
         _task("mnli", "MNLI", (392702, 9815, 9832, 9796, 9847), text=("premise", "hypothesis"),
-              text_columns=_SENTENCES, labels=_MNLI_LABELS, label_column="gold_label", metrics=("accuracy",),
-              splits={"train": ("train",), "validation": _MNLI_SPLITS[1:3], "test": _MNLI_SPLITS[3:]}),
+              text_columns=_SENTENCES, labels=_MNLI_LABELS, label_column="gold_label", metrics=("accuracy",)),
         _task("qnli", "QNLI", (104743, 5463, 5463), text=("question", "sentence"), labels=_ENTAILMENT,
               metrics=("accuracy",)),
         _task("rte", "RTE", (2490, 277, 3000), text=_SENTENCES, labels=_ENTAILMENT, metrics=("accuracy",)),
         _task("wnli", "WNLI", (635, 71, 146), text=_SENTENCES, labels=("not_entailment", "entailment"),
               written=BINARY, metrics=("accuracy",)),
         Task("ax", text=("premise", "hypothesis"), text_columns=_SENTENCES, labels=_MNLI_LABELS,
-             metrics=("matthews_correlation",), splits={"train": (), "validation": (), "test": ("test",)},
-             files={"test": ("AX/test.tsv", "AX/AX.tsv", "diagnostic/diagnostic.tsv")}, rows={"test": 1104}),
+             metrics=("matthews_correlation",), rows={"test": 1104},
+             files={"test": ("AX/test.tsv", "AX/AX.tsv", "diagnostic/diagnostic.tsv")}),
     )
 }  # fmt: skip
 REPORTED = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")  # in the order of the paper's columns

@@ -60,14 +60,14 @@ def load_files(
         if split in labels:
             columns[split] = (*texts, label_column)
             if ids:
-                check_leak(Path(file), rows[split], texts, labels[split])
+                check_leak(file, rows[split], texts, labels[split])
                 notes += notes_on_spelling(file, list(map(str, labels[split])), ids)
             table[LABEL] = [
                 label_id(value, ids, row.place, expected_by or "the expected labels")
                 for value, row in zip(labels[split], rows[split], strict=True)
             ]
             if not ids:
-                check_varied(Path(file), table[LABEL], label_column)
+                check_varied(file, table[LABEL], label_column)
         elif label_column in rows[split][0].fields and label_column not in texts:
             unread[split] = label_column
         suffix = Path(file).suffix  # the same bytes are different examples in CSV and in TSV

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lora_nlu.data.user_rows import Row
@@ -77,7 +76,7 @@ def class_names(
     accepted: Collection[str] = expected or ()
     for split, names in labels.items():
         if expected != () and not isinstance(names[0], float):
-            _check_repeated(Path(files[split]), list(map(str, names)), column, accepted)
+            _check_repeated(files[split], list(map(str, names)), column, accepted)
         if expected is None:  # the training file's labels, which were checked first
             accepted = accepted or {*map(str, names)}
     if expected is not None:
@@ -89,7 +88,7 @@ def class_names(
     return classes
 
 
-def _check_repeated(path: Path, labels: Sequence[str], column: str, accepted: Collection[str]) -> None:
+def _check_repeated(path: str, labels: Sequence[str], column: str, accepted: Collection[str]) -> None:
     """A column with about as many labels as rows holds no labels, unless all are accepted names. Raises UserError."""
     names = [*dict.fromkeys(labels)]
     if len(labels) < 10 or 2 * len(names) <= len(labels):
@@ -120,7 +119,7 @@ def _label_order(name: str) -> tuple[int, int, str]:
     return (1, int(number), name) if number != name and _is_integer(number) else (2, 0, name)
 
 
-def check_leak(path: Path, rows: Sequence[Row], texts: Sequence[str], labels: Sequence[Any]) -> None:
+def check_leak(path: str, rows: Sequence[Row], texts: Sequence[str], labels: Sequence[Any]) -> None:
     """A text column with one value for each label is the label in other words. Raises UserError naming it."""
     names = {*labels}
     if len(names) < 2 or len(rows) < 3 * len(names):
@@ -135,7 +134,7 @@ def check_leak(path: Path, rows: Sequence[Row], texts: Sequence[str], labels: Se
             )
 
 
-def check_varied(path: Path, numbers: Sequence[float], column: str) -> None:
+def check_varied(path: str, numbers: Sequence[float], column: str) -> None:
     """Numbers that are all the same correlate with nothing. Raises UserError."""
     if len(numbers) > 1 and len({*numbers}) == 1:
         raise UserError(
@@ -146,18 +145,15 @@ def check_varied(path: Path, numbers: Sequence[float], column: str) -> None:
 
 def label_id(value: object, ids: dict[str, int], place: str, expected_by: str) -> int | float:
     """The id of a class, or the number of a regression (no ids). Raises UserError for a label that is neither."""
+    label = f"{place}: label {str(value)[:80]!r}"
     if ids:
         if (name := _matching_name(str(value), ids)) is None:
-            raise UserError(
-                f"{place}: label {str(value)[:80]!r} is not among those of {expected_by}: {label_list([*ids])}."
-            )
+            raise UserError(f"{label} is not among those of {expected_by}: {label_list([*ids])}.")
         return ids[name]
     try:
         number = _number(value)
     except ValueError as e:
-        raise UserError(
-            f"{place}: label {str(value)[:80]!r} is not a number; those of {expected_by} are, and this is a regression."
-        ) from e
+        raise UserError(f"{label} is not a number; those of {expected_by} are, and this is a regression.") from e
     if not math.isfinite(number):
         raise UserError(f"{place}: the label is {str(value)[:40]!r}, which is not finite.")
     return number
@@ -166,15 +162,15 @@ def label_id(value: object, ids: dict[str, int], place: str, expected_by: str) -
 def notes_on_spelling(path: str, labels: Sequence[str], ids: dict[str, int]) -> list[str]:
     """Lines on labels that are read as a class of slightly different name, and on classes whose names are alike."""
     counts, lines = Counter(labels), []
-    alike: dict[object, list[str]] = {}
-    for label in counts:
-        alike.setdefault(_meaning(label), []).append(label)
+    classes_by_meaning: dict[object, list[str]] = {}
     for label, count in counts.items():
-        if label not in ids and (name := _matching_name(label, ids)) is not None:
+        if label in ids:
+            classes_by_meaning.setdefault(_meaning(label), []).append(label)
+        elif (name := _matching_name(label, ids)) is not None:
             lines.append(f"{path}: label {label!r} ({count} rows) is read as {name!r}.")
-    for labels_alike in alike.values():
-        if len(classes := [label for label in labels_alike if label in ids]) > 1:
-            is_name = isinstance(_meaning(classes[0]), str)
+    for meaning, classes in classes_by_meaning.items():
+        if len(classes) > 1:
+            is_name = isinstance(meaning, str)
             difference = "differ only in blanks or case" if is_name else "are the same number in different notations"
             shown = ", ".join(f"{label!r} ({counts[label]} rows)" for label in classes)
             lines.append(f"{path}: these labels {difference} and count as different classes: {shown}.")
