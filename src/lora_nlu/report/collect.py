@@ -129,17 +129,15 @@ def read_run(record: Record, figures: Figures) -> Run:
         label, paper_method = name_method(method, lora, hyper)
         trainable, epochs = parameters["encoder"], hyper["num_train_epochs"]
     except KeyError as e:
-        raise UserError(
-            f"{folder}/{RUN}: {e} is missing: maybe an older version wrote it. Train the run again, or leave it out."
-        ) from e
+        text = f"{folder}/{RUN}: {e} is missing: maybe an older version wrote it."
+        raise UserError(f"{text} Train the run again, or leave it out.") from e
     is_trained, state = bool(run.get("trained")), record.read(STATE) or {}
     history = [(step, 100 * figure) for step, _, figure in figures.history]
     best = last = None
     if is_trained and record.read(EVALUATION) is not None:
         if figures.last is None or figures.first_set is None:
-            raise UserError(
-                f"{folder}/{EVALUATION}: no eval_{task.metrics[0]} in it. Evaluate the run again, or leave it out."
-            )
+            text = f"{folder}/{EVALUATION}: no eval_{task.metrics[0]} in it."
+            raise UserError(f"{text} Evaluate the run again, or leave it out.")
         best, last = max([100 * figures.first_set, *(figure for _, figure in history)]), 100 * figures.last
     measured = record.read(TRAINING) if is_trained else {}
     if measured is None:

@@ -245,9 +245,8 @@ def finish(figure: Figure, axes: dict[str, Any], title: str, labels: Sequence[st
     labels = [label for label in labels if label in handle_of]
     texts = [textwrap.fill(label, letters - 8) for label in labels]
     columns = max(1, min(len(texts), letters // (max(map(len, texts)) + 8)))
-    figure.legend(
-        [handle_of[label] for label in labels], texts, loc="outside lower center", ncols=columns, frameon=False
-    )
+    handles = [handle_of[label] for label in labels]
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False)
     heading = textwrap.fill(title, letters)
     figure.suptitle(heading, fontsize="medium")
     lines = -(-sum(text.count("\n") + 1 for text in texts) // columns) + heading.count("\n") + 1

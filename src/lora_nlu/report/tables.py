@@ -37,8 +37,8 @@ def spread(figures: Sequence[float]) -> str:
 def cell_text(cell: Cell | None, protocol: str, seed_count: int) -> str:
     """The text of a cell: its spread, with the number of seeds if some are missing, or why there is none."""
     figures = cell.figures(protocol) if cell else []
-    of = f" ({len(figures)} of {seed_count})" if len(figures) < seed_count else ""
-    return spread(figures) + of if figures else "unfinished" if cell else "-"
+    count = f" ({len(figures)} of {seed_count})" if len(figures) < seed_count else ""
+    return spread(figures) + count if figures else "unfinished" if cell else "-"
 
 
 def one_decimal(value: float) -> str:
@@ -70,10 +70,8 @@ def table(cells: Sequence[Cell]) -> list[list[str]]:
         for protocol, title in (("best", "best epoch"), ("last", "last")):
             row = [method, sizes, title] if protocol == "best" else ["", "", title]
             row += [cell_text(by_task.get(task), protocol, len(every_seed)) for task in tasks]
-            row.append(
-                one_decimal(mean(median(by_task[task].figures(protocol)) for task in tasks)) if complete else "-"
-            )
-            rows.append([*row, *(costs(by_task, len(tasks)) if protocol == "best" else ("", ""))])
+            average = one_decimal(mean(median(by_task[t].figures(protocol)) for t in tasks)) if complete else "-"
+            rows.append([*row, average, *(costs(by_task, len(tasks)) if protocol == "best" else ("", ""))])
         papers = {cell.task: run.paper for cell in by_task.values() for run in cell.runs if run.paper}
         if papers:
             row = ["", next(iter(papers.values())).trainable, "paper"]
@@ -108,12 +106,14 @@ def seeds(cells: Sequence[Cell]) -> list[int]:
 def rank_table(cells: Sequence[Cell]) -> list[list[str]]:
     """The paper's table of ranks, or nothing: a row for each task and set of layers, a column for each rank."""
     swept, seed_count = rank_cells(cells), len(seeds(cells))
+    if not swept:
+        return []
     ranks = sorted({rank for pairs in swept.values() for rank, _ in pairs})
     rows = [["task", "LoRA on", *(f"r = {rank}" for rank in ranks)]]
     for (task, layers), pairs in swept.items():
         texts = {rank: " / ".join(cell_text(c, "best", seed_count) for r, c in pairs if r == rank) for rank in ranks}
         rows.append([TASKS[task].title, layers, *(texts[rank] or "-" for rank in ranks)])
-    return rows if swept else []
+    return rows
 
 
 def rank_cells(cells: Sequence[Cell]) -> dict[tuple[str, str], list[tuple[int, Cell]]]:
@@ -124,12 +124,12 @@ def rank_cells(cells: Sequence[Cell]) -> dict[tuple[str, str], list[tuple[int, C
     groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[int, Cell]]] = {}
     for cell in cells:
         if (rank := cell.runs[0].rank) is not None:
-            rest = tuple(item for item in cell.runs[0].settings if item[0] != "scaling")
-            groups.setdefault((cell.task, rest), []).append((rank, cell))
+            settings = tuple(item for item in cell.runs[0].settings if item[0] != "scaling")
+            groups.setdefault((cell.task, settings), []).append((rank, cell))
     groups = {key: pairs for key, pairs in groups.items() if len({rank for rank, _ in pairs}) > 1}
     swept: dict[tuple[str, str], list[tuple[int, Cell]]] = {}
-    for (task, rest), pairs in groups.items():
-        difference = differences([other for name, other in groups if name == task])[rest]
+    for (task, settings), pairs in groups.items():
+        difference = differences([others for name, others in groups if name == task])[settings]
         sets = {cell.runs[0].targets for _, cell in pairs}
         for targets in sorted(sets, key=lambda names: (names.count(","), names)):
             layers = targets + (f" ({difference})" if difference else "")
@@ -141,19 +141,18 @@ def rank_cells(cells: Sequence[Cell]) -> dict[tuple[str, str], list[tuple[int, C
 def all_notes(cells: Sequence[Cell], notes: Sequence[str]) -> list[str]:
     """The notes of `collect`, unfinished and missing runs, and how MNLI's best epoch is chosen."""
     lines = list(notes)
-    lacking: dict[str, list[str]] = {}
+    places_by_missing: dict[str, list[str]] = {}
     for cell in cells:
         lines += [f"unfinished: {run.folder}, {run.progress}" for run in cell.unfinished]
         expected = seeds([other for other in cells if other.model == cell.model])
         missing = [str(seed) for seed in expected if seed not in {run.seed for run in cell.runs}]
         if missing:
             place = f"{cell.method} on {TASKS[cell.task].title} ({cell.model})"
-            lacking.setdefault(", ".join(missing), []).append(place)
-    lines += [f"missing, seed{'s' * (',' in missing)} {missing}: {'; '.join(p)}" for missing, p in lacking.items()]
+            places_by_missing.setdefault(", ".join(missing), []).append(place)
+    for seed_list, places in places_by_missing.items():
+        lines.append(f"missing, seed{'s' * (',' in seed_list)} {seed_list}: {'; '.join(places)}")
     if any(cell.task == "mnli" for cell in cells):
-        lines.append(
-            "MNLI: `last` is on both validation sets together, as the paper's; the best epoch is on the matched."
-        )
+        lines += ["MNLI: `last` is on both validation sets together, as the paper's; the best epoch is on the matched."]
     single = dict.fromkeys(TASKS[cell.task].title for cell in cells if any(len(run.history) < 2 for run in cell.done))
     if single:
         lines.append(f"evaluated once, so that the best epoch is the last: runs of {', '.join(single)}")
