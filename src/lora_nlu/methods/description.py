@@ -150,13 +150,12 @@ def set_method(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     Settings of a method that is off, or with which it would train nothing (rank 0), are left out.
     """
     saved = {name: vars(config).pop(name) for name in setting_names() if name in vars(config)}
-    flags = {flag.name: flag for flag in method_flags() if flag.in_config}
-    for name, flag in flags.items():
-        value = settings.get(name)
-        switches = [row.switch for row in METHODS.values() if flag in row.flags]
+    for flag in method_flags():
+        value = settings.get(flag.name)
         is_set = value or (value == 0 and flag.kind in (int, str))  # a rank, or the number of the first layer
-        if is_set and (flag.always or any(settings.get(switch) for switch in switches)):
-            setattr(config, name, value)
+        is_on = flag.always or any(settings.get(row.switch) for row in METHODS.values() if flag in row.flags)
+        if is_set and is_on and flag.in_config:
+            setattr(config, flag.name, value)
     for row in METHODS.values():
         if row.read and _is_chosen(row, vars(config)) and row.read(config) is None:
             for flag in row.flags:
@@ -175,8 +174,12 @@ def method_flags() -> list[Flag]:
 
 def settings_of_flags(flags: Any, config: Any) -> dict[str, Any]:
     """The values of the methods' flags as a config gets them, by name. Raises UsageError."""
-    values = {flag: getattr(flags, flag.name) for flag in method_flags() if flag.in_config}
-    return {f.name: f.parse(f.name, x, config) if f.parse and x is not None else x for f, x in values.items()}
+    values = {}
+    for flag in method_flags():
+        if flag.in_config:
+            value = getattr(flags, flag.name)
+            values[flag.name] = flag.parse(flag.name, value, config) if flag.parse and value is not None else value
+    return values
 
 
 def methods_of_flags(flags: Any) -> list[Method]:

@@ -23,8 +23,8 @@ def _version(x: Tensor) -> int:
 class UpdatedLinear(Linear):
     """`nn.Linear` whose `weight` [O, I] and `bias` [O] are frozen, beside a trainable update; merging of the two.
 
-    A subclass has a forward, a `scaling` and the parameters `update_names`, and says in `with_update` and
-    `check_shapes` what they are to the weight.
+    A subclass has a forward, a `scaling` and the parameters `update_names`, and defines `with_update` and
+    `check_shapes`, by which they change the weight.
 
     A merged layer's state dict holds `weight` with the update in it and no parameters of the update, so a file never
     counts it twice. While merged, a layer also keeps the weight as it was and copies of the parameters that were
@@ -41,7 +41,7 @@ class UpdatedLinear(Linear):
         for name in ("weight_before", *(f"merged_{name}" for name in self.update_names)):
             self.register_buffer(name, None, persistent=False)  # buffers: they follow when the layer moves
         self.merged_scaling = 0.0
-        self._left: dict[str, tuple[Tensor, int]] = {}  # parameters and their versions when they were merged
+        self._at_merge: dict[str, tuple[Tensor, int]] = {}  # parameters and their versions when they were merged
         for parameter in self.parameters():
             parameter.requires_grad_(False)
 
@@ -67,7 +67,7 @@ class UpdatedLinear(Linear):
 
         Raises ValueError for a weight that can't be written to: computed from others, or not in memory.
         """
-        if self.merged and self._holds_its_update():
+        if self.merged and self._contains_its_update():
             return
         self._check_writable()
         self.unmerge()
@@ -76,7 +76,7 @@ class UpdatedLinear(Linear):
         for name in self.update_names:
             setattr(self, f"merged_{name}", getattr(self, name).detach().clone())
         self.weight.copy_(merged)
-        self._left = {name: (x, _version(x)) for name, x in self.named_parameters()}
+        self._at_merge = {name: (x, _version(x)) for name, x in self.named_parameters()}
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -87,7 +87,7 @@ class UpdatedLinear(Linear):
             self.weight_before = None
             for name in self.update_names:
                 setattr(self, f"merged_{name}", None)
-            self._left = {}
+            self._at_merge = {}
 
     def _check_writable(self) -> None:
         """Raise ValueError if what is written to `weight` would be lost."""
@@ -122,24 +122,28 @@ class UpdatedLinear(Linear):
 
     def _untouched(self, *names: str) -> bool:
         """Whether these parameters are the tensors that were merged, and nobody has written to them since."""
-        left = ((getattr(self, name), *self._left.get(name, (None, -1))) for name in names)
-        return all(now is then and _version(now) == version >= 0 for now, then, version in left)
+        for name in names:
+            parameter, (tensor, version) = getattr(self, name), self._at_merge.get(name, (self.weight, -1))
+            if parameter is not tensor or version < 0 or _version(parameter) != version:
+                return False
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_left": {name: left for name, left in self._left.items() if self._untouched(name)}}
+        unchanged = {name: self._at_merge[name] for name in self._at_merge if self._untouched(name)}
+        return self.__dict__ | {"_at_merge": unchanged}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a copy's parameters count their versions anew
         super().__setstate__(state)
-        self._left = {name: (getattr(self, name), _version(getattr(self, name))) for name in self._left}
+        self._at_merge = {name: (getattr(self, name), _version(getattr(self, name))) for name in self._at_merge}
 
-    def _holds_its_update(self) -> bool:
+    def _contains_its_update(self) -> bool:
         """Whether the update of a merged layer is the one in its weight."""
         if self.scaling != self.merged_scaling:
             return False
         if not self._untouched(*self.update_names):
             if not all(is_same(getattr(self, name), getattr(self, f"merged_{name}")) for name in self.update_names):
                 return False
-            self._left |= {name: (x, _version(x)) for name, x in self.named_parameters() if name != "weight"}
+            self._at_merge |= {name: (x, _version(x)) for name, x in self.named_parameters() if name != "weight"}
         return True
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -157,7 +161,7 @@ class UpdatedLinear(Linear):
         is_alone = weight is not None and not any(name in state_dict for name in names)
         if is_alone and self.merged and is_same(weight, self.weight):  # what this layer saved
             super()._load_from_state_dict(*arguments)
-            self._left["weight"] = (self.weight, _version(self.weight))
+            self._at_merge["weight"] = (self.weight, _version(self.weight))
             missing_keys[:] = [name for name in missing_keys if name not in names]
             return
         if weight is not None or any(name in state_dict for name in names):
@@ -177,8 +181,8 @@ class UpdatedLinear(Linear):
         if weight.shape != self.weight.shape or weight.is_meta or self.weight.is_meta:
             return False
         weight = weight.to(self.weight).float()
-        apart = ((weight - other.float()).norm() for other in (self.merged_weight(), self.weight))
-        return bool(next(apart) < 0.5 * next(apart))
+        distance_to_merged = (weight - self.merged_weight().float()).norm()
+        return bool(distance_to_merged < 0.5 * (weight - self.weight.float()).norm())
 
 
 def check_not_quantised(model: nn.Module, names: Iterable[str] | None = None) -> None:
@@ -191,17 +195,16 @@ def check_not_quantised(model: nn.Module, names: Iterable[str] | None = None) ->
         layer: Any = modules.get(name)
         if not hasattr(layer, "in_features"):
             continue
-        found, is_plain = layer, type(layer) in (nn.Linear, Linear) or getattr(layer, "method", None) in METHODS
-        if is_plain:
-            found = layer.weight
-            is_plain = type(found).__module__.partition(".")[0] == "torch" and found.is_floating_point()
-        if not is_plain:
-            kind = f"{type(found).__module__}.{type(found).__qualname__}"
-            what = f"{name} is a {kind}" if found is layer else f"{name}.weight is a {kind} of {found.dtype}"
+        weight, subject = layer.weight, ""
+        if type(layer) not in (nn.Linear, Linear) and getattr(layer, "method", None) not in METHODS:
+            subject = f"{name} is a {type(layer).__module__}.{type(layer).__qualname__}"
+        elif type(weight).__module__.partition(".")[0] != "torch" or not weight.is_floating_point():
+            subject = f"{name}.weight is a {type(weight).__module__}.{type(weight).__qualname__} of {weight.dtype}"
+        if subject:
             raise ValueError(
-                f"{what}: quantised or replaced linear layers are not supported.\nUse the model in fp32, fp16 or bf16. "
-                "To quantise what was trained, merge it (python -m lora_nlu.adapters convert ... --to merged) and load "
-                "that in transformers' own class."
+                f"{subject}: quantised or replaced linear layers are not supported.\nUse the model in fp32, fp16 or "
+                "bf16. To quantise what was trained, merge it (python -m lora_nlu.adapters convert ... --to merged) "
+                "and load that in transformers' own class."
             )
 
 

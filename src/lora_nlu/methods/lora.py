@@ -4,7 +4,6 @@ Dim letters: N rows (tokens), I in_features, O out_features, R rank.
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
@@ -153,7 +152,7 @@ class LoRALinear(UpdatedLinear):
         if not apply_update:
             weight = self.frozen_weight()
         elif self.merged:
-            if not torch.compiler.is_compiling() and not self._holds_its_update():
+            if not torch.compiler.is_compiling() and not self._contains_its_update():
                 raise RuntimeError("lora_A, lora_B or lora_alpha of a merged LoRALinear changed. Call unmerge() first.")
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("A merged LoRALinear can't train: its lora_A and lora_B are unused. Call unmerge().")
@@ -227,8 +226,8 @@ def read_settings(config: Any) -> dict[str, Any] | None:
     if not r:
         return None
     use_rslora = bool(getattr(config, "use_rslora", False))
-    fields = {"rank": r, "alpha": alpha, "use_rslora": use_rslora, "targets": targets, "layers": numbers}
-    return fields | {"dropout": p}
+    scaling = {"rank": r, "alpha": alpha, "use_rslora": use_rslora}
+    return scaling | {"targets": targets, "layers": numbers, "dropout": p}
 
 
 def new_layer(trained: Description, target: str, layer: int, in_features: int, out_features: int) -> LoRALinear | None:
@@ -260,17 +259,17 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]], use_rslora
             continue
         if isinstance(old, LoRALinear):
             old.unmerge()
-        sizes, has_bias = (old.in_features, old.out_features), old.bias is not None
+        in_features, out_features, has_bias, W = old.in_features, old.out_features, old.bias is not None, old.weight
+        rank, alpha = layers.get(name, (0, 0.0))
         with torch.device("meta"):  # its parameters are those of the old one; only the matrices are new
-            rank, alpha = layers.get(name, (0, 0.0))
-            kind = partial(LoRALinear, r=rank, lora_alpha=alpha, use_rslora=use_rslora) if rank else Linear
-            new = kind(*sizes, bias=has_bias)
-        new.weight, new.bias = old.weight, old.bias
-        if isinstance(new, LoRALinear):
-            new.lora_A, new.lora_B = (
-                nn.Parameter(torch.empty_like(matrix, device=old.weight.device, dtype=old.weight.dtype))
-                for matrix in (new.lora_A, new.lora_B)
-            )
+            if rank:
+                new: Any = LoRALinear(in_features, out_features, rank, alpha, has_bias, use_rslora=use_rslora)
+            else:
+                new = Linear(in_features, out_features, bias=has_bias)
+        new.weight, new.bias = W, old.bias
+        if rank:
+            new.lora_A = nn.Parameter(torch.empty(rank, in_features, device=W.device, dtype=W.dtype))
+            new.lora_B = nn.Parameter(torch.empty(out_features, rank, device=W.device, dtype=W.dtype))
             new.reset_added_parameters()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new.train(old.training))
@@ -318,7 +317,7 @@ def write_settings(model: Any) -> None:
     if merged := [name for name, module in layers.items() if module.merged]:
         raise UserError(
             f"{merged[0]} is merged and other layers are not: the saved model would look like a damaged one.\n"
-            "Merge all of them (lora.merge_lora_) or none (lora.unmerge_lora_), then save."
+            "Merge all of them (merge_lora_) or none (unmerge_lora_), then save."
         )
     targets, numbers = targets_and_layers(layers)
     described = {n for n in linear if target_of(n) in targets and {*targets_and_layers([n])[1]} & {*numbers}}
@@ -327,7 +326,7 @@ def write_settings(model: Any) -> None:
         raise UserError(
             "config.json can describe LoRA with one rank, alpha and dropout, on the same modules of each layer; "
             "this model's LoRA is different and would be lost.\n"
-            "Save it with adapters.save_adapter, or merge it first (lora.merge_lora_)."
+            "Save it with adapters.save_adapter, or merge it first (merge_lora_)."
         )
     r, alpha, p, use_rslora = kinds.pop()
     config.apply_lora, config.lora_r, config.lora_alpha = True, r, alpha
