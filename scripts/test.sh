@@ -21,7 +21,8 @@ export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1   # two test processes, a 
 "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -ra "$@"
 [[ -n "$all" ]] || exit 0
 for long in "stress/kill_and_resume.py --kills 200" "stress/full_disk.py --disks 20" \
-  "stress/fuzz.py --mutations 100000" "stress/compare.py --cases 5000" "foreign/run.py"; do
+  "stress/fuzz.py --mutations 100000" "stress/compare.py --cases 5000" "stress/distributed_methods.py" \
+  "foreign/run.py"; do
   echo "== tests/$long"
   # shellcheck disable=SC2086  # a file and its flags
   "$venv/bin/python" tests/$long

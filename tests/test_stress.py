@@ -19,6 +19,7 @@ import torch
 from helpers import randomise_, tiny_config
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from lora_nlu.adapters.attaching import attach_adapter
 from lora_nlu.adapters.reading import read_adapter
@@ -38,6 +39,7 @@ from lora_nlu.training.output_folder import RUN, prepare_output_dir
 STRESS = Path(__file__).parent / "stress"
 sys.path.insert(0, str(STRESS))
 import compare  # noqa: E402
+import distributed_methods  # noqa: E402
 import same_results  # noqa: E402
 
 many = settings(deadline=None, derandomize=True, database=None, max_examples=300, suppress_health_check=[*HealthCheck])
@@ -127,6 +129,36 @@ def test_a_file_a_value_or_a_case_that_one_record_lacks_is_a_difference_and_a_ne
     assert compared(**{"run.json": {"seed": 0, "steps": [0.1, 0.2], "colour": "red"}}) == (0, 1)
     assert compared(**{"run.json": {"seed": 0}}) == compared(**{"run.json": {"seed": 0, "steps": [0.1]}}) == (1, 0)
     assert len(same_results.compare(record, record | {"cases": {}})[0]) == 1
+
+
+def test_a_method_trains_in_two_processes_with_sharded_weights_what_it_trains_in_one():
+    done = stress("distributed_methods.py", "--cases", "roberta pfeiffer, FSDP2")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert re.search("1 runs in two processes against one, .* 0 failures", done.stdout)
+
+
+def test_runs_whose_losses_weights_or_predictions_differ_are_not_taken_for_equal(tmp_path):
+    def write(folder: Path, loss: float = 0.5, weight: float = 2.0, answer: str = "yes", steps: int = 2) -> Path:
+        folder.mkdir(parents=True)
+        log = [{"loss": loss, "grad_norm": 1.0}] * steps
+        scores = {"eval_loss": 0.7, "eval_accuracy": 0.5, "eval_samples": 21}
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+        (folder / "eval_results.json").write_text(json.dumps(scores))
+        (folder / "predict_results_rte.tsv").write_text(answer)
+        save_file({"a": torch.tensor([weight, 1.0])}, folder / ADAPTER_WEIGHTS)
+        return folder
+
+    one = write(tmp_path / "one")
+    cases: list[tuple[dict[str, Any], list[str]]] = [
+        ({"loss": 0.500001, "weight": 2.000001}, []),
+        ({"loss": 0.50001}, ["loss"]),
+        ({"weight": 2.0001}, ["a"]),
+        ({"answer": "no"}, ["other predictions"]),
+        ({"steps": 1}, ["loss", "grad_norm"]),
+    ]
+    for number, (changed, differs) in enumerate(cases):
+        found, _ = distributed_methods.differences(one, write(tmp_path / str(number), **changed))
+        assert [line.partition(":")[0] for line in found] == differs
 
 
 # ------------------------------------------------------------------------------------------------------ adapter folders
