@@ -12,7 +12,8 @@ resumes a copy that was cut off after step 10; a new call evaluates and predicts
 Compared are the exit codes, which files there are, and the SHA-256 of each: weights, configs, tokenizers, optimizer,
 scheduler and random states, predictions. Files that also hold times are compared value by value without these: losses
 and gradient norms of every step, metrics, the run's settings. A key that only the second record has is a note, no
-difference. Not compared: times, memory, versions, the text of model cards (README.md), what is printed.
+difference. Not compared: times, memory, versions, the text of model cards (README.md), what is printed, and
+training_args.bin, a pickle that names the module of our class; run.json has those settings.
 
 `compare` lists every difference and ends with 1 if there is one. Records are of one machine: another rounds otherwise.
 """
@@ -162,7 +163,7 @@ def contents(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
-        if path.name == "README.md":
+        if path.name in ("README.md", "training_args.bin"):
             found[name] = "not compared"
         elif path.name == "files.json":  # lengths, also of files that hold times
             found[name] = sorted(json.loads(path.read_text()))
