@@ -127,6 +127,20 @@ class Adapter:
         """The factors that scale updates, each once; `lora_alpha` and errors as in `alphas`."""
         return sorted({self.scaling(rank, alpha) for rank, alpha in self.layers(lora_alpha).values()})
 
+    def check_values(self) -> None:
+        """Raise UserError, naming a tensor, unless all values of an adapter are finite floating-point numbers."""
+        source = self.source
+        state = self.state | {f"{name}.weight": tensor for name, tensor in self.base_weights.items()}
+        for name, tensor in state.items():
+            if not tensor.is_floating_point():
+                raise UserError(f"{source}: {name} contains {tensor.dtype}; expected floating-point numbers.")
+        if broken := not_finite(state):
+            raise UserError(
+                f"{source}: {len(broken)} of its {len(state)} tensors are not finite (NaN or infinity), {broken[0]} "
+                "first: its training diverged, or the file is damaged.\n"
+                "Take an earlier checkpoint, or train again with a lower --learning_rate."
+            )
+
 
 def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that ends a module's name, as PEFT matches `rank_pattern` and `alpha_pattern`."""
@@ -177,21 +191,6 @@ def layer_count(names: Iterable[str]) -> int:
 def looks_like_hub_id(base: str) -> bool:
     """Whether the name of a base model is not a local path and could be a Hub id."""
     return _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
-
-
-def check_values(adapter: Adapter) -> None:
-    """Raise UserError, naming a tensor, unless all values of an adapter are finite floating-point numbers."""
-    source = adapter.source
-    state = adapter.state | {f"{name}.weight": tensor for name, tensor in adapter.base_weights.items()}
-    for name, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise UserError(f"{source}: {name} contains {tensor.dtype}; expected floating-point numbers.")
-    if broken := not_finite(state):
-        raise UserError(
-            f"{source}: {len(broken)} of its {len(state)} tensors are not finite (NaN or infinity), {broken[0]} first: "
-            "its training diverged, or the file is damaged.\n"
-            "Take an earlier checkpoint, or train again with a lower --learning_rate."
-        )
 
 
 def check_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:

@@ -10,24 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_nlu.adapters.adapter import (
-    Adapter,
-    check_values,
-    encoder_prefix,
-    is_target,
-    layer_count,
-    relative_query_error,
-)
+from lora_nlu.adapters.adapter import Adapter, encoder_prefix, is_target, layer_count, relative_query_error
 from lora_nlu.errors import UserError, printable
 from lora_nlu.files import RUN_METADATA
-from lora_nlu.labels import (
-    check_labels,
-    label_list,
-    last_head_layer,
-    match_head_rows,
-    placeholder_labels,
-    recorded_labels,
-)
+from lora_nlu.labels import check_labels, config_labels, label_list, last_head_layer, match_head_rows, recorded_labels
 from lora_nlu.methods.linear import check_not_quantised, unmerge_lora_
 from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.loading import base_fingerprint, encoder_prefix_in, head_names
@@ -127,7 +113,7 @@ def _check_fit(model: Any, adapter: Adapter, allow_new_head: bool, labels: Seque
     for name, tensor in loadable.state.items():
         if tensor.shape != parameters[name].shape:
             raise _other_shape(adapter, name, list(tensor.shape), list(parameters[name].shape))
-    check_values(adapter)
+    adapter.check_values()
     return loadable
 
 
@@ -262,7 +248,7 @@ def _order_head(
     if not allow_new_head and count != n:
         raise UserError(f"{source}: its head has {count} labels, this task {n}: another task's adapter.")
     if expected is None:  # rows by position
-        rows, note = match_head_rows(source, count, None, placeholder_labels(n))
+        rows, note = match_head_rows(source, count, None, config_labels(model.config))
     else:
         if not allow_new_head:
             check_labels(source, trained, expected)

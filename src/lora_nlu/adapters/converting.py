@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_nlu.adapters.adapter import Adapter, check_values, encoder_prefix, foreign_layer, looks_like_hub_id
+from lora_nlu.adapters.adapter import Adapter, encoder_prefix, foreign_layer, looks_like_hub_id
 from lora_nlu.adapters.attaching import attach_adapter
 from lora_nlu.adapters.model_card import write_card
 from lora_nlu.adapters.writing import write_adapter
@@ -68,7 +68,7 @@ def _check_request(adapter: Adapter, destination: Path, to: str, lora_alpha: flo
             f"{source}: was trained on an encoder alone, without a classifier, and can't be converted; attach it to "
             "the bare model (lora_nlu.attach_adapter)."
         )
-    check_values(adapter)
+    adapter.check_values()
     if adapter.row.has_alpha and (to != "bin" or lora_alpha is not None):
         adapter.alphas(lora_alpha)  # raises if neither records the alpha, or if they differ
 

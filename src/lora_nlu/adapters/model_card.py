@@ -38,15 +38,12 @@ def card(adapter: Adapter) -> str:
     local = f"{printable(Path(base).name)} (a local model)" if base else "an unnamed base model"
     name, method = base if is_hub_id else local, adapter.row.title or adapter.row.label
     lines = [f"# {method} for {name} on {printable(task or 'an unnamed task')}", ""]
-    cells = {key: value.replace("|", "\\|") for key, value in (dict(_facts(adapter)) | {"base model": name}).items()}
-    lines += [f"| {key} | {value} |" for key, value in [("", ""), ("---", "---"), *cells.items()]]
+    cells = {fact: value.replace("|", "\\|") for fact, value in (_facts(adapter) | {"base model": name}).items()}
+    lines += [f"| {fact} | {value} |" for fact, value in [("", ""), ("---", "---"), *cells.items()]]
     lines += ["", "Evaluate it with lora-nlu:", "", "```bash", "python examples/text-classification/run_glue.py \\"]
-    lines += [
-        f"  {f'--task_name {task}' if is_glue else '--validation_file FILE'} --model_name_or_path "
-        f"{base if is_hub_id else 'BASE_MODEL'} --{adapter.row.path_flag} THIS_FOLDER --do_eval --output_dir OUT",
-        "```",
-        "",
-    ]
+    examples = f"--task_name {task}" if is_glue else "--validation_file FILE"
+    flags = f"--model_name_or_path {base if is_hub_id else 'BASE_MODEL'} --{adapter.row.path_flag} THIS_FOLDER"
+    lines += [f"  {examples} {flags} --do_eval --output_dir OUT", "```", ""]
     if adapter.frozen_relative_query and encoder_prefix(adapter) == "deberta":
         lines += ["Trained with the relative positions' query frozen, as the reference implementation does. PEFT would",
                   "apply the update there and refuses to load this folder.", ""]  # fmt: skip
@@ -72,10 +69,10 @@ def inspect(adapter: Adapter) -> str:
     source = adapter.source
     files = [source] if source.is_file() else [weights_in(source), source / ADAPTER_CONFIG, source / RUN_METADATA]
     size = sum(path.stat().st_size for path in files if path.is_file())
-    rows = [("source", printable(source, 2000)), ("bytes", f"{size:,}"), *_facts(adapter)]
-    rows += _figures(adapter.metadata.get("metrics") or {})
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+    facts = [("source", printable(source, 2000)), ("bytes", f"{size:,}"), *_facts(adapter).items()]
+    facts += _figures(adapter.metadata.get("metrics") or {})
+    width = max(len(name) for name, _ in facts)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in facts)
 
 
 def _figures(metrics: dict[str, float]) -> list[tuple[str, str]]:
@@ -84,51 +81,41 @@ def _figures(metrics: dict[str, float]) -> list[tuple[str, str]]:
     return [(printable(name.removeprefix("eval_"), 40), value) for name, value in values.items()]
 
 
-def _facts(adapter: Adapter) -> list[tuple[str, str]]:
-    """What an adapter's files record and contain, as name and value."""
-    metadata, ranks, prefix = adapter.metadata, adapter.ranks, encoder_prefix(adapter)
+def _facts(adapter: Adapter) -> dict[str, str]:
+    """What an adapter's files record and contain, by name."""
+    metadata, ranks, prefix, unrecorded = adapter.metadata, adapter.ranks, encoder_prefix(adapter), "unknown"
     start = "" if adapter.is_bare else f"{prefix or '?'}."
     encoder = {name: t for name, t in adapter.state.items() if name.startswith(start)}
-    total = sum(tensor.numel() for tensor in adapter.state.values())
-    broken = not_finite(adapter.state)
-    labels, foreign = adapter.labels, foreign_layer(adapter)
+    broken, labels, missing_layer = not_finite(adapter.state), adapter.labels, foreign_layer(adapter)
     model = "an encoder alone" if adapter.is_bare else _MODELS.get(prefix, "unknown: a head alone")
-    rows = [
-        ("model", f"none here: no RoBERTa or DeBERTa-V2 has the layer {foreign}" if foreign else model),
-        ("base model", metadata.get("base_model", "unknown")),
-        ("base fingerprint", metadata.get("base_fingerprint", "unknown")),
-        ("task", metadata.get("task", "unknown")),
-        ("labels", "unknown" if labels is None else ", ".join(labels) or "a number (regression)"),
-        ("method", adapter.method),
-    ]
+    facts: dict[str, Any] = {
+        "model": f"none here: no RoBERTa or DeBERTa-V2 has the layer {missing_layer}" if missing_layer else model,
+        "base model": metadata.get("base_model", unrecorded),
+        "base fingerprint": metadata.get("base_fingerprint", unrecorded),
+        "task": metadata.get("task", unrecorded),
+        "labels": unrecorded if labels is None else ", ".join(labels) or "a number (regression)",
+        "method": adapter.method,
+    }
+    unrecorded = "unknown: the file doesn't record it"
     if ranks:
         alphas = sorted({*adapter.alphas().values()}) if adapter.lora_alpha is not None else []
-        rows += [
-            ("layers with LoRA", str(layer_count(ranks))),
-            ("modules with LoRA", f"{len(ranks)}: {', '.join(targets_and_layers(ranks)[0])}"),
-            ("rank", ", ".join(map(str, sorted({*ranks.values()})))),
-            ("alpha", ", ".join(f"{alpha:g}" for alpha in alphas) or "unknown: the file doesn't record it"),
-        ]
+        facts["layers with LoRA"] = layer_count(ranks)
+        facts["modules with LoRA"] = f"{len(ranks)}: {', '.join(targets_and_layers(ranks)[0])}"
+        facts["rank"] = ", ".join(map(str, sorted({*ranks.values()})))
+        facts["alpha"] = ", ".join(f"{alpha:g}" for alpha in alphas) or unrecorded
         if alphas and (adapter.use_rslora or adapter.alpha_pattern):
-            how = "alpha / sqrt(rank), rslora" if adapter.use_rslora else "alpha / rank"
-            rows.append(("scaling", f"{', '.join(f'{x:g}' for x in adapter.scalings())} ({how})"))
+            formula = "alpha / sqrt(rank), rslora" if adapter.use_rslora else "alpha / rank"
+            facts["scaling"] = f"{', '.join(f'{x:g}' for x in adapter.scalings())} ({formula})"
     if ranks and prefix == "deberta":
         query = "frozen" if adapter.frozen_relative_query else "with LoRA, as in PEFT"
-        rows.append(
-            ("relative query", query if adapter.records_relative_query else "unknown: the file doesn't record it")
-        )
+        facts["relative query"] = query if adapter.records_relative_query else unrecorded
     if adapter.adapter_size is not None:
         bottlenecks = [name for name in encoder if name.endswith(".adapter_A.weight")]
-        rows += [
-            ("adapter size", str(adapter.adapter_size)),
-            ("layers with adapters", str(layer_count(bottlenecks))),
-            ("adapters", str(len(bottlenecks))),
-        ]
-    biases = [n for n in encoder if n.endswith("bias") and ".adapter_" not in n]
-    rows += [("biases", f"{sum(encoder[n].numel() for n in biases):,} in {len(biases)} tensors")] if biases else []
-    within = sum(tensor.numel() for tensor in encoder.values())
-    rows += [
-        ("parameters", f"{total:,}, {within:,} of them in the encoder"),
-        ("not finite", f"{len(broken)} tensors, {broken[0]} first" if broken else "none"),
-    ]
-    return [(name, printable(value, 2000)) for name, value in rows]
+        facts["adapter size"], facts["layers with adapters"] = adapter.adapter_size, layer_count(bottlenecks)
+        facts["adapters"] = len(bottlenecks)
+    if biases := [name for name in encoder if name.endswith("bias") and ".adapter_" not in name]:
+        facts["biases"] = f"{sum(encoder[name].numel() for name in biases):,} in {len(biases)} tensors"
+    total, in_encoder = (sum(t.numel() for t in tensors.values()) for tensors in (adapter.state, encoder))
+    facts["parameters"] = f"{total:,}, {in_encoder:,} of them in the encoder"
+    facts["not finite"] = f"{len(broken)} tensors, {broken[0]} first" if broken else "none"
+    return {name: printable(value, 2000) for name, value in facts.items()}

@@ -140,9 +140,7 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: peft_type is {printable(kind)}; of PEFT's types these are supported: {types}.")
     if not row.has_alpha:
         return
-    _check_numbers(path, config)
-    _check_modules(path, config)
-    _check_strings(path, config)
+    _check_values(path, config)
     _check_patterns(path, config)
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init not in _SUPPORTED_INITS:  # PiSSA, OLoRA and others change the base weights
@@ -152,16 +150,14 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
             raise UserError(f"{path}: {printable(key)}={printable(value)} is not supported.")
 
 
-def _check_numbers(path: Path, config: dict[str, Any]) -> None:
+def _check_values(path: Path, config: dict[str, Any]) -> None:
+    """Every setting that is read must have a type and a value that PEFT writes."""
     p = config.get("lora_dropout") or 0.0
     if not isinstance(p, (int, float)) or not 0 <= p <= 1:
         raise UserError(f"{path}: lora_dropout is {printable(p)}; expected a number from 0 to 1.")
     for key, types in (("r", int), ("lora_alpha", (int, float))):
         if not is_positive_number(config.get(key), types):  # without one PEFT would take its default of 8
             raise UserError(f"{path}: {key} is {printable(config.get(key))}; expected a positive number.")
-
-
-def _check_modules(path: Path, config: dict[str, Any]) -> None:
     for key in _MODULE_PATTERNS:
         names = config.get(key)
         is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -171,9 +167,6 @@ def _check_modules(path: Path, config: dict[str, Any]) -> None:
     numbers = layers if isinstance(layers, list) else [layers or 0]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise UserError(f"{path}: layers_to_transform is {printable(layers)}; expected layer numbers.")
-
-
-def _check_strings(path: Path, config: dict[str, Any]) -> None:
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key) or "", str):
             raise UserError(f"{path}: {key} is {printable(config[key])}; expected a string.")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_nlu.adapters.adapter import Adapter, check_values
+from lora_nlu.adapters.adapter import Adapter
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.files import atomic_write, write_text
@@ -63,7 +63,7 @@ def compare(one: Adapter, two: Adapter, modules: str | None = None) -> list[Pair
     for adapter in (one, two):
         if not adapter.ranks:
             raise UserError(f"{adapter.source}: an adapter of {adapter.method}, which has no LoRA matrices to compare.")
-        check_values(adapter)
+        adapter.check_values()
     places = {name: _place(name) for name in one.ranks if name in two.ranks}
     if not places:
         names = (next(iter(adapter.ranks)) for adapter in (one, two))
