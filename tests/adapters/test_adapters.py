@@ -136,9 +136,9 @@ def test_a_written_folder_has_the_keys_shapes_and_settings_peft_itself_writes(sa
     for key in ("peft_type", "task_type", "r", "lora_alpha", "bias", "fan_in_fan_out", "lora_dropout"):
         assert ours_config[key] == theirs_config[key], key
     assert sorted(ours_config["target_modules"]) == sorted(theirs_config["target_modules"])
-    known = json.loads((folder / RUN_METADATA).read_text())
-    assert known.items() >= METADATA_OF_RUN.items() and known["peft_type"] == "LORA"
-    assert known.keys() - METADATA_OF_RUN.keys() == {"peft_type", "weights_fingerprint"}
+    metadata = json.loads((folder / RUN_METADATA).read_text())
+    assert metadata.items() >= METADATA_OF_RUN.items() and metadata["peft_type"] == "LORA"
+    assert metadata.keys() - METADATA_OF_RUN.keys() == {"peft_type", "weights_fingerprint"}
     assert sorted(path.name for path in folder.iterdir()) == sorted([ADAPTER_CONFIG, RUN_METADATA, ADAPTER_WEIGHTS])
 
 
@@ -628,9 +628,9 @@ def test_an_adapter_that_lacks_some_of_its_matrices_is_refused_by_the_name_of_wh
     save_adapter(model, tmp_path, METADATA_OF_RUN)
     tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
     lost = [name for name in tensors if re.search(r"\.(lora|adapter)_", name) and re.search(gone, name)]
-    whole = {name: tensor for name, tensor in tensors.items() if name not in lost}
-    assert lost and len(whole) > 4
-    save_file(whole, tmp_path / ADAPTER_WEIGHTS, {"format": "pt"})
+    kept = {name: tensor for name, tensor in tensors.items() if name not in lost}
+    assert lost and len(kept) > 4
+    save_file(kept, tmp_path / ADAPTER_WEIGHTS, {"format": "pt"})
     path, alpha = tmp_path, None
     if form != "our folder":
         (tmp_path / RUN_METADATA).unlink()
@@ -638,13 +638,13 @@ def test_an_adapter_that_lacks_some_of_its_matrices_is_refused_by_the_name_of_wh
         copied(tmp_path, tmp_path, target_modules="all-linear")
     if form == "a .bin":
         state = {
-            re.sub(r"(lora_[AB])\.weight", r"\1", name.removeprefix("base_model.model.")): whole[name] for name in whole
+            re.sub(r"(lora_[AB])\.weight", r"\1", name.removeprefix("base_model.model.")): kept[name] for name in kept
         }
         path, alpha = published(tmp_path / "adapter.bin", state), ALPHA
-    with pytest.raises(UserError, match=f"{path}: .*lacks .*|{path}: the weights are not those") as told:
+    with pytest.raises(UserError, match=f"{path}: .*lacks .*|{path}: the weights are not those") as error:
         attach_adapter(RobertaForSequenceClassification(tiny_config()), read_adapter(str(path)), alpha, True)
-    named = re.search(r"lacks ([\w.]+)", str(told.value))
-    assert form == "our folder" or (named and any(named[1].rstrip(".") in name for name in lost))
+    first_missing = re.search(r"lacks ([\w.]+)", str(error.value))
+    assert form == "our folder" or (first_missing and any(first_missing[1].rstrip(".") in name for name in lost))
 
 
 # ------------------------------------------------------------------------------- files that don't belong together
@@ -751,9 +751,9 @@ def test_the_layers_that_a_config_means_are_those_that_peft_would_change(targets
     if isinstance(targets, str):  # PEFT refuses a pattern with these
         layers = stack = None
     stack = None if layers is None else stack
-    said = {"target_modules": targets, "exclude_modules": excluded, "layers_to_transform": layers}
-    config = LoraConfig(**said, layers_pattern=stack)
-    adapter = Adapter(Path(), {}, targets=adapted_modules(said | {"layers_pattern": stack}))
+    settings = {"target_modules": targets, "exclude_modules": excluded, "layers_to_transform": layers}
+    config = LoraConfig(**settings, layers_pattern=stack)
+    adapter = Adapter(Path(), {}, targets=adapted_modules(settings | {"layers_pattern": stack}))
     for name, module in RobertaForSequenceClassification(tiny_config()).named_modules():
         if isinstance(module, nn.Linear) and name.startswith("roberta."):
             theirs = check_target_module_exists(config, name)
@@ -1043,12 +1043,12 @@ def test_an_adapter_whose_numbers_are_not_finite_is_never_put_into_a_model(what,
     path = published(tmp_path / "spoilt.bin", state | {name: SPOILT[what](state[name])})
     message = refused(path, training=training)
     assert name in message, message
-    said = {
+    messages = {
         "NaN": "1 of its 12 tensors are not finite",
         "int8": "contains torch.int8",
         "complex": "contains torch.complex64",
     }
-    assert (said.get(what) or ("not finite" if "fin" in what or "fp32" in what else what.split(",")[0])) in message
+    assert (messages.get(what) or ("not finite" if "fin" in what or "fp32" in what else what.split(",")[0])) in message
     model = RobertaForSequenceClassification(tiny_config())
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with pytest.raises(UserError, match=name):
@@ -1071,10 +1071,10 @@ def test_a_whole_checkpoint_whose_base_weights_are_not_finite_is_refused(tmp_pat
 
 def test_a_file_cut_short_anywhere_is_refused(saved, tmp_path):
     model, folder = saved
-    whole = published(tmp_path / "whole.bin", trained(model)).read_bytes()
+    content = published(tmp_path / "whole.bin", trained(model)).read_bytes()
     for part in (0.0, 0.01, 0.5, 0.95, 0.999):
         cut = tmp_path / "cut.bin"
-        cut.write_bytes(whole[: int(part * len(whole))])
+        cut.write_bytes(content[: int(part * len(content))])
         assert refused(cut), part
     weights = (folder / ADAPTER_WEIGHTS).read_bytes()
     for name in (ADAPTER_CONFIG, RUN_METADATA):

@@ -239,9 +239,9 @@ def test_what_is_not_finite_is_not_converted(to, value, case, tmp_path, capsys):
     name = next(name for name in tensors if name.endswith("lora_B.weight"))
     tensors[name][0, 1] = value
     save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
-    known = json.loads((adapter / "run_metadata.json").read_text())
-    del known["weights_fingerprint"]  # an older folder has none
-    (adapter / "run_metadata.json").write_text(json.dumps(known))
+    metadata = json.loads((adapter / "run_metadata.json").read_text())
+    del metadata["weights_fingerprint"]  # an older folder has none
+    (adapter / "run_metadata.json").write_text(json.dumps(metadata))
     code, _, err = run_program(capsys, "convert", adapter, tmp_path / "new", "--to", to)
     assert code == 1 and "not finite" in err and f"{name[17:-7]} first" in err and not (tmp_path / "new").exists()
 
@@ -816,5 +816,5 @@ def test_a_bin_that_cannot_tell_how_its_relative_query_was_trained_is_read_as_sa
     attach_adapter(again, read_adapter(str(tmp_path / "peft")), None, allow_new_head=False)
     assert torch.equal(logits(again), logits(model))
     assert_close(logits(fresh(tmp_path / "merged", theirs=True)), logits(model))
-    told = ["convert", adapter, tmp_path / "no", "--to", "peft", "--lora_relative_query"]
-    assert run_program(capsys, *told)[0] == 2
+    command = ["convert", adapter, tmp_path / "no", "--to", "peft", "--lora_relative_query"]
+    assert run_program(capsys, *command)[0] == 2

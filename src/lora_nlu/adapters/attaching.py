@@ -3,9 +3,8 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,15 +45,15 @@ def attach_adapter(
             setattr(model.config, name, value)
     if adapter.row.start:
         adapter.row.start(model)
-    loadable = _check_fit(model, adapter, allow_new_head, labels)
+    state, head_notes = _check_fit(model, adapter, allow_new_head, labels)
     notes = _check_base_model(model, adapter)
     if adapter.base_weights and base_holds_update(model, adapter, layers):
         notes.append(f"{adapter.source}: its base weights contain the update (merged, then saved); it counts once.")
-    copy_into(model, loadable.state)
+    copy_into(model, state)
     mark_trainable(model)
     for name in adapter.state:
         model.get_parameter(name).requires_grad_(True)
-    return notes + loadable.notes
+    return notes + head_notes
 
 
 def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str]:
@@ -66,10 +65,10 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
     is RoBERTa's complete head; DeBERTa gets the `pooler` that was trained with it. A merged model is unmerged first.
     Returns lines to print. Raises UserError naming key and shapes; the model is then unchanged.
     """
-    loadable = _check_fit(model, adapter, allow_new_head)
+    state, notes = _check_fit(model, adapter, allow_new_head)
     unmerge_lora_(model)
-    copy_into(model, loadable.state)
-    return loadable.notes
+    copy_into(model, state)
+    return notes
 
 
 def _check_layers(model: Any, adapter: Adapter) -> None:
@@ -82,39 +81,29 @@ def _check_layers(model: Any, adapter: Adapter) -> None:
         raise _other_model(adapter, model, missing, unexpected)
 
 
-class _Loadable(NamedTuple):
-    """What of an adapter is copied into a model.
-
-    state:          all tensors to copy, rows of the head in the order of the model's labels.
-    required_head:  names of the head's parameters that must be among them.
-    notes:          lines to print.
-    """
-
-    state: dict[str, Tensor]
-    required_head: list[str]
-    notes: list[str]
-
-
-def _check_fit(model: Any, adapter: Adapter, allow_new_head: bool, labels: Sequence[str] | None = None) -> _Loadable:
-    """What to copy into a model that has the adapter's layers. Raises UserError if it doesn't fit."""
-    loadable, parameters = _loadable(model, adapter, allow_new_head, labels), dict(model.named_parameters())
+def _check_fit(
+    model: Any, adapter: Adapter, allow_new_head: bool, labels: Sequence[str] | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What to copy into a model that has the adapter's layers; lines to print. Raises UserError if it doesn't fit."""
+    state, required_head, notes = _loadable_state(model, adapter, allow_new_head, labels)
+    parameters = dict(model.named_parameters())
     pattern, head = adapter.row.state, head_names(model)
     in_encoder = [name for name in parameters if pattern and re.search(pattern, name) and name not in head]
-    required = in_encoder + loadable.required_head
-    missing = [name for name in required if name not in loadable.state]
+    required = in_encoder + required_head
+    missing = [name for name in required if name not in state]
     # A folder may contain trained biases and complete modules too; a published file never does.
     allows_more = adapter.source.is_dir() and adapter.row.added is not None
     optional = {*parameters} - {*in_encoder} if allows_more else set()
-    unexpected = [name for name in loadable.state if name not in required and name not in optional]
+    unexpected = [name for name in state if name not in required and name not in optional]
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)
     if adapter.row.has_alpha:
         _check_updates(model, adapter)
-    for name, tensor in loadable.state.items():
+    for name, tensor in state.items():
         if tensor.shape != parameters[name].shape:
             raise _other_shape(adapter, name, list(tensor.shape), list(parameters[name].shape))
     adapter.check_values()
-    return loadable
+    return state, notes
 
 
 def _check_updates(model: Any, adapter: Adapter) -> None:
@@ -204,11 +193,6 @@ def base_holds_update(model: Any, adapter: Adapter, layers: dict[str, tuple[int,
     return distances[True] < distances[False]
 
 
-def with_labels(adapter: Adapter, labels: Sequence[str] | None) -> Adapter:
-    """The adapter with these label names recorded, if any."""
-    return adapter if labels is None else replace(adapter, metadata=adapter.metadata | {"labels": [*labels]})
-
-
 def head_rows(adapter: Adapter, labels: Sequence[str]) -> list[int] | None:
     """For each of `labels` the row of an adapter's head that predicts it; None if it has no head for them."""
     if adapter.label_count is None:
@@ -216,8 +200,11 @@ def head_rows(adapter: Adapter, labels: Sequence[str]) -> list[int] | None:
     return match_head_rows(adapter.source, adapter.label_count, adapter.labels, labels)[0]
 
 
-def _loadable(model: Any, adapter: Adapter, allow_new_head: bool, labels: Sequence[str] | None) -> _Loadable:
-    """An adapter's tensors without those of the head that the model doesn't take.
+def _loadable_state(
+    model: Any, adapter: Adapter, allow_new_head: bool, labels: Sequence[str] | None
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """An adapter's tensors to copy into a model, rows of the head in the order of its labels, without those of the
+    head that the model doesn't take; names of the head's parameters that must be among them; lines to print.
 
     labels: those that the model is to predict; None for those that its config records. Raises UserError for a head
     that doesn't fit, without `allow_new_head`.
@@ -230,8 +217,8 @@ def _loadable(model: Any, adapter: Adapter, allow_new_head: bool, labels: Sequen
         notes = [note] if any(name.startswith("classifier.") for name in of_model) else [*notes, note]
     head = head_names(model)
     if allow_new_head and not any(name in state for name in head):
-        return _Loadable(state, [], notes)
-    return _Loadable(state, [name for name in head if name not in (*left_out, *of_model)], notes)
+        return state, [], notes
+    return state, [name for name in head if name not in (*left_out, *of_model)], notes
 
 
 def _order_head(

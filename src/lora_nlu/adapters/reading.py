@@ -138,9 +138,14 @@ def _check_run_metadata(path: Path, metadata: dict[str, Any]) -> None:
 
 def _check_complete(adapter: Adapter) -> None:
     """Raise UserError unless an adapter has all tensors of its method, LoRA's matrices as A [R, in] and B [out, R]."""
-    source = adapter.source
+    source, pattern = adapter.source, adapter.row.state
     if not adapter.row.has_alpha:
-        _check_trained_names(adapter)
+        trained = [n for n in adapter.state if pattern and re.search(pattern, n) and n.startswith(ENCODER_PREFIXES)]
+        if pattern and not trained:
+            raise UserError(f"{source}: {ADAPTER_CONFIG} says {adapter.method}, but the file contains no tensor of it.")
+        if adapter.row.block and adapter.adapter_size is None:
+            missing = trained[0].replace("adapter_B", "adapter_A")
+            raise UserError(f"{source}: not a complete adapter: the file lacks {missing}.")
         return
     layers = {name.rpartition(".")[0]: None for name in adapter.state if LORA_KEY.search(name)}
     if not layers:
@@ -153,17 +158,6 @@ def _check_complete(adapter: Adapter) -> None:
         A, B = (list(adapter.state[name].shape) for name in pair)
         if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
             raise UserError(f"{source}: {pair[0]} is {A} and {pair[1]} is {B}; expected [r, in] and [out, r].")
-
-
-def _check_trained_names(adapter: Adapter) -> None:
-    """Raise UserError for a folder of a method without alpha that lacks the method's tensors."""
-    source, pattern = adapter.source, adapter.row.state
-    trained = [n for n in adapter.state if pattern and re.search(pattern, n) and n.startswith(ENCODER_PREFIXES)]
-    if pattern and not trained:
-        raise UserError(f"{source}: {ADAPTER_CONFIG} says {adapter.method}, but the file contains no tensor of it.")
-    if adapter.row.block and adapter.adapter_size is None:
-        missing = trained[0].replace("adapter_B", "adapter_A")
-        raise UserError(f"{source}: not a complete adapter: the file lacks {missing}.")
 
 
 def _contents_without_lora(names: Iterable[str]) -> str:

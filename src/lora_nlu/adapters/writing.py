@@ -17,20 +17,14 @@ from lora_nlu.methods.marking import describe_method
 from lora_nlu.ops.tensors import fingerprint
 
 
-def trained_state(model: Any, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The parameters of `model` that train, from `state_dict` where a distributed backend has gathered one.
+def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None) -> Adapter:
+    """The parameters that train in a model whose encoder is otherwise frozen, as an adapter.
 
-    For a merged model, those of the unmerged one.
+    state_dict: the model's, where a distributed backend has gathered it. A merged model gives what it is unmerged.
     """
     state = unmerged_parameters(model) if state_dict is None else state_dict
-    return {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None) -> Adapter:
-    """The parameters that train in a model whose encoder is otherwise frozen, as an adapter."""
-    adapter = Adapter(
-        Path(), trained_state(model, state_dict), metadata=metadata, method=describe_method(model)["name"]
-    )
+    state = {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapter = Adapter(Path(), state, metadata=metadata, method=describe_method(model)["name"])
     if not (layers := lora_layers(model)):
         return adapter
     alphas = {name: layer.lora_alpha for name, layer in layers.items()}
@@ -52,7 +46,7 @@ def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tenso
 def save_adapter(
     model: Any, folder: Path | str, metadata: dict[str, Any], state_dict: dict[str, Tensor] | None = None
 ) -> None:
-    """Write the parameters that train in a model as an adapter folder; `state_dict` as in `trained_state`."""
+    """Write the parameters that train in a model as an adapter folder; `state_dict` as in `adapter_of`."""
     write_adapter(adapter_of(model, metadata, state_dict), Path(folder))
 
 

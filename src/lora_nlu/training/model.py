@@ -1,13 +1,14 @@
 """The model that the flags name: its adapter's file, its weights, its tokenizer, all compared with the flags."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
 
 from lora_nlu.adapters.adapter import Adapter, check_settings, with_relative_query
-from lora_nlu.adapters.attaching import attach_adapter, head_rows, with_labels
+from lora_nlu.adapters.attaching import attach_adapter, head_rows
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError, UserError, printable
 from lora_nlu.files import ADAPTER_CONFIG
@@ -78,7 +79,8 @@ def prepare_model(
     """
     name, base_labels = model_args.model_name_or_path, recorded_labels(config)
     if adapter and adapter.label_count:
-        adapter = with_labels(adapter, head.labels)
+        if head.labels is not None:
+            adapter = replace(adapter, metadata=adapter.metadata | {"labels": [*head.labels]})
     else:
         base_labels = head.labels
     set_task(config, data_args.task, labels, model_args.cls_dropout)
