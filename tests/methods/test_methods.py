@@ -195,7 +195,7 @@ def test_the_adapters_of_each_type_move_the_logits_their_own_way(kind, adapter_t
     assert (logits(without) - logits(ours)).abs().max() > 0.1
     for module in ours.modules():
         if isinstance(module, Bottleneck):
-            module.adapter_type = next(other for other in FORMULAS if other != adapter_type)
+            module.method = next(other for other in FORMULAS if other != adapter_type)
     assert (logits(ours) - logits(theirs)).abs().max() > 0.01
 
 
