@@ -16,7 +16,6 @@ BELOW: dict[str, set[str]] = {
     "files": {"errors"},
     "labels": {"errors"},
     "lazy": set(),
-    "private_names": set(),
     "ops": {"errors"},
     "methods": {"errors", "ops"},
     "models": {"errors", "files", "labels", "ops", "methods"},

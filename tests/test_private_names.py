@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from private_names import OPTIONAL_NAMES, PRIVATE_NAMES
 
-from lora_nlu.private_names import OPTIONAL_NAMES, PRIVATE_NAMES
 from lora_nlu.training.sharded import ShardedTrainer
 
 PACKAGE = Path(__file__).parents[1] / "src" / "lora_nlu"

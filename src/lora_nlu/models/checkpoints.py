@@ -26,6 +26,7 @@ class Checkpoints:
     """Saving and loading of both models, with checks that no tensor of LoRA or of a bottleneck gets lost."""
 
     config_class: Any
+    _input_embed_layer = "word_embeddings"  # where transformers looks for the input embeddings, in `embeddings`
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """The name of our attention in a config: "eager" (default) or "sdpa", one computation. Others are refused."""

@@ -17,7 +17,6 @@ from lora_nlu.ops.kernels import Dropout
 from lora_nlu.ops.packing import PackedBatch
 
 Config = RobertaConfig | DebertaV2Config
-OptionalTensor = Tensor | None
 # Keywords of transformers' forward that change nothing in an encoder: of a decoder's cache, of a tokenizer's output.
 IGNORED_KEYWORDS = {
     "use_cache", "cache_position", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping",
@@ -36,7 +35,7 @@ def check_keywords(keywords: dict[str, object]) -> None:
             raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
 
 
-def input_shape(input_ids: OptionalTensor, inputs_embeds: OptionalTensor) -> tuple[int, int, torch.device]:
+def input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
     """(B, S, device) of ids [B, S] or embeddings [B, S, H].
 
     Raises ValueError unless exactly one of them is a tensor, of this rank, with at least one token.
@@ -53,7 +52,7 @@ def input_shape(input_ids: OptionalTensor, inputs_embeds: OptionalTensor) -> tup
 
 
 def embed_words(
-    embedding: nn.Embedding, input_ids: OptionalTensor, inputs_embeds: OptionalTensor, packed: PackedBatch
+    embedding: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None, packed: PackedBatch
 ) -> Tensor:
     """Rows [N, H] of ids [B, S] or embeddings [B, S, H], one of them None.
 
@@ -67,7 +66,7 @@ def embed_words(
     return embedding(packed.pack(input_ids))
 
 
-def embed_types(embedding: nn.Embedding, token_type_ids: OptionalTensor, packed: PackedBatch) -> Tensor:
+def embed_types(embedding: nn.Embedding, token_type_ids: Tensor | None, packed: PackedBatch) -> Tensor:
     """Embeddings [N, H] of token types [B, S] or [1, S]; without any, [1, H], that of type 0, for every token."""
     if token_type_ids is None:
         return embedding(packed.first_rows[:1])  # its value is 0, a type; calling the module loads offloaded weights

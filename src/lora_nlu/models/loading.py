@@ -22,10 +22,7 @@ from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassificati
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.ops.tensors import is_loaded, not_finite
 
-MODELS: dict[str, Any] = {
-    "roberta": RobertaForSequenceClassification,
-    "deberta-v2": DebertaV2ForSequenceClassification,
-}
+MODELS: dict[str, Any] = {"roberta": RobertaForSequenceClassification, "deberta-v2": DebertaV2ForSequenceClassification}
 
 
 def load_config(name: str, **hub: Any) -> Any:
@@ -75,13 +72,9 @@ def longest_input(config: Any) -> float:
 
 
 def load_model(
-    name: str,
-    config: Any,
-    needs_head: bool,
-    trained_labels: Sequence[str] | None = None,
-    keeps_head: bool = True,
-    **hub: Any,
-) -> tuple[Any, list[str]]:
+    name: str, config: Any, needs_head: bool, trained_labels: Sequence[str] | None = None,
+    keeps_head: bool = True, **hub: Any,
+) -> tuple[Any, list[str]]:  # fmt: skip
     """The model of `config` with the weights of `name` in fp32, what trains in it marked; and notes for the log.
 
     trained_labels: the labels that the checkpoint's head predicts, class 0 first; None where nothing records them. The

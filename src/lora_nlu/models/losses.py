@@ -14,12 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
-PROBLEM_TYPES = (
-    "regression",
-    "single_label_classification",
-    "multi_label_classification",
-    "soft_label_classification",
-)
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification", "soft_label_classification")
 
 
 def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
@@ -78,36 +73,37 @@ def two_views(config: PreTrainedConfig, inputs: dict[str, Tensor | None]) -> dic
 
     Raises ValueError if `config.masking_prob` is set without ids or without the tokens that it needs.
     """
-    second = dict(inputs)
+    ids = inputs["input_ids"]
+    replaced: dict[str, Tensor] = {}
     if p := getattr(config, "masking_prob", 0):
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if ids is None:
             raise ValueError("masking_prob replaces tokens: give input_ids, not inputs_embeds.")
         if not hasattr(config, "special_token_ids") or not hasattr(config, "unk_token_id"):
             raise ValueError("masking_prob needs the tokenizer's special_token_ids and unk_token_id in the config.")
-        second["input_ids"] = cutoff(ids, mask, p, config.special_token_ids, config.unk_token_id)
+        replaced["input_ids"] = cutoff(ids, inputs["attention_mask"], p, config.special_token_ids, config.unk_token_id)
     doubled = dict(inputs)
-    for (name, x), other in zip(inputs.items(), second.values(), strict=True):
-        if x is None or other is None or (name in ("token_type_ids", "position_ids") and x.shape[0] == 1):
-            continue  # one row of types or positions is for all sequences
-        doubled[name] = torch.cat([x, other])
+    for name, x in inputs.items():
+        # one row of types or positions is for all sequences
+        if x is not None and not (name in ("token_type_ids", "position_ids") and x.shape[0] == 1):
+            doubled[name] = torch.cat([x, replaced.get(name, x)])
     return doubled
 
 
-def two_view_output(
-    logits: Tensor, labels: Tensor, problem_type: str | None, weight: float, encoded: BaseModelOutput
-) -> TwoViewOutput:
-    """The output for logits [2 B, C] of both views and the encoder's output; raises as `two_view_losses`."""
+def output_with_loss(
+    logits: Tensor, labels: Tensor | None, problem_type: str | None, two_view_weight: float, encoded: BaseModelOutput
+) -> SequenceClassifierOutput:
+    """A classifier's output from its logits [B, C] and its encoder's output; the loss is None without labels.
+
+    With a `two_view_weight`, logits are [2 B, C], of both views; the loss and its errors are of `two_view_losses`.
+    """
+    hidden, attentions = encoded.hidden_states, encoded.attentions
+    if labels is None or not two_view_weight:
+        loss = None if labels is None else classification_loss(logits, labels, problem_type)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden, attentions=attentions)
     first, second = logits.chunk(2)  # [B, C] each
-    task, consistency = two_view_losses(first, second, labels, problem_type, weight)
-    return TwoViewOutput(
-        loss=task + consistency,
-        logits=first,
-        hidden_states=_first_view(encoded.hidden_states),
-        attentions=_first_view(encoded.attentions),
-        task_loss=task,
-        consistency_loss=consistency,
-    )
+    task, consistency = two_view_losses(first, second, labels, problem_type, two_view_weight)
+    hidden, attentions = _first_view(hidden), _first_view(attentions)
+    return TwoViewOutput(task + consistency, first, hidden, attentions, task_loss=task, consistency_loss=consistency)
 
 
 def _first_view(layers: tuple[Any, ...] | None) -> tuple[Any, ...] | None:

@@ -31,21 +31,9 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 from lora_nlu.methods.description import Description, added_patterns, description_of, relative_query
 from lora_nlu.methods.linear import UpdatedLinear
 from lora_nlu.methods.marking import new_linear, reset_added_parameters
+from lora_nlu.models import layers
 from lora_nlu.models.checkpoints import Checkpoints
-from lora_nlu.models.layers import (
-    DenseAddNorm,
-    EncoderOutputs,
-    Intermediate,
-    OptionalTensor,
-    activation,
-    check_keywords,
-    embed_types,
-    embed_words,
-    has_forward_of,
-    input_shape,
-    refuse_adapter_names,
-)
-from lora_nlu.models.losses import classification_loss, problem_type_of, two_view_output, two_views
+from lora_nlu.models.losses import output_with_loss, problem_type_of, two_views
 from lora_nlu.ops.kernels import Dropout, Linear, attention, is_traced
 from lora_nlu.ops.packing import PackedBatch
 
@@ -90,29 +78,24 @@ class DebertaV2Embeddings(nn.Module):
         super().__init__()
         size, hidden = getattr(config, "embedding_size", config.hidden_size), config.hidden_size
         self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
-        has_types = config.type_vocab_size > 0
-        self.position_embeddings = (
-            nn.Embedding(config.max_position_embeddings, size) if config.position_biased_input else None
-        )
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size) if has_types else None
+        places = config.max_position_embeddings if config.position_biased_input else 0
+        self.position_embeddings = nn.Embedding(places, size) if places else None
+        types = config.type_vocab_size
+        self.token_type_embeddings = nn.Embedding(types, size) if types > 0 else None
         self.embed_proj = Linear(size, hidden, bias=False) if size != hidden else None
         self.LayerNorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self,
-        input_ids: OptionalTensor,
-        token_type_ids: OptionalTensor,
-        position_ids: OptionalTensor,
-        inputs_embeds: OptionalTensor,
-        packed: PackedBatch,
-    ) -> Tensor:
+        self, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None,
+        inputs_embeds: Tensor | None, packed: PackedBatch,
+    ) -> Tensor:  # fmt: skip
         """Ids or embeddings as in `DebertaV2Model.forward`, exactly one of them None, to rows [N, H].
 
         Raises ValueError if a sequence is longer than the position table, where there is one.
         """
         shape = (packed.batch, packed.length)
-        rows = embed_words(self.word_embeddings, input_ids, inputs_embeds, packed)
+        rows = layers.embed_words(self.word_embeddings, input_ids, inputs_embeds, packed)
         if self.position_embeddings is not None:
             limit = self.position_embeddings.num_embeddings
             places = torch.arange(packed.length, device=rows.device) if position_ids is None else position_ids
@@ -124,7 +107,7 @@ class DebertaV2Embeddings(nn.Module):
                 )
             rows = rows + self.position_embeddings(places)
         if self.token_type_embeddings is not None:
-            rows = rows + embed_types(self.token_type_embeddings, token_type_ids, packed)
+            rows = rows + layers.embed_types(self.token_type_embeddings, token_type_ids, packed)
         if self.embed_proj is not None:
             rows = self.embed_proj(rows)
         return self.dropout(only_real(self.LayerNorm(rows), packed))  # [N, H]
@@ -142,7 +125,7 @@ class DisentangledSelfAttention(nn.Module):
         super().__init__()
         size, self.heads = config.hidden_size, config.num_attention_heads
         kinds = position_kinds(config)
-        relative, shared = config.relative_attention, share_att_key(config)
+        relative, shared = config.relative_attention, bool(getattr(config, "share_att_key", False))
         self.scale = math.sqrt(size // self.heads * (1 + len(kinds)))
         self.query_proj = new_linear(trained, "query", layer, size, size)
         self.key_proj = new_linear(trained, "key", layer, size, size)
@@ -158,15 +141,9 @@ class DisentangledSelfAttention(nn.Module):
         self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def forward(
-        self,
-        queries: Tensor,
-        hidden_states: Tensor,
-        packed: PackedBatch,
-        with_probs: bool,
-        table: Tensor | None,
-        distances: Tensor | None,
-        table_trains: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool,
+        table: Tensor | None, distances: Tensor | None, table_trains: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """queries [Q, H] and hidden_states [N, H] to context [Q, H] and, if asked, probabilities [B, A, S, S].
 
         table [V, U, H] and distances [2 S - 1] int64: the relative table's rows in use, and the row of each distance
@@ -201,15 +178,9 @@ class DisentangledSelfAttention(nn.Module):
         return self.attend(query, key, value, packed, with_probs, relative_key, relative_query)
 
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        packed: PackedBatch,
-        with_probs: bool,
-        relative_key: Tensor | None,
-        relative_query: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, with_probs: bool,
+        relative_key: Tensor | None, relative_query: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Attention group by group: query [Q, H], already scaled; key, value [N, H]; tables [A, V, 2 S - 1, D]."""
         head_size = query.shape[1] // self.heads
         contexts: list[Tensor] = []
@@ -255,18 +226,18 @@ class DisentangledSelfAttention(nn.Module):
 
     def shared_updates(self) -> list[UpdatedLinear]:
         """The projections with an update that tokens and relative table share: where `lora_relative_query` matters."""
-        layers = self.relative_projections() if self.shared else ()
-        return [update for layer in layers if layer is not None for update in updated(layer)]
+        projections = self.relative_projections() if self.shared else ()
+        return [update for layer in projections if layer is not None for update in updated(layer)]
 
     def trains_relative(self, table: Tensor | None, table_trains: bool) -> bool:
         """Whether relative keys or queries would require gradients in grad mode."""
         if table is None:
             return False
-        without = [] if relative_query(self.config) else self.shared_updates()
-        unused = {id(x) for layer in without for x in layer.update_parameters()}
-        layers = (layer for layer in self.relative_projections() if layer is not None)
-        used = (x for layer in layers for x in layer.parameters() if id(x) not in unused)
-        return table_trains or any(x.requires_grad for x in used)
+        skipped_updates = [] if relative_query(self.config) else self.shared_updates()
+        skipped = {id(x) for layer in skipped_updates for x in layer.update_parameters()}
+        projections = [layer for layer in self.relative_projections() if layer is not None]
+        parameters = [x for layer in projections for x in layer.parameters() if id(x) not in skipped]
+        return table_trains or any(x.requires_grad for x in parameters)
 
     def by_head(self, rows: Tensor | None) -> Tensor | None:
         """[V, 2 S - 1, H] to [A, V, 2 S - 1, D]."""
@@ -320,18 +291,12 @@ class DebertaV2Attention(nn.Module):
     def __init__(self, config: DebertaV2Config, trained: Description, layer: int) -> None:
         super().__init__()
         self.self = DisentangledSelfAttention(config, trained, layer)
-        self.output = DenseAddNorm(config, trained, layer, config.hidden_size, after_attention=True)
+        self.output = layers.DenseAddNorm(config, trained, layer, config.hidden_size, after_attention=True)
 
     def forward(
-        self,
-        queries: Tensor,
-        hidden_states: Tensor,
-        packed: PackedBatch,
-        with_probs: bool,
-        table: OptionalTensor,
-        distances: OptionalTensor,
-        table_trains: bool,
-    ) -> tuple[Tensor, OptionalTensor]:
+        self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool,
+        table: Tensor | None, distances: Tensor | None, table_trains: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         context, probs = self.self(queries, hidden_states, packed, with_probs, table, distances, table_trains)
         return self.output(context, queries), probs
 
@@ -342,23 +307,17 @@ class EncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: DebertaV2Config, trained: Description, layer: int) -> None:
         super().__init__()
         self.attention = DebertaV2Attention(config, trained, layer)
-        self.intermediate = Intermediate(config, trained, layer)
-        self.output = DenseAddNorm(config, trained, layer, config.intermediate_size, after_attention=False)
+        self.intermediate = layers.Intermediate(config, trained, layer)
+        self.output = layers.DenseAddNorm(config, trained, layer, config.intermediate_size, after_attention=False)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        packed: PackedBatch,
-        first_only: bool,
-        with_probs: bool,
-        table: OptionalTensor,
-        distances: OptionalTensor,
-        table_trains: bool,
-    ) -> tuple[Tensor, OptionalTensor]:
+        self, hidden_states: Tensor, packed: PackedBatch, first_only: bool, with_probs: bool,
+        table: Tensor | None, distances: Tensor | None, table_trains: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """With `first_only`, keys and values come from every token; all else is computed for first tokens alone."""
         queries = hidden_states  # [N, H]
         if first_only:
-            refuse_adapter_names(self)
+            layers.refuse_adapter_names(self)
             queries = hidden_states.index_select(0, packed.first_rows)  # [B, H]
         attended, probs = self.attention(queries, hidden_states, packed, with_probs, table, distances, table_trains)
         return self.output(self.intermediate(attended), attended), probs  # [Q, H]
@@ -372,19 +331,18 @@ class ConvLayer(nn.Module):
         size, groups = config.hidden_size, getattr(config, "conv_groups", 1)
         self.margin = config.conv_kernel_size // 2  # type: ignore[attr-defined]
         self.conv = nn.Conv1d(size, size, 2 * self.margin + 1, padding=self.margin, groups=groups)
-        self.activation = activation(getattr(config, "conv_act", "tanh"))
+        self.activation = layers.activation(getattr(config, "conv_act", "tanh"))
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, embedded: Tensor, residual: Tensor, packed: PackedBatch) -> Tensor:
         """embedded, residual [N, H] to [N, H]."""
         # One long stream, `margin` zeros between sequences: a single convolution, however many lengths there are.
-        lengths = torch.tensor(packed.lengths, device=embedded.device)
-        sequence = torch.arange(packed.batch, device=embedded.device).repeat_interleave(
-            lengths, output_size=embedded.shape[0]
-        )
-        places = torch.arange(embedded.shape[0], device=embedded.device) + self.margin * sequence  # [N]
-        stream = embedded.new_zeros(embedded.shape[0] + self.margin * (packed.batch - 1), embedded.shape[1])
+        (rows, size), device = embedded.shape, embedded.device
+        lengths = torch.tensor(packed.lengths, device=device)
+        sequence = torch.arange(packed.batch, device=device).repeat_interleave(lengths, output_size=rows)  # [N]
+        places = torch.arange(rows, device=device) + self.margin * sequence  # [N]
+        stream = embedded.new_zeros(rows + self.margin * (packed.batch - 1), size)
         stream = stream.index_copy(0, places, embedded)
         convolved = self.conv(stream.t()[None])[0].t().index_select(0, places)  # [N, H]
         return only_real(self.LayerNorm(residual + self.activation(self.dropout(convolved))), packed)
@@ -397,9 +355,8 @@ class DebertaV2Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList([EncoderLayer(config, trained, i) for i in range(config.num_hidden_layers)])
         self.buckets = getattr(config, "position_buckets", -1)
-        self.reach = (
-            config.max_relative_positions if config.max_relative_positions > 0 else config.max_position_embeddings
-        )
+        reach = config.max_relative_positions
+        self.reach = reach if reach > 0 else config.max_position_embeddings
         if config.relative_attention:
             rows = 2 * (self.buckets if self.buckets > 0 else self.reach)
             self.rel_embeddings = nn.Embedding(rows, config.hidden_size)
@@ -422,12 +379,12 @@ class DebertaV2Encoder(nn.Module):
 
     def forward(
         self, rows: Tensor, packed: PackedBatch, first_only: bool, with_hidden: bool, with_probs: bool, views: int
-    ) -> EncoderOutputs:
+    ) -> layers.EncoderOutputs:
         """Embedded rows [N, H] through the layers; each of the batch's `views` parts has a dropout of the table."""
         table, distances = self.relative_table(packed, views)
         sources = [getattr(self, name) for name in ("rel_embeddings", "LayerNorm") if hasattr(self, name)]
         table_trains = any(x.requires_grad for module in sources for x in module.parameters())
-        encoded = EncoderOutputs(rows, packed, with_hidden)
+        encoded = layers.EncoderOutputs(rows, packed, with_hidden)
         rows = encoded.rows
         for i, layer in enumerate(self.layer):
             convolves = i == 0 and self.conv is not None
@@ -435,10 +392,6 @@ class DebertaV2Encoder(nn.Module):
             output, probs = layer(encoded.rows, packed, narrow, with_probs, table, distances, table_trains)
             encoded.add(self.conv(rows, output, packed) if convolves else output, probs)  # type: ignore[misc]
         return encoded
-
-
-def share_att_key(config: DebertaV2Config) -> bool:
-    return bool(getattr(config, "share_att_key", False))
 
 
 def position_kinds(config: DebertaV2Config) -> list[str]:
@@ -519,26 +472,12 @@ class DebertaV2Model(DebertaV2PreTrainedModel):
         self.encoder = DebertaV2Encoder(config, description_of(config))
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.word_embeddings = value  # type: ignore[assignment]
-
     def forward(
-        self,
-        input_ids: OptionalTensor = None,
-        attention_mask: OptionalTensor = None,
-        token_type_ids: OptionalTensor = None,
-        position_ids: OptionalTensor = None,
-        inputs_embeds: OptionalTensor = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        first_token_only: bool = False,
-        views: int = 1,
-        **keywords: object,
-    ) -> BaseModelOutput | tuple:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+        return_dict: bool | None = None, first_token_only: bool = False, views: int = 1, **keywords: object,
+    ) -> BaseModelOutput | tuple:  # fmt: skip
         """Encode a batch.
 
         Args:    input_ids [B, S] int64 or inputs_embeds [B, S, H], one of them; attention_mask [B, S], 0 = padding;
@@ -551,12 +490,12 @@ class DebertaV2Model(DebertaV2PreTrainedModel):
         Raises:  ValueError if both or neither input is given, a shape disagrees, the batch is empty or a sequence is
                  too long; for other keywords as `check_keywords`.
         """
-        check_keywords(keywords)
+        layers.check_keywords(keywords)
         config = self.config
         with_probs = config.output_attentions if output_attentions is None else output_attentions
         with_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         first_token_only = first_token_only and not with_probs and not with_hidden
-        batch, length, device = input_shape(input_ids, inputs_embeds)
+        batch, length, device = layers.input_shape(input_ids, inputs_embeds)
 
         packed = PackedBatch.from_mask(attention_mask, batch, length, device, keep_distances=True)
         rows = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, packed)  # [N, H]
@@ -576,7 +515,7 @@ class ContextPooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.pooler_hidden_size, config.pooler_hidden_size)
         self.dropout = nn.Dropout(config.pooler_dropout)
-        self.activation = activation(config.pooler_hidden_act)
+        self.activation = layers.activation(config.pooler_hidden_act)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.activation(self.dense(self.dropout(hidden_states[:, 0])))
@@ -604,18 +543,11 @@ class DebertaV2ForSequenceClassification(DebertaV2PreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        input_ids: OptionalTensor = None,
-        attention_mask: OptionalTensor = None,
-        token_type_ids: OptionalTensor = None,
-        position_ids: OptionalTensor = None,
-        inputs_embeds: OptionalTensor = None,
-        labels: OptionalTensor = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **keywords: object,
-    ) -> SequenceClassifierOutput | tuple:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None, **keywords: object,
+    ) -> SequenceClassifierOutput | tuple:  # fmt: skip
         """Classify a batch; inputs, requests and errors as in `DebertaV2Model.forward`.
 
         Args:    labels: [B] int64 class ids (cross-entropy), [B] numbers for one label (mean squared error), or [B, C]
@@ -625,35 +557,19 @@ class DebertaV2ForSequenceClassification(DebertaV2PreTrainedModel):
         config = self.config
         two_view_weight = getattr(config, "reg_loss_wgt", 0) if self.training and labels is not None else 0
         inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
         if two_view_weight:
             inputs = two_views(config, inputs)  # from here to the logits, B is twice the batch
         encoded = self.deberta(
-            **inputs,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            first_token_only=has_forward_of(self.pooler, ContextPooler),  # another pooler may read every token
-            views=2 if two_view_weight else 1,
-            **keywords,
-        )
+            **inputs, output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=True,
+            first_token_only=layers.has_forward_of(self.pooler, ContextPooler),  # others may read all
+            views=2 if two_view_weight else 1, **keywords,
+        )  # fmt: skip
         pooled = self.pooler(encoded.last_hidden_state)  # [B, S, H] or [B, 1, H] to [B, H]
         logits = self.classifier(self.dropout(pooled))  # [B, C]
 
         problem_type = problem_type_of(config, labels, "soft_label_classification")
-        output: SequenceClassifierOutput
-        if two_view_weight and labels is not None:
-            output = two_view_output(logits, labels, problem_type, two_view_weight, encoded)
-        else:
-            output = SequenceClassifierOutput(
-                loss=None if labels is None else classification_loss(logits, labels, problem_type),
-                logits=logits,
-                hidden_states=encoded.hidden_states,
-                attentions=encoded.attentions,
-            )
+        output = output_with_loss(logits, labels, problem_type, two_view_weight, encoded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -20,20 +20,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from lora_nlu.methods.description import Description, added_patterns, description_of
 from lora_nlu.methods.marking import new_linear, reset_added_parameters
+from lora_nlu.models import layers
 from lora_nlu.models.checkpoints import Checkpoints
-from lora_nlu.models.layers import (
-    DenseAddNorm,
-    EncoderOutputs,
-    Intermediate,
-    OptionalTensor,
-    check_keywords,
-    embed_types,
-    embed_words,
-    has_forward_of,
-    input_shape,
-    refuse_adapter_names,
-)
-from lora_nlu.models.losses import classification_loss, problem_type_of, two_view_output, two_views
+from lora_nlu.models.losses import output_with_loss, problem_type_of, two_views
 from lora_nlu.ops.kernels import Dropout, attention, is_traced
 from lora_nlu.ops.packing import PackedBatch
 
@@ -73,20 +62,16 @@ class RobertaEmbeddings(nn.Module):
         return positions.expand(batch, length)
 
     def forward(
-        self,
-        input_ids: OptionalTensor,
-        token_type_ids: OptionalTensor,
-        position_ids: OptionalTensor,
-        inputs_embeds: OptionalTensor,
-        packed: PackedBatch,
-    ) -> Tensor:
+        self, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None,
+        inputs_embeds: Tensor | None, packed: PackedBatch,
+    ) -> Tensor:  # fmt: skip
         """Ids or embeddings as in `RobertaModel.forward`, exactly one of them None, to rows [N, H]."""
         shape, device = (packed.batch, packed.length), packed.first_rows.device
         if position_ids is None:
             position_ids = self.positions(input_ids, *shape, device)
-        words = embed_words(self.word_embeddings, input_ids, inputs_embeds, packed)
+        words = layers.embed_words(self.word_embeddings, input_ids, inputs_embeds, packed)
         positions = self.position_embeddings(packed.pack(position_ids.expand(shape)))
-        types = embed_types(self.token_type_embeddings, token_type_ids, packed)
+        types = layers.embed_types(self.token_type_embeddings, token_type_ids, packed)
         return self.dropout(self.LayerNorm(words + types + positions))  # [N, H]
 
 
@@ -120,7 +105,7 @@ class RobertaSelfAttention(nn.Module):
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, heads: int, dropout_p: float, with_probs: bool
-) -> tuple[Tensor, OptionalTensor]:
+) -> tuple[Tensor, Tensor | None]:
     """softmax(q k^T / sqrt D) v within each sequence, group by group over sequences of equal length, by torch.
 
     Args:    query [Q, H]: a row a token, or a row a sequence (its first token's); key, value [N, H]; packed order.
@@ -156,11 +141,11 @@ class RobertaAttention(nn.Module):
     def __init__(self, config: RobertaConfig, trained: Description, layer: int) -> None:
         super().__init__()
         self.self = RobertaSelfAttention(config, trained, layer)
-        self.output = DenseAddNorm(config, trained, layer, config.hidden_size, after_attention=True)
+        self.output = layers.DenseAddNorm(config, trained, layer, config.hidden_size, after_attention=True)
 
     def forward(
         self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool
-    ) -> tuple[Tensor, OptionalTensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         context, probs = self.self(queries, hidden_states, packed, with_probs)
         return self.output(context, queries), probs
 
@@ -171,16 +156,16 @@ class EncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RobertaConfig, trained: Description, layer: int) -> None:
         super().__init__()
         self.attention = RobertaAttention(config, trained, layer)
-        self.intermediate = Intermediate(config, trained, layer)
-        self.output = DenseAddNorm(config, trained, layer, config.intermediate_size, after_attention=False)
+        self.intermediate = layers.Intermediate(config, trained, layer)
+        self.output = layers.DenseAddNorm(config, trained, layer, config.intermediate_size, after_attention=False)
 
     def forward(
         self, hidden_states: Tensor, packed: PackedBatch, first_only: bool, with_probs: bool
-    ) -> tuple[Tensor, OptionalTensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """With `first_only`, keys and values come from every token; all else is computed for first tokens alone."""
         queries = hidden_states  # [N, H]
         if first_only:
-            refuse_adapter_names(self)
+            layers.refuse_adapter_names(self)
             queries = hidden_states.index_select(0, packed.first_rows)  # [B, H]
         attended, probs = self.attention(queries, hidden_states, packed, with_probs)
         return self.output(self.intermediate(attended), attended), probs  # [Q, H]
@@ -195,9 +180,9 @@ class RobertaEncoder(nn.Module):
 
     def forward(
         self, rows: Tensor, packed: PackedBatch, first_only: bool, with_hidden: bool, with_probs: bool, views: int
-    ) -> EncoderOutputs:
+    ) -> layers.EncoderOutputs:
         """Embedded rows [N, H] through the layers; no dropout is shared by examples, so `views` changes nothing."""
-        encoded = EncoderOutputs(rows, packed, with_hidden)
+        encoded = layers.EncoderOutputs(rows, packed, with_hidden)
         for i, layer in enumerate(self.layer):
             is_last = i + 1 == len(self.layer)
             encoded.add(*layer(encoded.rows, packed, first_only and is_last, with_probs))
@@ -250,26 +235,12 @@ class RobertaModel(RobertaPreTrainedModel):
         self.pooler = RobertaPooler(config) if add_pooling_layer else None
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.word_embeddings = value  # type: ignore[assignment]
-
     def forward(
-        self,
-        input_ids: OptionalTensor = None,
-        attention_mask: OptionalTensor = None,
-        token_type_ids: OptionalTensor = None,
-        position_ids: OptionalTensor = None,
-        inputs_embeds: OptionalTensor = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | int | Sequence[int] | None = None,
-        return_dict: bool | None = None,
-        first_token_only: bool = False,
-        views: int = 1,
-        **keywords: object,
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None, output_hidden_states: bool | int | Sequence[int] | None = None,
+        return_dict: bool | None = None, first_token_only: bool = False, views: int = 1, **keywords: object,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:  # fmt: skip
         """Encode a batch.
 
         Args:    input_ids [B, S] int64 or inputs_embeds [B, S, H], one of them; attention_mask [B, S], 0 = padding;
@@ -283,12 +254,12 @@ class RobertaModel(RobertaPreTrainedModel):
         Raises:  ValueError if both or neither input is given, a shape disagrees, the batch is empty or a sequence is
                  too long; for other keywords as `check_keywords`.
         """
-        check_keywords(keywords)
+        layers.check_keywords(keywords)
         config = self.config
         with_probs = config.output_attentions if output_attentions is None else output_attentions
         with_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         first_token_only = first_token_only and not with_probs and not with_hidden
-        batch, length, device = input_shape(input_ids, inputs_embeds)
+        batch, length, device = layers.input_shape(input_ids, inputs_embeds)
 
         packed = PackedBatch.from_mask(attention_mask, batch, length, device)
         rows = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, packed)  # [N, H]
@@ -346,18 +317,12 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        input_ids: OptionalTensor = None,
-        attention_mask: OptionalTensor = None,
-        token_type_ids: OptionalTensor = None,
-        position_ids: OptionalTensor = None,
-        inputs_embeds: OptionalTensor = None,
-        labels: OptionalTensor = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | int | Sequence[int] | None = None,
-        return_dict: bool | None = None,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None, return_dict: bool | None = None,
         **keywords: object,
-    ) -> SequenceClassifierOutput | tuple:
+    ) -> SequenceClassifierOutput | tuple:  # fmt: skip
         """Classify a batch; inputs, requests and errors as in `RobertaModel.forward`.
 
         Args:    labels: [B] int64 class ids (cross-entropy), [B] numbers for one label (mean squared error), or [B, C]
@@ -367,34 +332,18 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
         config = self.config
         two_view_weight = getattr(config, "reg_loss_wgt", 0) if self.training and labels is not None else 0
         inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
+            "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+        }  # fmt: skip
         if two_view_weight:
             inputs = two_views(config, inputs)  # from here to the logits, B is twice the batch
         encoded = self.roberta(
-            **inputs,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            first_token_only=has_forward_of(self.classifier, RobertaClassificationHead),  # another may read every token
-            views=2 if two_view_weight else 1,
-            **keywords,
-        )
+            **inputs, output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=True,
+            first_token_only=layers.has_forward_of(self.classifier, RobertaClassificationHead),  # others may read all
+            views=2 if two_view_weight else 1, **keywords,
+        )  # fmt: skip
         logits = self.classifier(encoded.last_hidden_state)  # [B, S, H] or [B, 1, H] to [B, C]
 
         problem_type = problem_type_of(config, labels, "multi_label_classification")
-        output: SequenceClassifierOutput
-        if two_view_weight and labels is not None:
-            output = two_view_output(logits, labels, problem_type, two_view_weight, encoded)
-        else:
-            output = SequenceClassifierOutput(
-                loss=None if labels is None else classification_loss(logits, labels, problem_type),
-                logits=logits,
-                hidden_states=encoded.hidden_states,
-                attentions=encoded.attentions,
-            )
+        output = output_with_loss(logits, labels, problem_type, two_view_weight, encoded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()

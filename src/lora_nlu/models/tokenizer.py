@@ -62,10 +62,10 @@ def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
         for path in sorted(Path(name).glob("*.model")):  # SentencePiece's
             if text := weights_file_problem(path, "tokens"):
                 raise UserError(f"{path}: {text}") from e
-        reason = (
-            f"{type(e).__name__}: {first_line(e)}" if isinstance(e, KeyError) else first_line(e)
-        )  # its text is a name alone
-        raise UserError(f"No tokenizer in {name} that can be read ({reason}). Give --tokenizer_name.") from e
+        kind = f"{type(e).__name__}: " if isinstance(e, KeyError) else ""  # whose text is a name alone
+        raise UserError(
+            f"No tokenizer in {name} that can be read ({kind}{first_line(e)}). Give --tokenizer_name."
+        ) from e
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where the files are missing
         raise UserError(f"No tokenizer in {name} (it has no vocabulary). Give --tokenizer_name.")
     if len(tokenizer) > config.vocab_size:

@@ -10,7 +10,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 
 namespace {
 
@@ -358,14 +357,6 @@ struct Sequence {  // one head of one sequence
   }
 };
 
-// The longest sequence of a batch and the size of the memory it needs.
-template <class Need>
-size_t most(const Attention& a, Need need) {
-  size_t bytes = 0;
-  for (i64 b = 0; b < a.sequences; b++) bytes = std::max(bytes, need(Sequence(a, b, 0)));
-  return bytes;
-}
-
 struct Tables {  // the relative tables of all heads and views: rows padded to Dp, and transposed
   Buffer memory;
   float *rows[2], *columns[2];
@@ -401,6 +392,25 @@ struct Tables {  // the relative tables of all heads and views: rows padded to D
     return bytes_of(a.heads * a.views * Dp, R + padded(R + W)) + bytes_of(W, 1);
   }
 };
+
+// run(sequence, memory) for each head of each sequence; without memory it returns how many bytes it needs.
+template <class Run>
+int for_each_head(Attention& a, const float* relative_key, const float* relative_query, i64 threads, Run run) {
+  Tables tables(a, relative_key, relative_query, threads);
+  if (!tables.memory.data) return 1;
+  size_t bytes = 0;
+  for (i64 b = 0; b < a.sequences; b++) bytes = std::max(bytes, run(Sequence(a, b, 0), nullptr));
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    Buffer memory(bytes);
+    failed = !memory.data;
+#pragma omp for schedule(dynamic)
+    for (i64 i = a.sequences * a.heads - 1; i >= 0; i--)
+      if (!failed) run(Sequence(a, i / a.heads, i % a.heads), memory.data);
+  }
+  return failed;
+}
 
 }  // namespace
 
@@ -461,19 +471,8 @@ int attention(const float* q, i64 q_stride, const float* k, i64 k_stride, const 
               float scale, u64 seed, i64 threshold, i64 threads, float* out, float* lse) {
   Attention a{q, k, v, q_stride, k_stride, v_stride, nullptr, nullptr, nullptr, nullptr, views, q_starts, k_starts,
               view_of, sequences, heads, head_size, longest, scale, seed, threshold};
-  Tables tables(a, relative_key, relative_query, threads);
-  if (!tables.memory.data) return 1;
-  const size_t bytes = most(a, [&](const Sequence& s) { return s.forward(nullptr, out, lse); });
-  int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-  {
-    Buffer memory(bytes);
-    failed = !memory.data;
-#pragma omp for schedule(dynamic)
-    for (i64 i = sequences * heads - 1; i >= 0; i--)
-      if (!failed) Sequence(a, i / heads, i % heads).forward(memory.data, out, lse);
-  }
-  return failed;
+  return for_each_head(a, relative_key, relative_query, threads,
+                       [&](const Sequence& s, char* memory) { return s.forward(memory, out, lse); });
 }
 
 int attention_backward(const float* q, i64 q_stride, const float* k, i64 k_stride, const float* v, i64 v_stride,
@@ -483,22 +482,9 @@ int attention_backward(const float* q, i64 q_stride, const float* k, i64 k_strid
                        const float* grad, float* grad_q, float* grad_k, float* grad_v) {
   Attention a{q, k, v, q_stride, k_stride, v_stride, nullptr, nullptr, nullptr, nullptr, views, q_starts, k_starts,
               view_of, sequences, heads, head_size, longest, scale, seed, threshold};
-  Tables tables(a, relative_key, relative_query, threads);
-  if (!tables.memory.data) return 1;
-  const auto run = [&](const Sequence& s, char* memory) {
+  return for_each_head(a, relative_key, relative_query, threads, [&](const Sequence& s, char* memory) {
     return s.backward(memory, lse, grad, grad_q, grad_k, grad_v);
-  };
-  const size_t bytes = most(a, [&](const Sequence& s) { return run(s, nullptr); });
-  int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-  {
-    Buffer memory(bytes);
-    failed = !memory.data;
-#pragma omp for schedule(dynamic)
-    for (i64 i = sequences * heads - 1; i >= 0; i--)
-      if (!failed) run(Sequence(a, i / heads, i % heads), memory.data);
-  }
-  return failed;
+  });
 }
 
 i64 vector_width() { return W; }

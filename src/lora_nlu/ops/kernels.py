@@ -229,9 +229,8 @@ def library() -> Any:
 
 def compiled() -> Path:
     """The shared object in the user's cache, named by a hash of what it depends on; compiled unless it is complete."""
-    cpu_flags = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
-    ]
+    cpu = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu_flags = [line for line in cpu if line.startswith(("flags", "Features"))]
     depends_on = [SOURCE.read_text(), *FLAGS, platform.machine(), *cpu_flags[:1]]
     name = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
     path = Path.home() / ".cache" / "lora_nlu" / f"kernels-{name}.so"
@@ -241,9 +240,8 @@ def compiled() -> Path:
             compiled_file = Path(folder, path.name)
             command = ["g++", *FLAGS, str(SOURCE), "-o", str(compiled_file)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-            with compiled_file.open(
-                "ab"
-            ) as file:  # ends in its length: loading a truncated library would kill the process
+            with compiled_file.open("ab") as file:
+                # the file ends in its length: loading a truncated library would kill the process
                 file.write(file.tell().to_bytes(8, "little"))
                 file.flush()
                 os.fsync(file.fileno())
@@ -386,9 +384,8 @@ class _Attention(torch.autograd.Function):
         *inputs, lse = ctx.saved_tensors
         if needs_torch_operations(grad):
             return *_Attention.differentiable_gradients(ctx, inputs, grad), *[None] * 7
-        query, key, value = (
-            kernel_input(n, x, *x.shape) for n, x in zip(("query", "key", "value"), inputs, strict=True)
-        )
+        names = ("query", "key", "value")
+        query, key, value = (kernel_input(name, x, *x.shape) for name, x in zip(names, inputs, strict=True))
         grad = kernel_input("attention's gradient", grad, *query.shape)
         grads = [torch.empty_like(x) for x in (query, key, value)]
         arguments = _Attention.arguments(query, key, value, *ctx.settings)

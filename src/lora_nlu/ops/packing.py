@@ -8,7 +8,7 @@ view [count, L, ...] of its rows: attention needs no mask and no padding.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -61,14 +61,8 @@ class PackedBatch:
         ValueError if the mask has another shape, or is of floats other than 0 and 1; RuntimeError where values can't be
         read: in torch.jit.trace, torch.export and vmap over masks.
         """
-        dense = cls(
-            batch=batch,
-            length=length,
-            slots=None,
-            first_rows=torch.arange(batch, device=device) * length,
-            unsort=None,
-            groups=((batch, length),),
-        )
+        first_rows = torch.arange(batch, device=device) * length
+        dense = cls(batch, length, slots=None, first_rows=first_rows, unsort=None, groups=((batch, length),))
         if mask is None:
             return dense
         if mask.shape != (batch, length):
@@ -103,20 +97,12 @@ class PackedBatch:
         if all(n == length for n in lengths):
             return dense
         order = sorted(range(batch), key=lengths.__getitem__)
-        starts, row = [], 0
-        for sequence in order:
-            starts.append(row)
-            row += lengths[sequence]
+        starts = [0, *accumulate(lengths[i] for i in order)][:-1]
         order_of = torch.tensor(order, device=device)
         sequence_of, place_of = real[order_of].nonzero(as_tuple=True)  # [N], [N]
-        return cls(
-            batch=batch,
-            length=length,
-            slots=order_of[sequence_of] * length + place_of,
-            first_rows=torch.tensor(starts, device=device),
-            unsort=torch.argsort(order_of),
-            groups=tuple((len(list(run)), n) for n, run in groupby(lengths[i] for i in order)),
-        )
+        slots = order_of[sequence_of] * length + place_of
+        groups = tuple((len(list(run)), n) for n, run in groupby(lengths[i] for i in order))
+        return cls(batch, length, slots, torch.tensor(starts, device=device), torch.argsort(order_of), groups)
 
     @property
     def lengths(self) -> list[int]:

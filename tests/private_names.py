@@ -52,6 +52,7 @@ PRIVATE_NAMES: dict[str, dict[str, str]] = {
     "transformers.modeling_utils.PreTrainedModel": {
         "_hf_peft_config_loaded": "a folder with a model and an adapter is refused",
         "_init_weights": "new layers are drawn by transformers' own rule",
+        "_input_embed_layer": "the input embeddings are found, and replaced, by their name",
         "_keys_to_ignore_on_load_missing": "LoRA and bottlenecks start anew on a base checkpoint",
         "_keys_to_ignore_on_load_unexpected": "the pretraining head is no weight that is missing a place",
         "_no_split_modules": "FSDP2 shards by layers",
