@@ -1,4 +1,4 @@
-"""Names of other libraries that we use though their documentation does not promise them, and why we need each.
+"""Names of other libraries that src/ uses though their documentation does not promise them, and why it needs each.
 
 A test fails, naming them, when an upgrade removes one or changes the arguments of a method that we override, or when
 the code uses one that is not listed here. Owner (a module or class): name: reason.
