@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from lora_nlu import read_adapter
 from lora_nlu.training import parse_arguments
 from lora_nlu.training.arguments import DataArguments, model_arguments
-from lora_nlu.training.run_arguments import RunArguments
+from lora_nlu.training.parsing import RunArguments
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

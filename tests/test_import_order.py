@@ -38,8 +38,8 @@ ORDER = {
         "tasks", "metrics", "text_files", "examples", "tokenization", "glue", "user_rows", "user_labels", "user_files",
     ],
     "training": [
-        "launch", "processes", "legacy_flags", "arguments", "run_arguments", "checks", "parsing", "head", "inputs",
-        "metadata", "checkpoints", "checkpointing", "trainer", "sharded", "output_folder", "model", "runs", "summary",
+        "launch", "processes", "legacy_flags", "arguments", "checks", "parsing", "inputs", "metadata", "checkpoints",
+        "trainer", "sharded", "output_folder", "model", "runs",
     ],
     "report": ["paper", "records", "submission", "collect", "pictures", "tables", "similarity", "__main__"],
 }  # fmt: skip

@@ -12,7 +12,7 @@ from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.labels import config_labels, match_head_rows, recorded_labels, rows_by_label, set_labels
 from lora_nlu.models.loading import load_model
-from lora_nlu.training.head import Head
+from lora_nlu.training.inputs import Head
 
 CONFIGS = {"roberta": tiny_config, "deberta-v2": tiny_deberta_config}
 NAMES = ("yes", "no", "perhaps")

@@ -15,19 +15,17 @@ from lora_nlu.data.metrics import compute_metrics
 from lora_nlu.models.loading import load_config
 from lora_nlu.training import processes
 from lora_nlu.training.checks import choose_metrics
-from lora_nlu.training.head import starting_head
-from lora_nlu.training.inputs import read_examples, tokenize_examples
+from lora_nlu.training.inputs import read_examples, starting_head, tokenize_examples
 from lora_nlu.training.metadata import run_metadata
 from lora_nlu.training.model import load_adapter, prepare_model
 from lora_nlu.training.output_folder import check_all_alike, prepare_output_dir, record_evaluation
 from lora_nlu.training.parsing import parse_arguments
 from lora_nlu.training.processes import say
-from lora_nlu.training.runs import evaluate, predict, train, trainer_class
-from lora_nlu.training.summary import closing_table, describe_run
+from lora_nlu.training.runs import closing_table, describe_run, evaluate, predict, train, trainer_class
 
 
 def main(argv: list[str]) -> None:
-    model_args, data_args, args = parse_arguments(argv, os.environ)
+    flags = model_args, data_args, args = parse_arguments(argv, os.environ)
     name, start = model_args.model_name_or_path, model_args.adapter_source
     if args.process_index == 0:
         prepare_output_dir(args.output_dir, args.overwrite_output_dir)
@@ -37,13 +35,12 @@ def main(argv: list[str]) -> None:
 
     # Data. The base's config and the adapter come first: their labels give the examples' labels their class ids.
     config = load_config(model_args.config_name or name, **model_args.hub)
-    adapter = load_adapter(model_args, data_args, args, config)
-    head = starting_head(model_args, data_args, args, config, adapter)
-    examples, head = read_examples(model_args, data_args, args, adapter, head)
+    adapter = load_adapter(flags, config)
+    examples, head = read_examples(flags, adapter, starting_head(flags, config, adapter))
 
     # Model
-    model, tokenizer, fingerprints = prepare_model(model_args, data_args, args, config, adapter, head, examples.labels)
-    tables, max_length = tokenize_examples(model_args, data_args, args, examples, config, tokenizer)
+    model, tokenizer, fingerprints = prepare_model(flags, config, adapter, head, examples.labels)
+    tables, max_length = tokenize_examples(flags, examples, config, tokenizer)
     metrics = choose_metrics(args, data_args.task, examples.is_regression)
     padding = "max_length" if data_args.pad_to_max_length else "longest"
     trainer = trainer_class(args)(
@@ -54,7 +51,7 @@ def main(argv: list[str]) -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, padding=padding, max_length=max_length),
         compute_metrics=lambda p: compute_metrics(metrics, p.predictions, p.label_ids),
-        metadata=run_metadata(model_args, data_args, args, model, examples, tables, max_length, fingerprints),
+        metadata=run_metadata(flags, model, examples, tables, max_length, fingerprints),
     )
     check_all_alike(trainer)
 

@@ -28,8 +28,7 @@ from lora_nlu.training.metadata import (
     deciding_settings,
     left_at_default,
 )
-from lora_nlu.training.parsing import parse_arguments
-from lora_nlu.training.run_arguments import RunArguments
+from lora_nlu.training.parsing import RunArguments, parse_arguments
 
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SHORT = ["--max_seq_length", 64, "--max_steps", 3, "--logging_steps", 1, "--learning_rate", "1e-2"]

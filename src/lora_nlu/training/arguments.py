@@ -1,6 +1,6 @@
 """The flags of a model and of its data, as two dataclasses, and the flags whose text is a list.
 
-transformers' own group of flags is in `run_arguments.py`: this module can be imported without any library.
+The group of training, which has transformers' own flags, is in `parsing.py`: importing this module needs no library.
 """
 
 import csv

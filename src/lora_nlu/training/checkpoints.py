@@ -1,9 +1,10 @@
-"""Checkpoint folders: which are complete, how they appear and disappear, errors for damaged or diverged ones."""
+"""Checkpoints: what they contain, that they are complete or absent, how they are read, errors for damaged ones."""
 
 import json
 import pickle
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EINVAL
@@ -11,20 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerState
+from transformers import Trainer, TrainerState, set_seed
+from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_pt_utils import safe_globals
 
+from lora_nlu.adapters.attaching import load_adapter
+from lora_nlu.adapters.reading import read_adapter
+from lora_nlu.adapters.tensor_files import check_archive
+from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError, first_line, is_out_of_memory
+from lora_nlu.files import ADAPTER_WEIGHTS, flush_and_rename, write_json
+from lora_nlu.methods.description import methods_in
 from lora_nlu.ops.sharding import is_finite
-from lora_nlu.training.processes import lost_process
+from lora_nlu.training.processes import lost_process, seed_from
 
 STATE = "trainer_state.json"
-FILE_LIST = "files.json"  # in a checkpoint: its files and their lengths
+_METHOD_STATE = "method_state.pt"  # in a checkpoint: what the methods' `after_step` keeps
+_FILE_LIST = "files.json"  # in a checkpoint: its files and their lengths
 SAVING, _REMOVING = ".saving", ".removing"  # a checkpoint being written or removed; resuming never reads them
-FULL_DISK = re.compile("inline_container|StreamWriter|iostream")  # in torch.save's RuntimeError for it
+_FULL_DISK = re.compile("inline_container|StreamWriter|iostream")  # in torch.save's RuntimeError for it
 
 
 def complete_checkpoints(output_dir: str) -> list[Path]:
@@ -33,7 +43,7 @@ def complete_checkpoints(output_dir: str) -> list[Path]:
     for path in Path(output_dir).glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
         try:
-            files = json.loads((path / FILE_LIST).read_text())
+            files = json.loads((path / _FILE_LIST).read_text())
             state = TrainerState.load_from_json(str(path / STATE))
             lengths = {name: (path / name).stat().st_size for name in files}
             complete = step.isdigit() and state.global_step == int(step) and lengths == files
@@ -139,3 +149,179 @@ def check_moments(optimizer: Any) -> None:
             for name, moment in moments.items():
                 if isinstance(moment, Tensor) and moment.dim() and moment.shape != parameter.shape:
                     raise ValueError(f"{name} is {list(moment.shape)} for a parameter {list(parameter.shape)}")
+
+
+class CheckpointingTrainer(Trainer):
+    """transformers' Trainer whose checkpoints contain the trained parameters alone, unless the whole encoder trains.
+
+    `metadata` (task, label names, base model, ...) is written with every adapter.
+    """
+
+    args: Any  # transformers types these as possibly None
+    model_wrapped: Any
+    lr_scheduler: Any
+    model: Any
+    train_dataset: Any
+
+    def __init__(self, *args: Any, metadata: dict[str, Any], **kwargs: Any) -> None:
+        self.metadata = metadata
+        self._is_saving_checkpoint = False
+        super().__init__(*args, **kwargs)
+        # A loaded RoBERTa counts positions from the config's pad token, which transformers sets to the tokenizer's.
+        self._pad_token_id = self.model.config.pad_token_id
+        self.methods = methods_in(kwargs["model"])
+        self.saves_part = any(row.freezes for row in self.methods)
+        self.after_steps = {row.name: row.after_step(kwargs["model"]) for row in self.methods if row.after_step}
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the checkpoint under a temporary name, then rename it: an interruption leaves the others complete."""
+        output_dir = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        saving = output_dir / SAVING
+        if self.args.should_save:
+            shutil.rmtree(saving, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._is_saving_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            best = output_dir / f"checkpoint-{self.state.best_global_step}"
+            if best.name == name or best.is_dir():  # the best evaluation may have had no checkpoint
+                self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self._publish(saving / name, output_dir / name)
+        except (OSError, SafetensorError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and not _FULL_DISK.search(str(e)):
+                raise
+            last = complete_checkpoints(str(output_dir))
+            kept = f"{last[-1]} is complete; the same command resumes from it" if last else "there is no earlier one"
+            raise UserError(f"Can't write {output_dir / name}: {e}.\nMake room or choose another place; {kept}.") from e
+        finally:
+            self._is_saving_checkpoint = False
+            if self.args.should_save:
+                shutil.rmtree(saving, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.rotate(output_dir)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, SAVING)) if self._is_saving_checkpoint else folder
+
+    def _publish(self, written: Path, checkpoint: Path) -> None:
+        """Complete a checkpoint by its state and the list of its files, and give it its name."""
+        self.state.save_to_json(str(written / STATE))
+        if self.after_steps:
+            torch.save({name: x.state_dict() for name, x in self.after_steps.items()}, written / _METHOD_STATE)
+        paths = [path for path in written.rglob("*") if path.is_file()]
+        write_json(written / _FILE_LIST, {str(path.relative_to(written)): path.stat().st_size for path in paths})
+        if checkpoint.exists():  # a damaged one of the same step
+            remove_checkpoint(checkpoint)
+        flush_and_rename(written, checkpoint)
+
+    def rotate(self, output_dir: Path) -> None:
+        """Keep the last --save_total_limit checkpoints, the best among them; as transformers, one more if that is 1."""
+        limit = self.args.save_total_limit
+        if not limit or not self.args.should_save or not (kept := complete_checkpoints(str(output_dir))):
+            return
+        best = next((path for path in kept if path.name == Path(self.state.best_model_checkpoint or "").name), None)
+        if best is not None and best != kept[-1]:
+            kept.remove(best)
+            kept.insert(-1, best)
+            limit = max(limit, 2)
+        for path in kept[:-limit]:
+            remove_checkpoint(path)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        state = dict(self.model.named_parameters()) if state_dict is None else state_dict
+        self.check_finite({name: state[name] for name in trained & state.keys()})
+        try:
+            if not self.saves_part:
+                super()._save(output_dir, state_dict)
+            elif self.args.should_save:
+                save_adapter(self.model, folder, self.metadata, state_dict)
+        except (OSError, SafetensorError) as e:
+            if self._is_saving_checkpoint:
+                raise  # _save_checkpoint adds which checkpoint is complete
+            raise UserError(f"Can't write the trained model to {folder}: {e}.") from e
+
+    def check_finite(self, tensors: dict[str, Tensor]) -> None:
+        """Raise UserError if a trained tensor is not finite: it must be neither evaluated nor saved."""
+        if not is_finite(tensors.values()):
+            name = next((name for name, tensor in tensors.items() if not is_finite([tensor])), "a trained tensor")
+            raise Diverged(self.args, self.state.global_step, f"{name} is no longer finite")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Write the random states of all processes from one of them."""
+        with tempfile.TemporaryDirectory() as folder:
+            super()._save_rng_state(folder)
+            states = [(path.name, path.read_bytes()) for path in Path(folder).iterdir()]
+        if self.args.world_size > 1:
+            states = gather_object(states)
+        if self.args.should_save:
+            for name, state in states:
+                Path(output_dir, name).write_bytes(state)
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    def check_backend(self, checkpoint: str) -> None:
+        """Raise UserError for a checkpoint whose optimizer state this backend can't read, or that has none."""
+        shards = len([*Path(checkpoint).glob("*/*zero_pp_rank_*_optim_states.pt")])
+        if shards != (self.args.world_size if self.is_deepspeed_enabled else 0):
+            writer = f"by DeepSpeed in {shards} processes" if shards else "without DeepSpeed"
+            reader = f"by DeepSpeed in {self.args.world_size} processes" if self.is_deepspeed_enabled else "without it"
+            raise UserError(
+                f"{checkpoint} was saved {writer} and can't be resumed {reader}.\n"
+                "Resume it the same way, or start afresh with --overwrite_output_dir."
+            )
+        if not shards and not Path(checkpoint, OPTIMIZER_NAME).is_file():
+            raise UserError(
+                f"{checkpoint} contains no optimizer state (--save_only_model): a run can't resume from it.\n"
+                "Start another run from its adapter (--lora_path), or afresh with --overwrite_output_dir."
+            )
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        self.model.config.pad_token_id = self._pad_token_id
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if Path(resume_from_checkpoint, ADAPTER_WEIGHTS).is_file():
+            load_adapter(self.model, read_adapter(resume_from_checkpoint), allow_new_head=False)
+            return
+        with naming_damage(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with naming_damage(checkpoint):
+            for path in Path(checkpoint).glob("*.pt*") if checkpoint else ():
+                check_archive(path)
+            self._read_optimizer_and_scheduler(checkpoint)
+            if checkpoint and self.after_steps:
+                saved = torch.load(Path(checkpoint, _METHOD_STATE), weights_only=True)
+                for name, after_step in self.after_steps.items():
+                    after_step.load_state_dict(saved[name])
+
+    def _read_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        check_moments(self.optimizer)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with naming_damage(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint and processes_of(checkpoint) != self.args.world_size:
+            set_seed(seed_from(self.args.seed, self.state.global_step, self.args.process_index))
+            return
+        with naming_damage(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best and self.saves_part:
+            self._load_from_checkpoint(best)
+        else:
+            super()._load_best_model()

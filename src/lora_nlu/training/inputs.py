@@ -1,28 +1,127 @@
-"""The examples that the flags name: read, their labels compared with the head's, tokenised."""
+"""What the flags name: the head that a run starts from or evaluates, and the examples, whose labels must fit it."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_nlu.adapters.adapter import Adapter
 from lora_nlu.data.examples import LABEL, Examples, choose_rows, describe_examples
 from lora_nlu.data.glue import load_glue, with_diagnostics
+from lora_nlu.data.tasks import TASKS
 from lora_nlu.data.tokenization import tokenize
 from lora_nlu.data.user_files import load_files
-from lora_nlu.labels import check_labels
+from lora_nlu.errors import UsageError, UserError, printable
+from lora_nlu.labels import (
+    check_label_config,
+    check_labels,
+    label_list,
+    normalised_label,
+    placeholder_labels,
+    recorded_labels,
+    rows_by_label,
+)
 from lora_nlu.models.loading import longest_input
-from lora_nlu.training.arguments import DataArguments, ModelArguments, parse_names
-from lora_nlu.training.head import Head
+from lora_nlu.training.arguments import parse_names
+from lora_nlu.training.parsing import Flags
 from lora_nlu.training.processes import say
-from lora_nlu.training.run_arguments import RunArguments
 
 
-def read_examples(
-    model_args: ModelArguments, data_args: DataArguments, args: RunArguments, adapter: Adapter | None, head: Head
-) -> tuple[Examples, Head]:
+@dataclass(frozen=True)
+class Head:
+    """The head that a run starts from or evaluates.
+
+    source:   the file, folder or Hub id that it is read from.
+    labels:   the names of its classes, class 0 first; () for a regression, None where the source records none.
+    count:    its number of outputs.
+    saved_as: the model class in the source's config, where that class has no classification head; else "".
+    """
+
+    source: str
+    labels: tuple[str, ...] | None
+    count: int
+    saved_as: str = ""
+
+    def named(self, names: Sequence[str], names_new_labels: bool) -> "Head":
+        """The head with the names of --labels, where its source records none.
+
+        names_new_labels: --labels is for the labels of the user's own training files, which may be other labels than
+        the head's; where they are the same, their order must be the head's. Raises UserError if it does not fit.
+        """
+        if self.labels is None:
+            if len(names) == self.count:
+                return replace(self, labels=tuple(names))
+            if names_new_labels:
+                return self
+            raise UserError(f"{self.source}: its head has {self.count} classes, but --labels names {len(names)}.")
+        if [*map(normalised_label, names)] == [*map(normalised_label, self.labels)]:
+            return self
+        if names_new_labels and rows_by_label(self.labels, names) is None:
+            return self
+        if not self.labels:
+            raise UserError(f"{self.source}: predicts a number; a regression has no label names. Leave --labels out.")
+        raise UserError(
+            f"{self.source}: was trained to predict {label_list(self.labels)}, but --labels names {label_list(names)}"
+            ".\nLeave --labels out: the label names are recorded."
+        )
+
+    def check_ids(self, example_labels: Sequence[str] | None) -> str:
+        """Check that the examples' labels are class ids, which need no names: 0, 1, ... or LABEL_0, LABEL_1, ...
+
+        For a head whose source records no names. example_labels: class 0 first, None where the examples have none.
+        Returns a line for the user. Raises UserError for other labels.
+        """
+        ids = (tuple(map(str, range(self.count))), placeholder_labels(self.count))
+        if example_labels is not None and tuple(example_labels) in ids:
+            return (
+                f"{self.source}: records no label names; the labels {label_list(example_labels)} are used as its class "
+                "ids. If that is wrong, name its classes, class 0 first: --labels."
+            )
+        orders = [f"{task.name} {','.join(task.labels)}" for task in TASKS.values() if len(task.labels) == self.count]
+        glue = f"; GLUE's: {'; '.join(orders)}" if orders else ""
+        if self.saved_as:
+            raise UserError(
+                f"{self.source}: has no trained head, by its config.json (a {printable(self.saved_as)}).\n"
+                "Train first (--do_train), or give an adapter of it with --lora_path.\n"
+                f"If it has one, name its classes, class 0 first, with --labels{glue}."
+            )
+        raise UserError(
+            f"{self.source}: records no names for the {self.count} classes of its head; a guess could be "
+            f"wrong.\nName them, class 0 first, with --labels{glue}.\n"
+            "If it has no trained head yet, train first (--do_train)."
+        )
+
+
+def starting_head(flags: Flags, config: Any, adapter: Adapter | None) -> Head:
+    """The head of the adapter, or else of the base model, with the names of its classes: recorded, or from --labels.
+
+    Raises UsageError or UserError if --labels fits neither the head nor the task.
+    """
+    model_args, data_args, args = flags
+    if adapter and adapter.label_count:
+        head = Head(str(adapter.source), adapter.labels, adapter.label_count)
+    else:
+        name, model_class = model_args.model_name_or_path, next(iter(config.architectures or ()), "")
+        say(args, *check_label_config(name, config))
+        saved_as = "" if model_class.endswith("ForSequenceClassification") else model_class
+        head = Head(name, recorded_labels(config), config.num_labels, saved_as)
+    if head.labels is None and head.count == 1:
+        head = replace(head, labels=())  # one output is a regression
+    names, task = parse_names("labels", data_args.labels), data_args.task_name
+    if names is None:
+        return head
+    if task and not TASKS[task].labels:
+        raise UsageError(f"--labels: {task} is a regression, which has no label names. Remove it.")
+    if task and rows_by_label(names, TASKS[task].labels) is None:
+        raise UsageError(f"--labels: class 0 first, the labels of {task} are {label_list(TASKS[task].labels)}.")
+    return head.named(names, names_new_labels=args.do_train and not task)
+
+
+def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Examples, Head]:
     """The examples that the flags ask for, and the head with the label names that follow from them.
 
     Raises UserError for what can't be read, and for labels that a head which is not trained here does not predict.
     """
+    model_args, data_args, args = flags
     task = data_args.task_name
     is_read = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     splits = [split for split in is_read if is_read[split]]
@@ -66,21 +165,14 @@ def _other_columns(adapter: Adapter, examples: Examples) -> list[str]:
     return [f"{adapter.source}: was trained on text in {before}; here it is in {now}."]
 
 
-def tokenize_examples(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: RunArguments,
-    examples: Examples,
-    config: Any,
-    tokenizer: Any,
-) -> tuple[dict[str, Any], int]:
+def tokenize_examples(flags: Flags, examples: Examples, config: Any, tokenizer: Any) -> tuple[dict[str, Any], int]:
     """The tokenised tables by split, and the number of tokens at which they are truncated."""
+    model_args, data_args, args = flags
     max_length, limit = data_args.max_seq_length, longest_input(config)
     if max_length > limit:
         say(args, f"--max_seq_length {max_length} is more than the model's {limit} positions; using {limit}.")
         max_length = int(limit)
     with args.main_process_first(desc="tokenising"):
-        cache = (model_args.cache_dir, data_args.overwrite_cache)
-        tables, notes = tokenize(examples, tokenizer, max_length, *cache)
+        tables, notes = tokenize(examples, tokenizer, max_length, model_args.cache_dir, data_args.overwrite_cache)
     say(args, *notes)
     return tables, max_length

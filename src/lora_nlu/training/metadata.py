@@ -16,8 +16,7 @@ from lora_nlu.data.tokenization import digest
 from lora_nlu.methods.description import relative_query
 from lora_nlu.methods.lora import lora_layers
 from lora_nlu.methods.marking import count_parameters, describe_method
-from lora_nlu.training.arguments import DataArguments, ModelArguments
-from lora_nlu.training.run_arguments import RunArguments
+from lora_nlu.training.parsing import Flags
 
 # Settings without effect on what a run ends with: what it prints, saves and uploads, where it runs, how it evaluates
 # (but for the draws of dropout, on which the number of processes has an effect as well). Every other field of
@@ -53,19 +52,13 @@ _ALWAYS_RECORDED = frozenset(
 
 
 def run_metadata(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: RunArguments,
-    model: Any,
-    examples: Examples,
-    tables: dict[str, Any],
-    max_length: int,
-    fingerprints: dict[str, str],
+    flags: Flags, model: Any, examples: Examples, tables: dict[str, Any], max_length: int, fingerprints: dict[str, str]
 ) -> dict[str, Any]:
     """What later readers of the adapter, and a later start of the same run, need.
 
     examples, tables: as read and as tokenised, truncated to max_length tokens; fingerprints: of base and tokenizer.
     """
+    model_args, data_args, args = flags
     layers = lora_layers(model).values()
     settings = deciding_settings(args)
     file = data_args.train_file or data_args.validation_file or data_args.test_file
@@ -88,30 +81,23 @@ def run_metadata(
         },
         "method": describe_method(model),
         "parameters": count_parameters(model)._asdict(),
-        "hyperparameters": settings | _settings_of_data(model_args, data_args, args, examples, tables, max_length),
+        "hyperparameters": settings | _settings_of_data(flags, examples, tables, max_length),
         "left_at_default": left_at_default(args, settings),
         "versions": {module.__name__: module.__version__ for module in (lora_nlu, torch, transformers)},
     }
 
 
-def _settings_of_data(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: RunArguments,
-    examples: Examples,
-    tables: dict[str, Any],
-    max_length: int,
-) -> dict[str, Any]:
+def _settings_of_data(flags: Flags, examples: Examples, tables: dict[str, Any], max_length: int) -> dict[str, Any]:
     """The deciding settings that are no `RunArguments`: the rows and tokens, and the dropout and loss of the model."""
     settings: dict[str, Any] = {"max_seq_length": max_length, "train_samples": len(tables.get("train", ()))}
     if "train" in tables:
         settings["train_data"] = digest(tables["train"])
         evaluated = [table for split, table in tables.items() if split.startswith("validation")]
-        if evaluated and depends_on_evaluations(args):
+        if evaluated and depends_on_evaluations(flags.run):
             settings["eval_data"] = digest(evaluated[0])  # the set that is evaluated while training
-    settings |= {name: getattr(model_args, name) for name in ("cls_dropout", "reg_loss_wgt", "masking_prob")}
-    if data_args.sample_seed is not None and settings["train_samples"] < examples.rows.get("train", 0):
-        settings["sample_seed"] = data_args.sample_seed
+    settings |= {name: getattr(flags.model, name) for name in ("cls_dropout", "reg_loss_wgt", "masking_prob")}
+    if flags.data.sample_seed is not None and settings["train_samples"] < examples.rows.get("train", 0):
+        settings["sample_seed"] = flags.data.sample_seed
     return settings
 
 

@@ -16,39 +16,29 @@ from lora_nlu.labels import config_labels, recorded_labels
 from lora_nlu.methods.description import contradicts, description_of, set_method, settings_of_flags
 from lora_nlu.methods.lora import set_lora_dropout_
 from lora_nlu.methods.table import METHODS
-from lora_nlu.models.loading import (
-    base_fingerprint,
-    check_method,
-    load_model,
-    own_adapter,
-    set_task,
-    set_two_views,
-)
+from lora_nlu.models.loading import base_fingerprint, check_method, load_model, own_adapter, set_task, set_two_views
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
-from lora_nlu.training.arguments import DataArguments, ModelArguments
-from lora_nlu.training.head import Head
+from lora_nlu.training.arguments import ModelArguments
+from lora_nlu.training.inputs import Head
 from lora_nlu.training.output_folder import recorded
+from lora_nlu.training.parsing import Flags, RunArguments
 from lora_nlu.training.processes import say
-from lora_nlu.training.run_arguments import RunArguments
 
 
-def load_adapter(
-    model_args: ModelArguments, data_args: DataArguments, args: RunArguments, config: Any
-) -> Adapter | None:
+def load_adapter(flags: Flags, config: Any) -> Adapter | None:
     """The adapter of --lora_path or --adapter_path, compared with the other flags. Raises UserError."""
-    m = model_args
+    m = flags.model
     if not m.adapter_source:
         return None
     adapter = read_adapter(m.adapter_source, f"--{m.path_flag}", cache_dir=m.cache_dir, token=m.token)
     adapter = with_relative_query(adapter, m.lora_relative_query)
-    if METHODS[adapter.method].path_flag != m.path_flag:
-        right = METHODS[adapter.method].path_flag
-        raise UserError(f"{adapter.source}: holds {adapter.method}. Give it as --{right}.")
+    if (path_flag := METHODS[adapter.method].path_flag) != m.path_flag:
+        raise UserError(f"{adapter.source}: contains {adapter.method}. Give it as --{path_flag}.")
     if contradicts(m, adapter.method) or m.adapter_size not in (None, adapter.adapter_size):
-        raise UserError(f"{adapter.source}: holds {_contents(adapter, m)}, and the flags say otherwise.")
+        raise UserError(f"{adapter.source}: contains {_contents(adapter, m)}; the flags differ.")
     check_settings(adapter, settings_of_flags(m, config))
-    if (task := adapter.metadata.get("task", data_args.task)) != data_args.task:
-        say(args, f"{adapter.source}: was trained on {printable(task)}; this is {data_args.task}.")
+    if (task := adapter.metadata.get("task", flags.data.task)) != flags.data.task:
+        say(flags.run, f"{adapter.source}: was trained on {printable(task)}; this is {flags.data.task}.")
     return adapter
 
 
@@ -65,18 +55,13 @@ def _contents(adapter: Adapter, model_args: ModelArguments) -> str:
 
 
 def prepare_model(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: RunArguments,
-    config: Any,
-    adapter: Adapter | None,
-    head: Head,
-    labels: tuple[str, ...],
+    flags: Flags, config: Any, adapter: Adapter | None, head: Head, labels: tuple[str, ...]
 ) -> tuple[Any, Any, dict[str, str]]:
     """The model with its weights, method and adapter; its tokenizer; the fingerprints of both. Raises UserError.
 
     head: what the run starts from; labels: the examples', which the model will predict.
     """
+    model_args, data_args, args = flags
     name, base_labels = model_args.model_name_or_path, recorded_labels(config)
     if adapter and adapter.label_count:
         if head.labels is not None:
@@ -84,7 +69,7 @@ def prepare_model(
     else:
         base_labels = head.labels
     set_task(config, data_args.task, labels, model_args.cls_dropout)
-    model = _load_model(model_args, args, config, adapter, base_labels)
+    model = _load_model(flags, config, adapter, base_labels)
     fingerprints = {"base_fingerprint": base_fingerprint(model)}
     tokenizer, notes = load_tokenizer(model_args.tokenizer_name or name, config, **model_args.hub)
     say(args, *notes)
@@ -101,14 +86,9 @@ def prepare_model(
     return model, tokenizer, fingerprints
 
 
-def _load_model(
-    model_args: ModelArguments,
-    args: RunArguments,
-    config: Any,
-    adapter: Adapter | None,
-    base_labels: tuple[str, ...] | None,
-) -> Any:
+def _load_model(flags: Flags, config: Any, adapter: Adapter | None, base_labels: tuple[str, ...] | None) -> Any:
     """The base model with the method of the flags; base_labels: those of its own head, where they are recorded."""
+    model_args, _, args = flags
     name = model_args.model_name_or_path
     settings = settings_of_flags(model_args, config)
     if adapter:  # it brings its own layers

@@ -1,27 +1,103 @@
-"""A command line, or a JSON file of flags, to the three groups of flags."""
+"""A command line, or a JSON file of flags, to three groups of flags; the group of training, with transformers' own."""
 
 import difflib
 import json
 from collections.abc import MutableMapping
-from dataclasses import fields
+from dataclasses import InitVar, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from transformers import HfArgumentParser
+import torch
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import read_json
-from lora_nlu.training.arguments import DataArguments, ModelArguments, model_arguments
+from lora_nlu.training.arguments import DataArguments, ModelArguments, flag, model_arguments
 from lora_nlu.training.checks import check_arguments
 from lora_nlu.training.legacy_flags import translate
 from lora_nlu.training.processes import say
-from lora_nlu.training.run_arguments import RunArguments
 
 
-def parse_arguments(
-    argv: list[str], environ: MutableMapping[str, str]
-) -> tuple[ModelArguments, DataArguments, RunArguments]:
+@dataclass
+class RunArguments(TrainingArguments):
+    """transformers' TrainingArguments and more flags.
+
+    environ: the environment variables of the launcher, which say how many processes there are; TensorBoard's folder is
+    written into it, because transformers reads it there. Without it the run is a single process.
+    """
+
+    overwrite_output_dir: bool = flag("Start afresh: remove the output folder's checkpoints and results first", False)
+    logging_dir: str | None = flag("Folder of the TensorBoard logs")
+    log_on_each_node: bool = flag("Print losses and scores once on every machine instead of once in all", False)
+    early_stopping_patience: int | None = flag(
+        "Stop training after this many evaluations in a row without an improvement of --metric_for_best_model"
+    )
+    early_stopping_threshold: float = flag("Smallest change of the metric that counts as an improvement", 0.0)
+    logging_nan_inf_filter: bool = flag("Ignored: training stops at a loss that is not finite, and logs it", False)
+    environ: InitVar[MutableMapping[str, str] | None] = None
+
+    def __post_init__(self, environ: MutableMapping[str, str] | None) -> None:  # type: ignore[override]
+        environ = {} if environ is None else environ
+        self._set_device()
+        self._set_logging(environ)
+        self._set_backend(environ)
+        restarts = [environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
+        if self.overwrite_output_dir and restarts != ["0", "0"]:
+            print("run_glue.py: restarted: --overwrite_output_dir is ignored, the run resumes.", flush=True)
+            self.overwrite_output_dir = False
+        self.best_metric_flags = self.metric_for_best_model, self.greater_is_better  # transformers fills in its own
+        super().__post_init__()
+        if self.fsdp and self.fsdp_plugin_args["fsdp_version"] != 2:
+            raise ValueError("--fsdp_config: version 1 is not supported, and torch drops it. Use version 2.")
+        self._n_gpu = min(self.n_gpu, 1)  # one process would use all GPUs that it sees and multiply the batch
+
+    def _set_device(self) -> None:
+        if not torch.accelerator.is_available():
+            # Under a launcher, transformers would otherwise train one separate model in each process.
+            self.use_cpu, self.dataloader_pin_memory = True, False
+        if self.bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+            raise ValueError(f"--bf16: {torch.cuda.get_device_name()} does not support it. Remove it, or use --fp16.")
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trained parameter gets a gradient in every step
+
+    def _set_logging(self, environ: MutableMapping[str, str]) -> None:
+        if self.include_num_input_tokens_seen in ("no", False):
+            self.include_num_input_tokens_seen = "non_padding"
+        if self.logging_dir:
+            environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
+            if self.report_to == "none" and is_tensorboard_available():
+                self.report_to = "tensorboard"
+
+    def _set_backend(self, environ: MutableMapping[str, str]) -> None:
+        """Check and complete --fsdp and --deepspeed, before transformers starts what they name."""
+        for name in ("fsdp_config", "deepspeed"):
+            value = getattr(self, name)
+            if isinstance(value, str) and not value.lstrip().startswith("{") and not Path(value).is_file():
+                raise ValueError(f"--{name} {value}: no such file. The files of this repository are in configs/.")
+        if self.deepspeed and not find_spec("deepspeed"):
+            raise ValueError("--deepspeed: the package is not installed. Install it: pip install deepspeed")
+        if self.deepspeed and "RANK" not in environ:
+            raise ValueError("--deepspeed: a launcher must start its processes, even one: torchrun --nproc_per_node=1.")
+        if str(self.fsdp).lower() in ("true", "false"):  # transformers takes the bare flag or its older words
+            self.fsdp = True if str(self.fsdp).lower() == "true" else None  # type: ignore[assignment]
+        if self.fsdp and environ.get("WORLD_SIZE", "1") == "1":  # the same command works on one device
+            print("run_glue.py: --fsdp is ignored: there is one process, and nothing to shard.", flush=True)
+            self.fsdp = self.fsdp_config = None
+        of_accelerate = [environ.get(f"ACCELERATE_USE_{backend}", "") for backend in ("FSDP", "DEEPSPEED")]
+        self.is_sharded = bool(self.fsdp or self.deepspeed or "true" in map(str.lower, of_accelerate))
+
+
+class Flags(NamedTuple):
+    """The three groups of flags of run_glue.py."""
+
+    model: ModelArguments
+    data: DataArguments
+    run: RunArguments
+
+
+def parse_arguments(argv: list[str], environ: MutableMapping[str, str]) -> Flags:
     """Flags, or one JSON file of them, to the three groups; environ: as in `RunArguments`. Raises UsageError."""
     (model_args, data_args, args), notes = parse(argv, (model_arguments(), DataArguments, RunArguments), environ)
     if not model_args.use_fast_tokenizer:
@@ -36,7 +112,7 @@ def parse_arguments(
         notes.append(f"--logging_dir {args.logging_dir}: nothing is written there, tensorboard is not installed.")
     say(args, *(f"run_glue.py: {note}" for note in notes))
     check_arguments(model_args, data_args, args)
-    return model_args, data_args, args
+    return Flags(model_args, data_args, args)
 
 
 def parse(

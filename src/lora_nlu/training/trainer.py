@@ -1,4 +1,4 @@
-"""The trainer: what a step and an evaluation are. How it saves and resumes is in `checkpointing.py`."""
+"""The trainer: what a step and an evaluation are. How it saves and resumes is in `checkpoints.py`."""
 
 import json
 import math
@@ -17,8 +17,7 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 
 from lora_nlu.errors import UserError, first_line
 from lora_nlu.models.losses import classification_loss
-from lora_nlu.training.checkpointing import CheckpointingTrainer
-from lora_nlu.training.checkpoints import Diverged, seconds_trained
+from lora_nlu.training.checkpoints import CheckpointingTrainer, Diverged, seconds_trained
 from lora_nlu.training.processes import lost_process, seed_from
 
 # An evaluation scores every row once, in order and all of them together, whatever the flags of training's batches are.
