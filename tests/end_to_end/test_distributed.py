@@ -428,7 +428,7 @@ def test_deepspeed_trains_saves_and_resumes_the_same_adapter(model, stage, stead
     assert size < 4 * trained * 4 + 60_000  # value and two moments of what trains, not the model
     cut_off(tmp_path / "two", tmp_path / "other", after=8)
     outcome = call(*flags("other", BATCH, 8))
-    assert outcome.code == 1 and "written by DeepSpeed in 2 processes" in outcome.err
+    assert outcome.code == 1 and "saved by DeepSpeed in 2 processes" in outcome.err
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.name)

@@ -16,7 +16,7 @@ from lora_nlu.methods.description import method_flags, settings_of_flags
 from lora_nlu.methods.targets import TARGETS
 from lora_nlu.training.arguments import DataArguments, ModelArguments
 from lora_nlu.training.legacy_flags import DROPPED, RENAMED, SWITCHES, translate
-from lora_nlu.training.parsing import parse
+from lora_nlu.training.parsing import parse_arguments
 
 TRAINING_FLAGS = {field.name for field in dataclasses.fields(TrainingArguments)}
 
@@ -298,6 +298,7 @@ def test_a_range_far_beyond_the_model_is_refused_without_counting_to_its_end():
 
 def test_a_list_of_none_in_a_file_of_flags_is_a_flag_left_out(tmp_path):
     path = tmp_path / "flags.json"
-    path.write_text('{"output_dir": "o", "report_to": [], "label_names": null, "do_train": true, "seed": 0}')
-    (args,), _ = parse([str(path)], (TrainingArguments,))
+    text = '{"output_dir": "o", "report_to": [], "label_names": null, "do_train": true, "seed": 0'
+    path.write_text(text + ', "model_name_or_path": "x", "task_name": "rte"}')
+    args = parse_arguments([str(path)], {}).run
     assert (args.report_to, args.label_names, args.do_train, args.seed) == ([], None, True, 0)

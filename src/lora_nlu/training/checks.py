@@ -20,75 +20,42 @@ def check_arguments(model_args: Any, data_args: Any, args: Any) -> None:
     check_flags(model_args)
     if not (args.do_train or args.do_eval or args.do_predict):
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict.")
-    _check_unsupported(args)
     _check_data(data_args, args)
+    _check_examples_of_a_step(args)
+    _check_effects(model_args, args)
     _check_libraries(args)
-    check_accelerator(args)
-    check_early_stopping(args)
-    check_compiler(args.torch_compile_backend, args.use_cpu)
     _check_ranges(model_args, data_args, args)
-    if model_args.masking_prob and not model_args.reg_loss_wgt:
-        raise UsageError(
-            "--masking_prob needs --reg_loss_wgt: cutoff compares a pass with hidden tokens to one with all tokens."
-        )
-    if model_args.reg_loss_wgt and args.label_smoothing_factor:
-        raise UsageError("--label_smoothing_factor replaces the loss that --reg_loss_wgt adds to: give one of them.")
-
-
-def _check_unsupported(args: Any) -> None:
-    """Flags of transformers that would do harm here."""
-    if args.save_on_each_node:
-        raise UsageError("--save_on_each_node: the output folder is on a disk that all machines share; one writes.")
-    if args.auto_find_batch_size:
-        raise UsageError(
-            "--auto_find_batch_size would change the number of examples of a step without a message.\n"
-            "Lower --per_device_train_batch_size and raise --gradient_accumulation_steps by the same factor."
-        )
 
 
 def _check_data(data_args: Any, args: Any) -> None:
     """A GLUE task or the user's own files, with their columns and labels."""
+    task, text_columns, label_column = data_args.task_name, data_args.text_columns, data_args.label_column
     files = {"train": data_args.train_file, "eval": data_args.validation_file, "predict": data_args.test_file}
-    if bool(data_args.task_name) == any(files.values()):
+    if bool(task) == any(files.values()):
         raise UsageError("give --task_name or files of your own (--train_file, ...), one of the two.")
-    if not data_args.task_name:
-        for action, flag in (("train", "train_file"), ("eval", "validation_file"), ("predict", "test_file")):
-            if getattr(args, f"do_{action}") and not files[action]:
-                raise UsageError(f"--do_{action} needs --{flag}.")
-    texts, label_column = parse_names("text_columns", data_args.text_columns), data_args.label_column
-    for flag, value in (("text_columns", texts), ("label_column", label_column)):
-        if value is not None and data_args.task_name:
-            raise UsageError(
-                f"--{flag} is only for your own files: the columns of {data_args.task_name} are fixed. Leave it out."
-            )
-    if texts and len(texts) > 2:
-        raise UsageError(f"--text_columns {data_args.text_columns}: give one column, or two for pairs.")
-    if texts and (label_column or "label") in texts:
-        raise UsageError(f"--text_columns {data_args.text_columns}: {label_column or 'label'} is the column of labels.")
+    for action, flag in (("train", "train_file"), ("eval", "validation_file"), ("predict", "test_file")):
+        if not task and getattr(args, f"do_{action}") and not files[action]:
+            raise UsageError(f"--do_{action} needs --{flag}.")
+    names = parse_names("text_columns", text_columns) or ()
+    for flag, value in (("text_columns", text_columns), ("label_column", label_column)):
+        if value is not None and task:
+            raise UsageError(f"--{flag} is only for your own files: the columns of {task} are fixed. Leave it out.")
+    if len(names) > 2:
+        raise UsageError(f"--text_columns {text_columns}: give one column, or two for pairs.")
+    if (label_column or "label") in names:
+        raise UsageError(f"--text_columns {text_columns}: {label_column or 'label'} is the column of labels.")
     label_names = parse_names("labels", data_args.labels)
     if label_names is not None and len(label_names) < 2:
         raise UsageError(f"--labels {data_args.labels}: give two names or more; a regression has none.")
 
 
-def _check_libraries(args: Any) -> None:
-    """Flags that need a library, or another flag, to have an effect."""
-    installed = get_available_reporting_integrations()
-    if absent := [name for name in args.report_to if name not in installed]:
-        choices = ", ".join(["none", *installed])
-        raise UsageError(f"--report_to {absent[0]}: not installed here. Choose from: {choices}.")
-    if args.use_liger_kernel:
+def _check_examples_of_a_step(args: Any) -> None:
+    """A step's examples must stay the same in any number of processes, and on resuming."""
+    if args.auto_find_batch_size:
         raise UsageError(
-            "--use_liger_kernel: Liger has no kernels for these models, which have their own. Leave it out."
+            "--auto_find_batch_size would change the examples a step has, without a message.\n"
+            "Lower --per_device_train_batch_size and raise --gradient_accumulation_steps by the same factor."
         )
-    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
-        if getattr(args, name) and not args.dataloader_num_workers:
-            raise UsageError(
-                f"--{name} has no effect without --dataloader_num_workers 1 or more. Leave it out, or add it."
-            )
-
-
-def check_accelerator(args: Any) -> None:
-    """A step's examples must stay the same in any number of processes, and on resuming. Raises UsageError."""
     config = args.accelerator_config
     changed = {
         "split_batches": config.split_batches,
@@ -103,23 +70,37 @@ def check_accelerator(args: Any) -> None:
         raise UsageError("--accelerator_config: num_steps is --gradient_accumulation_steps. Give that flag instead.")
 
 
-def check_early_stopping(args: Any) -> None:
-    """Stopping early needs evaluations to judge by. Raises UsageError."""
-    patience, threshold = args.early_stopping_patience, args.early_stopping_threshold
-    if patience is None and threshold:
-        raise UsageError("--early_stopping_threshold has no effect without --early_stopping_patience. Add it.")
-    if patience is not None and args.eval_strategy == "no":
+def _check_effects(model_args: Any, args: Any) -> None:
+    """Flags that have no effect without another, or replace what another does."""
+    if model_args.masking_prob and not model_args.reg_loss_wgt:
         raise UsageError(
-            "--early_stopping_patience counts evaluations while training: add --eval_strategy epoch or steps."
+            "--masking_prob needs --reg_loss_wgt: cutoff compares a pass with hidden tokens to a full one."
         )
+    if model_args.reg_loss_wgt and args.label_smoothing_factor:
+        raise UsageError("--label_smoothing_factor replaces the loss that --reg_loss_wgt adds to: give one of them.")
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if getattr(args, name) and not args.dataloader_num_workers:
+            raise UsageError(f"--{name} has no effect without --dataloader_num_workers of 1 or more. Add it.")
+    if args.early_stopping_patience is None and args.early_stopping_threshold:
+        raise UsageError("--early_stopping_threshold has no effect without --early_stopping_patience. Add it.")
+    if args.early_stopping_patience is not None and args.eval_strategy == "no":
+        raise UsageError("--early_stopping_patience counts evaluations: add --eval_strategy epoch or steps.")
+    if args.save_on_each_node:
+        raise UsageError("--save_on_each_node: the output folder is on a disk that all machines share; one writes.")
 
 
-def check_compiler(backend: str | None, on_cpu: bool) -> None:
-    """torch.compile must know its backend, and find the compiler that it would start. Raises UsageError."""
+def _check_libraries(args: Any) -> None:
+    """Flags that need an installed library or compiler."""
+    installed = get_available_reporting_integrations()
+    if absent := [name for name in args.report_to if name not in installed]:
+        raise UsageError(f"--report_to {absent[0]}: not installed. Choose from: {', '.join(['none', *installed])}.")
+    if args.use_liger_kernel:
+        raise UsageError("--use_liger_kernel: Liger has no kernels for these models. Leave it out.")
+    backend = args.torch_compile_backend
     if backend and backend not in torch._dynamo.list_backends(exclude_tags=()):
-        known = ", ".join(torch._dynamo.list_backends())
-        raise UsageError(f"--torch_compile_backend {backend}: unknown. Choose from: {known}.")
-    if backend == "inductor" and on_cpu and not shutil.which("g++"):
+        choices = ", ".join(torch._dynamo.list_backends())
+        raise UsageError(f"--torch_compile_backend {backend}: unknown. Choose from: {choices}.")
+    if backend == "inductor" and args.use_cpu and not shutil.which("g++"):
         raise UsageError("--torch_compile: needs a C++ compiler on a CPU, and there is no g++. Leave the flag out.")
 
 
@@ -170,14 +151,14 @@ def set_best_metric(args: Any, names: tuple[str, ...]) -> list[str]:
     UsageError for a metric that is not evaluated, and for a direction that is not the metric's.
     """
     names = () if args.prediction_loss_only else names  # then nothing else is computed
-    known = ["loss", *names, *(["combined_score"] if len(names) > 1 and "mse" not in names else [])]
+    evaluated = ["loss", *names, *(["combined_score"] if len(names) > 1 and "mse" not in names else [])]
     metric, direction = args.best_metric_flags
     schedule = args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
     stops = args.early_stopping_patience is not None
     if metric is None and (schedule or stops or args.load_best_model_at_end or args.save_strategy == "best"):
         metric = names[0] if names else "loss"
-    if metric is not None and metric.removeprefix("eval_") not in known:
-        raise UsageError(f"--metric_for_best_model {metric}: not evaluated here. Choose from: {', '.join(known)}.")
+    if metric is not None and metric.removeprefix("eval_") not in evaluated:
+        raise UsageError(f"--metric_for_best_model {metric}: not evaluated. Choose from: {', '.join(evaluated)}.")
     args.metric_for_best_model = metric and metric.removeprefix("eval_")  # one setting under both names
     args.greater_is_better = None if metric is None else greater_is_better(metric)
     if metric is None:

@@ -13,22 +13,22 @@ RENAMED = {
     "use_auth_token": "token",
     "max_val_samples": "max_eval_samples",
 }
-# old switch: what to say instead when it is on
+# old switch: the flags that replace it when it is on
 SWITCHES = {
     "group_by_length": ["--train_sampling_strategy", "group_by_length"],
     "include_inputs_for_metrics": ["--include_for_metrics", "inputs"],
     "adafactor": ["--optim", "adafactor"],
     "evaluate_during_training": ["--eval_strategy", "steps"],
 }
-# old name: why it is not needed; the value is dropped with it
+# old name: why it is not needed; its value is dropped too
 DROPPED = {
-    "local_rank": "the launcher's environment says it",
+    "local_rank": "the launcher sets it",
     "save_safetensors": "files are always safetensors",
     "fp16_opt_level": "apex is gone; --fp16 and --bf16 are torch's own",
     "fp16_backend": "apex is gone; --fp16 and --bf16 are torch's own",
     "half_precision_backend": "apex is gone; --fp16 and --bf16 are torch's own",
     "sharded_ddp": "fairscale is gone; --fsdp shards",
-    "tpu_num_cores": "the launcher says it",
+    "tpu_num_cores": "the launcher sets it",
     "past_index": "no model here uses it",
     "mp_parameters": "SageMaker's model parallelism is gone",
     "use_legacy_prediction_loop": "there is one loop",
@@ -39,18 +39,14 @@ _TRUE, _FALSE = {"true", "yes", "1", "t", "y"}, {"false", "no", "0", "f", "n"}
 
 
 def translate(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Translate a command line; returns it in today's flags, and a line for each translation made.
-
-    Raises UsageError for a `--warmup_ratio` that is no fraction.
-    """
-    groups: list[tuple[str, list[str]]] = []  # (name, its tokens as written), in order
+    """A command line in today's flags, and a line for each flag translated. Raises UsageError for a wrong ratio."""
+    groups: list[tuple[str, list[str]]] = []  # a flag's name and its tokens as written, in order
     for token in argv:
-        if token.startswith("--") and len(token) > 2:
-            groups.append((token[2:].partition("=")[0].replace("-", "_"), [token]))
-        elif groups:
-            groups[-1][1].append(token)
+        is_flag = token.startswith("--") and len(token) > 2
+        if is_flag or not groups:
+            groups.append((token[2:].partition("=")[0].replace("-", "_") if is_flag else "", [token]))
         else:
-            groups.append(("", [token]))
+            groups[-1][1].append(token)
     steps = [values[0] for name, tokens in groups if name == "warmup_steps" and (values := _values(tokens))]
     warmup_steps_win = bool(steps) and steps[-1] not in ("0", "0.0")
     translated: list[str] = []
@@ -74,7 +70,7 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
         elif name == "optim" and values == ["adamw_hf"]:
             new = ["--optim", "adamw_torch"]
         elif name == "warmup_steps" and not warmup_steps_win and any(n == "warmup_ratio" for n, _ in groups):
-            continue  # 0 leaves the word to the ratio
+            continue  # with 0 steps the ratio applies
         else:
             translated += tokens
             continue
@@ -90,7 +86,7 @@ def _values(tokens: list[str]) -> list[str]:
 
 
 def _warmup(values: list[str], warmup_steps_win: bool) -> list[str]:
-    """A ratio is today a `--warmup_steps` below 1; steps, where given too, go before it."""
+    """A ratio is today a `--warmup_steps` below 1; if the command has steps as well, they win."""
     try:
         ratio = float(values[0])
     except (IndexError, ValueError):

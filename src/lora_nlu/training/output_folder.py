@@ -25,7 +25,7 @@ _LEFTOVERS = re.compile(r"\..*\.partial|\.saving|\.removing")  # temporary names
 _SCORES = ("eval*_results.json", "predict_results_*.tsv")  # of a run that trains, written after training
 _RESULTS = ("trainer_state.json", "*_results.json", *_SCORES, ADAPTER_WEIGHTS, ADAPTER_CONFIG, RUN_METADATA)
 _LOOK = ("label", "color", "marker")  # of a method in reports; an older version did not record it
-# Explanations of settings whose values, digests, mean nothing to a reader
+# What a difference means in settings whose values are digests
 _MEANING = {"train_data": ": the training examples differ", "eval_data": ": the evaluation examples differ"}
 
 
@@ -41,7 +41,7 @@ def prepare_output_dir(output_dir: str, overwrite: bool) -> None:
         raise UserError(f"--output_dir {folder}: can't be written ({e.strerror}).") from e
     if content and RUN not in content and not overwrite:
         raise UserError(
-            f"--output_dir {folder} contains {len(content)} entries ({content[0]}, ...) and is no run of ours.\n"
+            f"--output_dir {folder} contains {len(content)} entries ({content[0]}, ...) and no {RUN}: it is no run's.\n"
             "Choose another folder, or --overwrite_output_dir to write into it all the same."
         )
 
@@ -78,11 +78,11 @@ def record_evaluation(trainer: AdapterTrainer, evaluated: str) -> None:
 
 
 def check_all_alike(trainer: AdapterTrainer) -> None:
-    """Raise UserError in a process that was started with other flags or another base model than the first."""
+    """Raise UserError in a process that was started with other flags or another base model than the first process."""
     flags = {name: str(value) for name, value in trainer.args.to_dict().items() if name != "local_rank"}
-    mine = trainer.metadata | {"hyperparameters": flags | trainer.metadata["hyperparameters"]}
-    (first,) = broadcast_object_list([mine])
-    if differences := _differences(first, mine):
+    own_run = trainer.metadata | {"hyperparameters": flags | trainer.metadata["hyperparameters"]}
+    (first_run,) = broadcast_object_list([own_run])
+    if differences := _differences(first_run, own_run):
         raise UserError(
             f"process {trainer.args.process_index} (on {socket.gethostname()}) was started otherwise than the first: "
             f"{'; '.join(differences[:8])}.\nStart the same command, with as many devices, on all machines."
@@ -100,9 +100,7 @@ def locked(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         os.close(descriptor)
-        raise UserError(
-            f"{folder}: another run trains into it now. Wait for it or end it, or choose another folder."
-        ) from e
+        raise UserError(f"{folder}: another run trains into it now. Wait for it, or choose another folder.") from e
     except OSError:
         pass  # some network disks have no locks
     try:

@@ -99,7 +99,8 @@ class Flags(NamedTuple):
 
 def parse_arguments(argv: list[str], environ: MutableMapping[str, str]) -> Flags:
     """Flags, or one JSON file of them, to the three groups; environ: as in `RunArguments`. Raises UsageError."""
-    (model_args, data_args, args), notes = parse(argv, (model_arguments(), DataArguments, RunArguments), environ)
+    flags, notes = _parse(argv, environ)
+    model_args, _, args = flags
     if not model_args.use_fast_tokenizer:
         notes.append("--use_fast_tokenizer false is ignored: the fast tokenizer is used wherever there is one.")
     if args.logging_nan_inf_filter:
@@ -111,40 +112,36 @@ def parse_arguments(argv: list[str], environ: MutableMapping[str, str]) -> Flags
     if args.logging_dir and not is_tensorboard_available():
         notes.append(f"--logging_dir {args.logging_dir}: nothing is written there, tensorboard is not installed.")
     say(args, *(f"run_glue.py: {note}" for note in notes))
-    check_arguments(model_args, data_args, args)
-    return Flags(model_args, data_args, args)
+    check_arguments(*flags)
+    return flags
 
 
-def parse(
-    argv: list[str], groups: Any, environ: MutableMapping[str, str] | None = None
-) -> tuple[tuple[Any, ...], list[str]]:
-    """Read flags, or the JSON file that is the only argument, into one object of each dataclass of `groups`.
-
-    Returns them and a line for each old flag that was translated. Raises UsageError; an unknown flag names near ones.
-    """
+def _parse(argv: list[str], environ: MutableMapping[str, str]) -> tuple[Flags, list[str]]:
+    """The three groups of flags, and a line for each old flag that was translated."""
     if len(argv) == 1 and argv[0].endswith(".json"):
         argv = _from_json(Path(argv[0]))
     argv, notes = translate(argv)
-    parser = _Parser(groups, allow_abbrev=False)
+    kinds: Any = (model_arguments(), DataArguments, RunArguments)
+    parser = _Parser(kinds, allow_abbrev=False)
     try:
         values, unknown = parser.parse_known_args(argv)
-        parsed = tuple(_group(kind, vars(values), environ) for kind in groups)
+        of_model, of_data, of_run = (_fields_of(kind, values) for kind in kinds)
+        flags = Flags(kinds[0](**of_model), DataArguments(**of_data), RunArguments(**of_run, environ=environ))
     except (ValueError, ImportError) as e:
         raise UsageError("\n".join(str(e).strip().splitlines()[:3])) from e
     if unknown:
         near = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=3)
         raise UsageError(f"unknown flag {unknown[0]}." + (f" Did you mean {' or '.join(near)}?" if near else ""))
-    return parsed, notes
+    return flags, notes
+
+
+def _fields_of(kind: Any, values: Any) -> dict[str, Any]:
+    return {field.name: getattr(values, field.name) for field in fields(kind) if field.init}
 
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
-
-
-def _group(kind: Any, values: dict[str, Any], environ: MutableMapping[str, str] | None) -> Any:
-    own = {field.name: values[field.name] for field in fields(kind) if field.init}
-    return kind(**own, environ=environ) if kind is RunArguments else kind(**own)
 
 
 def _from_json(path: Path) -> list[str]:

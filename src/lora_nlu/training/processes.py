@@ -19,8 +19,8 @@ import transformers
 from lora_nlu.errors import UsageError, UserError, is_out_of_memory
 
 _NETWORK = ("aiohttp", "datasets", "fsspec", "httpx", "huggingface_hub", "requests", "ssl", "urllib", "urllib3")
-# seconds in which a launcher ends the processes that are left when one has ended
-ERROR_OF_ALL, ERROR_OF_ANOTHER = 3, 10
+# Seconds that a process waits before it prints: for the first process's error, for the error of the one that ended
+_WAIT_FOR_FIRST, _WAIT_FOR_ANOTHER = 3, 10
 
 
 def lost_process(error: BaseException) -> bool:
@@ -54,7 +54,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
 
     def fail(message: object, code: int) -> NoReturn:
         if not first:
-            time.sleep(ERROR_OF_ALL)
+            time.sleep(_WAIT_FOR_FIRST)
         print(f"{Path(argv[0]).name}: error{'' if first else process}: {message}", file=sys.stderr, flush=True)
         sys.exit(code)
 
@@ -75,28 +75,21 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
         fail(e, 1)
     except OSError as e:
         fail(f"{_failed(e)}. What was saved before is untouched.", 1)
-    except torch.OutOfMemoryError as e:
-        fail(
-            f"the GPU's memory is full ({str(e).splitlines()[0][:150]}).\n"
-            "Take a smaller --per_device_train_batch_size and as many times the --gradient_accumulation_steps: the "
-            "same step; in evaluation, a smaller --per_device_eval_batch_size. docs/scaling.md has more.",
-            1,
-        )
     except (MemoryError, RuntimeError) as e:
-        if is_out_of_memory(e):
+        reason = (str(e) or type(e).__name__).splitlines()[0][:150]
+        on_gpu = isinstance(e, torch.OutOfMemoryError)
+        if on_gpu or is_out_of_memory(e):
+            memory = "the GPU's memory is full" if on_gpu else "there is not enough memory"
             fail(
-                f"there is not enough memory ({(str(e) or type(e).__name__).splitlines()[0][:150]}).\n"
-                "Lower --per_device_train_batch_size and raise --gradient_accumulation_steps by the same factor (the "
-                "step stays the same), or lower --per_device_eval_batch_size or --max_seq_length.",
+                f"{memory} ({reason}).\nLower --per_device_train_batch_size and raise --gradient_accumulation_steps by "
+                "the same factor (the step stays the same); in evaluation, lower --per_device_eval_batch_size. A lower "
+                "--max_seq_length also helps; docs/scaling.md has more.",
                 1,
             )
         if not lost_process(e):
             raise
-        time.sleep(ERROR_OF_ANOTHER)  # its own error comes first
-        fail(
-            f"another process of this run ended ({str(e).splitlines()[0][:150]}). Its own error is printed elsewhere.",
-            1,
-        )
+        time.sleep(_WAIT_FOR_ANOTHER)
+        fail(f"another process of this run ended ({reason}). Its own error is printed elsewhere.", 1)
     except KeyboardInterrupt:
         if not first:
             sys.exit(1)

@@ -46,9 +46,9 @@ def _train(trainer: AdapterTrainer, overwrite: bool) -> None:
     if overwrite and args.process_index == 0:
         record(trainer)  # first: from here on the folder contains no finished run
         clear_earlier_run(folder)
-    checkpoint, trained = remaining(trainer) if args.process_index == 0 else (None, False)
-    checkpoint, trained = broadcast_object_list([checkpoint, trained])  # the first process decides for all
-    if trained:
+    progress = remaining(trainer) if args.process_index == 0 else (None, False)
+    checkpoint, is_trained = broadcast_object_list([*progress])  # the first process decides for all
+    if is_trained:
         say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
         trainer._load_from_checkpoint(str(folder))
         return
@@ -60,8 +60,8 @@ def _train(trainer: AdapterTrainer, overwrite: bool) -> None:
     record(trainer)
     if args.process_index == 0:
         clear_leftovers(args.output_dir)
-    (written,) = broadcast_object_list([(folder / RUN).read_text() if args.process_index == 0 else None])
-    wait_for_file(folder / RUN, written, args)
+    (text,) = broadcast_object_list([(folder / RUN).read_text() if args.process_index == 0 else None])
+    wait_for_file(folder / RUN, text, args)
     metrics = _train_from(checkpoint, trainer)
     if trainer.state.global_step < trainer.state.max_steps:
         say(args, f"Stopped early, at step {trainer.state.global_step} of {trainer.state.max_steps}.")
@@ -116,18 +116,16 @@ def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> di
 
 def predict(trainer: AdapterTrainer, tables: dict[str, Any]) -> list[Path]:
     """Write predict_results_<task>.tsv (index, label name or number) for every test set; MNLI has three of them."""
-    written, task, labels = [], trainer.metadata["task"], trainer.metadata["labels"]
-    for name in (name for name in tables if name.startswith("test")):
-        logits: Any = trainer.predict(tables[name]).predictions
-        answers = predicted(logits)
-        which = {"test_mismatched": f"{task}-mm", "test_ax": "ax"}.get(name, task)
-        path = Path(trainer.args.output_dir, f"predict_results_{which}.tsv")
+    paths, task, labels = [], trainer.metadata["task"], trainer.metadata["labels"]
+    for split in [name for name in tables if name.startswith("test")]:
+        logits: Any = trainer.predict(tables[split]).predictions  # one row for each example, checked by the trainer
+        answers = [labels[int(x)] if labels else f"{x:.3f}" for x in predicted(logits)]
+        name = {"test_mismatched": f"{task}-mm", "test_ax": "ax"}.get(split, task)
+        paths.append(Path(trainer.args.output_dir, f"predict_results_{name}.tsv"))
         if trainer.args.process_index == 0:
-            numbered = zip(range(len(tables[name])), answers, strict=True)
-            lines = [f"{i}\t{labels[int(a)] if labels else format(a, '.3f')}" for i, a in numbered]
-            write_text(path, "\n".join(["index\tprediction", *lines]) + "\n")
-        written.append(path)
-    return written
+            lines = ["index\tprediction", *(f"{index}\t{answer}" for index, answer in enumerate(answers))]
+            write_text(paths[-1], "\n".join(lines) + "\n")
+    return paths
 
 
 def peak_memory_gib() -> dict[str, float]:
@@ -140,18 +138,17 @@ def peak_memory_gib() -> dict[str, float]:
 
 
 def describe_run(trainer: AdapterTrainer, metrics: dict[str, float], metric: str) -> None:
-    """Write a trained adapter's figure into its metadata, and its model card, so that the folder can be uploaded."""
+    """Write a trained adapter's metrics into its metadata, and its model card, so that the folder can be uploaded."""
     folder = Path(trainer.args.output_dir)
     if trainer.saves_part and trainer.args.process_index == 0:
         reported = {key: value for key, value in metrics.items() if metric in key or key.startswith("eval_loss")}
-        if reported:  # a start that only finds training done has none, and the earlier ones stay
-            known = read_json(folder / RUN_METADATA)
-            write_json(folder / RUN_METADATA, known | {"metrics": reported})
+        if reported:  # without --do_eval the metrics of an earlier start remain
+            write_json(folder / RUN_METADATA, read_json(folder / RUN_METADATA) | {"metrics": reported})
         write_card(folder)
 
 
 def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: dict[str, Any]) -> str:
-    """What a person wants to know at the end, two columns."""
+    """Scores, parameters, speed, memory and the folder, in two columns."""
     counts, args, history = count_parameters(trainer.model), trainer.args, trainer.state.log_history
     rows = [("task", trainer.metadata["task"])]
     rows += [(key.removeprefix("eval_"), f"{metrics[key]:.4f}") for key in metrics if metric in key]
@@ -164,8 +161,8 @@ def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: d
     part = METHODS[method["name"]].part + " and biases" * bool(method.get("biases"))
     part = f", {counts.encoder:,} of them {part}" if part else ""
     rows.append(("trainable parameters", f"{counts.trainable:,} of {counts.total:,}{part}"))
-    runtime = next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None)
-    if runtime:
+    if runtimes := [entry["train_runtime"] for entry in history if "train_runtime" in entry]:
+        runtime = runtimes[-1]
         tokens = trainer.state.num_input_tokens_seen - getattr(trainer, "_initial_num_input_tokens_seen", 0)
         rows.append(("training", f"{runtime:.1f} s, {tokens / runtime:,.0f} real tokens/s"))
     seconds = sum(value for key, value in metrics.items() if key.startswith("eval_runtime"))
