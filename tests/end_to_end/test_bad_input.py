@@ -138,7 +138,7 @@ def test_bf16_on_a_gpu_that_cant_compute_in_it_is_refused_with_the_flag_to_drop(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     message = refused(2, *rte(glue, "--do_train", *LORA, "--bf16"))
-    assert "--bf16: Tesla T4" in message and "Drop the flag" in message
+    assert "--bf16: Tesla T4" in message and "Remove it" in message
 
 
 def test_a_warmup_ratio_that_is_no_fraction_is_refused(refused):
