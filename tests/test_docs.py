@@ -17,6 +17,7 @@ import transformers
 from helpers import tiny_config
 from transformers import TrainingArguments
 
+import lora_nlu
 from lora_nlu import read_adapter
 from lora_nlu.training import parse_arguments
 from lora_nlu.training.arguments import DataArguments, model_arguments
@@ -174,6 +175,17 @@ def test_every_listed_difference_from_transformers_and_pefts_tests_is_documented
         if line and not line.startswith("#"):
             pattern, reason = line.split("\t")
             assert f"| `{pattern}` | {reason} |" in page
+
+
+def test_the_changelogs_first_version_is_the_packages_and_its_moved_modules_are_there():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert re.findall(r"^## (.+)$", text, re.M)[0] == lora_nlu.__version__
+    rows = text.partition("| before, in `lora_nlu` |")[2].partition("\n\n")[0].splitlines()[2:]
+    moved = {name for row in rows for name in re.findall(r"`(\w+\.\w+)`", row.split("|")[2])}
+    paths = {name: ROOT / "src" / "lora_nlu" / f"{name.replace('.', '/')}.py" for name in moved}
+    assert len(paths) > 30 and [name for name, path in paths.items() if not path.exists()] == []
+    before = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert len(before) == 23
 
 
 def test_the_page_on_the_architecture_names_every_module_of_every_package():
