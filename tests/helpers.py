@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import DebertaV2Config, RobertaConfig
 
+from lora_nlu.methods.method import Method
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 
@@ -43,6 +44,18 @@ DEBERTA_INPUTS = [
     "token types and position_ids, left padding",
 ]
 GOLDENS = Path(__file__).parent / "goldens"
+
+
+def settings_of(row: Method) -> dict[str, Any]:
+    """Config settings that choose a method of the table: its switch and what goes with it, and 4 for each size."""
+    sizes = {flag.name: 4 for flag in row.flags if flag.kind in (int, float) and flag.below is None}
+    return {**row.chosen_by, **sizes}
+
+
+def flags_of(row: Method) -> list[str]:
+    """The same choice on run_glue.py's command line; the switch comes first."""
+    flags = [(f"--{name}", [] if value is True else [str(value)]) for name, value in settings_of(row).items()]
+    return [word for flag, values in flags for word in (flag, *values)]
 
 
 def tiny_config(**settings: Any) -> RobertaConfig:

@@ -19,6 +19,7 @@ from helpers import (
     assert_close,
     ragged_batch,
     randomise_,
+    settings_of,
     tiny_config,
     tiny_deberta_config,
 )
@@ -41,6 +42,7 @@ from lora_nlu.errors import UserError
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.methods.lora import LoRALinear
 from lora_nlu.methods.marking import mark_only_lora_as_trainable, mark_trainable
+from lora_nlu.methods.table import METHODS
 from lora_nlu.methods.targets import TARGETS
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification, DebertaV2Model
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification, RobertaModel
@@ -473,13 +475,7 @@ def test_what_peft_trained_on_a_bare_encoder_gives_the_same_features_here_and_sa
 
 
 @pytest.mark.parametrize(
-    "method",
-    [
-        {"apply_bitfit": True},
-        {"apply_lora": True, "lora_r": R, "lora_alpha": ALPHA},
-        {"apply_adapter": True, "adapter_type": "houlsby", "adapter_size": 3},
-    ],
-    ids=["bitfit", "lora", "houlsby"],
+    "method", [row for row in METHODS.values() if row.state and row.freezes], ids=lambda row: row.name
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_a_bare_encoder_and_one_of_a_classifier_are_told_apart_by_name(kind, method, tmp_path, capsys):
@@ -487,7 +483,7 @@ def test_an_adapter_of_a_bare_encoder_and_one_of_a_classifier_are_told_apart_by_
     classifier_class = CLASSIFIERS[new_config().model_type][0]
     folders = {}
     for model_class in (bare_class, classifier_class):
-        model = randomise_(model_class(new_config(**method)))
+        model = randomise_(model_class(new_config(**settings_of(method))))
         mark_trainable(model)
         folders[model_class] = tmp_path / model_class.__name__
         save_adapter(model, folders[model_class], {})

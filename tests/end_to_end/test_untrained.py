@@ -7,21 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import flags_of
 from peft import LoraConfig, PeftModel, get_peft_model
-from runs import LORA, contents
+from runs import contents
 from test_run_glue import read, rte, scores, succeeded
 from transformers import RobertaForSequenceClassification, RobertaModel
 
 from lora_nlu.adapters.reading import read_adapter
+from lora_nlu.methods.table import METHODS
 
 SHORT = ["--max_seq_length", "64", "--learning_rate", "1e-2"]
-METHODS = {
-    "lora": LORA,
-    "bitfit": ["--apply_bitfit"],
-    "houlsby": ["--apply_adapter", "--adapter_type", "houlsby", "--adapter_size", "4"],
-    "head": ["--head_only"],
-    "full": [],
-}
+EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +28,7 @@ def trained(call, glue, tmp_path_factory) -> Any:
     def make(method: str) -> Path:
         if method not in done:
             done[method] = tmp_path_factory.mktemp("trained") / method
-            flags = [*METHODS[method], *SHORT, "--max_steps", "3", "--do_train", "--do_eval", "--do_predict"]
+            flags = [*flags_of(METHODS[method]), *SHORT, "--max_steps", "3", "--do_train", "--do_eval", "--do_predict"]
             succeeded(call(*on_rte(glue, done[method], *flags)))
         return done[method]
 
@@ -44,19 +40,19 @@ def on_rte(glue: Path, output: Path, *flags: object) -> list[object]:
 
 
 @pytest.mark.parametrize("work", ["--do_eval", "--do_predict"])
-@pytest.mark.parametrize("method", ["lora", "bitfit", "houlsby", "head"])
+@pytest.mark.parametrize("method", [row.name for row in METHODS.values() if row.freezes])
 def test_a_method_without_what_it_trained_is_not_evaluated(method, work, trained, call, glue, tmp_path):
-    flags = ["--model_name_or_path", trained("full"), *METHODS[method], *SHORT]
+    flags = ["--model_name_or_path", trained("full"), *flags_of(METHODS[method]), *SHORT]
     outcome = call(*on_rte(glue, tmp_path / "o", *flags, work))
-    door = "--lora_path" if method == "lora" else "--adapter_path"
-    assert outcome.code == 2 and f"Give it: {door} FOLDER" in outcome.err, outcome.err
-    assert f"leave {METHODS[method][0]} out" in outcome.err
+    path_flag = f"--{METHODS[method].path_flag}"
+    assert outcome.code == 2 and f"Give it: {path_flag} FOLDER" in outcome.err, outcome.err
+    assert f"leave --{METHODS[method].switch} out" in outcome.err
     assert not list((tmp_path / "o").glob("*"))
     shutil.copy(trained(method) / "adapter_config.json", tmp_path / "o")
     shutil.copy(trained("full") / "run.json", tmp_path / "o")
     known = {k: v for k, v in read(tmp_path / "o" / "run.json").items() if k not in ("trained", "hyperparameters")}
     (tmp_path / "o" / "run.json").write_text(json.dumps(known))
-    assert f"Give it: {door} {tmp_path / 'o'}." in call(*on_rte(glue, tmp_path / "o", *flags, work)).err
+    assert f"Give it: {path_flag} {tmp_path / 'o'}." in call(*on_rte(glue, tmp_path / "o", *flags, work)).err
 
 
 def test_a_fine_tuned_model_without_a_methods_flags_is_evaluated(trained, call, glue, tmp_path):
@@ -67,28 +63,33 @@ def test_a_fine_tuned_model_without_a_methods_flags_is_evaluated(trained, call, 
 
 
 @pytest.mark.parametrize("work", ["--do_eval", "--do_predict"])
-@pytest.mark.parametrize("method", ["lora", "houlsby", "full"])
+@EVERY_METHOD
 def test_another_models_results_do_not_take_the_place_of_a_trained_runs(method, work, trained, call, glue, tmp_path):
-    folder, other = shutil.copytree(trained(method), tmp_path / "run"), trained("bitfit")
-    door = {"lora": "--lora_path", "full": "--model_name_or_path"}.get(method, "--adapter_path")
+    folder, other = (
+        shutil.copytree(trained(method), tmp_path / "run"),
+        trained("bitfit" if method != "bitfit" else "head"),
+    )
+    path_flag = f"--{METHODS[method].path_flag}"
     before = contents(folder)
     for given in (["--model_name_or_path", trained("full")], ["--adapter_path", other]):
         outcome = call(*on_rte(glue, folder, *given, *SHORT, work))
-        assert outcome.code == 1 and str(given[1]) in outcome.err and f"{door} {folder}" in outcome.err, outcome.err
+        assert outcome.code == 1 and str(given[1]) in outcome.err and f"{path_flag} {folder}" in outcome.err, (
+            outcome.err
+        )
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("method", ["lora", "houlsby", "full"])
+@EVERY_METHOD
 def test_what_a_run_trained_is_scored_into_its_folder_again(method, trained, call, glue, tmp_path):
     folder = shutil.copytree(trained(method), tmp_path / "run")
-    door = {"lora": "--lora_path", "full": "--model_name_or_path"}.get(method, "--adapter_path")
+    path_flag = f"--{METHODS[method].path_flag}"
     known = (folder / "run.json").read_bytes()
     (folder / "eval_results.json").unlink()
-    succeeded(call(*on_rte(glue, folder, door, tmp_path / "." / "run", *SHORT, "--do_eval")))
+    succeeded(call(*on_rte(glue, folder, path_flag, tmp_path / "." / "run", *SHORT, "--do_eval")))
     assert scores(folder / "eval_results.json") == scores(trained(method) / "eval_results.json")
     assert (folder / "run.json").read_bytes() == known
     other = ["--validation_file", glue / "RTE" / "dev.tsv", "--do_eval", *SHORT]
-    outcome = call("--output_dir", folder, door, folder, *other)
+    outcome = call("--output_dir", folder, path_flag, folder, *other)
     assert outcome.code == 1 and "on custom would be taken for that run's" in outcome.err
 
 

@@ -18,6 +18,7 @@ from helpers import (
     assert_same_gradients,
     ragged_batch,
     randomise_,
+    settings_of,
     tiny_config,
     tiny_deberta_config,
     twins,
@@ -68,10 +69,8 @@ METHODS: dict[str, tuple[dict[str, Any], str]] = {
         r"\.layer\.1\.(attention\.self\.key(_proj)?|output\.dense)\.lora_[AB]$",
     ),
 }
-# A row of the table without a line above: the values that choose it, 4 for its sizes, and the names in the row
-for row in TABLE.values():
-    sizes = {flag.name: 4 for flag in row.flags if flag.kind in (int, float) and flag.below is None}
-    METHODS.setdefault(row.name, ({**row.chosen_by, **sizes}, row.state or r"(?!)"))
+for row in TABLE.values():  # and each row of the table that is not above, with the names that the row says
+    METHODS.setdefault(row.name, (settings_of(row), row.state or r"(?!)"))
 PARTS = [name for name in METHODS if METHODS[name][0]]
 KINDS = pytest.mark.parametrize("kind", CONFIGS)
 

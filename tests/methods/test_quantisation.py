@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_config, tiny_deberta_config
+from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, settings_of, tiny_config, tiny_deberta_config
 from torch import Tensor, nn
 from torch.ao.nn.quantized import dynamic
 from transformers import AwqConfig, BitsAndBytesConfig, QuantoConfig
@@ -20,6 +20,7 @@ from lora_nlu.methods.bottleneck import set_bottlenecks_
 from lora_nlu.methods.description import description_of
 from lora_nlu.methods.lora import set_lora_
 from lora_nlu.methods.marking import mark_only_lora_as_trainable, mark_trainable
+from lora_nlu.methods.table import METHODS
 from lora_nlu.models.loading import load_config
 
 KINDS = {"roberta": tiny_config, "deberta-v2": tiny_deberta_config}
@@ -126,8 +127,7 @@ def test_no_method_is_applied_to_a_model_with_quantised_layers_and_the_error_nam
             setattr(model.base_model.get_submodule(parent), child, quantise(model.base_model.get_submodule(name)))
         return model
 
-    trained = {"lora": LORA, "bitfit": {"apply_bitfit": True}}
-    trained["houlsby"] = {"apply_adapter": True, "adapter_type": "houlsby", "adapter_size": 3}
+    trained = {row.name: settings_of(row) for row in METHODS.values() if row.state and row.freezes}
     message = (
         r"attention.self.query(_proj)?(\.weight)? is a .*(Int8Linear|ScaledTensor|int8|dynamic.*Linear).*: quantised"
     )
