@@ -15,6 +15,7 @@ from lora_nlu.models.modeling_deberta_v2 import DebertaV2Model
 from lora_nlu.models.modeling_roberta import RobertaModel
 
 KINDS = ["roberta", "deberta-v2"]
+SELECTS_LAYERS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)  # output_hidden_states of numbers
 BASES = {"roberta": RobertaModel, "deberta-v2": DebertaV2Model}
 LENGTHS = [7, 3, 5, 3]
 
@@ -217,9 +218,14 @@ def test_a_gradient_hook_on_a_hidden_state_changes_the_gradients_of_the_layers_b
 @pytest.mark.parametrize("requested", [[0, -1], [1], 1, -1, 0, (0,), [5], [-4], [], True, False, None])
 def test_output_hidden_states_may_be_numbers_of_layers_as_in_transformers(kind, requested):
     ours, theirs = twins(config_of(kind))
-    got, want = (
-        model.eval()(**batch_of(kind), output_hidden_states=requested).hidden_states for model in (ours, theirs)
-    )
+    if kind == "roberta" and not isinstance(requested, bool | None) and not SELECTS_LAYERS:
+        # this version of transformers returns other states for numbers: those that 5.23 returns are expected
+        states = theirs.eval()(**batch_of(kind), output_hidden_states=True).hidden_states
+        numbers = {requested} if isinstance(requested, int) else {*requested}
+        want = requested and [x if {i, i - len(states)} & numbers else None for i, x in enumerate(states)] or None
+    else:
+        want = theirs.eval()(**batch_of(kind), output_hidden_states=requested).hidden_states
+    got = ours.eval()(**batch_of(kind), output_hidden_states=requested).hidden_states
     if want is None:
         assert got is None
         return
