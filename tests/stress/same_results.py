@@ -134,11 +134,14 @@ def run_case(script: Path, model: str, flags: list[str], seed: int, folder: Path
     if [digest(path) for path in weights[0]] != [digest(path) for path in weights[1]]:
         codes.append(70)
     method = json.loads((folder / "trained" / "run.json").read_text())["method"]["name"]
-    place = {"lora": "--lora_path", "full": "--model_name_or_path"}.get(method, "--adapter_path")
+    path_flag = {"lora": "--lora_path", "full": "--model_name_or_path"}.get(method, "--adapter_path")
     base = [] if method == "full" else ["--model_name_or_path", f"models/{model}"]
-    data = flags[flags.index(next(flag for flag in flags if flag in ("--task_name", "--train_file"))) :]
-    data = [*data[: 6 if data[0] == "--train_file" else 4]]
-    codes.append(call(script, *COMMON, *data, *base, place, folder / "trained", "--output_dir", folder / "evaluated"))
+    data = (
+        OWN if "--train_file" in flags else ["--task_name", flags[flags.index("--task_name") + 1], "--glue_dir", "glue"]
+    )
+    codes.append(
+        call(script, *COMMON, *data, *base, path_flag, folder / "trained", "--output_dir", folder / "evaluated")
+    )
     if folder.name.endswith("plain") and method != "full":
         forms = ("peft", "bin", "merged") if folder.name.endswith("lora, plain") else ("peft",)
         for form in forms:
@@ -233,8 +236,8 @@ def record(source: Path, pattern: str, seed: int, work: Path) -> dict[str, Any]:
         folder = work / model
         if names:
             folder.mkdir(parents=True)
-            told = json.dumps([str(copied), model, names, seed])
-            subprocess.run([sys.executable, __file__, "run", told], cwd=folder, env=env, check=True)
+            arguments = json.dumps([str(copied), model, names, seed])
+            subprocess.run([sys.executable, __file__, "run", arguments], cwd=folder, env=env, check=True)
             result["cases"] |= json.loads((folder / "record.json").read_text())
     return result
 
