@@ -46,11 +46,20 @@ TOLERANCE = 1e-5  # of the largest value of a tensor or list
 MOVED = 0.1  # what Adam can move a parameter by in these steps: the scale of one that is smaller
 
 
-def chosen(pattern: str) -> list[tuple[str, str, list[str]]]:
+def every_method() -> dict[str, list[str]]:
+    """The flags of same_results.py's methods, and of each row of the table that is not one of them."""
+    from helpers import flags_of
+
+    from lora_nlu.methods import METHODS as TABLE
+
+    return METHODS | {name: flags_of(row) for name, row in TABLE.items() if name not in METHODS}
+
+
+def chosen(methods: dict[str, list[str]], pattern: str) -> list[tuple[str, str, list[str]]]:
     """Model, method and backends, where `pattern` is found in "MODEL METHOD, BACKEND"."""
     cases = []
     for model in MODELS:
-        for method in METHODS:
+        for method in methods:
             backends = [backend for backend in BACKENDS if re.search(pattern, f"{model} {method}, {backend}")]
             cases += [(model, method, backends)] if backends else []
     return cases
@@ -105,17 +114,18 @@ def main() -> int:
         del os.environ[name]
     os.environ |= {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    sys.path.append(str(ROOT / "tests" / "end_to_end"))
+    sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "end_to_end")]
     import runs
     import torch
 
+    methods = every_method()
     torch.set_num_threads(1)
     runs.write_models(Path("models"), runs.write_glue(Path("glue")), **NO_DROPOUT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
     count, failures, largest = 0, 0, 0.0
-    for model, method, backends in chosen(args.cases):
-        flags = [*FLAGS, *METHODS[method], "--model_name_or_path", f"models/{model}"]
-        flags += ["--lora_dropout", "0"] if METHODS[method][:1] == LORA[:1] else []
+    for model, method, backends in chosen(methods, args.cases):
+        flags = [*FLAGS, *methods[method], "--model_name_or_path", f"models/{model}"]
+        flags += ["--lora_dropout", "0"] if methods[method][:1] == LORA[:1] else []
         flags += ["--output_dir", f"runs/{model} {method}"]
         if call(SCRIPT, *flags, "--per_device_train_batch_size", 8):
             count, failures = count + len(backends), failures + len(backends)
