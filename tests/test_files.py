@@ -42,13 +42,13 @@ def test_a_write_that_fails_leaves_the_earlier_file_as_it_was_and_no_other(tmp_p
     assert json.loads(path.read_text()) == {"trained": True} and os.listdir(tmp_path) == ["run.json"]
 
 
-def test_what_json_has_no_form_for_is_an_error_before_anything_is_written(tmp_path):
+def test_a_value_that_json_cannot_represent_is_an_error_before_anything_is_written(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "run.json", {"path": tmp_path})
     assert not os.listdir(tmp_path)
 
 
-def test_a_folder_is_on_the_disk_with_all_it_holds_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_a_folder_and_all_its_files_are_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     touch(tmp_path / "partial", "a", "below/b")
     expected = {path.stat().st_ino for path in (tmp_path / "partial", *(tmp_path / "partial").rglob("*"))}
     synced, rename = set(), os.replace
@@ -135,7 +135,7 @@ def test_a_folder_that_can_not_be_listed_is_an_error_not_an_empty_folder(tmp_pat
     ],
     ids=["cut", "empty", "not UTF-8", "too deep", "list", "null"],
 )
-def test_json_that_is_no_whole_object_is_refused_naming_the_file(tmp_path, content, said):
+def test_json_that_is_no_complete_object_is_refused_and_the_file_named(tmp_path, content, said):
     path = tmp_path / "run.json"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:

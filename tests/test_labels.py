@@ -37,7 +37,9 @@ TURNED = ("No", "perhaps ", "YES")  # rows 1, 2, 0 of NAMES
         ((), (), [0]),
     ],
 )
-def test_rows_go_by_name_and_names_that_only_case_or_blanks_tell_apart_are_still_told_apart(trained, wanted, rows):
+def test_rows_of_a_head_are_matched_by_name_and_names_that_differ_only_in_case_or_blanks_are_different(
+    trained, wanted, rows
+):
     assert rows_by_label(trained, wanted) == rows
 
 
@@ -58,7 +60,7 @@ def test_a_head_of_another_number_is_left_behind_and_the_line_names_what_it_is_f
     assert match_head_rows("file", 3, NAMES, NAMES) == ([0, 1, 2], "")
 
 
-def test_only_ids_are_told_by_a_head_without_names():
+def test_a_head_without_names_gives_only_ids():
     head = Head("file", None, 3)
     for ids in (("0", "1", "2"), ("LABEL_0", "LABEL_1", "LABEL_2")):
         assert ", ".join(ids) in head.check_ids(ids)
@@ -126,7 +128,7 @@ def test_a_checkpoints_head_for_other_labels_starts_anew_but_for_debertas_pooler
         loaded(kind, tmp_path, wanted, NAMES, needs_head=True)
 
 
-def test_a_checkpoints_head_without_names_is_kept_by_position_and_said(kind, tmp_path):
+def test_a_checkpoints_head_without_names_is_kept_by_position_and_a_line_says_so(kind, tmp_path):
     theirs = saved(kind, tmp_path, None)
     ours, notes = loaded(kind, tmp_path, TURNED, None)
     assert_close(logits(ours), logits(theirs))

@@ -254,7 +254,9 @@ def test_a_dry_run_shows_the_commands_with_the_users_settings_and_runs_nothing(b
     assert not bench.journal() and not bench.out.exists()
 
 
-def test_results_go_where_the_user_says_or_to_output_seeds_in_the_repository(bench, rte, scheduler, monkeypatch):
+def test_results_go_to_the_folder_that_the_user_names_or_to_output_seeds_in_the_repository(
+    bench, rte, scheduler, monkeypatch
+):
     monkeypatch.chdir(bench.folder)
     monkeypatch.delenv("output_dir", raising=False)
     assert [run.folder for run in scheduler.parse([rte, "1"])[0]] == [ROOT / "output" / "seeds" / "rte" / "seed_0"]
@@ -291,7 +293,7 @@ def test_a_command_line_that_makes_no_sense_is_refused_with_status_2_and_nothing
     assert not bench.journal() and not bench.out.exists() and not (bench.folder / "oops").exists()
 
 
-def test_what_a_script_refuses_is_told_in_its_own_words_before_anything_starts(bench, rte):
+def test_a_scripts_own_error_message_is_printed_before_anything_starts(bench, rte):
     done = bench.run(rte, bench.script("mrpc", needs="roberta_base_mnli"), "2")
     assert done.returncode == 2 and not bench.journal()
     assert done.stderr.startswith("run_seeds.sh: error: mrpc: starts from an MNLI adapter, and there is none at ")
@@ -359,7 +361,7 @@ def test_places_may_change_without_a_finished_run_becoming_another(bench, rte):
     assert again.returncode == 0 and len(bench.names("start")) == 1
 
 
-def test_a_log_holds_every_start_of_its_run_also_after_half_a_line(bench, rte):
+def test_a_log_contains_every_start_of_its_run_also_after_half_a_line(bench, rte):
     for behaviour in ("print('12%', end='', flush=True); sys.exit(1)", "print('100%')"):
         bench.run(rte, "1", BEHAVIOUR=behaviour)
     marks = [line for line in bench.log("rte/seed_0").splitlines() if line.startswith("run_seeds: [")]
@@ -420,7 +422,7 @@ def machine(monkeypatch) -> Callable[..., None]:
         (0, None, {}, [None], {"devices": "0"}),
     ],
 )
-def test_each_of_several_gpus_is_a_slot_for_a_run_unless_jobs_or_devices_say_otherwise(
+def test_each_of_several_gpus_takes_one_run_at_a_time_unless_jobs_or_devices_is_set(
     scheduler, machine, gpus, jobs, settings, slots, passed_on
 ):
     machine(gpus, **settings)
@@ -476,7 +478,7 @@ def test_a_run_starts_from_the_mnli_adapter_of_its_seed_and_combination_once_it_
             assert note["seconds"] > ends[note["name"].replace("_rte", "_mnli")]
 
 
-def test_a_run_whose_mnli_run_failed_is_told_and_not_started(bench, pair):
+def test_a_run_whose_mnli_run_failed_is_reported_and_not_started(bench, pair):
     done = bench.run(*pair, "2", "--jobs", "2", BEHAVIOUR="if 'mnli' in name and seed == 0: sys.exit(1)")
     assert done.returncode == 1
     assert sorted(bench.names("end")) == ["roberta_base_mnli/seed_1", "roberta_base_rte/seed_1"]

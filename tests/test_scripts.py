@@ -182,7 +182,7 @@ def text_of(name: str) -> str:
 
 
 @each_recipe
-def test_the_comments_of_a_script_say_what_it_does(name):
+def test_the_comments_of_a_script_match_its_flags(name):
     recipe, text = RECIPES[name], text_of(name)
     task = TASKS[recipe["task_name"]]
     tuned_for_gpus, batch = int(recipe["tuned_for_gpus"]), int(recipe["per_device_train_batch_size"])
@@ -246,7 +246,7 @@ def test_extra_flags_come_last_so_that_they_win(run):
     assert command(run("roberta_base_mnli.sh", *extra))[-6:] == extra
 
 
-def test_glue_dir_is_passed_on_as_given(run):
+def test_glue_dir_is_passed_on_unchanged(run):
     assert flags_of(run("roberta_base_mnli.sh", GLUE_DIR="my data/glue"))["glue_dir"] == "my data/glue"
 
 
@@ -297,7 +297,7 @@ def test_a_script_that_is_tuned_for_no_gpus_is_refused(run, tmp_path):
 @pytest.mark.parametrize(
     "devices, user, set_to", [("2", None, "1"), ("2", "3", "3"), ("1", None, "unset"), ("0", "3", "3")]
 )
-def test_several_processes_on_a_machine_have_a_cpu_thread_each_unless_the_user_says_otherwise(
+def test_several_processes_on_a_machine_have_a_cpu_thread_each_unless_the_user_sets_another_number(
     run, tmp_path, devices, user, set_to
 ):
     show = tmp_path / "show"
@@ -309,7 +309,7 @@ def test_several_processes_on_a_machine_have_a_cpu_thread_each_unless_the_user_s
     assert (" OMP_NUM_THREADS=1 " in done.stdout) == (set_to == "1")
 
 
-def test_all_devices_are_counted_and_used_when_their_number_is_not_given(run, tmp_path):
+def test_all_devices_are_counted_and_used_when_devices_is_not_set(run, tmp_path):
     for there, batch, accumulation in (("4", "16", "2"), ("16", "8", None)):
         done = run("roberta_base_mnli.sh", devices=None, PYTHON=str(fake_python(tmp_path, there)))
         assert processes(command(done)) == int(there)

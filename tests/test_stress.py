@@ -82,13 +82,13 @@ def fuzzed() -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.parametrize("kind", ["zip", "pickle in zip", "legacy", "safetensors", "run"])
-def test_a_damaged_adapter_file_is_refused_or_read_and_values_change_only_where_no_checksum_could_tell(kind, fuzzed):
+def test_a_damaged_adapter_file_is_refused_or_read_and_values_change_only_where_there_is_no_checksum(kind, fuzzed):
     fine = {"refused", "same"} | ({"changed"} if kind not in ("zip", "run") else set())
     assert {name: n for name, n in fuzzed[kind].items() if name not in fine} == {}
     assert fuzzed[kind]["refused"] > 200 and fuzzed[kind]["same"] > 0
 
 
-def test_a_disk_that_fills_up_in_mid_save_costs_no_checkpoint_and_with_room_the_run_goes_on_bit_equal():
+def test_a_disk_that_fills_up_in_mid_save_costs_no_checkpoint_and_with_free_space_the_run_resumes_bit_equal():
     done = stress("full_disk.py", "--disks", 4)
     if done.returncode == 77:
         pytest.skip(done.stdout.strip().splitlines()[-1])
@@ -269,7 +269,7 @@ def test_an_adapter_config_with_any_json_in_any_place_is_refused_or_read_as_peft
 
 
 @pytest.mark.parametrize("name", [ADAPTER_CONFIG, RUN_METADATA])
-def test_any_text_or_bytes_in_place_of_an_adapters_json_are_refused_or_a_whole_object(name, adapter):
+def test_any_text_or_bytes_in_place_of_an_adapters_json_are_refused_or_a_complete_object(name, adapter):
     folder, tensors = adapter
 
     @many
@@ -303,7 +303,7 @@ def write_checkpoint(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("gone", [*CHECKPOINT_FILES, STATE, "files.json"])
-def test_a_checkpoint_half_removed_when_the_run_was_killed_is_not_whole(gone, tmp_path):
+def test_a_checkpoint_half_removed_when_the_run_was_killed_is_incomplete(gone, tmp_path):
     write_checkpoint(tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / STATE).write_text('{"global_step": 5}')
     assert complete_checkpoints(str(tmp_path)) == [tmp_path / "checkpoint-5"]
@@ -317,7 +317,7 @@ def test_a_run_killed_while_it_marked_its_new_folder_starts_again_by_the_same_co
     assert [path.name for path in tmp_path.iterdir()] in ([], [f".{RUN}.partial"])
 
 
-def test_checkpoints_with_any_bytes_for_a_trainer_state_never_stop_the_listing_and_only_whole_ones_are_in_it(tmp_path):
+def test_checkpoints_with_any_bytes_for_a_trainer_state_never_stop_the_listing_of_the_complete_ones(tmp_path):
     names = ["checkpoint-5", "checkpoint-05", "checkpoint-", "checkpoint-x", "checkpoint-²", "checkpoint-٣"]
     for name in (*names, "checkpoint-2"):
         write_checkpoint(tmp_path / name)

@@ -172,7 +172,7 @@ def test_what_was_written_is_read_back_bit_for_bit(saved):
     assert all(torch.equal(dict(other.named_parameters())[name], untouched[name]) for name in frozen)
 
 
-def test_a_save_that_fails_at_any_step_leaves_every_file_of_the_earlier_one_whole(tmp_path, monkeypatch):
+def test_a_save_that_fails_at_any_step_leaves_every_file_of_the_earlier_one_unchanged(tmp_path, monkeypatch):
     folder, first, second = tmp_path / "adapter", lora_model(), lora_model(seed=5)
     save_adapter(first, folder, METADATA_OF_RUN)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -478,7 +478,9 @@ def test_what_peft_trained_on_a_bare_encoder_gives_the_same_features_here_and_sa
     "method", [row for row in METHODS.values() if row.state and row.freezes], ids=lambda row: row.name
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_of_a_bare_encoder_and_one_of_a_classifier_are_told_apart_by_name(kind, method, tmp_path, capsys):
+def test_an_adapter_of_a_bare_encoder_and_one_of_a_classifier_are_distinguished_by_their_keys(
+    kind, method, tmp_path, capsys
+):
     new_config, bare_class = KINDS[kind][0], BARE[kind][0]
     classifier_class = CLASSIFIERS[new_config().model_type][0]
     folders = {}
@@ -597,7 +599,7 @@ def test_matrices_where_the_config_has_no_lora_are_refused_for_peft_would_leave_
 
 
 @pytest.mark.parametrize("settings", [{"layers_to_transform": [0, 1]}, {"exclude_modules": ["key"]}], ids=str)
-def test_matrices_that_are_missing_are_named_whatever_way_the_config_says_which_there_are(settings, saved, tmp_path):
+def test_missing_matrices_are_named_however_the_config_names_its_layers(settings, saved, tmp_path):
     copied(saved[1], tmp_path, **settings)
     (tmp_path / RUN_METADATA).unlink()
     tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
@@ -782,7 +784,7 @@ def test_two_tensors_for_one_place_are_refused(saved, tmp_path):
     assert "two different tensors for classifier.out_proj.bias" in refused(tmp_path)
 
 
-def test_a_base_that_is_only_named_is_compared_by_its_name_and_the_difference_is_said(saved, tmp_path):
+def test_a_base_that_is_only_named_is_compared_by_its_name_and_a_difference_is_reported(saved, tmp_path):
     def notes(named: str | None, given: str) -> list[str]:
         copied(saved[1], tmp_path, base_model_name_or_path=named)
         (tmp_path / RUN_METADATA).unlink()
@@ -930,7 +932,7 @@ def test_an_adapter_that_lacks_layers_its_config_names_is_refused(tmp_path):
         attach_adapter(model, read_adapter(str(tmp_path)), None, allow_new_head=False)
 
 
-def test_a_file_that_does_not_know_its_alpha_needs_to_be_told_and_one_that_does_must_not_be_told_another(tmp_path):
+def test_a_file_that_does_not_record_its_alpha_needs_one_and_one_that_does_refuses_another(tmp_path):
     path = published(tmp_path / "mnli.bin", trained(lora_model()))
     adapter = read_adapter(str(path))
     model = RobertaForSequenceClassification(tiny_config())
@@ -976,7 +978,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_never_runs(tmp_path):
     assert marker.exists(), "the payload is no payload: the test proves nothing"
 
 
-def test_a_file_that_holds_no_state_dict_is_refused(tmp_path):
+def test_a_file_that_contains_no_state_dict_is_refused(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "list.bin")
     torch.save({"epoch": 3, "model": {"a.lora_A": torch.zeros(2)}}, tmp_path / "nested.bin")
     torch.save({1: torch.zeros(2)}, tmp_path / "numbers.bin")
@@ -1053,7 +1055,7 @@ def test_an_adapter_whose_numbers_are_not_finite_is_never_put_into_a_model(what,
     assert all(torch.equal(tensor, after[n]) for n, tensor in before.items())
 
 
-def test_a_whole_checkpoint_whose_base_weights_are_not_finite_is_refused(tmp_path):
+def test_a_complete_checkpoint_whose_base_weights_are_not_finite_is_refused(tmp_path):
     model = lora_model()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     name = "roberta.encoder.layer.1.attention.self.query.weight"

@@ -212,7 +212,9 @@ def test_the_model_card_is_one_the_hub_reads(case, tmp_path, capsys):
     assert ("refuses to load" in card.text) == bool(frozen)
 
 
-def test_inspect_tells_layers_rank_alpha_labels_base_metric_size_and_what_is_not_finite(case, tmp_path, capsys):
+def test_inspect_prints_layers_rank_alpha_labels_base_metric_size_and_values_that_are_not_finite(
+    case, tmp_path, capsys
+):
     model, base, adapter = case
     code, out, _ = run_program(capsys, "inspect", adapter)
     table = dict(line.strip().split("  ", 1) for line in out.splitlines())
@@ -286,7 +288,7 @@ def test_what_cannot_be_converted_is_refused_in_a_line_or_three_and_nothing_is_w
     ],
     ids=["head alone", "half a pair", "one dimension", "no dimension", "transposed"],
 )
-def test_a_file_that_is_no_whole_adapter_is_refused_where_it_is_read(spoil, words, tmp_path, capsys):
+def test_a_file_that_is_no_complete_adapter_is_refused_where_it_is_read(spoil, words, tmp_path, capsys):
     model = randomise_(CLASSIFIERS["roberta"][0](tiny_config(apply_lora=True, lora_r=R, lora_alpha=ALPHA)))
     mark_only_lora_as_trainable(model)
     state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -354,7 +356,7 @@ def test_another_models_adapter_is_not_converted(to, other, tmp_path, capsys):
     assert code == 1 and f"no RoBERTa or DeBERTa-V2 has the layer {name}." in err and not (tmp_path / "new").exists()
 
 
-def test_a_published_file_of_a_bert_or_of_two_models_at_once_is_told_as_such(tmp_path, capsys):
+def test_a_published_file_of_a_bert_or_of_two_models_at_once_fits_no_model_here(tmp_path, capsys):
     place = "{}.encoder.layer.0.attention.self.{}.lora_{}"
 
     def file(path: Path, *layers: tuple[str, str]) -> Path:
@@ -377,14 +379,14 @@ def test_a_published_file_of_a_bert_or_of_two_models_at_once_is_told_as_such(tmp
     [tiny_config(), tiny_deberta_config(), tiny_deberta_config(share_att_key=False, embedding_size=16)],
     ids=["roberta", "deberta", "deberta with more layers"],
 )
-def test_the_layers_that_count_as_known_are_the_linear_layers_of_the_models_encoder(config):
+def test_the_supported_layers_are_the_linear_layers_of_the_models_encoder(config):
     model = CLASSIFIERS[config.model_type][0](config)
     prefix = model.base_model_prefix
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(f"{prefix}.")}
     assert len(linear) >= 12 and all(LAYERS[prefix].fullmatch(name) for name in linear)
 
 
-def test_an_adapter_tells_which_of_the_models_it_is_for(case, capsys):
+def test_the_model_type_of_an_adapter_is_that_of_its_model(case, capsys):
     model, _, adapter = case
     names = {"roberta": "RoBERTa", "deberta-v2": "DeBERTa-V2"}
     assert inspected(capsys, adapter)["model"] == names[model.config.model_type]
@@ -402,7 +404,7 @@ def anonymous(adapter: Path, to: Path) -> Path:
     return to
 
 
-def test_a_base_that_is_given_is_recorded_with_its_fingerprint(case, tmp_path, capsys):
+def test_a_base_named_on_the_command_line_is_recorded_with_its_fingerprint(case, tmp_path, capsys):
     model, base, adapter = case
     source = anonymous(adapter, tmp_path / "source")
     assert inspected(capsys, source)["base model"] == "unknown"
@@ -450,7 +452,7 @@ def test_a_base_with_another_fingerprint_or_of_another_kind_is_refused(case, tmp
         assert not (tmp_path / "new").exists()
 
 
-def test_a_base_on_a_hub_that_cant_be_reached_is_recorded_and_said_not_to_be_checked(
+def test_a_base_on_an_unreachable_hub_is_recorded_and_a_line_says_that_it_is_not_checked(
     case, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -538,7 +540,7 @@ def test_inspect_of_the_other_methods_counts_what_they_train(settings, rows, kin
         assert "biases" not in got
 
 
-def test_several_alphas_and_ranks_and_rslora_are_all_said(tmp_path, capsys):
+def test_several_alphas_and_ranks_and_rslora_are_all_printed(tmp_path, capsys):
     settings = {
         "rank_pattern": {"value": 2},
         "alpha_pattern": {r"layer\.1\..*": 4.5},
@@ -582,7 +584,7 @@ def test_the_alpha_that_a_bin_is_to_be_read_with_is_that_of_the_layers(case, tmp
     assert torch.equal(logits(again), logits(model))
 
 
-def test_what_a_bin_has_no_place_for_is_not_left_out_in_silence(tmp_path, capsys):
+def test_converting_to_a_bin_what_it_cannot_contain_is_refused_or_reported(tmp_path, capsys):
     model = randomise_(CLASSIFIERS["roberta"][0](tiny_config(apply_lora=True, lora_r=R, lora_alpha=ALPHA)))
     mark_only_lora_as_trainable(model)
     for name, parameter in model.named_parameters():
@@ -625,7 +627,7 @@ def test_the_bytes_are_those_of_the_file_that_is_read_whatever_its_name(case, tm
     assert inspected(capsys, tmp_path)["bytes"] == f"{size:,}"
 
 
-def test_a_whole_checkpoint_whose_base_weights_were_compared_with_none_says_so(case, tmp_path, capsys):
+def test_a_line_says_that_the_base_weights_of_a_complete_checkpoint_were_not_compared(case, tmp_path, capsys):
     model, base, _ = case
     torch.save(model.state_dict(), tmp_path / "whole.bin")
     flags = ["--to", "peft", "--lora_alpha", ALPHA]
@@ -649,7 +651,7 @@ HOSTILE = "\x1b[31mred\x07\n| a | b |\n---\n\u202e" + "x" * 1_000_000
 
 @pytest.mark.parametrize("case", ["roberta"], indirect=True)
 @pytest.mark.parametrize("where", ["labels", "task", "base_model", "base_fingerprint", "metrics", "base_model_name"])
-def test_what_a_foreign_file_says_is_escaped_and_cut_before_it_is_printed(where, case, tmp_path, capsys):
+def test_text_from_a_foreign_file_is_escaped_and_cut_before_it_is_printed(where, case, tmp_path, capsys):
     _, _, adapter = case
     if where == "base_model_name":
         (adapter / "run_metadata.json").unlink()
@@ -688,7 +690,7 @@ def test_what_a_foreign_file_says_is_escaped_and_cut_before_it_is_printed(where,
     ],
     ids=lambda value: str(value)[:20].encode("unicode_escape").decode(),
 )
-def test_what_a_foreign_config_says_is_escaped_and_cut_in_the_refusal(key, value, case, capsys):
+def test_text_from_a_foreign_config_is_escaped_and_cut_in_the_error_message(key, value, case, capsys):
     _, _, adapter = case
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {key: value}))
@@ -745,7 +747,7 @@ def test_the_readmes_python_runs_on_a_folder_and_on_a_published_file_and_is_righ
     assert capsys.readouterr().out.splitlines()[-1] == (labels[want.argmax()] if labels else str(names["logits"]))
 
 
-def test_the_program_is_started_as_the_readme_says(case):
+def test_the_readmes_command_starts_the_program(case):
     command = [sys.executable, "-m", "lora_nlu.adapters", "inspect", str(case[2])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "layers with LoRA" in done.stdout, done.stderr
@@ -757,7 +759,7 @@ def test_the_program_is_started_as_the_readme_says(case):
 @pytest.mark.parametrize("case", ["roberta", "deberta"], indirect=True)
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_a_whole_checkpoint_counts_its_update_once_whether_it_was_merged_before_it_was_saved_or_not(
+def test_the_update_in_a_complete_checkpoint_counts_once_whether_it_was_saved_merged_or_not(
     merged, as_folder, case, tmp_path
 ):
     model, base, _ = case
@@ -776,7 +778,7 @@ def test_a_whole_checkpoint_counts_its_update_once_whether_it_was_merged_before_
     assert ["contain the update (merged" in note for note in notes] == ([True] if merged else [])
 
 
-def test_a_whole_checkpoint_of_another_base_model_is_refused(case, tmp_path):
+def test_a_complete_checkpoint_of_another_base_model_is_refused(case, tmp_path):
     model, base, _ = case
     torch.save(randomise_(model, seed=9).state_dict(), tmp_path / "whole.bin")
     with pytest.raises(UserError, match="base weights are not this model's"):
@@ -796,9 +798,7 @@ def test_a_fingerprint_is_the_bases_own_whatever_lora_head_and_dtype(case):
     assert base_fingerprint(other) != base_fingerprint(model)
 
 
-def test_a_bin_that_cannot_tell_how_its_relative_query_was_trained_is_read_as_said_and_that_is_said(
-    case, tmp_path, capsys
-):
+def test_a_bin_that_does_not_record_its_relative_query_is_read_by_the_flag_and_a_line_says_so(case, tmp_path, capsys):
     model, base, adapter = case
     torch.save(read_adapter(str(adapter)).state, tmp_path / "lora.bin")
     frozen = getattr(model, "frozen_relative_query", None)

@@ -64,7 +64,7 @@ def test_a_chosen_part_of_a_regression_with_a_single_number_is_refused_likewise(
     assert len(choose_rows(examples, {split: 1}).splits[split]) == 1
 
 
-def test_a_part_that_lacks_a_class_says_which_in_the_line_of_counts():
+def test_the_line_of_counts_names_a_class_that_is_missing_from_a_part():
     table = Dataset.from_dict({"text": list("abcdef"), "label": [0, 0, 1, 1, 2, 2]})
     examples = Examples({"train": table}, ("x", "y", "z"), {"train": ("text", "label")})
     (line,) = describe_examples(choose_rows(examples, {"train": 4}))

@@ -44,7 +44,7 @@ def test_a_file_in_the_published_layout_gives_its_text_and_the_hubs_label_ids(tm
         assert [type(value) for value in table["label"]] == [float if task == "stsb" else int] * len(label)
 
 
-def test_load_glue_reads_both_sets_of_mnli_and_says_the_labels_in_id_order(tmp_path):
+def test_load_glue_reads_both_sets_of_mnli_and_returns_the_labels_in_id_order(tmp_path):
     for _, _, file, lines, *_ in LAYOUTS:
         write(tmp_path / file, tsv(*lines))
     examples = load_glue("mnli", ["validation", "test"], str(tmp_path))
@@ -170,7 +170,7 @@ def test_a_bad_glue_file_is_refused_by_name_and_line(tmp_path, what):
     assert refusal(glue, tmp_path, task, "train").startswith(place.format(path=path))
 
 
-def test_a_missing_glue_folder_or_file_is_named_with_what_it_must_hold(tmp_path):
+def test_a_missing_glue_folder_or_file_is_named_with_what_it_must_contain(tmp_path):
     missing = tmp_path / "nowhere"
     message = refusal(load_glue, "rte", ["train"], str(missing))
     assert "--glue_dir" in message and str(missing) in message and "RTE/train.tsv" in message
@@ -189,7 +189,7 @@ def test_the_diagnostic_task_has_nothing_to_train_or_evaluate_on(tmp_path, split
     assert split in message and "--do_predict" in message
 
 
-def test_the_unreachable_hub_is_said_within_seconds_with_the_flag_that_helps(tmp_path, monkeypatch):
+def test_an_unreachable_hub_is_reported_within_seconds_with_the_flag_that_helps(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True, raising=False)

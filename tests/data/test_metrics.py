@@ -74,7 +74,7 @@ def test_a_correlation_with_a_constant_is_zero_without_a_warning(metric, constan
 
 
 @pytest.mark.parametrize("metric", ["f1", "matthews_correlation"])
-def test_a_classifier_that_always_says_class_zero_scores_zero(metric):
+def test_a_classifier_that_always_predicts_class_zero_scores_zero(metric):
     assert compute_metrics([metric], logits_of(np.zeros(10, dtype=int)), LABELS) == {metric: 0.0}
 
 

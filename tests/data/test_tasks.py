@@ -69,7 +69,7 @@ ROWS = {
 }
 
 
-def test_the_table_holds_the_ten_tasks_of_glue_under_their_own_names():
+def test_the_table_contains_the_ten_tasks_of_glue_under_their_own_names():
     assert set(TASKS) == set(HUB_LABELS) and len(TASKS) == 10
     assert all(TASKS[name].name == name for name in TASKS)
 

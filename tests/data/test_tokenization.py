@@ -95,7 +95,7 @@ def test_ids_are_those_of_the_tokenizer_called_on_each_example(tmp_path, request
     assert token_count(encoded) == sum(lengths)
 
 
-def test_token_types_tell_the_second_text_from_the_first(tmp_path, deberta):
+def test_token_types_distinguish_the_second_text_from_the_first(tmp_path, deberta):
     row = tokenize(texts(4, pairs=True), deberta, 64, str(tmp_path))["train"][1]
     end_of_first = row["input_ids"].index(deberta.sep_token_id)
     assert row["token_type_ids"] == [int(i > end_of_first) for i in range(len(row["input_ids"]))]
@@ -248,7 +248,7 @@ def _tokenize_in_a_process(folder: str, tokenizer: PreTrainedTokenizerBase, barr
     results.put((os.getpid(), token_count(encoded), len(encoded)))
 
 
-def test_two_processes_that_tokenise_at_once_both_get_the_whole_table(tmp_path, roberta):
+def test_two_processes_that_tokenise_at_once_both_get_the_complete_table(tmp_path, roberta):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
     arguments = (str(tmp_path), roberta, barrier, results)

@@ -39,7 +39,7 @@ def test_two_text_columns_that_are_named_keep_the_order_of_their_names(tmp_path)
     [("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence")]
     + [("text", "text_pair")],
 )
-def test_a_pair_with_known_names_is_found_among_other_columns_in_its_own_order(tmp_path, first, second):
+def test_a_pair_with_usual_names_is_found_among_other_columns_in_its_own_order(tmp_path, first, second):
     examples = own(tmp_path, "a.csv", f"{second},source,label,{first}\nB,web,x,A\nD,web,y,C\n")
     assert_table(examples.splits["train"], ["A", "C"], ["B", "D"], [0, 1])
 
@@ -92,7 +92,7 @@ def test_json_labels_may_be_integers_strings_floats_or_booleans(tmp_path, labels
     assert examples.splits["train"][:]["label"] == ids
 
 
-def test_csv_fields_in_quotes_may_hold_commas_newlines_and_quotes(tmp_path):
+def test_csv_fields_in_quotes_may_contain_commas_newlines_and_quotes(tmp_path):
     examples = own(tmp_path, "a.csv", 'text,label\n"one, two",x\n"first\nsecond",y\n"say ""hi""",x\n')
     assert_table(examples.splits["train"], ["one, two", "first\nsecond", 'say "hi"'], None, [0, 1, 0])
 
@@ -208,7 +208,7 @@ def test_a_label_column_in_which_nearly_every_row_has_its_own_label_is_refused(l
     assert message.startswith(f"{path}: column 'label' has {n} different labels")
 
 
-def test_many_classes_are_read_where_they_are_known_or_rows_are_few_or_each_has_two(tmp_path):
+def test_many_classes_are_read_if_they_are_recorded_or_rows_are_few_or_each_occurs_twice(tmp_path):
     names = tuple(f"c{i}" for i in range(12))
     assert len(own(tmp_path, "a.csv", of_labels([*names]), names).labels) == 12
     path, train = write(tmp_path / "dev.csv", of_labels([*names])), write(tmp_path / "t.csv", of_labels([*names] * 2))
@@ -228,7 +228,7 @@ def test_numbers_that_are_all_the_same_are_no_regression_to_learn_or_to_judge(wr
     assert load_files({split: str(write(path, of_labels([written])))}, ()).is_regression  # one row alone
 
 
-def test_a_label_that_is_not_known_says_where_the_known_ones_come_from(tmp_path):
+def test_the_error_on_an_unknown_label_says_where_the_labels_come_from(tmp_path):
     path = write(tmp_path / "dev.csv", of_labels(["1", "0"]))
     for source in ("--labels", "output/adapter"):
         message = refusal(load_files, {"validation": str(path)}, ("negative", "positive"), expected_by=source)
@@ -271,7 +271,7 @@ def test_a_validation_label_that_training_never_saw_is_named_by_file_and_line(tm
     assert message.startswith(f"{tmp_path / 'validation.csv'}:3: ") and "'new'" in message and "x, y" in message
 
 
-def test_a_regressions_validation_file_may_hold_whole_numbers_but_no_words(tmp_path):
+def test_a_regressions_validation_file_may_contain_integers_but_no_words(tmp_path):
     examples = train_and(tmp_path, "validation", "text,label\nA,0.5\nB,2\n", "text,label\nC,1\nD,2\n")
     assert examples.is_regression and examples.splits["validation"][:]["label"] == [1.0, 2.0]
     message = refusal(train_and, tmp_path, "validation", "text,label\nA,0.5\nB,2\n", "text,label\nC,1\nD,x\n")
@@ -300,20 +300,20 @@ def test_pairs_in_one_file_and_single_texts_in_the_other_are_refused(tmp_path):
     assert message.startswith(f"{tmp_path / 'test.csv'}:2: ") and "premise, hypothesis" in message
 
 
-def test_known_labels_set_the_ids_and_none_others_are_taken(tmp_path):
+def test_recorded_labels_set_the_ids_and_no_others_are_accepted(tmp_path):
     examples = own(tmp_path, "a.csv", "text,label\nA,x\nB,y\n", ["z", "y", "x"])
     assert examples.labels == ("z", "y", "x") and examples.splits["train"][:]["label"] == [2, 1]
     assert refusal(own, tmp_path, "a.csv", "text,label\nA,x\nB,q\n", ["x", "y"]).startswith(f"{tmp_path / 'a.csv'}:3: ")
 
 
-def test_the_known_labels_need_not_all_occur(tmp_path):
+def test_the_recorded_labels_need_not_all_occur(tmp_path):
     path = write(tmp_path / "a.csv", "text,label\nA,x\n")
     assert load_files({"validation": str(path)}, ["x", "y"]).splits["validation"][:]["label"] == [0]
     assert own(tmp_path, "b.csv", "text,label\nA,x\nB,z\n", ["x", "y", "z"]).splits["train"][:]["label"] == [0, 2]
     assert "nothing to learn" in refusal(own, tmp_path, "c.csv", "text,label\nA,x\n", ["x", "y"])
 
 
-def test_known_labels_of_a_regression_make_whole_numbers_floats(tmp_path):
+def test_integers_are_read_as_floats_if_a_regression_is_recorded(tmp_path):
     examples = own(tmp_path, "a.csv", "text,label\nA,1\nB,2\n", ())
     assert examples.is_regression and examples.splits["train"][:]["label"] == [1.0, 2.0]
     assert f"{tmp_path / 'a.csv'}:2: " in refusal(own, tmp_path, "a.csv", "text,label\nA,x\n", ())
@@ -410,7 +410,7 @@ def test_few_rows_mixed_values_and_numbers_are_no_leak(tmp_path):
         assert own(tmp_path, "a.csv", content).columns["train"] == ("text", "label")
 
 
-def test_labels_that_differ_in_blanks_or_case_alone_are_said_with_their_counts(tmp_path):
+def test_labels_that_differ_in_blanks_or_case_alone_are_reported_with_their_counts(tmp_path):
     content = "text,label\n" + "".join(f"t{i},{label}\n" for i, label in enumerate(["Pos", "pos ", "neg", "pos "]))
     examples = own(tmp_path, "a.csv", content)
     assert examples.labels == ("Pos", "neg", "pos ")
@@ -420,7 +420,7 @@ def test_labels_that_differ_in_blanks_or_case_alone_are_said_with_their_counts(t
 
 
 @pytest.mark.parametrize("one, other", [("1", "01"), ("+1", "1"), ("-0", "0"), ("1.0", "1")])
-def test_labels_that_are_the_same_number_written_otherwise_are_said_with_their_counts(one, other, tmp_path):
+def test_labels_that_are_the_same_number_written_otherwise_are_reported_with_their_counts(one, other, tmp_path):
     names = ["no"] * (one == "1.0")  # else these are numbers of a regression
     examples = own(tmp_path, "a.csv", of_labels([one, other, one, *names]))
     assert {*examples.labels} == {one, other, *names}
@@ -429,7 +429,7 @@ def test_labels_that_are_the_same_number_written_otherwise_are_said_with_their_c
     assert "the same number in different notations" in note
 
 
-def test_a_label_that_differs_from_a_known_one_in_blanks_or_case_alone_is_read_as_it_and_said(tmp_path):
+def test_a_label_that_differs_from_a_recorded_one_in_blanks_or_case_alone_is_read_as_it_and_reported(tmp_path):
     path = write(tmp_path / "a.csv", "text,label\nA,POSITIVE\nB,negative \nC,positive\n")
     examples = load_files({"validation": str(path)}, ("positive", "Negative"))
     assert examples.splits["validation"][:]["label"] == [0, 1, 0] and examples.labels == ("positive", "Negative")

@@ -164,7 +164,7 @@ def test_without_data_and_hub_the_answer_comes_in_seconds_and_names_glue_dir(ref
     assert time.monotonic() - began < 90  # a start takes 30 on a busy machine; transformers' own retries minutes
 
 
-def test_a_glue_folder_without_the_task_or_no_folder_at_all_is_said(refused, glue, tmp_path):
+def test_a_glue_folder_that_is_missing_or_lacks_the_task_is_reported(refused, glue, tmp_path):
     shutil.copytree(glue / "CoLA", tmp_path / "glue" / "CoLA")
     message = refused(1, *rte(tmp_path / "glue", "--do_train", *LORA))
     assert str(tmp_path / "glue" / "RTE" / "train.tsv") in message and "--glue_dir" in message
@@ -331,7 +331,7 @@ def test_evaluating_a_model_whose_head_is_untrained_is_refused(refused, glue):
     assert "no trained head" in refused(1, *rte(glue, "--do_eval", *LORA))
 
 
-def test_a_longer_max_seq_length_than_the_model_has_is_cut_to_its_limit_and_said(call, finished, glue, tmp_path):
+def test_a_max_seq_length_above_the_models_limit_is_lowered_to_it_and_a_line_says_so(call, finished, glue, tmp_path):
     flags = ["--task_name", "rte", "--glue_dir", glue, "--do_eval", *LORA, "--lora_path", finished]
     outcome = call(*flags, "--max_seq_length", "512", "--output_dir", tmp_path / "o")
     assert outcome.code == 0
@@ -418,7 +418,7 @@ def test_a_larger_models_adapter_is_refused_and_says_which_key_differs(call, ref
 # ------------------------------------------------------------------------------------------------------- output folders
 
 
-def test_a_folder_that_holds_something_else_is_refused_and_with_overwrite_its_files_are_kept(
+def test_a_folder_that_contains_something_else_is_refused_and_with_overwrite_its_files_are_kept(
     call, refused, glue, tmp_path
 ):
     folder = tmp_path / "thesis"
@@ -496,7 +496,7 @@ def whole_model(tiny_model, tmp_path) -> Callable[..., Path]:
     return save
 
 
-def test_a_whole_model_with_lora_matrices_is_not_evaluated_without_them(refused, glue, whole_model):
+def test_a_complete_model_with_lora_matrices_is_not_evaluated_without_them(refused, glue, whole_model):
     folder = whole_model(["entailment", "not_entailment"], apply_lora=True, lora_r=4, lora_alpha=8)
     said = refused(1, *rte(glue, "--do_eval", "--model_name_or_path", folder))
     assert "lora_A" in said and "--lora_path" in said

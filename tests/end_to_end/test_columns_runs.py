@@ -33,7 +33,7 @@ def setfit(tmp_path) -> list[object]:
 DO = ["--do_train", "--do_eval", "--do_predict"]
 
 
-def test_a_run_on_setfits_layout_stops_until_text_columns_and_label_column_say_what_is_read(setfit, call, tmp_path):
+def test_a_run_on_setfits_layout_stops_until_text_columns_and_label_column_name_its_columns(setfit, call, tmp_path):
     flags = [*setfit, *LORA, *STILL, *DO, "--output_dir", tmp_path / "o"]
     outcome = call(*flags)
     assert outcome.code == 1 and outcome.err.count("\n") < 3 and str(setfit[1]) in outcome.err
@@ -51,7 +51,7 @@ def test_a_run_on_setfits_layout_stops_until_text_columns_and_label_column_say_w
     assert read(tmp_path / "o" / "run_metadata.json")["labels"] == ["negative", "positive"]
 
 
-def test_a_run_that_is_told_to_read_the_labels_name_is_refused(setfit, call, tmp_path):
+def test_a_run_whose_text_columns_contain_the_labels_name_is_refused(setfit, call, tmp_path):
     for columns in ("label_text", "text,label_text"):
         outcome = call(*setfit, *LORA, *DO, "--text_columns", columns, "--output_dir", tmp_path / "o")
         assert outcome.code == 1 and "column 'label_text' has one value for each label" in outcome.err
@@ -103,7 +103,7 @@ def test_columns_of_a_task_are_its_own(flags, call, glue, tmp_path):
     assert outcome.code == 2 and flags[0] in outcome.err and "rte" in outcome.err
 
 
-def test_a_task_says_its_columns_labels_and_counts_too(call, glue, tmp_path):
+def test_a_run_on_a_glue_task_prints_its_columns_labels_and_counts_too(call, glue, tmp_path):
     for task, line in (
         ("rte", "text in 'sentence1' and 'sentence2', labels in 'label': entailment "),
         ("cola", "text in 'sentence', labels in 'label': unacceptable "),
@@ -113,7 +113,7 @@ def test_a_task_says_its_columns_labels_and_counts_too(call, glue, tmp_path):
         assert f"train: 48 rows, {line}" in succeeded(call(*flags)).out
 
 
-def test_an_adapter_on_other_text_columns_than_it_was_trained_on_is_said(call, tmp_path):
+def test_a_run_warns_of_an_adapter_that_was_trained_on_other_text_columns(call, tmp_path):
     rng = random.Random(0)
     rows = [(sentence(rng), sentence(rng), ["no", "yes"][i % 2]) for i in range(12)]
     pair = write_table(tmp_path / "pair.csv", "sentence1,sentence2,label", rows)
@@ -197,7 +197,7 @@ def test_another_sample_seed_is_another_run_only_where_it_draws_what_is_trained_
 # ------------------------------------------------------------------------------------------------------- long texts
 
 
-def test_texts_that_are_cut_are_said_a_line_a_split_each_time(call, glue, tmp_path):
+def test_texts_that_are_cut_are_reported_in_one_line_per_split_each_time(call, glue, tmp_path):
     flags = ["--task_name", "rte", "--glue_dir", glue, *LORA, *STILL, *DO, "--max_seq_length", "24"]
     for folder in ("first", "from the cache"):
         out = succeeded(call(*flags, "--output_dir", tmp_path / folder)).out

@@ -86,7 +86,7 @@ def assert_same_run(got: Path, want: Path, steps: int = 20) -> None:
     ],
     ids=["roberta by length", "deberta", "one process idle in the last step", "roberta FSDP2", "deberta FSDP2"],
 )
-def test_a_step_is_the_same_however_its_examples_are_dealt(
+def test_a_step_is_the_same_however_its_examples_are_divided_among_processes(
     model, examples, engine, steady, start, call, glue, tmp_path
 ):
     def flags(name: str, *more: object) -> list[object]:
@@ -177,7 +177,7 @@ def test_four_processes_on_two_machines_train_what_one_process_does(
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 
-def test_a_run_goes_on_in_another_number_of_processes_and_under_another_engine(steady, start, call, glue, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes_and_under_another_backend(steady, start, call, glue, tmp_path):
     """Cut off in the middle of an epoch, after 8 of 20 steps of which an epoch has 6."""
 
     def flags(name: str, *more: object) -> list[object]:
@@ -205,7 +205,7 @@ def test_a_run_goes_on_in_another_number_of_processes_and_under_another_engine(s
     assert outcome.err.count("run_glue.py: error") == 1
 
 
-def test_whole_fine_tuning_under_fsdp2_ends_in_one_models_file_and_goes_on_in_one_process(
+def test_full_fine_tuning_under_fsdp2_ends_in_one_models_file_and_resumes_in_one_process(
     steady, start, call, glue, tmp_path
 ):
     def flags(name: str, *more: object) -> list[object]:
@@ -308,7 +308,7 @@ def test_a_rank_killed_in_mid_epoch_ends_the_run_which_then_goes_on_to_the_same_
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_an_error_of_all_processes_is_said_once(start, glue, tmp_path):
+def test_an_error_of_all_processes_is_printed_once(start, glue, tmp_path):
     outcome = start(*rte(glue, tmp_path / "o", "--do_train", "--lora_path", tmp_path / "none"), launcher=TWO)
     assert outcome.code != 0 and outcome.err.count("run_glue.py: error") == 1
     assert "no such file" in outcome.err and "ChildFailedError" in outcome.err.partition("no such file")[2]
@@ -323,7 +323,9 @@ def test_an_error_of_all_processes_is_said_once(start, glue, tmp_path):
     ],
     ids=["a file that one machine lacks", "other flags on one machine", "other examples on one machine"],
 )
-def test_an_error_of_one_process_is_said_by_it_and_ends_the_others(more, said, environment, base_flags, glue, tmp_path):
+def test_an_error_of_one_process_is_printed_by_it_and_ends_the_others(
+    more, said, environment, base_flags, glue, tmp_path
+):
     """The first process waits for the other meanwhile."""
     header, *rows = (glue / "RTE" / "train.tsv").read_text().splitlines()
     (tmp_path / "other" / "RTE").mkdir(parents=True)
@@ -376,7 +378,7 @@ def test_dropout_of_every_seed_and_process_is_its_own_and_the_first_processs_tha
         ),
     ],
 )
-def test_an_engine_that_cannot_start_is_refused_with_a_remedy(flags, said, call, glue, tmp_path):
+def test_a_backend_that_cannot_start_is_refused_with_a_remedy(flags, said, call, glue, tmp_path):
     outcome = call(*rte(glue, tmp_path / "o", "--do_train", *flags))
     assert outcome.code == 2 and re.search(said, outcome.err)
 
@@ -392,7 +394,7 @@ def test_a_folder_that_a_run_trains_into_is_refused_to_another_until_it_ends(cal
     succeeded(call(*flags))
 
 
-def test_an_output_folder_that_another_machine_does_not_see_is_said(tmp_path, monkeypatch):
+def test_an_output_folder_that_another_machine_does_not_see_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     (tmp_path / "run.json").write_text("of another run")
 
@@ -443,7 +445,7 @@ def test_a_config_is_json_that_names_what_there_is(path):
         assert config["train_batch_size"] == config["gradient_accumulation_steps"] == "auto"
 
 
-def test_there_is_a_config_for_each_engine():
+def test_there_is_a_config_for_each_backend():
     assert {path.name for path in CONFIGS.iterdir()} == {
         "fsdp2.json",
         "deepspeed_zero2.json",

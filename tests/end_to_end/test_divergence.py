@@ -143,7 +143,7 @@ def test_one_look_finds_one_number_that_is_not_finite_among_many(value):
             tensor.view(-1)[-1] = kept
 
 
-def test_the_filter_that_hides_a_loss_that_is_not_finite_is_off_and_said(call, glue, tmp_path):
+def test_the_filter_that_hides_a_loss_that_is_not_finite_is_off_and_a_line_says_so(call, glue, tmp_path):
     outcome = call(*rte(glue, tmp_path / "o", *SHORT, *HUGE, "--save_steps", 100, "--logging_nan_inf_filter", "true"))
     assert_stopped(outcome, tmp_path / "o", "step 2: the loss is")
     assert "--logging_nan_inf_filter is ignored: training stops" in outcome.out

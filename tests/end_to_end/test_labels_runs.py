@@ -183,7 +183,7 @@ def test_resuming_and_a_finished_run_do_not_turn_the_labels_a_second_time(kind, 
 # ------------------------------------------------------------------------------------------------------ other names
 
 
-def test_training_from_other_recorded_labels_of_the_same_number_leaves_the_head_behind_and_says_both(
+def test_training_from_other_recorded_labels_of_the_same_number_starts_a_new_head_and_names_both_sets(
     start, call, files, tmp_path
 ):
     other = relabelled(start, tmp_path / "other", ("ham", "spam"))
@@ -261,7 +261,7 @@ def test_ones_own_files_are_not_judged_by_a_head_without_names_until_labels_name
     assert read(tmp_path / "o" / "eval_results.json")["eval_accuracy"] == pytest.approx(1 - right)
 
 
-def test_labels_that_are_the_ids_themselves_need_no_names_and_it_is_said(nameless, call, files, tmp_path):
+def test_labels_that_are_the_ids_themselves_need_no_names_and_a_line_says_so(nameless, call, files, tmp_path):
     right = {}
     for kind, names in (("numbers", ("0", "1")), ("placeholders", ("LABEL_0", "LABEL_1"))):
         dev = write_csv(tmp_path / f"{kind}.csv", sentences(1, names))
@@ -275,7 +275,7 @@ def test_labels_that_are_the_ids_themselves_need_no_names_and_it_is_said(nameles
     assert outcome.code == 1 and "--labels" in outcome.err
 
 
-def test_a_task_is_judged_by_a_head_without_names_in_the_tasks_own_order_and_it_is_said(nameless, call, glue, tmp_path):
+def test_a_head_without_names_is_read_in_the_tasks_own_order_and_a_line_says_so(nameless, call, glue, tmp_path):
     flags = ["--task_name", "rte", "--glue_dir", glue, *nameless, "--max_seq_length", "64", "--do_eval"]
     outcome = succeeded(call(*flags, "--output_dir", tmp_path / "o"))
     line = said(outcome, "records no label names", "entailment, not_entailment, in this order")
@@ -286,7 +286,7 @@ def test_a_task_is_judged_by_a_head_without_names_in_the_tasks_own_order_and_it_
     assert one == pytest.approx(1 - other)
 
 
-def test_a_published_mnli_file_is_read_in_the_tasks_own_order_which_is_said_or_in_the_order_of_labels(
+def test_a_published_mnli_file_is_read_in_the_tasks_own_order_or_in_that_of_labels_and_a_line_says_which(
     call, glue, tmp_path
 ):
     task = ["--task_name", "mnli", "--glue_dir", glue]
@@ -317,7 +317,7 @@ def test_a_published_mnli_file_is_read_in_the_tasks_own_order_which_is_said_or_i
     assert read(tmp_path / "o" / "eval_results.json")["eval_accuracy"] == want["eval_accuracy"]
 
 
-def test_a_head_of_one_row_without_names_tells_a_number(call, glue, tmp_path):
+def test_a_head_of_one_row_without_names_is_a_regression(call, glue, tmp_path):
     task = ["--task_name", "stsb", "--glue_dir", glue, *LORA, *STILL, "--do_train", "--output_dir", tmp_path / "o"]
     succeeded(call(*task))
     file = published(tmp_path / "o", tmp_path / "stsb.bin")
@@ -388,7 +388,7 @@ def test_a_regression_has_no_label_names(call, glue, files, tmp_path):
     assert outcome.code == 1 and "a regression has no label names" in outcome.err and str(numbers) in outcome.err
 
 
-def test_a_label_that_is_not_known_is_refused_with_the_adapter_that_names_them(adapter, call, tmp_path):
+def test_a_label_that_the_adapter_does_not_record_is_refused_and_the_adapter_named(adapter, call, tmp_path):
     dev = write_csv(tmp_path / "dev.csv", [("a cat", "1"), ("a dog", "0")])
     outcome = call("--validation_file", dev, *from_(adapter), "--do_eval", "--output_dir", tmp_path / "o")
     assert outcome.err == f"{dev}:2: label '1' is not among those of {adapter}: negative, positive."
@@ -416,7 +416,7 @@ def test_a_config_whose_two_lists_of_labels_contradict_each_other_is_refused(do,
 
 
 @pytest.mark.parametrize("do", ["--do_eval", "--do_train"])
-def test_a_model_for_several_labels_at_once_is_scored_as_one_for_single_labels_and_it_is_said(
+def test_a_model_for_several_labels_at_once_is_scored_as_one_for_single_labels_and_a_line_says_so(
     do, model, call, files, tmp_path
 ):
     flags = changed(model, tmp_path / "m", problem_type="multi_label_classification")
@@ -426,7 +426,7 @@ def test_a_model_for_several_labels_at_once_is_scored_as_one_for_single_labels_a
     assert "multi-label" not in outcome.out
 
 
-def test_a_config_with_more_names_than_its_head_has_rows_is_told_just_that(model, call, files, tmp_path):
+def test_a_config_with_more_names_than_its_head_has_rows_is_reported_as_that_alone(model, call, files, tmp_path):
     names = {"0": "positive", "1": "negative", "2": "neutral"}
     flags = changed(model, tmp_path / "m", id2label=names, label2id=None)
     dev = write_csv(tmp_path / "dev.csv", sentences(1, tuple(names.values())))
@@ -439,7 +439,9 @@ def test_a_config_with_more_names_than_its_head_has_rows_is_told_just_that(model
     said(outcome, "not loaded", "It has 2 outputs; the examples have negative, neutral, positive")
 
 
-def test_a_raw_encoder_is_told_first_that_it_has_no_trained_head(tiny_model, adapter, call, files, tmp_path):
+def test_the_first_message_on_an_encoder_without_a_head_is_that_it_has_no_trained_head(
+    tiny_model, adapter, call, files, tmp_path
+):
     flags = [*files[2:], "--do_eval", "--output_dir", tmp_path / "o"]
     outcome = call(*flags)
     first, *rest = outcome.err.split("\n")

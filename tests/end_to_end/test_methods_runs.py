@@ -100,7 +100,7 @@ def trained(call, glue, tmp_path_factory) -> Callable[[str], tuple[Path, Outcome
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_new_call_evaluates_a_methods_folder_to_the_same_numbers_without_being_told_the_method(
+def test_a_new_call_evaluates_a_methods_folder_to_the_same_numbers_without_the_methods_flags(
     method, trained, call, glue, tmp_path
 ):
     folder, _ = trained(method)
@@ -114,7 +114,7 @@ def test_a_new_call_evaluates_a_methods_folder_to_the_same_numbers_without_being
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_output_and_checkpoints_hold_what_the_method_trained_and_no_more(method, trained, tiny_model):
+def test_output_and_checkpoints_contain_what_the_method_trained_and_no_more(method, trained, tiny_model):
     folder, _ = trained(method)
     head = [f"classifier.{layer}.{part}" for layer in ("dense", "out_proj") for part in ("weight", "bias")]
     checkpoints = [folder / "checkpoint-3", folder / "checkpoint-6"]
@@ -164,7 +164,7 @@ def test_the_card_in_the_folder_says_by_which_flag_run_glue_reads_it(method, tra
     assert [flag for flag in ("--lora_path", "--adapter_path") if flag in card] == [path_flag(method)]
 
 
-def test_full_fine_tuning_saves_a_whole_model_and_says_so(trained, call, glue, tmp_path):
+def test_full_fine_tuning_saves_a_complete_model_and_records_its_parameter_count(trained, call, glue, tmp_path):
     folder, outcome = trained("full")
     theirs, report = RobertaForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -183,7 +183,7 @@ def test_full_fine_tuning_saves_a_whole_model_and_says_so(trained, call, glue, t
 
 
 @pytest.mark.parametrize("method", ["bitfit", "full"])
-def test_a_run_says_how_long_it_trained_how_much_memory_it_took_and_each_log_when_it_was_made(method, trained):
+def test_a_run_records_its_training_time_its_memory_and_the_time_of_each_log(method, trained):
     folder, _ = trained(method)
     results, state = read(folder / "train_results.json"), read(folder / "trainer_state.json")
     elapsed = [entry["elapsed_s"] for entry in state["log_history"] if "loss" in entry]
@@ -193,7 +193,7 @@ def test_a_run_says_how_long_it_trained_how_much_memory_it_took_and_each_log_whe
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_cut_off_and_taken_up_again_ends_with_the_same_bits(method, trained, call, glue, tmp_path):
+def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(method, trained, call, glue, tmp_path):
     folder, _ = trained(method)
     output = cut_off(folder, tmp_path / "output", after=3)
     before = [entry["elapsed_s"] for entry in read(output / "checkpoint-3" / "trainer_state.json")["log_history"]]
@@ -269,7 +269,7 @@ def test_rte_starts_from_an_mnli_runs_adapters_and_leaves_its_head_behind(said, 
 
 
 @pytest.mark.parametrize("said, p", [([], 0.0), (["--lora_dropout", "0.3"], 0.3)])
-def test_training_that_starts_from_updates_drops_what_its_own_flags_say(said, p, trained, call, glue, tmp_path):
+def test_training_that_starts_from_updates_uses_the_dropout_of_its_own_flags(said, p, trained, call, glue, tmp_path):
     folder, _ = trained("lora elsewhere")
     flags = ["--lora_path", folder, *STEPS, "--max_steps", "1", "--do_train", *said]
     succeeded(call(*rte(glue, tmp_path / "o", *flags)))
@@ -366,7 +366,9 @@ def test_flags_of_methods_that_make_no_sense_end_with_code_2(flags, said, refuse
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60],
 )  # fmt: skip
-def test_a_folder_that_the_flags_contradict_is_refused_with_what_it_holds(method, flags, said, trained, refused):
+def test_a_folder_that_the_flags_contradict_is_refused_and_its_contents_are_named(
+    method, flags, said, trained, refused
+):
     message = refused(1, "--do_eval", *flags, trained(method)[0])
     assert [part for part in said if part not in message] == [], message
 

@@ -119,7 +119,7 @@ def test_predictions_are_label_names_under_the_header_the_glue_server_wants(rte_
         ("--local_rank -1", "dropped"),
     ],
 )
-def test_each_flag_of_2021_is_said_in_one_line_with_what_it_is_now(old, new, rte_run):
+def test_each_flag_of_2021_is_reported_in_one_line_with_what_it_is_now(old, new, rte_run):
     said = [line for line in rte_run[1].out.splitlines() if line.startswith(f"run_glue.py: {old}")]
     assert len(said) == 1 and new in said[0]
 
@@ -208,7 +208,7 @@ def test_an_adapter_needs_no_lora_flags_of_its_own(rte_run, call, glue, tmp_path
     assert scores(tmp_path / "o" / "eval_results.json") == scores(rte_run[0] / "eval_results.json")
 
 
-def test_a_published_file_needs_its_alpha_said_and_the_log_says_that_it_is_unconfirmed(rte_run, call, glue, tmp_path):
+def test_a_published_file_needs_lora_alpha_and_the_log_says_that_it_is_unconfirmed(rte_run, call, glue, tmp_path):
     torch.save(trained_flat(rte_run[0]), tmp_path / "rte.bin")
     flags = ["--task_name", "rte", "--glue_dir", glue, "--do_eval", "--max_seq_length", "64"]
     flags += ["--lora_path", tmp_path / "rte.bin", "--output_dir", tmp_path / "o"]
@@ -421,7 +421,7 @@ def test_evaluating_a_custom_adapter_alone_uses_the_labels_it_recorded(own_run, 
     assert read(tmp_path / "part" / "eval_results.json")["eval_accuracy"] == right / len(some)
 
 
-def test_a_whole_fine_tuned_model_predicts_by_the_labels_its_config_records(own_run, call, tmp_path):
+def test_a_fine_tuned_model_predicts_by_the_labels_that_its_config_records(own_run, call, tmp_path):
     _, folder = own_run
     files = ["--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv"]
     whole = tmp_path / "whole"
@@ -458,7 +458,7 @@ def test_a_csv_with_decimal_labels_is_a_regression(call, tmp_path):
 # ---------------------------------------------------------------------------------------------------- interrupted runs
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_its_re_run_ends_bit_equal(
+def test_an_interrupted_run_says_how_to_resume_and_its_re_run_ends_bit_equal(
     call, start, glue, environment, base_flags, tmp_path
 ):
     long = [

@@ -61,9 +61,7 @@ def run(call: Any, glue: Path, model: Path, output: Path, *flags: object) -> Out
     ],
     ids=str,
 )
-def test_with_the_flags_it_was_trained_with_a_whole_model_scores_what_its_adapter_did(
-    kind, flags, whole, call, glue, tmp_path
-):
+def test_a_saved_model_with_the_flags_of_its_training_has_its_adapters_scores(kind, flags, whole, call, glue, tmp_path):
     trained, model = whole(kind, *flags)
     succeeded(run(call, glue, model, tmp_path / "o", "--do_eval", *flags))
     assert scores(tmp_path / "o" / "eval_results.json") == pytest.approx(
@@ -88,13 +86,15 @@ def test_with_the_flags_it_was_trained_with_a_whole_model_scores_what_its_adapte
     ],
     ids=str,
 )
-def test_with_other_flags_a_whole_model_is_refused(kind, trained_with, flags, said, work, whole, call, glue, tmp_path):
+def test_a_saved_model_is_refused_with_other_flags_than_its_trainings(
+    kind, trained_with, flags, said, work, whole, call, glue, tmp_path
+):
     _, model = whole(kind, *trained_with)
     outcome = run(call, glue, model, tmp_path / "o", *work, *flags)
     assert outcome.code == 1 and str(model) in outcome.err and said in outcome.err
 
 
-def test_a_whole_model_that_does_not_say_its_alpha_is_refused(whole, call, glue, tmp_path):
+def test_a_saved_model_whose_config_does_not_record_its_alpha_is_refused(whole, call, glue, tmp_path):
     _, model = whole("roberta", *LORA)
     copy = tmp_path / "model"
     copy.mkdir()
@@ -107,7 +107,7 @@ def test_a_whole_model_that_does_not_say_its_alpha_is_refused(whole, call, glue,
     assert outcome.code == 1 and "doesn't record the lora_alpha" in outcome.err
 
 
-def test_an_adapter_on_a_whole_model_with_another_one_is_refused(whole, call, glue, tmp_path):
+def test_an_adapter_for_a_saved_model_that_contains_another_one_is_refused(whole, call, glue, tmp_path):
     trained, model = whole("roberta", *LORA)
     outcome = run(call, glue, model, tmp_path / "o", "--do_eval", "--lora_path", trained)
     assert outcome.code == 1 and "left out" in outcome.err

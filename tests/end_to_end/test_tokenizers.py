@@ -141,7 +141,7 @@ def test_a_tokenizer_in_python_without_its_files_is_refused_by_name(call, glue, 
     assert outcome.code == 1 and f"No tokenizer in {base}" in outcome.err and "--tokenizer_name" in outcome.err
 
 
-def test_emojis_that_stay_as_they_are_are_said(tmp_path, monkeypatch):
+def test_emojis_that_are_not_normalised_are_reported(tmp_path, monkeypatch):
     base = write_python(tmp_path, "BertweetTokenizer")
     (base / "tokenizer_config.json").write_text('{"tokenizer_class": "BertweetTokenizer", "normalization": true}')
     monkeypatch.setitem(sys.modules, "emoji", None)
@@ -220,7 +220,7 @@ def test_no_merged_model_gets_another_tokenizer_than_its_adapter_was_trained_wit
     assert convert([*merge, "--base", str(other)]) == 0
 
 
-def test_a_tokenizer_is_told_by_its_tokens_and_what_it_makes_of_a_text(bert_words, in_python, tmp_path):
+def test_a_tokenizer_is_identified_by_its_tokens_and_what_it_makes_of_a_text(bert_words, in_python, tmp_path):
     found = []
     for base in (bert_words, in_python):
         config = RobertaConfig(vocab_size=99, max_position_embeddings=66, type_vocab_size=1)

@@ -75,7 +75,7 @@ def plain(call, glue, trained, tmp_path_factory) -> tuple[dict, dict[str, str]]:
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
-def test_every_row_of_every_set_is_scored_and_predicted_whatever_is_said_of_batches(
+def test_every_row_of_every_set_is_scored_and_predicted_with_any_flags_for_batches(
     flags, plain, call, glue, trained, tmp_path
 ):
     got, predictions = evaluated(call, glue, trained, tmp_path / "o", *flags)
@@ -83,7 +83,7 @@ def test_every_row_of_every_set_is_scored_and_predicted_whatever_is_said_of_batc
     assert sorted(text.count("\n") - 1 for text in predictions.values()) == [5, 7, 9]
 
 
-def test_every_row_is_scored_and_predicted_by_two_processes_whatever_is_said_of_batches(
+def test_every_row_is_scored_and_predicted_by_two_processes_with_any_flags_for_batches(
     plain, start, glue, trained, tmp_path
 ):
     flags = ["--dataloader_drop_last", "--accelerator_config", '{"split_batches": true, "even_batches": false}']
@@ -160,7 +160,7 @@ def test_every_field_of_the_pinned_training_arguments_is_on_one_side_on_purpose(
     assert {*SCHEDULE} < WITHOUT_EFFECT
 
 
-def test_a_field_that_is_not_known_decides_and_every_setting_is_plain_and_stable_json(tmp_path):
+def test_a_field_of_a_newer_release_counts_as_deciding_and_every_setting_is_plain_and_stable_json(tmp_path):
     @dataclasses.dataclass
     class Newer(TrainingArguments):
         of_next_year: float = 0.5
@@ -478,7 +478,7 @@ def test_every_flag_of_training_arguments_works_or_is_refused_in_a_sentence(
 
 
 @pytest.mark.parametrize("name", sorted(PARSED))
-def test_flags_of_engines_compilers_and_the_hub_are_parsed(name, tmp_path, same_process_afterwards):
+def test_flags_of_backends_compilers_and_the_hub_are_parsed(name, tmp_path, same_process_afterwards):
     kind = {f.name: f for f in dataclasses.fields(RunArguments)}[name]
     value = {"fsdp_config": '{"version": 2}', "deepspeed": "{}", "hub_strategy": "end", "torch_compile_mode": "default"}
     value |= {"torch_compile_backend": "eager", "hub_private_repo": "true", "hub_token": "t", "hub_model_id": "a/b"}

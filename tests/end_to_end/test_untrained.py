@@ -130,7 +130,7 @@ def peft_on(base: Path, folder: Path, **settings: Any) -> PeftModel:
     return model
 
 
-def test_a_file_at_the_wrong_door_is_told_the_right_one(trained, call, glue, tiny_model, tmp_path):
+def test_a_file_given_by_the_wrong_flag_is_refused_with_the_right_flag(trained, call, glue, tiny_model, tmp_path):
     full, lora = trained("full"), trained("lora")
     torch.save(peft_on(tiny_model, tmp_path / "peft", task_type="SEQ_CLS").state_dict(), tmp_path / "peft.bin")
     torch.save(RobertaForSequenceClassification.from_pretrained(full).state_dict(), tmp_path / "whole.bin")

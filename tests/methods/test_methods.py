@@ -239,7 +239,7 @@ def test_the_adapters_names_are_the_references(kind):
 
 
 @pytest.mark.parametrize("adapter_type, size", [("houlsby", 0), ("parallel", 8)])
-def test_an_adapter_of_no_known_type_or_of_no_width_is_refused(adapter_type, size):
+def test_an_adapter_of_an_unknown_type_or_of_width_0_is_refused(adapter_type, size):
     with pytest.raises(ValueError, match="houlsby or pfeiffer, 1 or more"):
         Bottleneck(32, adapter_type, size)
 
@@ -305,7 +305,7 @@ def test_new_adapters_are_drawn_as_the_other_layers_are_and_the_base_stays_as_it
     assert not any(torch.equal(other[name], state[name]) for name in weights)
 
 
-def test_given_adapters_replace_those_a_model_has_and_keep_its_dtype_and_mode(bases):
+def test_new_bottlenecks_replace_those_of_a_model_and_keep_its_dtype_and_mode(bases):
     model = loaded(bases["roberta"], **HOULSBY).to(torch.bfloat16).eval()
     set_bottlenecks_(model, "pfeiffer", 3)
     found = {name: module for name, module in model.named_modules() if isinstance(module, Bottleneck)}
@@ -331,7 +331,7 @@ TENSORS = {
 
 @KINDS
 @pytest.mark.parametrize("name", METHODS)
-def test_what_trains_are_exactly_the_names_that_the_method_says(kind, name, bases):
+def test_exactly_the_parameters_of_the_method_train(kind, name, bases):
     settings, pattern = METHODS[name]
     model = loaded(bases[kind], **settings)
     assert trains(model) == names_of(model, pattern)
@@ -709,7 +709,7 @@ def test_a_base_with_a_folder_attached_is_described_as_what_was_trained(kind, me
 
 @KINDS
 @pytest.mark.parametrize("method", PARTS)
-def test_a_folder_holds_what_was_trained_and_nothing_else(kind, method, saved):
+def test_a_folder_contains_what_was_trained_and_nothing_else(kind, method, saved):
     model, folder = saved(kind, method)
     state = model.state_dict()
 
@@ -822,7 +822,7 @@ def saying(kind: str, folder: Path, place: Path) -> Path:
 
 
 @pytest.mark.parametrize("has, says", [("HOULSBY", "PFEIFFER"), ("PFEIFFER", "HOULSBY"), ("BITFIT", "HEAD")])
-def test_a_folder_that_says_it_holds_another_method_is_refused(has, says, bases, saved, tmp_path):
+def test_a_folder_whose_config_names_another_method_is_refused(has, says, bases, saved, tmp_path):
     refused(bases["roberta"], saying(says, saved("roberta", has.lower())[1], tmp_path))
 
 
@@ -908,7 +908,9 @@ def said(capsys) -> Callable[..., tuple[int, str, str]]:
 
 @KINDS
 @pytest.mark.parametrize("method", ["head", "bitfit", "houlsby", "pfeiffer"])
-def test_inspect_tells_the_method_its_size_and_how_much_is_in_the_encoder(kind, method, bases, saved, said):
+def test_inspect_prints_the_method_its_size_and_how_many_parameters_are_in_the_encoder(
+    kind, method, bases, saved, said
+):
     model, folder = saved(kind, method)
     code, out, err = said("inspect", folder)
     assert code == 0, err
@@ -960,7 +962,7 @@ def test_merged_into_a_plain_model_transformers_own_class_has_the_same_logits(ki
     ],
 )
 @KINDS
-def test_a_form_that_cannot_say_what_a_method_trained_is_refused_and_nothing_is_written(
+def test_a_form_that_cannot_contain_what_a_method_trained_is_refused_and_nothing_is_written(
     kind, method, to, words, saved, tmp_path, said
 ):
     code, _, err = said("convert", saved(kind, method)[1], tmp_path / "new", "--to", to)

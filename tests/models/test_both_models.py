@@ -135,7 +135,7 @@ def test_lengths_from_1_to_512_give_transformers_logits_loss_and_gradients(varia
 
 @pytest.mark.parametrize("kind", ["right padding", "left padding"])
 @variants("roberta", "deberta-v2", "deberta-v3", "deberta-v2, one layer")
-def test_a_classifier_asked_for_attentions_has_the_logits_and_gradients_it_has_without(variant, kind):
+def test_a_classifier_that_returns_attentions_has_the_same_logits_and_gradients(variant, kind):
     ours, theirs = variant.twins()
     inputs, labels = variant.inputs(kind), torch.arange(5) % 3
     got = ours(**inputs, labels=labels, output_attentions=True, output_hidden_states=True)
@@ -246,7 +246,7 @@ def test_a_float64_lora_model_has_the_references_float64_logits_and_loss(case):
 
 
 @goldens
-def test_the_goldens_tell_a_model_without_lora_from_one_with_it(case):
+def test_the_goldens_differ_between_a_model_without_lora_and_one_with_it(case):
     tensors, _ = golden(case)
     inputs = golden_inputs(tensors)
     with_lora = golden_model(case).eval()

@@ -210,7 +210,7 @@ def test_a_regression_is_one_whatever_the_base_was_trained_for(checkpoints, tmp_
     assert (config.num_labels, config.problem_type, config.id2label) == (1, "regression", {0: "LABEL_0"})
 
 
-def test_labels_are_written_whole_where_the_count_stays_and_the_names_change():
+def test_all_labels_are_written_where_the_count_stays_and_the_names_change():
     config = tiny_config(id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1}, problem_type="regression")
     set_labels(config, LABELS)
     assert config.id2label == dict(enumerate(LABELS)) and config.label2id == {name: i for i, name in enumerate(LABELS)}

@@ -201,7 +201,7 @@ def formula(tag: str) -> tuple[dict[str, Tensor], float]:
 
 
 @pytest.mark.parametrize("tag", FORMULAS)
-def test_loss_and_both_gradients_of_given_logits_are_the_references(tag):
+def test_the_loss_of_two_sets_of_logits_and_both_gradients_are_the_references(tag):
     case, weight = formula(tag)
     first, second = (case[f"logits{i}"].clone().requires_grad_() for i in (1, 2))
     loss = sum(two_view_losses(first, second, case["labels"], FORMULAS[tag], weight))
@@ -897,7 +897,7 @@ IDS, NUMBERS = torch.tensor([2, 0, 1, 1]), torch.tensor([0.5, -1.0, 3.0, 2.0])
         (3, F.one_hot(IDS).float(), "multi_label_classification"),
     ],
 )
-def test_shape_and_dtype_of_the_labels_tell_the_problem(classes, labels, problem_type):
+def test_shape_and_dtype_of_the_labels_decide_the_problem_type(classes, labels, problem_type):
     z = random_logits(4, classes)[0].float()
     want = {
         "regression": lambda: F.mse_loss(z[:, 0], labels.reshape(-1).float()),
@@ -933,7 +933,7 @@ def test_what_a_step_on_two_views_returns_beside_the_loss_is_the_first_views():
         assert_close(got, want)
 
 
-def test_views_that_half_precision_cannot_tell_apart_by_their_mean_still_have_their_distance():
+def test_views_whose_means_are_equal_in_half_precision_still_have_their_distance():
     generator = torch.Generator().manual_seed(0)
     first = 3 * torch.randn(64, 3, generator=generator)
     views = [first.bfloat16(), (first + 0.05 * torch.randn(64, 3, generator=generator)).bfloat16()]
@@ -942,7 +942,7 @@ def test_views_that_half_precision_cannot_tell_apart_by_their_mean_still_have_th
     assert_close(got, two_view_losses(*(view.float() for view in views), labels, None, 1.0)[1])
 
 
-def test_cutoff_without_the_tokenizers_ids_in_the_config_says_what_is_missing():
+def test_cutoff_without_the_tokenizers_ids_in_the_config_raises_an_error_that_names_them():
     model = CLASSIFIERS["roberta"][0](tiny_config(reg_loss_wgt=1.0, masking_prob=0.1)).train()
     with pytest.raises(ValueError, match="special_token_ids and unk_token_id"):
         model(**ragged_batch([5, 3]), labels=torch.tensor([0, 1]))

@@ -205,7 +205,7 @@ def test_with_every_setting_hidden_states_and_attentions_are_transformers_own(na
         "position_biased_input",
     ],
 )
-def test_each_setting_moves_the_logits_so_that_the_comparisons_above_can_tell(setting):
+def test_each_setting_changes_the_logits_so_that_the_comparisons_above_would_show_it(setting):
     config = tiny_deberta_config()
     plain = {
         "position_buckets": 6,
@@ -502,7 +502,7 @@ def assert_same_as_peft(ours, theirs, pairs, inputs: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["right padding", "left padding", "holes"])
-def test_with_lora_in_the_relative_query_the_whole_model_has_pefts_logits_and_gradients(kind):
+def test_with_lora_in_the_relative_query_the_complete_model_has_pefts_logits_and_gradients(kind):
     ours = lora_model(lora_relative_query=True)
     assert_same_as_peft(ours, *peft_twin(ours), inputs_of(kind))
 
@@ -518,7 +518,7 @@ def test_with_lora_in_the_relative_query_the_whole_model_has_pefts_logits_and_gr
     ids=str,
 )
 @pytest.mark.parametrize("asked", [False, True])
-def test_where_no_relative_query_goes_through_query_proj_peft_agrees_whatever_is_asked(settings, asked):
+def test_where_no_relative_query_goes_through_query_proj_peft_agrees_with_either_setting(settings, asked):
     ours = lora_model(lora_relative_query=asked, **settings)
     assert_same_as_peft(ours, *peft_twin(ours, **settings), inputs_of("right padding"))
 
@@ -542,7 +542,7 @@ def test_by_default_a_shared_relative_query_is_frozen_and_pefts_logits_are_other
         ({"relative_attention": False}, None),
     ],
 )
-def test_a_model_says_whether_its_relative_query_is_frozen_or_none_where_it_makes_no_difference(settings, frozen):
+def test_frozen_relative_query_is_true_or_false_or_none_where_it_makes_no_difference(settings, frozen):
     config = tiny_deberta_config(**LORA, **settings)
     assert DebertaV2ForSequenceClassification(config).frozen_relative_query is frozen
     assert DebertaV2Model(config).frozen_relative_query is frozen
@@ -957,7 +957,7 @@ class Wrapped(nn.Module):
 
 @pytest.mark.parametrize("relative_query", [False, True])
 @pytest.mark.parametrize("wrap", [Wrapped, checkpoint_wrapper, "peft"])
-def test_an_updated_projection_inside_another_module_is_read_as_the_config_says(wrap, relative_query):
+def test_an_updated_projection_inside_another_module_is_read_by_the_configs_settings(wrap, relative_query):
     settings = {"lora_target_modules": ["query", "key"], "lora_relative_query": relative_query}
     config = tiny_deberta_config(apply_lora=True, lora_r=4, lora_alpha=8, **settings)
     model = randomise_(DebertaV2ForSequenceClassification(config)).eval()

@@ -147,7 +147,7 @@ def test_state_dict_keys_are_transformers_own(num_labels):
 
 
 @pytest.mark.parametrize("kind", ["right padding", "left padding", "holes"])
-def test_lora_in_the_whole_model_has_pefts_logits_and_gradients(kind):
+def test_lora_in_the_complete_model_has_pefts_logits_and_gradients(kind):
     config = tiny_config(apply_lora=True, lora_r=4, lora_alpha=6)
     ours = randomise_(RobertaForSequenceClassification(config)).train()
     mark_only_lora_as_trainable(ours)

@@ -121,7 +121,7 @@ def test_lora_of_any_places_rank_and_scaling_is_loaded_as_it_was_saved(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_config_that_says_what_a_model_has_is_saved_as_it_is(kind, tmp_path):
+def test_a_config_that_describes_the_models_layers_is_saved_unchanged(kind, tmp_path):
     model = plain(kind, apply_lora=True, lora_r=4, lora_alpha=6)
     bare = plain(kind)
     for saved, folder in ((model, "lora"), (bare, "bare")):
@@ -174,7 +174,7 @@ def beside_the_encoder(model: Any) -> dict[str, tuple[int, float]]:
 
 @pytest.mark.parametrize("places", [odd_ranks, odd_scalings, one_left_out, beside_the_encoder])
 @pytest.mark.parametrize("kind", KINDS)
-def test_lora_that_a_config_cannot_say_is_not_saved_but_refused_and_saved_once_merged(kind, places, tmp_path):
+def test_saving_lora_that_a_config_cannot_describe_is_refused_until_it_is_merged(kind, places, tmp_path):
     model = with_lora(kind, places(plain(kind)), lora_relative_query=True)
     with pytest.raises(UserError, match="save_adapter"):
         model.save_pretrained(tmp_path)
@@ -207,7 +207,7 @@ def test_a_merged_model_and_one_whose_lora_was_taken_out_are_loaded_with_the_sam
 
 @pytest.mark.parametrize("adapter_type", ["houlsby", "pfeiffer"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bottlenecks_given_to_a_model_are_loaded_as_they_were_saved(kind, adapter_type, tmp_path):
+def test_bottlenecks_added_to_a_model_are_loaded_as_they_were_saved(kind, adapter_type, tmp_path):
     model = plain(kind)
     set_bottlenecks_(model, adapter_type, 3)
     randomise_(model)

@@ -350,7 +350,7 @@ def test_gradients_per_example_by_vmap_are_those_one_by_one(functions):
     assert_close(per_sample(loss, A), torch.stack(want))
 
 
-def test_a_batch_of_masks_under_vmap_is_an_error_that_says_what_to_do(functions):
+def test_a_batch_of_masks_under_vmap_raises_an_error_with_a_remedy(functions):
     model, *_ = functions
     batch = ragged_batch([5, 3, 4])
 
@@ -383,7 +383,7 @@ def traced(kind: str, dtype: torch.dtype, *inputs: Tensor) -> tuple[Any, Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[5, 3], [5, 5]], ids=["padding", "all ones"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trace_with_a_mask_is_an_error_that_says_what_to_do(kind, lengths, dtype):
+def test_a_trace_with_a_mask_raises_an_error_with_a_remedy(kind, lengths, dtype):
     with pytest.raises(RuntimeError, match="attention_mask.*transformers' own class"):
         traced(kind, dtype, *ragged_batch(lengths).values())
 
@@ -405,7 +405,7 @@ def test_a_trace_without_a_mask_computes_what_the_model_does_or_raises(kind, dty
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_export_with_a_mask_is_an_error_that_says_what_to_do(kind):
+def test_an_export_with_a_mask_raises_an_error_with_a_remedy(kind):
     model = Logits(CLASSIFIERS[kind][0](config_of(kind, pad_token_id=1)).eval())
     with pytest.raises(RuntimeError, match="attention_mask.*transformers' own class"):
         torch.export.export(model, tuple(ragged_batch([5, 3]).values()))

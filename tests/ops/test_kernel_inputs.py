@@ -392,7 +392,7 @@ def test_the_gradient_of_the_relative_table_is_dense_and_of_the_rows_in_use():
 
 @pytest.mark.parametrize("settings", [{}, {"apply_lora": True, "lora_r": 4, "lora_alpha": 8}])
 @pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_quantize_dynamic_is_an_error_that_says_what_to_do_and_leaves_the_model(kind, settings):
+def test_quantize_dynamic_raises_an_error_with_a_remedy_and_does_not_change_the_model(kind, settings):
     config = (tiny_config if kind == "roberta" else tiny_deberta_config)(**settings)
     model = randomise_(CLASSIFIERS[kind][0](config)).eval()
     batch = ragged_batch([9, 4], pad=config.pad_token_id)

@@ -229,7 +229,7 @@ def assert_independent(a: Tensor, b: Tensor, what: str) -> None:
 
 @needs_library
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9, 1e-3])
-def test_dropout_drops_the_asked_share_and_scales_the_rest_to_keep_the_mean(p):
+def test_dropout_drops_the_requested_share_and_scales_the_rest_to_keep_the_mean(p):
     y = factors(4096, 1024, p)
     kept = y[y != 0]
     n = y.numel()
@@ -255,7 +255,7 @@ def test_every_column_of_any_width_is_dropped_as_often(width, p):
 @needs_library
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.parametrize("width", [1024, 1021])
-def test_dropout_of_an_element_tells_nothing_of_its_neighbours(width, p):
+def test_dropout_of_an_element_is_independent_of_its_neighbours(width, p):
     kept = factors(2048, width, p) != 0
     for lag in range(1, 9):
         assert_independent(kept[:, lag:], kept[:, :-lag], f"columns {lag} apart")
@@ -281,7 +281,7 @@ def test_dropout_of_narrow_rows_is_independent_too(width):
 
 @needs_library
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_of_one_call_tells_nothing_of_the_next(p):
+def test_dropout_of_one_call_is_independent_of_the_next(p):
     x = torch.ones(4096, 1024)
     first, second = seeded(kernels.dropout, x, p, True) != 0, kernels.dropout(x, p, True) != 0
     assert_independent(first, second, "two calls")
@@ -292,7 +292,7 @@ def test_dropout_of_one_call_tells_nothing_of_the_next(p):
 
 @needs_library
 @pytest.mark.parametrize("step", [1, 2, 4, 2**16, 2**32, 2**62])
-def test_dropout_of_a_seed_tells_nothing_of_a_near_seed(step):
+def test_dropout_of_a_seed_is_independent_of_that_of_a_near_seed(step):
     x, p, seed = torch.ones(4096, 1024), 0.3, 12345
     a, b = (kernels._Dropout.run(x, p, s) != 0 for s in (seed, seed + step))
     assert_independent(a, b, f"seeds {step} apart")
@@ -358,7 +358,7 @@ def test_dropout_of_everything_gives_zeros_and_no_gradient(p):
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,), ()])
-def test_dropout_of_no_or_a_single_number_has_its_shape(shape):
+def test_dropout_of_an_empty_tensor_or_of_one_element_keeps_the_shape(shape):
     x = torch.ones(shape, requires_grad=True)
     y = kernels.dropout(x, 0.5, True)
     y.sum().backward()
@@ -790,7 +790,7 @@ def test_a_models_checkpointed_gradients_under_dropout_are_the_same(kind, settin
 @needs_library
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("trains", ["rel_embeddings", "encoder.LayerNorm", "key_proj.bias", "word_embeddings"])
-def test_a_whole_model_checkpointed_has_the_same_gradients_whatever_part_of_it_trains(trains, reentrant):
+def test_gradient_checkpointing_of_a_model_gives_the_same_gradients_whatever_part_of_it_trains(trains, reentrant):
     model = lora_model("deberta-v2", "all", hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains in name)
@@ -914,7 +914,7 @@ def test_a_library_that_does_not_load_means_no_kernels(empty_home, monkeypatch, 
     assert len(caplog.records) == 1
 
 
-def test_on_another_system_nothing_is_compiled_and_nothing_said(empty_home, monkeypatch, caplog):
+def test_on_another_system_nothing_is_compiled_and_nothing_is_printed(empty_home, monkeypatch, caplog):
     monkeypatch.setattr(kernels.platform, "system", lambda: "Windows")
     assert kernels.library() is None
     assert caplog.records == [] and files(empty_home) == []

@@ -90,7 +90,7 @@ def test_where_the_papers_lora_starts_from_mnlis_adapter_runs_that_do_not_have_n
 
 
 @pytest.mark.parametrize("starts", LARGE)
-def test_of_roberta_larges_two_lora_lines_the_one_with_the_same_start_stands_whole(tmp_path, starts):
+def test_of_roberta_larges_two_lora_lines_the_one_with_the_same_start_is_shown_complete(tmp_path, starts):
     for task in HEADINGS:
         start = "mnli.bin" if starts == "from MNLI" and task in ("mrpc", "rte", "stsb") else None
         write_run(tmp_path / task, task, model="roberta-large", start=start, encoder=786_432)
@@ -107,7 +107,7 @@ def test_starts_of_both_kinds_have_their_own_figures_and_no_average_of_the_paper
     assert figures == ["90.9 ± 1.2", "94.9 ± 0.3", "85.2 ± 1.1"] and line["average"] == "-"
 
 
-def test_a_task_that_the_paper_has_not_gets_no_figure_and_the_papers_line_no_average(tmp_path):
+def test_a_task_that_is_not_in_the_paper_gets_no_figure_and_the_papers_line_no_average(tmp_path):
     for task in ("wnli", "cola"):
         write_run(tmp_path / task, task)
     line = values(read(tmp_path), "LoRA r=8", "paper")
@@ -259,7 +259,7 @@ def test_seeds_that_some_runs_have_and_others_lack_are_listed_together(tmp_path)
     assert f"missing, seeds 1, 2: {where}" in lines and "missing, seeds 0, 2: BitFit on CoLA (roberta-base)" in lines
 
 
-def test_folders_given_that_are_not_there_or_hold_no_training_are_listed(tmp_path):
+def test_arguments_that_are_no_folders_or_contain_no_training_run_are_listed(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "evaluated", state="begun", train_samples=0)
     (tmp_path / "empty").mkdir()

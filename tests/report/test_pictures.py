@@ -357,13 +357,13 @@ def test_a_picture_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatc
     assert not os.listdir(tmp_path)
 
 
-def test_links_to_pictures_hold_for_a_model_with_a_space_in_its_name(tmp_path):
+def test_links_to_pictures_work_for_a_model_with_a_space_in_its_name(tmp_path):
     write_run(tmp_path / "runs" / "a", model="my base", figures=(0.5, 0.6))
     text = write_report(*collect([tmp_path / "runs"]), tmp_path)
     assert "![my base_curves](my%20base_curves.png)" in text and (tmp_path / "my base_curves.png").is_file()
 
 
-def test_without_matplotlib_the_report_comes_and_says_what_its_pictures_need(small, tmp_path, monkeypatch):
+def test_without_matplotlib_the_report_is_written_and_says_what_its_pictures_need(small, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "lora_nlu.report.pictures")
     monkeypatch.delattr(lora_nlu.report, "pictures")

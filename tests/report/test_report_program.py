@@ -37,7 +37,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_file_that_is_not_whole_ends_the_program_with_1_and_names_the_file(tmp_path, capsys, case):
+def test_an_incomplete_file_ends_the_program_with_1_and_is_named(tmp_path, capsys, case):
     name, content, message = BROKEN[case]
     write_run(tmp_path / "a")
     (tmp_path / "a" / name).write_text(content, errors="surrogateescape")

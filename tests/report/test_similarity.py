@@ -47,7 +47,7 @@ def test_rows_orthogonal_to_each_other_have_similarity_0():
     same(subspace_similarity(one, two), 0.0)
 
 
-def test_a_subspace_inside_the_other_has_similarity_1_to_the_whole_of_it():
+def test_a_subspace_inside_another_has_similarity_1_to_all_of_it():
     outer = random_matrix(6, 20, 0)
     inner = random_matrix(2, 6, 1) @ outer
     phi = subspace_similarity(inner, outer)
@@ -55,7 +55,7 @@ def test_a_subspace_inside_the_other_has_similarity_1_to_the_whole_of_it():
     assert phi[0, 0] < 0.99 and (phi[0].diff() > -1e-12).all(), "more vectors of the outer one cover no less"
 
 
-def test_two_planes_at_a_known_angle_give_the_values_worked_out_by_hand():
+def test_two_planes_at_an_angle_give_the_values_worked_out_by_hand():
     # Top vectors: e1, e2 against e1, then e2 turned by the angle towards e3.
     cos, sin = 0.6, 0.8
     one = torch.tensor([[3.0, 0, 0, 0], [0, 2, 0, 0]])
@@ -179,7 +179,7 @@ def figures(monkeypatch) -> list[Figure]:
     return saved_figures
 
 
-def test_the_csv_holds_every_number_of_the_function_for_every_layer(files, tmp_path, capsys):
+def test_the_csv_contains_every_number_of_the_function_for_every_layer(files, tmp_path, capsys):
     assert said(capsys, *files, "--out", tmp_path / "out")[0] == 0
     with open(tmp_path / "out" / "similarity.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
@@ -250,7 +250,7 @@ def test_layers_of_one_adapter_only_are_counted_and_left_out(files, tmp_path, ca
     assert "query, mean of 2 layers" in text and "value" not in text
 
 
-def test_modules_outside_attention_and_layers_without_a_number_have_names_that_tell_them_apart(tmp_path, capsys):
+def test_modules_outside_attention_and_layers_without_a_number_have_distinct_names(tmp_path, capsys):
     ends = ["attention.output.dense", "intermediate.dense", "output.dense", "attention.self.query_proj"]
     names = [f"deberta.encoder.layer.{layer}.{end}" for layer in (2, 10) for end in ends] + ["pooler.dense"]
     path = saved(tmp_path / "all.bin", lora_state(2, 4, names))
@@ -275,7 +275,7 @@ def test_the_mean_goes_as_far_as_the_smallest_rank_where_layers_differ():
     assert [line.count("1.000") for line in (mean, first, second)] == [2, 2, 3]
 
 
-def test_adapters_of_the_same_name_are_told_apart_by_the_folders_above(tmp_path):
+def test_adapters_of_the_same_name_are_distinguished_by_their_parent_folders(tmp_path):
     assert short_names(["run/a", "run/b.bin"]) == ["a", "b.bin"]
     assert short_names(["one/lora", "/x/two/lora/"]) == ["one/lora", "two/lora"]
     assert short_names(["a/lora", "a/lora"]) == ["lora", "lora"]
@@ -345,7 +345,7 @@ def test_the_module_runs_as_a_program_without_a_display(files, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
 
 
-def test_a_folder_of_another_method_is_refused_by_what_it_holds(files, tmp_path, capsys):
+def test_a_folder_of_another_method_is_refused_and_the_message_names_its_method(files, tmp_path, capsys):
     state = {"roberta.encoder.layer.0.output.dense.bias": torch.zeros(HIDDEN)}
     write_adapter(Adapter(tmp_path, state, method="bitfit"), tmp_path / "biases")
     for pair in ((files[0], tmp_path / "biases"), (tmp_path / "biases", files[0])):

@@ -111,7 +111,7 @@ def complete(runs, tmp_path_factory) -> tuple[Path, list[str]]:
     return out, write_submission([runs], out)
 
 
-def test_the_zip_holds_the_servers_eleven_files_flat_compressed_and_nothing_else(complete):
+def test_the_zip_contains_the_servers_eleven_files_flat_compressed_and_nothing_else(complete):
     with zipfile.ZipFile(complete[0]) as archive:
         assert sorted(archive.namelist()) == sorted(SERVER)
         assert all(entry.compress_type == zipfile.ZIP_DEFLATED for entry in archive.infolist())
@@ -120,7 +120,7 @@ def test_the_zip_holds_the_servers_eleven_files_flat_compressed_and_nothing_else
     assert complete[1][-1] == f"{complete[0]}: 11 files."
 
 
-def test_every_file_holds_a_runs_predictions_in_order_as_the_server_writes_them(complete):
+def test_every_file_contains_a_runs_predictions_in_order_in_the_servers_format(complete):
     found = read_zip(complete[0])
     for name, (*_, labels) in SERVER.items():
         assert found[name] == [labels[answer] for answer in answers(name)], name
@@ -135,7 +135,7 @@ def test_row_counts_are_those_of_the_published_test_sets(name):
     assert path.read_bytes().count(b"\n") == 1 + SERVER[name][2]
 
 
-def test_the_same_predictions_give_the_same_bytes_whatever_the_clock_says(tmp_path, monkeypatch):
+def test_the_same_predictions_give_the_same_bytes_at_any_time(tmp_path, monkeypatch):
     make_run(tmp_path / "rte", "rte")
     for day in (1, 2):
         monkeypatch.setattr("time.time", lambda day=day: 1.7e9 + day * 86400)
@@ -176,7 +176,7 @@ def test_runs_of_other_tasks_are_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("name, said", [("absent", "no such folder"), ("file", "no such folder"), ("empty", "no run")])
-def test_an_argument_that_is_no_folder_or_holds_no_run_is_refused_even_beside_a_good_one(tmp_path, name, said):
+def test_an_argument_that_is_no_folder_or_contains_no_run_is_refused_even_beside_a_good_one(tmp_path, name, said):
     good = make_run(tmp_path / "rte", "rte")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -203,7 +203,7 @@ def test_a_run_json_that_is_cut_is_named(tmp_path):
         ("rte", "RTE", "eval_accuracy", "accuracy"),
     ],
 )
-def test_of_several_seeds_the_best_by_the_tasks_own_dev_metric_is_used_and_said(tmp_path, task, title, key, metric):
+def test_of_several_seeds_the_best_by_the_tasks_own_dev_metric_is_used_and_named(tmp_path, task, title, key, metric):
     # the other figures would choose another run
     others = ("eval_f1", "eval_spearmanr", "eval_loss", "eval_accuracy", "eval_accuracy_mm")
     for seed, figure in ((1, -0.25), (2, 0.5), (3, 0.8659), (4, 0.0)):
@@ -250,7 +250,9 @@ def write_log(run: Path, *entries: dict) -> None:
 
 
 @pytest.mark.parametrize("task, title, place", [("rte", "RTE", ""), ("mnli", "MNLI", " on the matched set")])
-def test_a_better_epoch_than_the_model_that_predicts_is_said_with_its_figure_and_remedy(tmp_path, task, title, place):
+def test_a_better_epoch_than_that_of_the_predicting_model_is_reported_with_its_figure_and_a_remedy(
+    tmp_path, task, title, place
+):
     for seed, (best, last) in enumerate([(0.9, 0.6), (0.8, 0.7), (0.65, 0.65)]):
         figures = {"eval_accuracy": last, "eval_accuracy_overall": last}
         run = make_run(tmp_path / str(seed), task, seed, figures if task == "mnli" else {"eval_accuracy": last})
@@ -314,7 +316,7 @@ def test_a_step_that_the_loss_scaler_of_fp16_left_out_is_no_divergence(tmp_path)
 
 
 @pytest.mark.parametrize("bases, said", [(("b", "b"), []), (("b", "l"), ["b (CoLA); l (RTE)"])])
-def test_different_base_models_are_allowed_and_said(tmp_path, bases, said):
+def test_different_base_models_are_allowed_and_listed(tmp_path, bases, said):
     for task, base in zip(("cola", "rte"), bases, strict=True):
         make_run(tmp_path / task, task, base=base)
     make_run(tmp_path / "unused", "sst2", base="third", predicts=False)
@@ -336,7 +338,7 @@ def test_ax_comes_with_the_chosen_mnli_run_and_not_from_another(tmp_path):
     assert {*read_zip(tmp_path / "glue.zip")["AX.tsv"]} == {"entailment"}
 
 
-def test_ax_of_a_separate_run_is_used_if_the_chosen_mnli_run_has_none_and_its_folder_is_said(tmp_path):
+def test_ax_of_a_separate_run_is_used_if_the_chosen_mnli_run_has_none_and_its_folder_is_named(tmp_path):
     worse = make_run(tmp_path / "mnli0", "mnli", 0, {"eval_accuracy_overall": 0.1})
     write_predictions(worse, "AX.tsv", ["neutral"] * 1104)
     make_run(tmp_path / "mnli1", "mnli", 1, {"eval_accuracy_overall": 0.2})
@@ -352,7 +354,7 @@ def test_several_separate_ax_runs_are_refused(tmp_path):
     assert "AX: 2 runs predict it" in message and all(str(run) in message for run in runs) and "Name only" in message
 
 
-def test_wnli_without_a_run_gets_the_majority_class_and_it_is_said(tmp_path):
+def test_wnli_without_a_run_gets_the_majority_class_and_a_line_says_so(tmp_path):
     make_run(tmp_path / "rte", "rte")
     lines = write_submission([tmp_path], tmp_path / "glue.zip", partial=True)
     assert read_zip(tmp_path / "glue.zip")["WNLI.tsv"] == ["0"] * 146
@@ -396,7 +398,7 @@ def test_mnli_without_its_mismatched_half_is_missing(tmp_path):
     assert "MNLI-m.tsv, MNLI-mm.tsv" in refusal([run], tmp_path / "glue.zip", partial=False)
 
 
-def test_partial_leaves_missing_files_out_and_says_which_and_that_the_server_wants_all(tmp_path):
+def test_partial_leaves_missing_files_out_lists_them_and_warns_that_the_server_requires_all(tmp_path):
     for task in ("rte", "mnli"):
         make_run(tmp_path / task, task)
     lines = write_submission([tmp_path], tmp_path / "glue.zip", partial=True)
@@ -407,7 +409,7 @@ def test_partial_leaves_missing_files_out_and_says_which_and_that_the_server_wan
     assert lines[-1] == f"{tmp_path / 'glue.zip'}: 4 files."
 
 
-def test_a_whole_submission_says_nothing_of_missing_files_with_or_without_partial(complete):
+def test_a_complete_submission_reports_no_missing_files_with_or_without_partial(complete):
     assert not about(complete[1], "Left out") and len(complete[1]) == 11
 
 
@@ -464,7 +466,7 @@ def test_only_the_files_that_go_into_the_zip_are_checked(tmp_path):
     assert len(read_zip(tmp_path / "glue.zip")["RTE.tsv"]) == 3000
 
 
-def test_stsb_is_limited_to_0_and_5_with_three_decimals_and_the_number_moved_is_said(tmp_path):
+def test_stsb_is_limited_to_0_and_5_with_three_decimals_and_the_number_of_changed_values_is_printed(tmp_path):
     run = make_run(tmp_path / "stsb", "stsb")
     given = ["-0.001", "0", "-0", "5.0", "5.001", "1e3", "2.3456", "4"] + ["1.000"] * 1371
     write_predictions(run, "STS-B.tsv", given)

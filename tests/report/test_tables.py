@@ -174,7 +174,7 @@ def test_a_run_that_recorded_that_it_diverged_is_left_out_for_that_reason_of_rep
     assert [one.figures.diverged for one in find_runs([run])] == ["the loss is nan at step 12"]
 
 
-def test_the_training_data_divide_no_line_and_are_no_setting_but_other_ones_in_a_line_are_said(tmp_path):
+def test_runs_with_other_training_data_share_a_line_and_the_report_says_so(tmp_path):
     for task in ("cola", "rte"):
         for seed, data in enumerate(({"train_data": f"{task}1"}, {}, {"train_data": f"{task}1"})):
             write_run(tmp_path / f"{task}_{seed}", task, seed, (0.5,), **data)
@@ -273,7 +273,7 @@ def read_latex(text: str) -> list[list[list[str]]]:
     return tables
 
 
-def test_the_latex_is_a_plain_tabular_with_the_cells_of_the_markdown_and_says_the_protocol(
+def test_the_latex_is_a_plain_tabular_with_the_cells_of_the_markdown_and_states_the_protocol(
     small, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(pictures, "draw", lambda *_: [])
@@ -305,7 +305,7 @@ def test_a_sweep_gives_the_papers_table_of_ranks_with_the_medians_of_every_set_o
     assert f"### Ranks, best epoch\n\n{markdown([heading, *rows])}\n" in text
 
 
-def test_a_table_of_ranks_says_what_is_unfinished_or_missing(tmp_path):
+def test_a_table_of_ranks_lists_what_is_unfinished_or_missing(tmp_path):
     write_seeds(tmp_path / "1", "cola", (0.5, 0.6), rank=1)
     write_seeds(tmp_path / "2", "cola", (0.5,), rank=2)
     write_run(tmp_path / "4", "cola", 0, rank=4, state="stopped")

@@ -45,7 +45,7 @@ SWITCHED = [
 ]
 
 
-def test_the_tables_here_hold_every_translation():
+def test_the_tables_here_contain_every_translation():
     assert {old: new for old, _, new in RENAMES} == RENAMED
     assert dict(SWITCHED) == SWITCHES
 
@@ -72,7 +72,7 @@ def test_a_renamed_switch_without_a_value_stays_without(old):
 
 @pytest.mark.parametrize("old, new", SWITCHED)
 @pytest.mark.parametrize("on", [[], ["True"], ["true"], ["1"], ["yes"]])
-def test_a_switch_that_is_on_says_todays_words(old, new, on):
+def test_a_switch_that_is_on_becomes_todays_flags(old, new, on):
     translated, notes = translate([f"--{old}", *on, "--seed", "1"])
     assert translated == [*new, "--seed", "1"]
     assert len(notes) == 1 and notes[0].endswith(f"is now {' '.join(new)}.")
@@ -83,7 +83,7 @@ def test_a_switch_that_is_on_says_todays_words(old, new, on):
 
 @pytest.mark.parametrize("old, new", SWITCHED)
 @pytest.mark.parametrize("off", ["False", "false", "0", "no"])
-def test_a_switch_that_is_off_says_nothing(old, new, off):
+def test_a_switch_that_is_off_becomes_no_flag(old, new, off):
     for spelling in ([f"--{old}", off], [f"--{old}={off}"], [f"--{old.replace('_', '-')}", off]):
         translated, notes = translate([*spelling, "--seed", "1"])
         assert translated == ["--seed", "1"]

@@ -352,7 +352,7 @@ def test_torchrun_options_that_would_change_the_batch_unnoticed_are_refused(opti
 # -------------------------------------------------------------------------------------------------------------- SLURM
 
 
-def test_srun_tells_where_the_machines_are():
+def test_the_machines_addresses_are_read_from_sruns_variables():
     where = ["--nnodes=2", "--node_rank=1", "--master_addr=node01", "--master_port=24711"]
     assert torchrun(plan(**SRUN)) == [*where, "--nproc_per_node=8"]
 
@@ -391,7 +391,7 @@ def test_a_users_setting_goes_before_what_srun_sets_one_by_one(name, value, nnod
     assert words[:4] == ["--nnodes=2", *(f"--{key}={where[key]}" for key in where)]
 
 
-def test_a_user_may_take_fewer_machines_or_others_than_srun_has():
+def test_a_user_may_choose_fewer_machines_or_others_than_sruns():
     assert torchrun(plan(**SRUN, nnodes="1", devices="1")) == []
     refusal(**SRUN, nnodes="4")  # srun's numbers are not those of the four
     words = torchrun(plan(**SRUN, nnodes="4", node_rank="3", master_addr="mine"))
@@ -558,7 +558,7 @@ def test_a_script_is_read_without_starting_it(tmp_path):
         ("echo 3", "is no launch script"),
     ],
 )
-def test_a_script_that_does_not_launch_is_refused_in_its_own_words_if_it_has_any(tmp_path, text, message):
+def test_a_script_that_does_not_launch_is_refused_with_its_own_message_if_it_prints_one(tmp_path, text, message):
     (tmp_path / "other.sh").write_text(text)
     with pytest.raises(UsageError, match=message):
         launch.read_script([str(tmp_path / "other.sh")], os.environ)

@@ -103,7 +103,7 @@ def uninterrupted(tmp_path_factory) -> tuple[Path, dict[str, Tensor]]:
     return folder, after
 
 
-def test_only_checkpoints_with_a_readable_state_of_their_own_step_count_as_whole(tmp_path):
+def test_only_checkpoints_with_a_readable_state_of_their_own_step_count_as_complete(tmp_path):
     def checkpoint(name: str, state: str | None) -> None:
         (tmp_path / name).mkdir(parents=True)
         if state is not None:
@@ -128,7 +128,7 @@ def test_only_checkpoints_with_a_readable_state_of_their_own_step_count_as_whole
     assert complete_checkpoints(str(tmp_path / "nowhere")) == []
 
 
-def test_a_checkpoint_holds_the_trained_parameters_and_no_base_weights(uninterrupted):
+def test_a_checkpoint_contains_the_trained_parameters_and_no_base_weights(uninterrupted):
     folder, final = uninterrupted
     assert names(complete_checkpoints(str(folder))) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
     assert not (folder / ".saving").exists()
@@ -207,7 +207,7 @@ def test_a_save_that_breaks_off_leaves_the_earlier_checkpoint_and_no_half_one(ki
     assert_equal_bits(parameters(again), uninterrupted[1])
 
 
-def test_a_first_save_that_breaks_off_says_there_is_no_earlier_checkpoint(tmp_path):
+def test_the_error_of_a_first_save_that_fails_says_that_there_is_no_earlier_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no earlier one"):
         new_trainer(tmp_path, kind=Breaks, save_steps=8).train()
     assert list(tmp_path.iterdir()) == []
@@ -288,7 +288,7 @@ def test_an_optimizer_state_in_another_order_of_the_parameters_is_refused(uninte
         new_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_without_lora_a_checkpoint_holds_the_whole_model_and_resumes_bit_equal(tmp_path):
+def test_without_lora_a_checkpoint_contains_the_complete_model_and_resumes_bit_equal(tmp_path):
     first = new_trainer(tmp_path, lora=False)
     first.train()
     saved = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
@@ -478,14 +478,14 @@ def test_too_little_memory_to_read_a_checkpoint_is_not_called_damage(good, tmp_p
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "scheduler.pt"])
-def test_a_file_that_holds_something_else_is_named_as_damaged(file, good, tmp_path):
+def test_a_file_that_contains_something_else_is_reported_as_damaged(file, good, tmp_path):
     (good / file).write_bytes(b"version https://git-lfs.github.com/spec/v1")
     error = resume(good, tmp_path)
     assert isinstance(error, UserError) and f"checkpoint-8/{file}: damaged" in str(error)
     assert f"Remove the folder {good}" in str(error)
 
 
-def test_a_whole_models_file_that_is_damaged_is_named(tmp_path):
+def test_a_damaged_file_of_a_complete_model_is_named(tmp_path):
     new_trainer(tmp_path, lora=False, max_steps=4).train()
     path = tmp_path / "checkpoint-4" / "model.safetensors"
     path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])

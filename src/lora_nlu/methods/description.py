@@ -59,10 +59,8 @@ def description_of(config: Any) -> Description:
     for row in METHODS.values():
         for flag in row.flags:
             if flag.in_config and not flag.always and values.get(flag.name) is not None and row.switch not in values:
-                raise ValueError(
-                    f"config.{flag.name} has no effect without {row.switch}. Set {row.switch}=True, or remove "
-                    f"{flag.name}."
-                )
+                remedy = f"Set {row.switch}=True, or remove {flag.name}"
+                raise ValueError(f"config.{flag.name} has no effect without {row.switch}. {remedy}.")
         if _is_chosen(row, values):
             settings = row.read(config) if row.read else {}
             if settings is not None:
@@ -190,11 +188,8 @@ def methods_of_flags(flags: Any) -> list[Method]:
 def _method_settings(flags: Any) -> list[tuple[Flag, list[Method]]]:
     """The flags on the command line that have an effect with some methods alone, each with these."""
     dependent = [flag for flag in method_flags() if flag.in_config and not flag.always]
-    return [
-        (flag, [row for row in METHODS.values() if flag in row.flags])
-        for flag in dependent
-        if getattr(flags, flag.name) != flag.default
-    ]
+    changed = [flag for flag in dependent if getattr(flags, flag.name) != flag.default]
+    return [(flag, [row for row in METHODS.values() if flag in row.flags]) for flag in changed]
 
 
 def contradicts(flags: Any, method: str) -> bool:
@@ -217,12 +212,11 @@ def check_flags(flags: Any) -> None:
     for row in methods_of_flags(flags):
         if row.missing and not getattr(flags, row.path_flag) and (text := row.missing(flags)):
             raise UsageError(text)
-    rows_by_flag = {  # switches and paths on the command line
-        flag.name: rows
-        for flag in method_flags()
-        if (rows := [row for row in METHODS.values() if flag.name in (row.switch, row.path_flag)])
-        and getattr(flags, flag.name)
-    }
+    rows_by_flag = {}  # switches and paths on the command line
+    for flag in method_flags():
+        rows = [row for row in METHODS.values() if flag.name in (row.switch, row.path_flag)]
+        if rows and getattr(flags, flag.name):
+            rows_by_flag[flag.name] = rows
     for (name, rows), (other, others) in combinations(rows_by_flag.items(), 2):
         is_one_method = any(row in others for row in rows)
         is_combined = any(row.combines and row.switch in (name, other) for row in rows + others)
@@ -230,7 +224,5 @@ def check_flags(flags: Any) -> None:
             raise UsageError(f"--{name} and --{other}: choose one of them.")
     for flag, rows in _method_settings(flags):
         if not any(getattr(flags, row.switch) or getattr(flags, row.path_flag) for row in rows):
-            switch = rows[0].switch
-            raise UsageError(
-                f"--{flag.name} has no effect without --{switch}. Add --{switch}, or remove --{flag.name}."
-            )
+            name, switch = flag.name, rows[0].switch
+            raise UsageError(f"--{name} has no effect without --{switch}. Add --{switch}, or remove --{name}.")

@@ -22,24 +22,7 @@ from lora_nlu.methods.targets import (
     target_of,
     targets_and_layers,
 )
-from lora_nlu.ops.kernels import (
-    NO_ACTIVATION,
-    ONEDNN_LINEAR,
-    PLAIN_TENSORS,
-    Dropout,
-    Linear,
-    OneDNNLinear,
-    add_update_,
-    as_grid,
-    as_rows,
-    can_add_update,
-    can_use_onednn,
-    check_tensor,
-    is_traced,
-    linear,
-    product,
-    product_with_update,
-)
+from lora_nlu.ops import kernels
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -51,11 +34,11 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
-        down, adds = None, can_add_update(x, weight, A.t(), B.t())
+        down, adds = None, kernels.can_add_update(x, weight, A.t(), B.t())
         W = weight if adds else torch.addmm(weight, B, A, alpha=s)  # without the kernel, the sum of both
-        y = ONEDNN_LINEAR(x, W, bias, *NO_ACTIVATION) if can_use_onednn(x, W, bias) else F.linear(x, W, bias)  # [N, O]
+        y = kernels.ONEDNN_LINEAR(x, W, bias, *kernels.NO_ACTIVATION) if kernels.can_use_onednn(x, W, bias) else F.linear(x, W, bias)  # [N, O]
         if adds:
-            y, down = add_update_(y, x, A.t(), B.t(), s)  # [N, O], [N, R]
+            y, down = kernels.add_update_(y, x, A.t(), B.t(), s)  # [N, O], [N, R]
         ctx.save_for_backward(x, weight, A, B, down)
         ctx.scaling = s
         return y
@@ -65,13 +48,13 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, A, B, down = ctx.saved_tensors
         s, (need_x, need_weight, need_bias, need_A, need_B, _) = ctx.scaling, ctx.needs_input_grad
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # for gradients of gradients
-        multiply: Any = linear if differentiable else product
+        multiply: Any = kernels.linear if differentiable else kernels.product
         grad_x = up = None
         if differentiable:
-            up, down = linear(grad, B.t()), None  # the x A^T of the forward has no autograd history
-            grad_x = linear(grad, weight.t()) + s * linear(up, A.t()) if need_x else None
+            up, down = kernels.linear(grad, B.t()), None  # the x A^T of the forward has no autograd history
+            grad_x = kernels.linear(grad, weight.t()) + s * kernels.linear(up, A.t()) if need_x else None
         elif need_x:
-            grad_x, up = product_with_update(grad, weight.t(), None, B, A, s)  # [N, I], [N, R]
+            grad_x, up = kernels.product_with_update(grad, weight.t(), None, B, A, s)  # [N, I], [N, R]
         up = multiply(grad, B.t()) if up is None else up
         down = multiply(x, A) if down is None else down
         grad_weight = multiply(grad.t(), x.t()) if need_weight else None
@@ -101,20 +84,14 @@ class LoRALinear(UpdatedLinear):
     update_names = ("lora_A", "lora_B")
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        lora_alpha: float,
-        bias: bool = True,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-    ) -> None:
+        self, in_features: int, out_features: int, r: int, lora_alpha: float, bias: bool = True,
+        lora_dropout: float = 0.0, use_rslora: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(in_features, out_features, bias=bias)
         if r < 1:
             raise ValueError(f"LoRALinear needs a rank of at least 1, got r={r}; rank 0 is nn.Linear.")
         self.r, self.lora_alpha, self.use_rslora = r, float(lora_alpha), use_rslora
-        self.dropout = Dropout(lora_dropout)
+        self.dropout = kernels.Dropout(lora_dropout)
         self.lora_A = nn.Parameter(torch.empty(r, in_features))
         self.lora_B = nn.Parameter(torch.empty(out_features, r))
         self.reset_added_parameters()
@@ -160,10 +137,10 @@ class LoRALinear(UpdatedLinear):
             self.check_shapes()
             dropped, A, B = self.dropout(x), self.lora_A, self.lora_B
             if dropped is x and x.numel() and self._can_fuse(x, weight, bias, A, B):
-                return as_grid(_LoRALinear.apply(as_rows(x), weight, bias, A, B, self.scaling), x)
+                return kernels.as_grid(_LoRALinear.apply(kernels.as_rows(x), weight, bias, A, B, self.scaling), x)
             update = F.linear(F.linear(dropped, A), B)
-        if can_use_onednn(x, weight, bias):
-            y = as_grid(OneDNNLinear.apply(as_rows(x), weight, bias), x)
+        if kernels.can_use_onednn(x, weight, bias):
+            y = kernels.as_grid(kernels.OneDNNLinear.apply(kernels.as_rows(x), weight, bias), x)
         else:
             y = F.linear(x, weight, bias)
         return y if update is None else y + self.scaling * update
@@ -174,15 +151,15 @@ class LoRALinear(UpdatedLinear):
         if x.dtype is not torch.float32 or weight.dtype is not torch.float32:
             return False
         device = x.device.type
-        if is_traced() or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if kernels.is_traced() or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return False
-        return all(other is None or type(other) in PLAIN_TENSORS for other in (x, weight, *others))
+        return all(other is None or type(other) in kernels.PLAIN_TENSORS for other in (x, weight, *others))
 
     def check_shapes(self) -> None:
         """Raise ValueError unless lora_A [R, I] and lora_B [O, R] are of the weight's sizes, on its device."""
         (out, size), rank, device = self.weight.shape, self.lora_A.shape[0], self.weight.device
-        check_tensor("lora_A", self.lora_A, device, rank, size)
-        check_tensor("lora_B", self.lora_B, device, out, rank)
+        kernels.check_tensor("lora_A", self.lora_A, device, rank, size)
+        kernels.check_tensor("lora_B", self.lora_B, device, out, rank)
 
     def with_update(self, weight: Tensor, parameters: list[Tensor], scaling: float) -> Tensor:
         A, B = parameters
@@ -207,7 +184,7 @@ def read_settings(config: Any) -> dict[str, Any] | None:
         raise ValueError(f"config.lora_r {r!r}: apply_lora=True needs a rank of 1 or more (0 is no LoRA).")
     if r and not (is_number(alpha) and math.isfinite(alpha)):
         raise ValueError(
-            f"config.lora_alpha {alpha!r}: apply_lora=True needs a number: the scaling is lora_alpha / lora_r."
+            f"config.lora_alpha {alpha!r}: apply_lora=True needs a number (scaling: lora_alpha / lora_r)."
         )
     if not (is_number(p) and 0 <= p < 1):
         raise ValueError(f"config.lora_dropout {p!r}: give a number from 0 to below 1.")
@@ -219,14 +196,12 @@ def read_settings(config: Any) -> dict[str, Any] | None:
         count, layers = config.num_hidden_layers, as_list(numbers)
         if not layers or not all(is_number(n, int) and 0 <= n < count for n in layers):
             raise ValueError(
-                f"config.lora_layers {numbers!r}: the model has {count} layers, 0 to {count - 1}; "
-                "give one or more of these numbers."
+                f"config.lora_layers {numbers!r}: give one or more of the model's layers, 0 to {count - 1}."
             )
         numbers = tuple(layers)
     if not r:
         return None
-    use_rslora = bool(getattr(config, "use_rslora", False))
-    scaling = {"rank": r, "alpha": alpha, "use_rslora": use_rslora}
+    scaling = {"rank": r, "alpha": alpha, "use_rslora": bool(getattr(config, "use_rslora", False))}
     return scaling | {"targets": targets, "layers": numbers, "dropout": p}
 
 
@@ -265,7 +240,7 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]], use_rslora
             if rank:
                 new: Any = LoRALinear(in_features, out_features, rank, alpha, has_bias, use_rslora=use_rslora)
             else:
-                new = Linear(in_features, out_features, bias=has_bias)
+                new = kernels.Linear(in_features, out_features, bias=has_bias)
         new.weight, new.bias = W, old.bias
         if rank:
             new.lora_A = nn.Parameter(torch.empty(rank, in_features, device=W.device, dtype=W.dtype))
@@ -280,12 +255,6 @@ def rebuild(model: Any, adapter: Any, lora_alpha: float | None) -> None:
     set_lora_(model, adapter.layers(lora_alpha), adapter.use_rslora)
     if getattr(model, "frozen_relative_query", None) is not None:
         model.config.lora_relative_query = not adapter.frozen_relative_query
-
-
-def set_lora_dropout_(model: nn.Module, p: float) -> None:
-    """Set the dropout of every layer with LoRA."""
-    for layer in lora_layers(model).values():
-        layer.lora_dropout = p
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:

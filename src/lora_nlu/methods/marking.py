@@ -96,10 +96,7 @@ class ParameterCounts(NamedTuple):
 
 def count_parameters(model: Any) -> ParameterCounts:
     """Count the parameters of `model`; RoBERTa-base with r=8 on query and value trains 294,912 in its encoder."""
-    trained = sum(p.numel() for p in model.base_model.parameters() if p.requires_grad)
-    counts = [row.count(model) for row in methods_in(model) if row.count]
-    return ParameterCounts(
-        encoder=counts[0] if counts else trained,
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=sum(p.numel() for p in model.parameters()),
-    )
+    encoder = sum(p.numel() for p in model.base_model.parameters() if p.requires_grad)
+    counts = [row.count(model) for row in methods_in(model) if row.count] or [encoder]
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return ParameterCounts(counts[0], trainable, total=sum(p.numel() for p in model.parameters()))

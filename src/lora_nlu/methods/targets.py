@@ -60,13 +60,9 @@ def target_of(name: str) -> str:
     """Which of the `TARGETS` a layer is, by its name in a model; its own name for one outside the encoder's layers."""
     module = name.partition(".layer.")[2].partition(".")[2].removesuffix("_proj")
     return {
-        "attention.self.query": "query",
-        "attention.self.key": "key",
-        "attention.self.value": "value",
-        "attention.output.dense": "dense",
-        "intermediate.dense": "intermediate",
-        "output.dense": "output",
-    }.get(module, name)
+        "attention.self.query": "query", "attention.self.key": "key", "attention.self.value": "value",
+        "attention.output.dense": "dense", "intermediate.dense": "intermediate", "output.dense": "output",
+    }.get(module, name)  # fmt: skip
 
 
 def targets_and_layers(names: Iterable[str]) -> tuple[list[str], list[int]]:

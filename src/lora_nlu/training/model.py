@@ -14,7 +14,7 @@ from lora_nlu.errors import UsageError, UserError, printable
 from lora_nlu.files import ADAPTER_CONFIG
 from lora_nlu.labels import config_labels, recorded_labels
 from lora_nlu.methods.description import contradicts, description_of, set_method, settings_of_flags
-from lora_nlu.methods.lora import set_lora_dropout_
+from lora_nlu.methods.lora import lora_layers
 from lora_nlu.methods.table import METHODS
 from lora_nlu.models.loading import base_fingerprint, check_method, load_model, own_adapter, set_task, set_two_views
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
@@ -63,11 +63,10 @@ def prepare_model(
     """
     model_args, data_args, args = flags
     name, base_labels = model_args.model_name_or_path, recorded_labels(config)
-    if adapter and adapter.label_count:
-        if head.labels is not None:
-            adapter = replace(adapter, metadata=adapter.metadata | {"labels": [*head.labels]})
-    else:
+    if not adapter or not adapter.label_count:
         base_labels = head.labels
+    elif head.labels is not None:
+        adapter = replace(adapter, metadata=adapter.metadata | {"labels": [*head.labels]})
     set_task(config, data_args.task, labels, model_args.cls_dropout)
     model = _load_model(flags, config, adapter, base_labels)
     fingerprints = {"base_fingerprint": base_fingerprint(model)}
@@ -76,13 +75,9 @@ def prepare_model(
     set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
     if adapter:
         _attach(model, adapter, model_args, args)
-    fingerprints["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
-    check_tokenizer(
-        model_args.adapter_source or name,
-        adapter.metadata if adapter else recorded(Path(name)),
-        fingerprints["tokenizer_fingerprint"],
-        "Give the one it was trained with as --tokenizer_name.",
-    )
+    fingerprints["tokenizer_fingerprint"] = fingerprint = tokenizer_fingerprint(tokenizer)
+    source, metadata = model_args.adapter_source or name, adapter.metadata if adapter else recorded(Path(name))
+    check_tokenizer(source, metadata, fingerprint, "Give the one it was trained with as --tokenizer_name.")
     return model, tokenizer, fingerprints
 
 
@@ -99,21 +94,18 @@ def _load_model(flags: Flags, config: Any, adapter: Adapter | None, base_labels:
     replaces_head = adapter and (not args.do_train or head_rows(adapter, config_labels(config)) is not None)
     needs_head = not args.do_train and adapter is None
     set_seed(args.seed)  # A and the head are drawn while loading
-    with _complete_loading(args):
+    loading: AbstractContextManager[None] = nullcontext()
+    if args.is_sharded:
+        from lora_nlu.training.sharded import complete_loading
+
+        loading = complete_loading(args)
+    with loading:
         model, notes = load_model(name, config, needs_head, base_labels, not replaces_head, **model_args.hub)
     check_method(model, name, saved)
     if needs_head:
         _check_is_trained(model, model_args, args, saved)
     say(args, *notes)
     return model
-
-
-def _complete_loading(args: RunArguments) -> AbstractContextManager[None]:
-    if not args.is_sharded:
-        return nullcontext()
-    from lora_nlu.training.sharded import complete_loading
-
-    return complete_loading(args)
 
 
 def _attach(model: Any, adapter: Adapter, model_args: ModelArguments, args: RunArguments) -> None:
@@ -124,7 +116,8 @@ def _attach(model: Any, adapter: Adapter, model_args: ModelArguments, args: RunA
         way = "without LoRA, the reference's way" if adapter.frozen_relative_query else "with LoRA, PEFT's way"
         guess = f"; the relative query {way}, which the file can't confirm"
     say(args, f"Loaded {adapter.source}: {_contents(adapter, model_args)}{guess}.")
-    set_lora_dropout_(model, model_args.lora_dropout or 0.0)
+    for layer in lora_layers(model).values():
+        layer.lora_dropout = model_args.lora_dropout or 0.0
 
 
 def _check_is_trained(model: Any, model_args: ModelArguments, args: RunArguments, saved: dict[str, Any]) -> None:
