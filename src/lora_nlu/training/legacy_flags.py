@@ -47,36 +47,40 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
             groups.append((token[2:].partition("=")[0].replace("-", "_") if is_flag else "", [token]))
         else:
             groups[-1][1].append(token)
-    steps = [values[0] for name, tokens in groups if name == "warmup_steps" and (values := _values(tokens))]
-    warmup_steps_win = bool(steps) and steps[-1] not in ("0", "0.0")
+    last = {name: _values(tokens) for name, tokens in groups}  # the last of a repeated flag counts
+    has_steps = bool(last.get("warmup_steps")) and last["warmup_steps"][0] not in ("0", "0.0")
     translated: list[str] = []
     notes: list[str] = []
     for name, tokens in groups:
-        old = " ".join(tokens)
-        values = _values(tokens)
-        if name == "use_auth_token" and (not values or values[0].lower() in _TRUE | _FALSE):
-            new = []  # was a switch: the token of `hf auth login`, which is used anyway
-        elif name in RENAMED:
-            new = [f"--{RENAMED[name]}", *values]
-        elif name == "task_name" and values and values[0] != (task := values[0].lower().replace("-", "")):
-            new = ["--task_name", task, *values[1:]]  # papers and the GLUE server write MRPC, SST-2
-        elif name in SWITCHES:
-            new = [] if values and values[0].lower() in _FALSE else SWITCHES[name]
-        elif name in DROPPED:
+        old, new = " ".join(tokens), _new_tokens(name, _values(tokens), has_steps)
+        if name in DROPPED:
             notes.append(f"{old}: dropped, {DROPPED[name]}.")
-            continue
-        elif name == "warmup_ratio":
-            new = _warmup(values, warmup_steps_win)
-        elif name == "optim" and values == ["adamw_hf"]:
-            new = ["--optim", "adamw_torch"]
-        elif name == "warmup_steps" and not warmup_steps_win and any(n == "warmup_ratio" for n, _ in groups):
-            continue  # with 0 steps the ratio applies
-        else:
+        elif new is not None:
+            notes.append(f"{old} is now {' '.join(new)}." if new else f"{old}: dropped, it changes nothing.")
+            translated += new
+        elif name != "warmup_steps" or has_steps or "warmup_ratio" not in last:  # with 0 steps the ratio applies
             translated += tokens
-            continue
-        notes.append(f"{old} is now {' '.join(new)}." if new else f"{old}: dropped, it changes nothing.")
-        translated += new
     return translated, notes
+
+
+def _new_tokens(name: str, values: list[str], has_steps: bool) -> list[str] | None:
+    """What replaces an old flag and its values; [] if they change nothing, None for a flag that is used today.
+
+    has_steps: the command has --warmup_steps above 0.
+    """
+    value = values[0].lower() if values else ""
+    if name == "use_auth_token" and (not values or value in _TRUE | _FALSE):
+        return []  # was a switch: the token of `hf auth login`, which is used anyway
+    if name in RENAMED:
+        return [f"--{RENAMED[name]}", *values]
+    if name in SWITCHES:
+        return [] if value in _FALSE else SWITCHES[name]
+    if name == "warmup_ratio":
+        return _warmup(values, has_steps)
+    if name == "optim" and values == ["adamw_hf"]:
+        return ["--optim", "adamw_torch"]
+    task = value.replace("-", "")  # papers and the GLUE server write MRPC, SST-2
+    return ["--task_name", task, *values[1:]] if name == "task_name" and values and values[0] != task else None
 
 
 def _values(tokens: list[str]) -> list[str]:
@@ -85,12 +89,12 @@ def _values(tokens: list[str]) -> list[str]:
     return [value, *tokens[1:]] if equals else tokens[1:]
 
 
-def _warmup(values: list[str], warmup_steps_win: bool) -> list[str]:
-    """A ratio is today a `--warmup_steps` below 1; if the command has steps as well, they win."""
+def _warmup(values: list[str], has_steps: bool) -> list[str]:
+    """--warmup_steps below 1, which is a ratio; nothing if the command has steps as well: those count."""
     try:
         ratio = float(values[0])
     except (IndexError, ValueError):
         ratio = -1.0
     if not 0 <= ratio < 1:
         raise UsageError(f"--warmup_ratio {' '.join(values)}: must be a fraction of all steps, from 0 to below 1.")
-    return [] if warmup_steps_win else ["--warmup_steps", values[0]]
+    return [] if has_steps else ["--warmup_steps", values[0]]

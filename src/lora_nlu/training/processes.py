@@ -10,13 +10,13 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-from lora_nlu.errors import UsageError, UserError, is_out_of_memory
+from lora_nlu.errors import UsageError, UserError, first_line, is_out_of_memory
 
 _NETWORK = ("aiohttp", "datasets", "fsspec", "httpx", "huggingface_hub", "requests", "ssl", "urllib", "urllib3")
 # Seconds that a process waits before it prints: for the first process's error, for the error of the one that ended
@@ -31,7 +31,7 @@ def lost_process(error: BaseException) -> bool:
 
 def _failed(error: OSError) -> str:
     """What failed: the file, the network, writing, or else the line of code that raised the error."""
-    reason = error.strerror or (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    reason = error.strerror or first_line(error)
     if error.filename:
         return f"{reason}: {error.filename}"
     package = type(error).__module__.partition(".")[0]
@@ -43,6 +43,27 @@ def _failed(error: OSError) -> str:
     return f"{reason} ({type(error).__name__} in {frame.name}, {frame.filename}:{frame.lineno})"
 
 
+def _message(error: BaseException) -> str | None:
+    """What the user is told about an error; None for a fault of the program, which needs its traceback."""
+    if isinstance(error, UsageError | UserError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted. Earlier checkpoints are complete; the same command resumes from the last."
+    if isinstance(error, OSError):
+        return f"{_failed(error)}. What was saved before is untouched."
+    on_gpu = isinstance(error, torch.OutOfMemoryError)
+    if on_gpu or is_out_of_memory(error):
+        memory = "the GPU's memory is full" if on_gpu else "there is not enough memory"
+        return (
+            f"{memory} ({first_line(error)}).\nLower --per_device_train_batch_size and raise "
+            "--gradient_accumulation_steps by the same factor (the step stays the same); in evaluation, lower "
+            "--per_device_eval_batch_size. A lower --max_seq_length also helps; docs/scaling.md has more."
+        )
+    if lost_process(error):
+        return f"another process of this run ended ({first_line(error)}). Its own error is printed elsewhere."
+    return None
+
+
 def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str, str]) -> None:
     """Run `main` on the flags; turn what a user can help into a message on stderr and an exit code.
 
@@ -50,16 +71,9 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
     once per machine: by its first process at once; by another only if the launcher has not ended it a little later, so
     that an error of all processes is not printed by all.
     """
-    first, process = environ.get("LOCAL_RANK", "0") == "0", f" (process {environ.get('RANK')})"
-
-    def fail(message: object, code: int) -> NoReturn:
-        if not first:
-            time.sleep(_WAIT_FOR_FIRST)
-        print(f"{Path(argv[0]).name}: error{'' if first else process}: {message}", file=sys.stderr, flush=True)
-        sys.exit(code)
-
+    is_first = environ.get("LOCAL_RANK", "0") == "0"
     logging.captureWarnings(True)
-    if not first:
+    if not is_first:
         logging.disable(logging.WARNING)
         transformers.logging.disable_progress_bar()
     try:
@@ -67,33 +81,19 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
         gc.collect()  # DDP's reducer, freed after its process group, can wait forever for that one's threads
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # without this a process sometimes aborts at exit
-    except UsageError as e:
-        fail(e, 2)
-    except UserError as e:
-        if not first and isinstance(e.__cause__, KeyboardInterrupt):
-            sys.exit(1)  # the first process prints it
-        fail(e, 1)
-    except OSError as e:
-        fail(f"{_failed(e)}. What was saved before is untouched.", 1)
-    except (MemoryError, RuntimeError) as e:
-        reason = (str(e) or type(e).__name__).splitlines()[0][:150]
-        on_gpu = isinstance(e, torch.OutOfMemoryError)
-        if on_gpu or is_out_of_memory(e):
-            memory = "the GPU's memory is full" if on_gpu else "there is not enough memory"
-            fail(
-                f"{memory} ({reason}).\nLower --per_device_train_batch_size and raise --gradient_accumulation_steps by "
-                "the same factor (the step stays the same); in evaluation, lower --per_device_eval_batch_size. A lower "
-                "--max_seq_length also helps; docs/scaling.md has more.",
-                1,
-            )
-        if not lost_process(e):
+    except (Exception, KeyboardInterrupt) as e:
+        if (message := _message(e)) is None:
             raise
-        time.sleep(_WAIT_FOR_ANOTHER)
-        fail(f"another process of this run ended ({reason}). Its own error is printed elsewhere.", 1)
-    except KeyboardInterrupt:
-        if not first:
-            sys.exit(1)
-        fail("interrupted. Earlier checkpoints are complete; the same command resumes from the last.", 1)
+        is_interrupt = isinstance(e, KeyboardInterrupt) or isinstance(e.__cause__, KeyboardInterrupt)
+        if is_interrupt and not is_first:
+            sys.exit(1)  # the first process prints it
+        if lost_process(e):
+            time.sleep(_WAIT_FOR_ANOTHER)
+        if not is_first:
+            time.sleep(_WAIT_FOR_FIRST)
+        process = "" if is_first else f" (process {environ.get('RANK')})"
+        print(f"{Path(argv[0]).name}: error{process}: {message}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(e, UsageError) else 1)
 
 
 def seed_from(*numbers: int) -> int:
