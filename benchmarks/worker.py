@@ -79,7 +79,7 @@ LEVERS: dict[str, list[tuple[str, Any]]] = {
         ("models.modeling_roberta.attention", lambda *a: None),
         ("models.modeling_deberta_v2.attention", lambda *a: None),
     ],
-    "low-rank": [("methods.lora.can_add_update", lambda *a: False), ("ops.kernels.can_add_update", lambda *a: False)],
+    "low-rank": [("ops.kernels.can_add_update", lambda *a: False)],
     "dropout": [("ops.kernels.dropout", F.dropout)],
 }
 

@@ -94,8 +94,7 @@ class UpdatedLinear(Linear):
         if not isinstance(self.weight, nn.Parameter):
             raise ValueError(
                 f"The weight of a {type(self).__name__} is made of other parameters (torch.nn.utils.parametrize, "
-                "weight_norm, prune): what merge() or unmerge() write to it would be lost. Remove that first, or merge "
-                "before it."
+                "weight_norm, prune): what merge() or unmerge() write to it would be lost. Merge before, or remove it."
             )
         if self.weight.is_meta:
             raise ValueError(

@@ -36,7 +36,10 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
         down, adds = None, kernels.can_add_update(x, weight, A.t(), B.t())
         W = weight if adds else torch.addmm(weight, B, A, alpha=s)  # without the kernel, the sum of both
-        y = kernels.ONEDNN_LINEAR(x, W, bias, *kernels.NO_ACTIVATION) if kernels.can_use_onednn(x, W, bias) else F.linear(x, W, bias)  # [N, O]
+        if kernels.can_use_onednn(x, W, bias):
+            y = kernels.ONEDNN_LINEAR(x, W, bias, *kernels.NO_ACTIVATION)  # [N, O]
+        else:
+            y = F.linear(x, W, bias)
         if adds:
             y, down = kernels.add_update_(y, x, A.t(), B.t(), s)  # [N, O], [N, R]
         ctx.save_for_backward(x, weight, A, B, down)
@@ -183,9 +186,7 @@ def read_settings(config: Any) -> dict[str, Any] | None:
     if not is_number(r, int) or r < 0:
         raise ValueError(f"config.lora_r {r!r}: apply_lora=True needs a rank of 1 or more (0 is no LoRA).")
     if r and not (is_number(alpha) and math.isfinite(alpha)):
-        raise ValueError(
-            f"config.lora_alpha {alpha!r}: apply_lora=True needs a number (scaling: lora_alpha / lora_r)."
-        )
+        raise ValueError(f"config.lora_alpha {alpha!r}: apply_lora=True needs a number (scaling: lora_alpha / lora_r).")
     if not (is_number(p) and 0 <= p < 1):
         raise ValueError(f"config.lora_dropout {p!r}: give a number from 0 to below 1.")
     try:
@@ -196,7 +197,7 @@ def read_settings(config: Any) -> dict[str, Any] | None:
         count, layers = config.num_hidden_layers, as_list(numbers)
         if not layers or not all(is_number(n, int) and 0 <= n < count for n in layers):
             raise ValueError(
-                f"config.lora_layers {numbers!r}: give one or more of the model's layers, 0 to {count - 1}."
+                f"config.lora_layers {numbers!r}: the model has {count} layers, 0 to {count - 1}; give numbers of them."
             )
         numbers = tuple(layers)
     if not r:

@@ -247,7 +247,7 @@ class DisentangledSelfAttention(nn.Module):
         if not relative_query(self.config) and any(layer.merged for layer in self.shared_updates()):
             raise RuntimeError(
                 "A merged DeBERTa whose relative query is frozen can't be saved: a model that loads the file would "
-                "apply the update to the relative query too. Call lora.unmerge_lora_(model) and save the adapter."
+                "apply the update to the relative query too. Call lora_nlu.unmerge_lora_(model) and save the adapter."
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
