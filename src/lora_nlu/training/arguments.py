@@ -54,10 +54,10 @@ class ModelArguments:
 
 def model_arguments() -> type[ModelArguments]:
     """`ModelArguments` with the flags of all methods of the table."""
-    added = [
-        (f.name, f.kind if f.default is not None else f.kind | None, flag(f.help, f.default, **f.options))
-        for f in method_flags()
-    ]
+    added = []
+    for f in method_flags():
+        kind = f.kind if f.default is not None else f.kind | None
+        added.append((f.name, kind, flag(f.help, f.default, **f.options)))
     return make_dataclass("ModelArguments", added, bases=(ModelArguments,))
 
 

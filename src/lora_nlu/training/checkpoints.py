@@ -101,8 +101,8 @@ def last_finite_checkpoint(output_dir: str) -> Path | None:
 
 
 @contextmanager
-def naming_damage(checkpoint: str | None) -> Iterator[None]:
-    """Around the loading of a checkpoint: raise UserError if one of its files is damaged, or if other tensors train.
+def explain_damage(checkpoint: str | None) -> Iterator[None]:
+    """Load a checkpoint within this block: UserError says which file is damaged, or that other tensors train here.
 
     Every other error, of the GPU, of a disk or of permissions, stays as it is.
     """
@@ -291,11 +291,11 @@ class CheckpointingTrainer(Trainer):
         if Path(resume_from_checkpoint, ADAPTER_WEIGHTS).is_file():
             load_adapter(self.model, read_adapter(resume_from_checkpoint), allow_new_head=False)
             return
-        with naming_damage(resume_from_checkpoint):
+        with explain_damage(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with naming_damage(checkpoint):
+        with explain_damage(checkpoint):
             for path in Path(checkpoint).glob("*.pt*") if checkpoint else ():
                 check_archive(path)
             self._read_optimizer_and_scheduler(checkpoint)
@@ -309,14 +309,14 @@ class CheckpointingTrainer(Trainer):
         check_moments(self.optimizer)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        with naming_damage(checkpoint):
+        with explain_damage(checkpoint):
             super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint and processes_of(checkpoint) != self.args.world_size:
             set_seed(seed_from(self.args.seed, self.state.global_step, self.args.process_index))
             return
-        with naming_damage(checkpoint):
+        with explain_damage(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:

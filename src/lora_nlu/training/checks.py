@@ -57,15 +57,10 @@ def _check_examples_of_a_step(args: Any) -> None:
             "Lower --per_device_train_batch_size and raise --gradient_accumulation_steps by the same factor."
         )
     config = args.accelerator_config
-    changed = {
-        "split_batches": config.split_batches,
-        "dispatch_batches": config.dispatch_batches,
-        "even_batches": not config.even_batches,
-        "use_seedable_sampler": not config.use_seedable_sampler,
-    }
-    if args.do_train and any(changed.values()):
-        names = ", ".join(name for name, is_changed in changed.items() if is_changed)
-        raise UsageError(f"--accelerator_config: {names} would change which examples a step has. Leave it out.")
+    expected = {"split_batches": False, "dispatch_batches": False, "even_batches": True, "use_seedable_sampler": True}
+    changed = ", ".join(name for name, value in expected.items() if bool(getattr(config, name)) is not value)
+    if args.do_train and changed:
+        raise UsageError(f"--accelerator_config: {changed} would change which examples a step has. Leave it out.")
     if "num_steps" in (config.gradient_accumulation_kwargs or {}):
         raise UsageError("--accelerator_config: num_steps is --gradient_accumulation_steps. Give that flag instead.")
 
@@ -73,9 +68,7 @@ def _check_examples_of_a_step(args: Any) -> None:
 def _check_effects(model_args: Any, args: Any) -> None:
     """Flags that have no effect without another, or replace what another does."""
     if model_args.masking_prob and not model_args.reg_loss_wgt:
-        raise UsageError(
-            "--masking_prob needs --reg_loss_wgt: cutoff compares a pass with hidden tokens to a full one."
-        )
+        raise UsageError("--masking_prob needs --reg_loss_wgt: cutoff compares passes with and without hidden tokens.")
     if model_args.reg_loss_wgt and args.label_smoothing_factor:
         raise UsageError("--label_smoothing_factor replaces the loss that --reg_loss_wgt adds to: give one of them.")
     for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
@@ -139,30 +132,32 @@ def choose_metrics(args: Any, task: str, is_regression: bool) -> tuple[str, ...]
     names = TASKS[task].metrics if task in TASKS else ("pearson", "mse") if is_regression else ("accuracy",)
     if args.label_smoothing_factor and is_regression:
         raise UsageError("--label_smoothing_factor is for classes, and these labels are numbers. Leave it out.")
-    notes = set_best_metric(args, names)
-    say(args, *(notes if args.do_train else []))
+    line = set_best_metric(args, names)
+    if line and args.do_train:
+        say(args, line)
     return names
 
 
-def set_best_metric(args: Any, names: tuple[str, ...]) -> list[str]:
+def set_best_metric(args: Any, names: tuple[str, ...]) -> str:
     """Set the metric, and its direction, by which the best checkpoint is chosen: without the flag the task's first.
 
-    args: RunArguments; names: the task's metrics. Returns a line that says it, if anything goes by the metric. Raises
-    UsageError for a metric that is not evaluated, and for a direction that is not the metric's.
+    args: RunArguments; names: the task's metrics. Returns a line that names the metric, "" if nothing goes by it.
+    Raises UsageError for a metric that is not evaluated, and for a direction that is not the metric's.
     """
     names = () if args.prediction_loss_only else names  # then nothing else is computed
     evaluated = ["loss", *names, *(["combined_score"] if len(names) > 1 and "mse" not in names else [])]
     metric, direction = args.best_metric_flags
     schedule = args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-    stops = args.early_stopping_patience is not None
-    if metric is None and (schedule or stops or args.load_best_model_at_end or args.save_strategy == "best"):
+    stops_early = args.early_stopping_patience is not None
+    if metric is None and (schedule or stops_early or args.load_best_model_at_end or args.save_strategy == "best"):
         metric = names[0] if names else "loss"
-    if metric is not None and metric.removeprefix("eval_") not in evaluated:
-        raise UsageError(f"--metric_for_best_model {metric}: not evaluated. Choose from: {', '.join(evaluated)}.")
-    args.metric_for_best_model = metric and metric.removeprefix("eval_")  # one setting under both names
-    args.greater_is_better = None if metric is None else greater_is_better(metric)
     if metric is None:
-        return []
+        args.metric_for_best_model = args.greater_is_better = None
+        return ""
+    if metric.removeprefix("eval_") not in evaluated:
+        raise UsageError(f"--metric_for_best_model {metric}: not evaluated. Choose from: {', '.join(evaluated)}.")
+    args.metric_for_best_model = metric.removeprefix("eval_")  # one setting under both names
+    args.greater_is_better = greater_is_better(metric)
     better, mode = ("greater", "max") if args.greater_is_better else ("smaller", "min")
     if direction not in (None, args.greater_is_better):
         raise UsageError(
@@ -174,4 +169,4 @@ def set_best_metric(args: Any, names: tuple[str, ...]) -> list[str]:
         if settings.get("mode", mode) != mode:
             raise UsageError(f"--lr_scheduler_kwargs: mode {settings['mode']!r}, but {better} is better for {metric}.")
         args.lr_scheduler_kwargs = settings | {"mode": mode}
-    return [f"Best checkpoint{' and learning rate' * schedule} by {metric} ({better} is better)."]
+    return f"Best checkpoint{' and learning rate' * schedule} by {metric} ({better} is better)."

@@ -146,7 +146,8 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
         head = replace(head, labels=examples.labels)
     if not args.do_train:
         check_labels(head.source, head.labels, examples.labels)
-    say(args, *([f"No predictions for the diagnostic set (AX): {reason}"] if reason else []))
+    if reason:
+        say(args, f"No predictions for the diagnostic set (AX): {reason}")
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
     limits["test"] = data_args.max_predict_samples
     examples = choose_rows(examples, limits, data_args.sample_seed)

@@ -62,17 +62,17 @@ def run_metadata(
     layers = lora_layers(model).values()
     settings = deciding_settings(args)
     file = data_args.train_file or data_args.validation_file or data_args.test_file
-    metadata = {
+    of_files: dict[str, Any] = {}
+    if data_args.train_file and args.do_train:
+        of_files = {"train_file": Path(data_args.train_file).name, "text_columns": [*examples.texts]}
+    return {
         "task": data_args.task,
         "dataset": HUB_DATASET if file is None else Path(file).name,
         "labels": list(examples.labels),
         "base_model": model_args.model_name_or_path,
         "started_from": model_args.adapter_source,
         **fingerprints,
-    }
-    if data_args.train_file and args.do_train:
-        metadata |= {"train_file": Path(data_args.train_file).name, "text_columns": [*examples.texts]}
-    return metadata | {
+        **of_files,
         "base_revision": getattr(model.config, "_commit_hash", None),
         "lora": {
             "ranks": sorted({layer.r for layer in layers}),

@@ -24,6 +24,7 @@ RUN = "run.json"  # marks an output folder as one of run_glue.py
 _LEFTOVERS = re.compile(r"\..*\.partial|\.saving|\.removing")  # temporary names of a process that was killed
 _SCORES = ("eval*_results.json", "predict_results_*.tsv")  # of a run that trains, written after training
 _RESULTS = ("trainer_state.json", "*_results.json", *_SCORES, ADAPTER_WEIGHTS, ADAPTER_CONFIG, RUN_METADATA)
+_AFRESH = "Choose another --output_dir, or --overwrite_output_dir to train afresh."
 _LOOK = ("label", "color", "marker")  # of a method in reports; an older version did not record it
 # What a difference means in settings whose values are digests
 _MEANING = {"train_data": ": the training examples differ", "eval_data": ": the evaluation examples differ"}
@@ -137,7 +138,9 @@ def remaining(trainer: AdapterTrainer) -> tuple[str | None, bool]:
     if checkpoint and Path(checkpoint, RUN_METADATA).is_file():  # --resume_from_checkpoint may be of another folder
         _check_same_run(checkpoint, read_json(Path(checkpoint, RUN_METADATA)), trainer.metadata)
     if checkpoint and "trained" not in earlier:
-        _check_best_metric(str(folder), earlier, trainer.args)
+        if trainer.args.metric_for_best_model and "metric_for_best_model" not in earlier.get("hyperparameters", {}):
+            reason = "of an older version, which chose the best checkpoint by a metric that it did not record"
+            raise UserError(f"{folder} contains a run {reason}.\n{_AFRESH}")
         trainer.check_backend(checkpoint)
     return checkpoint, "trained" in earlier
 
@@ -155,10 +158,7 @@ def find_checkpoint(output_dir: str, resume_flag: str | None) -> str | None:
 def _check_same_run(source: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise UserError, naming the differences, if an earlier run had other settings."""
     if differences := _differences(earlier, now):
-        raise UserError(
-            f"{source} contains a run with other settings: {'; '.join(differences[:8])}.\n"
-            "Choose another --output_dir, or --overwrite_output_dir to train afresh."
-        )
+        raise UserError(f"{source} contains a run with other settings: {'; '.join(differences[:8])}.\n{_AFRESH}")
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -174,15 +174,6 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
             before, after = (label_list(value) if key == "labels" else value for value in (before, after))
             differences.append(f"{key} {before}, now {after}")
     return differences
-
-
-def _check_best_metric(source: str, earlier: dict[str, Any], args: Any) -> None:
-    """Raise UserError for a run of an older version, which chose the best checkpoint by a metric it did not record."""
-    if args.metric_for_best_model and "metric_for_best_model" not in earlier.get("hyperparameters", {}):
-        raise UserError(
-            f"{source} contains a run of an older version, which chose the best checkpoint otherwise.\n"
-            "Choose another --output_dir, or --overwrite_output_dir to train afresh."
-        )
 
 
 def wait_for_file(path: Path, content: str, args: Any) -> None:

@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_nlu.files import ADAPTER_WEIGHTS
 from lora_nlu.ops.sharding import copy_into, load_optimizer_state, optimizer_state, parameters, writable_parameters
-from lora_nlu.training.checkpoints import naming_damage
+from lora_nlu.training.checkpoints import explain_damage
 from lora_nlu.training.trainer import AdapterTrainer
 
 
@@ -38,9 +38,7 @@ class ShardedTrainer(AdapterTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        if (
-            self.args.fsdp and half
-        ):  # by default gradients would be summed, and the loss returned, in half precision too
+        if self.args.fsdp and half:  # by default half precision would also sum gradients and return the loss
             policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
             self.args.fsdp_plugin_args["mixed_precision_policy"] = policy
         super().create_accelerator_and_postprocess()
@@ -83,7 +81,7 @@ class ShardedTrainer(AdapterTrainer):
         if not resume_from_checkpoint or not self.is_deepspeed_enabled or not self.saves_part:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        with naming_damage(resume_from_checkpoint):  # transformers' call would require the frozen parameters in it
+        with explain_damage(resume_from_checkpoint):  # transformers' call would require the frozen parameters in it
             deepspeed.deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared

@@ -174,17 +174,13 @@ class AdapterTrainer(CheckpointingTrainer):
         if processes > 1 and is_filled and self.accelerator.gradient_state.end_of_dataloader:
             left = (len(self.train_dataset) - 1) % (processes * rows[-1]) + 1  # examples in the last batches of all
             real[-1] = min(max(left - self.args.process_index * rows[-1], 0), rows[-1])
-        batches = [
-            {name: x[: max(n, 1)] for name, x in batch.items()} | {"examples": n}
-            for batch, n in zip(batches, real, strict=True)
-        ]
+        counted = zip(batches, real, strict=True)
+        batches = [{name: x[: max(n, 1)] for name, x in batch.items()} | {"examples": n} for batch, n in counted]
         total = torch.full((1,), sum(real), device=self.args.device)
         self._steps += 1
         return batches, self.accelerator.gather(total).sum()
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None) -> Any:
         """The model's loss; in training, this micro-batch's share of the mean over all examples of the step.
 
         The parts of R-Drop's loss are summed for the log.
@@ -242,13 +238,9 @@ class AdapterTrainer(CheckpointingTrainer):
         return super()._evaluate(*args, **kwargs)
 
     def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval",
+    ) -> Any:  # fmt: skip
         """As transformers', but with the loss of all logits together, a mean over the examples.
 
         transformers averages the losses of batches, counts the examples that fill the last batches twice, and smooths
@@ -305,7 +297,7 @@ class AdapterTrainer(CheckpointingTrainer):
             super().init_hf_repo(*args, **kwargs)
         except Exception as e:  # the HTTP library in use has its own errors for a missing network or permission
             raise UserError(
-                f"--push_to_hub: the Hub gives no repository to push to ({str(e).splitlines()[0][:150]}).\n"
+                f"--push_to_hub: the Hub gives no repository to push to ({first_line(e)}).\n"
                 "Log in with `hf auth login`, or leave the flag out and upload the output folder later: hf upload."
             ) from e
 
