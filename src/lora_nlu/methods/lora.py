@@ -67,11 +67,6 @@ class _LoRALinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
 
 
-def with_update(weight: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """weight [O, I] + s B A in the weight's dtype: the product in fp32 whatever that is, one rounding at the end."""
-    return (weight.float() + s * (B.float() @ A.float())).to(weight.dtype)
-
-
 class LoRALinear(UpdatedLinear):
     """`nn.Linear` with a trainable low-rank update: y = x W^T + b + scaling x A^T B^T, scaling = lora_alpha / r.
 
@@ -165,8 +160,8 @@ class LoRALinear(UpdatedLinear):
         kernels.check_tensor("lora_B", self.lora_B, device, out, rank)
 
     def with_update(self, weight: Tensor, parameters: list[Tensor], scaling: float) -> Tensor:
-        A, B = parameters
-        return with_update(weight, A, B, scaling)
+        A, B = parameters  # the product in fp32 whatever the weight's dtype, one rounding at the end
+        return (weight.float() + scaling * (B.float() @ A.float())).to(weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, merged={self.merged}"

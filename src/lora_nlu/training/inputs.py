@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lora_nlu import labels
 from lora_nlu.adapters.adapter import Adapter
 from lora_nlu.data.examples import LABEL, Examples, choose_rows, describe_examples
 from lora_nlu.data.glue import load_glue, with_diagnostics
@@ -11,15 +12,6 @@ from lora_nlu.data.tasks import TASKS
 from lora_nlu.data.tokenization import tokenize
 from lora_nlu.data.user_files import load_files
 from lora_nlu.errors import UsageError, UserError, printable
-from lora_nlu.labels import (
-    check_label_config,
-    check_labels,
-    label_list,
-    normalised_label,
-    placeholder_labels,
-    recorded_labels,
-    rows_by_label,
-)
 from lora_nlu.models.loading import longest_input
 from lora_nlu.training.arguments import parse_names
 from lora_nlu.training.parsing import Flags
@@ -53,15 +45,15 @@ class Head:
             if names_new_labels:
                 return self
             raise UserError(f"{self.source}: its head has {self.count} classes, but --labels names {len(names)}.")
-        if [*map(normalised_label, names)] == [*map(normalised_label, self.labels)]:
+        if [*map(labels.normalised_label, names)] == [*map(labels.normalised_label, self.labels)]:
             return self
-        if names_new_labels and rows_by_label(self.labels, names) is None:
+        if names_new_labels and labels.rows_by_label(self.labels, names) is None:
             return self
         if not self.labels:
             raise UserError(f"{self.source}: predicts a number; a regression has no label names. Leave --labels out.")
         raise UserError(
-            f"{self.source}: was trained to predict {label_list(self.labels)}, but --labels names {label_list(names)}"
-            ".\nLeave --labels out: the label names are recorded."
+            f"{self.source}: was trained to predict {labels.label_list(self.labels)}, but --labels names "
+            f"{labels.label_list(names)}.\nLeave --labels out: the label names are recorded."
         )
 
     def check_ids(self, example_labels: Sequence[str] | None) -> str:
@@ -70,11 +62,11 @@ class Head:
         For a head whose source records no names. example_labels: class 0 first, None where the examples have none.
         Returns a line for the user. Raises UserError for other labels.
         """
-        ids = (tuple(map(str, range(self.count))), placeholder_labels(self.count))
+        ids = (tuple(map(str, range(self.count))), labels.placeholder_labels(self.count))
         if example_labels is not None and tuple(example_labels) in ids:
             return (
-                f"{self.source}: records no label names; the labels {label_list(example_labels)} are used as its class "
-                "ids. If that is wrong, name its classes, class 0 first: --labels."
+                f"{self.source}: records no label names; the labels {labels.label_list(example_labels)} are used as "
+                "its class ids. If that is wrong, name its classes, class 0 first: --labels."
             )
         orders = [f"{task.name} {','.join(task.labels)}" for task in TASKS.values() if len(task.labels) == self.count]
         glue = f"; GLUE's: {'; '.join(orders)}" if orders else ""
@@ -101,9 +93,9 @@ def starting_head(flags: Flags, config: Any, adapter: Adapter | None) -> Head:
         head = Head(str(adapter.source), adapter.labels, adapter.label_count)
     else:
         name, model_class = model_args.model_name_or_path, next(iter(config.architectures or ()), "")
-        say(args, *check_label_config(name, config))
+        say(args, *labels.check_label_config(name, config))
         saved_as = "" if model_class.endswith("ForSequenceClassification") else model_class
-        head = Head(name, recorded_labels(config), config.num_labels, saved_as)
+        head = Head(name, labels.recorded_labels(config), config.num_labels, saved_as)
     if head.labels is None and head.count == 1:
         head = replace(head, labels=())  # one output is a regression
     names, task = parse_names("labels", data_args.labels), data_args.task_name
@@ -111,8 +103,8 @@ def starting_head(flags: Flags, config: Any, adapter: Adapter | None) -> Head:
         return head
     if task and not TASKS[task].labels:
         raise UsageError(f"--labels: {task} is a regression, which has no label names. Remove it.")
-    if task and rows_by_label(names, TASKS[task].labels) is None:
-        raise UsageError(f"--labels: class 0 first, the labels of {task} are {label_list(TASKS[task].labels)}.")
+    if task and labels.rows_by_label(names, TASKS[task].labels) is None:
+        raise UsageError(f"--labels: class 0 first, the labels of {task} are {labels.label_list(TASKS[task].labels)}.")
     return head.named(names, names_new_labels=args.do_train and not task)
 
 
@@ -126,9 +118,9 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
     is_read = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     splits = [split for split in is_read if is_read[split]]
     flag_labels = parse_names("labels", data_args.labels)
-    labels = flag_labels if args.do_train else head.labels
+    names = flag_labels if args.do_train else head.labels
     named_by = head.source if flag_labels is None else "--labels"
-    if labels is None and not task and splits == ["test"]:
+    if names is None and not task and splits == ["test"]:
         head.check_ids(None)
     glue_source = data_args.glue_dir, model_args.cache_dir, model_args.token
     text_columns = parse_names("text_columns", data_args.text_columns)
@@ -137,15 +129,15 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
             examples = load_glue(task, splits, *glue_source)
         else:
             files = {split: getattr(data_args, f"{split}_file") for split in splits}
-            examples = load_files(files, labels, text_columns, data_args.label_column or LABEL, named_by)
+            examples = load_files(files, names, text_columns, data_args.label_column or LABEL, named_by)
         reason = ""
         if task == "mnli" and args.do_predict:
             examples, reason = with_diagnostics(examples, *glue_source)
-    if labels is None and not task and not args.do_train:
+    if names is None and not task and not args.do_train:
         say(args, head.check_ids(examples.labels))
         head = replace(head, labels=examples.labels)
     if not args.do_train:
-        check_labels(head.source, head.labels, examples.labels)
+        labels.check_labels(head.source, head.labels, examples.labels)
     if reason:
         say(args, f"No predictions for the diagnostic set (AX): {reason}")
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}

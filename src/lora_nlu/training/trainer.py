@@ -39,11 +39,6 @@ def _replaced(holder: Any, **values: Any) -> Iterator[None]:
         vars(holder).update(before)
 
 
-def _flag_value(choice: Any) -> str:
-    """What the user typed for a member of one of transformers' enumerations."""
-    return getattr(choice, "value", choice)
-
-
 class _DropoutOfProcess(TrainerCallback):
     """Seed the dropout of every process but the first anew; the order of the data has been drawn by then."""
 
@@ -119,7 +114,7 @@ class AdapterTrainer(CheckpointingTrainer):
         try:
             optimizer: Any = super().create_optimizer(model)
         except (ImportError, ValueError, TypeError, NotImplementedError) as e:
-            raise UserError(f"--optim {_flag_value(self.args.optim)}: {first_line(e)}") from e
+            raise UserError(f"--optim {self.args.optim.value}: {first_line(e)}") from e
         for row in self.methods if is_new else ():
             if row.parameter_groups:
                 groups = row.parameter_groups(self.model, optimizer.param_groups, self.args.learning_rate)
@@ -133,10 +128,9 @@ class AdapterTrainer(CheckpointingTrainer):
         try:
             return super().create_scheduler(*args, **kwargs)
         except (ValueError, TypeError, KeyError, ArithmeticError) as e:
-            kind = _flag_value(self.args.lr_scheduler_type)
-            settings = self.args.lr_scheduler_kwargs or {}
+            kind, settings = self.args.lr_scheduler_type.value, json.dumps(self.args.lr_scheduler_kwargs or {})
             raise UserError(
-                f"--lr_scheduler_type {kind} with --lr_scheduler_kwargs {json.dumps(settings)}: {first_line(e)}.\n"
+                f"--lr_scheduler_type {kind} with --lr_scheduler_kwargs {settings}: {first_line(e)}.\n"
                 """Give its arguments as JSON, such as --lr_scheduler_kwargs '{"num_decay_steps": 100}'."""
             ) from e
 
