@@ -1,4 +1,4 @@
-"""What a run records of itself: where it starts, and every setting that decides what it ends with."""
+"""What a run records of itself: where it starts, and every setting that decides what the trained model is."""
 
 from dataclasses import MISSING, fields
 from enum import Enum
@@ -18,9 +18,9 @@ from lora_nlu.methods.lora import lora_layers
 from lora_nlu.methods.marking import count_parameters, describe_method
 from lora_nlu.training.parsing import Flags
 
-# Settings without effect on what a run ends with: what it prints, saves and uploads, where it runs, how it evaluates
-# (but for the draws of dropout, on which the number of processes has an effect as well). Every other field of
-# RunArguments decides, also one that a newer transformers adds. The batch of a device counts as `examples_a_step`.
+# Settings that do not change the trained model: what a run prints, saves and uploads, where it runs, how it evaluates
+# (the number of processes does change the draws of dropout). Every other field of RunArguments counts as one that
+# changes it, also one that a newer transformers adds. The batch of a device counts as `examples_a_step`.
 WITHOUT_EFFECT = frozenset(
     """
     output_dir overwrite_output_dir logging_dir do_train do_eval do_predict resume_from_checkpoint local_rank
@@ -40,7 +40,7 @@ WITHOUT_EFFECT = frozenset(
     fsdp fsdp_config deepspeed
     """.split()
 )
-# These decide too where evaluations choose a checkpoint or the learning rate
+# These change it as well if evaluations choose the checkpoint or the learning rate
 SCHEDULE = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps")
 # Recorded in run.json since its first version, at their defaults or not
 _ALWAYS_RECORDED = frozenset(
@@ -102,23 +102,23 @@ def _settings_of_data(flags: Flags, examples: Examples, tables: dict[str, Any], 
 
 
 def deciding_settings(args: Any) -> dict[str, Any]:
-    """The settings that decide what a run ends with, by name, as values of JSON; args: TrainingArguments."""
+    """The settings that decide what the trained model is, by name, as values of JSON; args: TrainingArguments."""
     names = [field.name for field in fields(args) if field.name not in WITHOUT_EFFECT]
     names += SCHEDULE if depends_on_evaluations(args) else ()
     settings = {name: _plain(getattr(args, name)) for name in names}
-    each = args.per_device_train_batch_size
-    settings["examples_a_step"] = each * args.gradient_accumulation_steps * args.world_size
+    batch = args.per_device_train_batch_size
+    settings["examples_a_step"] = batch * args.gradient_accumulation_steps * args.world_size
     if args.dataloader_drop_last:
-        settings["examples_a_batch"] = each * args.world_size
+        settings["examples_a_batch"] = batch * args.world_size
     if args.neftune_noise_alpha is not None:  # its noise depends on a batch's longest sequence
-        settings["examples_a_device"] = each
+        settings["examples_a_device"] = batch
     return settings
 
 
 def left_at_default(args: Any, settings: dict[str, Any]) -> list[str]:
     """Names of those settings that have their default and that older versions did not record."""
-    standard = {field.name: _plain(field.default) for field in fields(args) if field.default is not MISSING}
-    return [n for n, x in settings.items() if n not in _ALWAYS_RECORDED and n in standard and standard[n] == x]
+    defaults = {field.name: _plain(field.default) for field in fields(args) if field.default is not MISSING}
+    return [n for n, x in settings.items() if n not in _ALWAYS_RECORDED and n in defaults and defaults[n] == x]
 
 
 def depends_on_evaluations(args: Any) -> bool:
@@ -132,8 +132,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, AcceleratorConfig):  # without those at their default
-        standard = AcceleratorConfig().to_dict()
-        return {name: x for name, x in value.to_dict().items() if x != standard[name]} or None
+        defaults = AcceleratorConfig().to_dict()
+        return {name: x for name, x in value.to_dict().items() if x != defaults[name]} or None
     if isinstance(value, dict):
         return {str(name): _plain(x) for name, x in sorted(value.items())}
     if isinstance(value, list | tuple):

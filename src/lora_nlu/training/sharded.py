@@ -38,7 +38,7 @@ class ShardedTrainer(AdapterTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
-        if self.args.fsdp and half:  # by default half precision would also sum gradients and return the loss
+        if self.args.fsdp and half:  # by default gradients are summed and the loss returned in half precision
             policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
             self.args.fsdp_plugin_args["mixed_precision_policy"] = policy
         super().create_accelerator_and_postprocess()

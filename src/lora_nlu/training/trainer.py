@@ -59,14 +59,14 @@ class _AfterStep(TrainerCallback):
 
 
 class _EarlyStopping(EarlyStoppingCallback):
-    """transformers', but a run that was interrupted after the evaluation that ended it does not resume training."""
+    """As transformers', but a run that was interrupted after the evaluation that ended it does not resume training."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class _ByLength(LengthGroupedSampler):
-    """transformers', but drawn from seed and epoch, like the random order: equal in all processes and on resuming."""
+    """As transformers', but drawn from seed and epoch: the same order in all processes and on resuming."""
 
     def __init__(self, seed: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -166,8 +166,8 @@ class AdapterTrainer(CheckpointingTrainer):
         # BatchRebalanceSampler does not fill batches
         is_filled = not self.args.dataloader_drop_last and self.args.train_sampling_strategy != "batch_rebalance"
         if processes > 1 and is_filled and self.accelerator.gradient_state.end_of_dataloader:
-            left = (len(self.train_dataset) - 1) % (processes * rows[-1]) + 1  # examples in the last batches of all
-            real[-1] = min(max(left - self.args.process_index * rows[-1], 0), rows[-1])
+            last = (len(self.train_dataset) - 1) % (processes * rows[-1]) + 1  # real examples in all last batches
+            real[-1] = min(max(last - self.args.process_index * rows[-1], 0), rows[-1])
         counted = zip(batches, real, strict=True)
         batches = [{name: x[: max(n, 1)] for name, x in batch.items()} | {"examples": n} for batch, n in counted]
         total = torch.full((1,), sum(real), device=self.args.device)
