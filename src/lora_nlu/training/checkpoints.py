@@ -109,8 +109,8 @@ def explain_damage(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as e:
-        has_own_message = isinstance(e, UserError | torch.OutOfMemoryError) or lost_process(e) or is_out_of_memory(e)
-        if has_own_message or not checkpoint:
+        is_reported_elsewhere = isinstance(e, torch.OutOfMemoryError) or lost_process(e) or is_out_of_memory(e)
+        if is_reported_elsewhere or not checkpoint:
             raise
         if damaged := _damaged_file(Path(checkpoint)):
             raise UserError(
@@ -119,9 +119,8 @@ def explain_damage(checkpoint: str | None) -> Iterator[None]:
             ) from e
         if isinstance(e, ValueError | KeyError):
             raise UserError(
-                f"{checkpoint}: its optimizer state is for other tensors than those trained here "
-                f"({first_line(e)}).\nThe checkpoint is not the problem: resume it with the flags of that run, or "
-                "choose another --output_dir."
+                f"{checkpoint}: its optimizer state is for other tensors than those trained here ({first_line(e)}).\n"
+                "The checkpoint is not the problem: resume it with that run's flags, or choose another --output_dir."
             ) from e
         raise
 
@@ -144,11 +143,11 @@ def check_moments(optimizer: Any) -> None:
     A file has them by number, so parameters in another order show only here; fused, Adam would write beyond the tensor.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps torch's
-    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-        for parameter, moments in optimizer.state.items():
-            for name, moment in moments.items():
-                if isinstance(moment, Tensor) and moment.dim() and moment.shape != parameter.shape:
-                    raise ValueError(f"{name} is {list(moment.shape)} for a parameter {list(parameter.shape)}")
+    is_adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    for parameter, moments in optimizer.state.items() if is_adam else ():
+        for name, moment in moments.items():
+            if isinstance(moment, Tensor) and moment.dim() and moment.shape != parameter.shape:
+                raise ValueError(f"{name} is {list(moment.shape)} for a parameter {list(parameter.shape)}")
 
 
 class CheckpointingTrainer(Trainer):
