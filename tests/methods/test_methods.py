@@ -39,11 +39,11 @@ from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lora_nlu.methods.bottleneck import Bottleneck, set_bottlenecks_
 from lora_nlu.methods.description import methods_in, set_method, setting_names
 from lora_nlu.methods.linear import merge_lora_
-from lora_nlu.methods.lora import LoRALinear
+from lora_nlu.methods.lora import LoRALinear, lora_layers
 from lora_nlu.methods.marking import count_parameters, describe_method, mark_trainable
 from lora_nlu.methods.table import METHODS as TABLE
 from lora_nlu.methods.targets import TARGETS
-from lora_nlu.models.loading import base_fingerprint, load_model
+from lora_nlu.models.loading import base_fingerprint, check_method, load_model
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 
 CONFIGS: dict[str, Any] = {"roberta": tiny_config, "deberta-v2": tiny_deberta_config}
@@ -890,6 +890,37 @@ def test_a_method_that_a_checkpoints_config_was_saved_with_is_not_another_runs()
         fresh = CLASSIFIERS["roberta"][0](tiny_config(num_hidden_layers=3, **settings))
         assert describe_method(model) == describe_method(fresh)
         assert any(row.freezes for row in methods_in(model)) == (name != "full")
+
+
+@KINDS
+def test_a_class_of_configs_may_choose_the_method(kind):
+    class Chosen(CLASSIFIERS[kind][1].config_class):
+        apply_lora, lora_r, lora_alpha = True, 4, 6
+
+    theirs = CONFIGS[kind](num_hidden_layers=3).to_dict()
+    model, same = (CLASSIFIERS[kind][0](config) for config in (Chosen(**theirs), CONFIGS[kind](**theirs | LORA)))
+    assert describe_method(model) == describe_method(same) and describe_method(model)["name"] == "lora"
+
+
+@pytest.mark.parametrize("size", [None, 0, "8", True])
+def test_a_bottleneck_without_a_width_is_refused_by_the_settings_name(size):
+    with pytest.raises(
+        ValueError, match=f"config.adapter_size {size!r}: apply_adapter=True needs a width of 1 or more"
+    ):
+        CLASSIFIERS["roberta"][0](tiny_config(**HOULSBY | {"adapter_size": size}))
+
+
+@KINDS
+def test_a_base_that_contains_rslora_is_not_given_another_scaling(kind, bases, tmp_path):
+    model = loaded(bases[kind], **LORA)
+    for layer in lora_layers(model).values():
+        layer.use_rslora = True
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    saved = set_method(config, LORA)
+    model, _ = load_model(str(tmp_path), config, needs_head=False)
+    with pytest.raises(UserError, match="lora_A, trained with use_rslora True; no flag gives it"):
+        check_method(model, str(tmp_path), saved)
 
 
 # ------------------------------------------------------------------------------------------------- in other forms

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lora_nlu.methods.description import Description, description_of
 from lora_nlu.methods.linear import check_not_quantised
+from lora_nlu.methods.targets import is_number
 from lora_nlu.ops.kernels import Linear
 
 
@@ -37,8 +38,11 @@ class Bottleneck(nn.Module):
 
 
 def read_settings(config: Any) -> dict[str, Any]:
-    """The fields of a config's `Description` that bottlenecks set."""
-    return {"adapter_size": config.adapter_size}
+    """The fields of a config's `Description` that bottlenecks set. Raises ValueError for an invalid or missing size."""
+    size = getattr(config, "adapter_size", None)
+    if not is_number(size, int) or size < 1:
+        raise ValueError(f"config.adapter_size {size!r}: apply_adapter=True needs a width of 1 or more.")
+    return {"adapter_size": size}
 
 
 def new_block(trained: Description, hidden_size: int, after_attention: bool) -> Bottleneck | None:

@@ -54,8 +54,9 @@ def description_of(config: Any) -> Description:
 
     Raises ValueError, naming the attribute, for a setting that is invalid, missing or without effect.
     """
-    values, names = vars(config), []
+    names: list[str] = []
     fields: dict[str, Any] = {}
+    values = {name: getattr(config, name) for name in setting_names() if hasattr(config, name)}  # a class may have some
     for row in METHODS.values():
         for flag in row.flags:
             if flag.in_config and not flag.always and values.get(flag.name) is not None and row.switch not in values:
@@ -124,10 +125,9 @@ def flags_that_add(tensors: Mapping[str, bool]) -> str:
     return ""
 
 
-def deciding_flags(name: str) -> list[Flag]:
-    """The flags that decide what a tensor of this name, which a method added, computes."""
-    row = next(row for row in METHODS.values() if row.added and re.search(row.added, name))
-    return [flag for flag in row.flags if flag.decides]
+def method_of_tensor(name: str) -> Method:
+    """The method that added a tensor of this name."""
+    return next(row for row in METHODS.values() if row.added and re.search(row.added, name))
 
 
 def method_of_config(config: Mapping[str, Any]) -> Method | None:

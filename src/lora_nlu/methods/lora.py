@@ -175,9 +175,10 @@ def read_settings(config: Any) -> dict[str, Any] | None:
 
     Raises ValueError, naming the setting, if one is missing or invalid.
     """
-    settings = {name: value for name, value in vars(config).items() if name.startswith("lora_") and value is not None}
-    r, alpha, p = settings.get("lora_r"), settings.get("lora_alpha"), settings.get("lora_dropout", 0.0)
-    names, numbers = settings.get("lora_target_modules", DEFAULT_TARGETS), settings.get("lora_layers")
+    r, alpha, p, names, numbers = (
+        getattr(config, f"lora_{name}", None) for name in ("r", "alpha", "dropout", "target_modules", "layers")
+    )
+    p, names = 0.0 if p is None else p, DEFAULT_TARGETS if names is None else names
     if not is_number(r, int) or r < 0:
         raise ValueError(f"config.lora_r {r!r}: apply_lora=True needs a rank of 1 or more (0 is no LoRA).")
     if r and not (is_number(alpha) and math.isfinite(alpha)):

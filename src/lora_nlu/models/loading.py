@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
 from lora_nlu.files import ADAPTER_CONFIG, read_json, weights_file_problem
 from lora_nlu.labels import check_labels, config_labels, label_list, last_head_layer, match_head_rows, set_labels
-from lora_nlu.methods.description import deciding_flags, is_added, method_of_config
+from lora_nlu.methods.description import is_added, method_of_config, method_of_tensor
 from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.methods.marking import mark_trainable, start_methods
 from lora_nlu.models.checkpoints import refuse_quantised
@@ -159,7 +159,14 @@ def check_method(model: Any, name: str, saved: dict[str, Any]) -> None:
     config, own = model.config, own_adapter(model)
     if not own:
         return
-    for flag in deciding_flags(own[0]):
+    row = method_of_tensor(own[0])
+    for setting in row.settings:
+        if (value := saved.get(setting)) != vars(config).get(setting) and value:
+            raise UserError(
+                f"--model_name_or_path {name}: contains {own[0]}, trained with {setting} {value}; no flag gives it.\n"
+                "Save it as an adapter (lora_nlu.save_adapter), and give that and the plain base model."
+            )
+    for flag in [flag for flag in row.flags if flag.decides]:
         setting = flag.name
         trained_with, flag_value = saved.get(setting) or False, vars(config).get(setting) or False
         if trained_with is False and flag.kind is not bool:
