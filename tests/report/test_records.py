@@ -86,6 +86,33 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
     assert str(caught.value).startswith(f"{path}:2: not the record of a run")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"folder": "\x1b[31mred"}, "folder is not printable text"),
+        ({"run.json": [1]}, "'list' object"),
+        ({"run.json": {"task": ["rte"]}}, "task is not printable text"),
+        ({"run.json": {"lora": None}}, "lora is not an object"),
+        ({"run.json": {"method": {"label": 5}}}, "label is not printable text"),
+        ({"eval_results.json": [1]}, "eval_results.json is not an object"),
+        ({"trainer_state.json": {"log_history": [5]}}, "log_history is not a list of objects"),
+    ],
+)
+def test_a_record_with_a_value_of_another_type_is_named(tmp_path, changes, message):
+    path = tmp_path / "runs.jsonl"
+    path.write_text(json.dumps({"folder": "a", "run.json": {"task": "rte"}} | changes) + "\n")
+    with pytest.raises(UserError, match=f"runs.jsonl:1: not the record of a run .*{message}"):
+        find_records(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 100_000])
+def test_a_file_that_is_no_text_or_nested_too_deeply_is_refused(tmp_path, content):
+    path = tmp_path / "runs.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"runs\.jsonl"):
+        find_records(path)
+
+
 def test_a_run_in_a_file_and_in_its_folder_counts_once(tmp_path):
     run = write_run(tmp_path / "a")
     main(["runs", str(run), "--out", str(tmp_path / "out")])

@@ -49,12 +49,34 @@ def find_records(start: Path) -> list[Record]:
 
 
 def _read_records(path: Path) -> Iterable[Record]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except ValueError as e:
+        raise UserError(f"{path}: not a file of records ({e}).") from e
+    for number, line in enumerate(lines, start=1):
         try:
             files = json.loads(line)
-            yield Record(Path(files.pop("folder")), files.pop(RUN), files)
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            record = Record(Path(files.pop("folder")), files.pop(RUN), files)
+            _check_types(record)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise UserError(f"{path}:{number}: not the record of a run ({e}). `report runs --out` writes it.") from e
+        yield record
+
+
+def _check_types(record: Record) -> None:
+    """Raise an exception for a value that is of another type than a run writes."""
+    run, files = record.run, record.files or {}
+    objects = {name: run.get(name, {}) for name in ("hyperparameters", "parameters", "lora", "method")} | files
+    log = files.get(STATE, {}).get("log_history", [])
+    if wrong := [name for name, value in objects.items() if not isinstance(value, dict)]:
+        raise TypeError(f"{wrong[0]} is not an object")
+    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
+        raise TypeError("log_history is not a list of objects")
+    method = run.get("method", {})
+    texts = {name: method[name] for name in ("name", "label", "color", "marker") if name in method}
+    for name, value in ({"folder": str(record.folder), "task": run.get("task", "")} | texts).items():
+        if not isinstance(value, str) or not value.isprintable():
+            raise TypeError(f"{name} is not printable text")
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
