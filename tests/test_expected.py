@@ -148,7 +148,9 @@ def test_tokens_are_those_of_the_benchmarks_readme():
         assert f"{name} {RECIPES[f'roberta_base_{task}'].tokens:.0f}" in text
     assert f"mean {RECIPES['roberta_base_mrpc'].tokens} and deviation" in text.replace("\n", " ")
     for task in ("mnli", "qqp"):
-        assert f"{task.upper()}'s {expected.MEANS[task]}" in DOC.replace("\n  ", " ")  # said to be assumed
+        assert f"{task.upper()}'s {expected.MEANS[task]}" in DOC.replace(
+            "\n  ", " "
+        )  # the page says that it is assumed
     assert RECIPES["deberta_v2_xxlarge_cola"].longest == 47 and RECIPES["roberta_large_stsb"].longest == 125
     short = RECIPES["roberta_large_stsb"], RECIPES["roberta_base_stsb"]
     assert short[0].tokens == short[1].tokens  # nothing is longer than 128
@@ -173,9 +175,9 @@ def test_waiting_evaluations_and_memory():
     assert cola.steps == 2680 and cola.evaluated == (134 + 1) * 1043
     assert RECIPES["roberta_base_mnli"].evaluated == 30 * 9815 + 9815 + 9832
     for recipe in RECIPES.values():
-        held = {engine: [recipe.held(engine, n) for n in (1, 2, 4)] for engine in expected.ENGINES}
+        held = {backend: [recipe.held(backend, n) for n in (1, 2, 4)] for backend in expected.ENGINES}
         assert held["DDP"][0] == held["DDP"][2]
-        assert all(held[engine] == sorted(held[engine], reverse=True) for engine in expected.ENGINES)
+        assert all(held[backend] == sorted(held[backend], reverse=True) for backend in expected.ENGINES)
         assert held["ZeRO-2"][0] - held["ZeRO-2"][2] == 12 * recipe.trained * 3 / 4
     # an R-Drop step runs its examples twice: twice the products, but for none more
     mnli, rdrop = RECIPES["deberta_v2_xxlarge_mnli"], RECIPES["mnli.rdrop"]
@@ -187,10 +189,10 @@ def test_the_worked_example_and_the_sentences_figures_are_the_programs():
     text, rte = re.sub(r"\s+", " ", DOC), RECIPES["roberta_base_rte"]
     training, evaluation = rte.run()
     rate = next(row["rate"] for row in expected.cpu_rates(False) if row["tokens"] == 2048)
-    last, whole = rte.model.operations(0, 1), rte.model.frozen + rte.trained - rte.added
+    last, all_of_it = rte.model.operations(0, 1), rte.model.frozen + rte.trained - rte.added
     threads = {p["x"]: p["seconds"]["median"] for p in expected.measured("scaling")["threads"]}
     xxlarge = RECIPES["deberta_v2_xxlarge_mnli"]
-    for said in (
+    for sentence in (
         f"x {rte.tokens:.1f} tokens = {2490 * 80 * rte.tokens / 1e6:.1f} million tokens",
         f"{rte.model.operations(1, 0) / 1e6:.0f} million, and each example {last / 1e6:.0f} million",
         f"in the last layer: {training / 1e15:.2f} PFLOP. Evaluation on 277 examples 81 times: {evaluation / 1e15:.2f}",
@@ -203,6 +205,6 @@ def test_the_worked_example_and_the_sentences_figures_are_the_programs():
         f"xxlarge's fp32 weights are {4 * xxlarge.model.frozen / 1e9:.1f} GB",
         f"eight of xxlarge take {8 * 4 * xxlarge.model.frozen / 1e9:.0f} GB",
         f"{2 * xxlarge.model.layers * xxlarge.model.matrices / 1e9:.1f} GB of xxlarge (not on a CPU",
-        f"16 bytes for every parameter: {16 * whole / 1e9:.1f} GB for RoBERTa-base",
+        f"16 bytes for every parameter: {16 * all_of_it / 1e9:.1f} GB for RoBERTa-base",
     ):  # fmt: skip
-        assert said in text, said
+        assert sentence in text, sentence

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; folders of runs are found; JSON that is not whole is refused by name."""
+"""Files appear complete or not at all; folders of runs are found; incomplete JSON is refused by name."""
 
 import json
 import os
@@ -124,7 +124,7 @@ def test_a_folder_that_can_not_be_listed_is_an_error_not_an_empty_folder(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected_message"),
     [
         (b'{"a": ', "can't be read"),
         (b"", "can't be read"),
@@ -135,12 +135,12 @@ def test_a_folder_that_can_not_be_listed_is_an_error_not_an_empty_folder(tmp_pat
     ],
     ids=["cut", "empty", "not UTF-8", "too deep", "list", "null"],
 )
-def test_json_that_is_no_complete_object_is_refused_and_the_file_named(tmp_path, content, said):
+def test_json_that_is_no_complete_object_is_refused_and_the_file_named(tmp_path, content, expected_message):
     path = tmp_path / "run.json"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         read_json(path)
-    assert str(caught.value).startswith(f"{path}: {said}")
+    assert str(caught.value).startswith(f"{path}: {expected_message}")
 
 
 def test_a_file_that_is_not_there_is_refused_naming_it(tmp_path):

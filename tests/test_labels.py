@@ -1,4 +1,4 @@
-"""Which row of a head tells which label: by name, in both models, from a checkpoint and from an adapter."""
+"""Which row of a head belongs to which label: by name, in both models, from a checkpoint and from an adapter."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ TURNED = ("No", "perhaps ", "YES")  # rows 1, 2, 0 of NAMES
 
 
 @pytest.mark.parametrize(
-    ("trained", "wanted", "rows"),
+    ("trained", "task_labels", "rows"),
     [
         (("a", "b"), ("a", "b"), [0, 1]),
         (("a", "b"), ("b", "a"), [1, 0]),
@@ -38,9 +38,9 @@ TURNED = ("No", "perhaps ", "YES")  # rows 1, 2, 0 of NAMES
     ],
 )
 def test_rows_of_a_head_are_matched_by_name_and_names_that_differ_only_in_case_or_blanks_are_different(
-    trained, wanted, rows
+    trained, task_labels, rows
 ):
-    assert rows_by_label(trained, wanted) == rows
+    assert rows_by_label(trained, task_labels) == rows
 
 
 def test_a_config_with_transformers_own_names_records_none():
@@ -93,9 +93,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(**batch).logits
 
 
-def loaded(kind: str, folder: Path, wanted: tuple[str, ...], trained: tuple[str, ...] | None, **how):
+def loaded(kind: str, folder: Path, task_labels: tuple[str, ...], trained: tuple[str, ...] | None, **how):
     config = CONFIGS[kind]()
-    set_labels(config, wanted)
+    set_labels(config, task_labels)
     torch.manual_seed(0)
     return load_model(str(folder), config, trained_labels=trained, **{"needs_head": False, **how})
 
@@ -111,10 +111,10 @@ def test_a_checkpoints_head_gives_transformers_logits_in_our_order_of_its_labels
     assert notes == []
 
 
-@pytest.mark.parametrize("wanted", [("a", "b", "c"), ("a", "b"), ()])
-def test_a_checkpoints_head_for_other_labels_starts_anew_but_for_debertas_pooler(kind, wanted, tmp_path):
+@pytest.mark.parametrize("task_labels", [("a", "b", "c"), ("a", "b"), ()])
+def test_a_checkpoints_head_for_other_labels_starts_anew_but_for_debertas_pooler(kind, task_labels, tmp_path):
     theirs = saved(kind, tmp_path).state_dict()
-    ours, notes = loaded(kind, tmp_path, wanted, NAMES)
+    ours, notes = loaded(kind, tmp_path, task_labels, NAMES)
     assert len(notes) == 1 and "not loaded" in notes[0] and "yes, no, perhaps" in notes[0]
     for name, tensor in ours.state_dict().items():
         if not name.startswith("classifier."):
@@ -125,7 +125,7 @@ def test_a_checkpoints_head_for_other_labels_starts_anew_but_for_debertas_pooler
             assert tensor.shape != theirs[name].shape or not torch.allclose(tensor, theirs[name]), name
             assert tensor.std().item() == pytest.approx(0.2, rel=0.5), name  # initializer_range
     with pytest.raises(UserError, match="was trained to predict|no trained head"):
-        loaded(kind, tmp_path, wanted, NAMES, needs_head=True)
+        loaded(kind, tmp_path, task_labels, NAMES, needs_head=True)
 
 
 def test_a_checkpoints_head_without_names_is_kept_by_position_and_a_line_says_so(kind, tmp_path):

@@ -265,7 +265,7 @@ def test_results_go_to_the_folder_that_the_user_names_or_to_output_seeds_in_the_
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, expected_message",
     [
         ("2", "give scripts"),
         ("none.sh", "none.sh: no such script"),
@@ -286,10 +286,12 @@ def test_results_go_to_the_folder_that_the_user_names_or_to_output_seeds_in_the_
         ("rte.sh 1 --job 2", "unrecognized arguments: --job"),
     ],
 )
-def test_a_command_line_that_makes_no_sense_is_refused_with_status_2_and_nothing_runs(bench, rte, words, said):
+def test_a_command_line_that_makes_no_sense_is_refused_with_status_2_and_nothing_runs(
+    bench, rte, words, expected_message
+):
     (bench.folder / "other.sh").write_text("touch oops\n")
     done = bench.run(*shlex.split(words))
-    assert done.returncode == 2 and "run_seeds.sh: error: " in done.stderr and said in done.stderr
+    assert done.returncode == 2 and "run_seeds.sh: error: " in done.stderr and expected_message in done.stderr
     assert not bench.journal() and not bench.out.exists() and not (bench.folder / "oops").exists()
 
 
@@ -301,12 +303,12 @@ def test_a_scripts_own_error_message_is_printed_before_anything_starts(bench, rt
 
 
 @pytest.mark.parametrize(
-    "last, said", [("exit 3", "rte.sh: ends with status 3"), ("true", "rte.sh: is no launch script")]
+    "last, expected_message", [("exit 3", "rte.sh: ends with status 3"), ("true", "rte.sh: is no launch script")]
 )
-def test_a_script_that_does_not_end_with_launch_is_no_launch_script(bench, last, said):
+def test_a_script_that_does_not_end_with_launch_is_no_launch_script(bench, last, expected_message):
     (bench.folder / "rte.sh").write_text(f"# no launch.sh\n{last}\n")
     done = bench.run("rte.sh", "1")
-    assert done.returncode == 2 and said in done.stderr and not bench.journal()
+    assert done.returncode == 2 and expected_message in done.stderr and not bench.journal()
 
 
 # ------------------------------------------------------------------------------------------- what is done, what is not
@@ -337,7 +339,7 @@ def test_a_run_that_lacks_a_result_it_was_to_make_is_not_done(bench, rte, flags,
 
 
 @pytest.mark.parametrize(
-    "flags, settings, said",
+    "flags, settings, expected_message",
     [
         (["--lora_r", "4"], {}, "+ --lora_r 4"),
         ([], {"tuned_for_gpus": "8"}, "+ --gradient_accumulation_steps 8"),
@@ -346,12 +348,12 @@ def test_a_run_that_lacks_a_result_it_was_to_make_is_not_done(bench, rte, flags,
     ids=["a flag", "another batch", "from an adapter"],
 )
 def test_a_run_that_finished_with_other_flags_is_no_result_of_these_and_nothing_starts(
-    bench, rte, flags, settings, said
+    bench, rte, flags, settings, expected_message
 ):
     bench.run(rte, "1")
     refused = bench.run(rte, "2", "--", *flags, **settings)
     assert refused.returncode == 2 and len(bench.names("start")) == 1
-    assert f"{bench.out}/rte/seed_0 holds a finished run with other flags: {said}.\n" in refused.stderr
+    assert f"{bench.out}/rte/seed_0 holds a finished run with other flags: {expected_message}.\n" in refused.stderr
     assert "Choose another --output_dir, or remove that folder." in refused.stderr
 
 
@@ -490,8 +492,8 @@ def test_a_users_own_adapter_wins(bench, pair):
     (bench.folder / "my.bin").touch()
     done = bench.run(*pair, "1", "--jobs", "2", MNLI_LORA="my.bin", BEHAVIOUR=UNTIL_STARTED.format(2))
     assert done.returncode == 0 and lora_paths(bench) == {"roberta_base_rte/seed_0": "my.bin"}
-    said = ["--seeds", "1", "--jobs", "2", "--", "--lora_path", "other.bin"]
-    assert bench.run(*pair, *said, BEHAVIOUR=UNTIL_STARTED.format(4)).returncode == 0
+    run_flags = ["--seeds", "1", "--jobs", "2", "--", "--lora_path", "other.bin"]
+    assert bench.run(*pair, *run_flags, BEHAVIOUR=UNTIL_STARTED.format(4)).returncode == 0
     bench.run(pair[0], "--seeds", "2", MNLI_LORA="none")
     assert [*lora_paths(bench).values()] == ["my.bin", "other.bin", None]
 

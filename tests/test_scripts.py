@@ -57,7 +57,7 @@ each_recipe = pytest.mark.parametrize("name", RECIPES)
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Run a script from another folder, dry unless told otherwise; returns the finished process."""
+    """Run a script from another folder, dry by default; returns the finished process."""
     read = {*SETTINGS, "num_gpus", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"}
     for name in [name for name in os.environ if name in read or name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
@@ -402,9 +402,9 @@ def test_the_example_of_a_slurm_job_starts_a_script_once_on_each_machine(run, tm
     example = ROOT / "scripts" / "slurm.sbatch"
     lines = example.read_text().splitlines()
     first_command = next(i for i, line in enumerate(lines) if not line.startswith("#"))
-    asked = [line.split()[1] for line in lines[:first_command] if line.startswith("#SBATCH")]
-    assert len(asked) == example.read_text().count("#SBATCH")  # sbatch reads none after a command
-    assert "--nodes=2" in asked and "--ntasks-per-node=1" in asked
+    options = [line.split()[1] for line in lines[:first_command] if line.startswith("#SBATCH")]
+    assert len(options) == example.read_text().count("#SBATCH")  # sbatch reads none after a command
+    assert "--nodes=2" in options and "--ntasks-per-node=1" in options
 
     (tmp_path / "srun").write_text(
         '#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do echo "$1" >>srun_flags; shift; done\nexec env '

@@ -71,13 +71,13 @@ def test_random_models_batches_and_masks_have_transformers_outputs_and_gradients
 def fuzzed() -> dict[str, dict[str, int]]:
     """Outcomes of 2,000 damaged files by format."""
     done = stress("fuzz.py", "--mutations", 2000)
-    told = re.findall(r"^([a-z ]+): (\d+) mutations: (.*); \d+ s$", done.stdout, re.MULTILINE)
+    reports = re.findall(r"^([a-z ]+): (\d+) mutations: (.*); \d+ s$", done.stdout, re.MULTILINE)
     outcomes = {
         kind: {name: int(count) for name, count in re.findall(r"([^,]+?) (\d+)(?:, |$)", counts)}
-        for kind, _, counts in told
+        for kind, _, counts in reports
     }
-    assert {kind: sum(counts.values()) for kind, counts in outcomes.items()} == {kind: int(n) for kind, n, _ in told}
-    assert len(outcomes) == 5 and sum(int(n) for _, n, _ in told) == 2000, done.stdout + done.stderr[-3000:]
+    assert {kind: sum(counts.values()) for kind, counts in outcomes.items()} == {kind: int(n) for kind, n, _ in reports}
+    assert len(outcomes) == 5 and sum(int(n) for _, n, _ in reports) == 2000, done.stdout + done.stderr[-3000:]
     return outcomes
 
 
@@ -231,9 +231,9 @@ def with_file(folder: Path, name: str, content: bytes, read: Callable[[], Any]) 
 
 def test_an_adapter_config_with_any_json_in_any_place_is_refused_or_read_as_peft_reads_it(adapter):
     folder, tensors = adapter
-    whole = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config_keys = json.loads((folder / ADAPTER_CONFIG).read_text())
     keys = [
-        *whole,
+        *config_keys,
         "use_rslora",
         "use_dora",
         "init_lora_weights",
@@ -254,7 +254,7 @@ def test_an_adapter_config_with_any_json_in_any_place_is_refused_or_read_as_peft
     @example({"target_modules": ["query", 5]})
     @example({"alpha_pattern": {"query": 12}, "use_rslora": True})
     def check(changes: dict[str, Any]) -> None:
-        config = whole | changes
+        config = config_keys | changes
         got = with_file(folder, ADAPTER_CONFIG, json.dumps(config).encode(), lambda: attached(folder))
         seen[got is not None] += 1
         if got is not None:
@@ -368,8 +368,8 @@ PIECES = [
     "NaN",
 ]
 PIECES += ["1e400", "0", "label", "entailment", "\\ud800", "-0", "true", ":", "١", "1" * 400, "1" * 5000]
-pieces = st.sampled_from([*(piece.encode() for piece in PIECES), b"\xff", b"\xc3", b""]) | st.binary(max_size=3)
-edits = st.lists(st.tuples(st.integers(0, 400), st.integers(0, 4), pieces), max_size=3)
+bytes_pieces = st.sampled_from([*(piece.encode() for piece in PIECES), b"\xff", b"\xc3", b""]) | st.binary(max_size=3)
+edits = st.lists(st.tuples(st.integers(0, 400), st.integers(0, 4), bytes_pieces), max_size=3)
 # without NUL: Python 3.10's csv.writer, which writes some of these files, can't write it
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\n\r\0"), max_size=8)
 
@@ -411,21 +411,21 @@ def test_any_glue_file_is_refused_or_read_as_splitting_on_tabs_reads_it(task, tm
         with_labels = with_labels and task.name != "ax"
         labels = [*(task.written or task.labels or ("0", "2.5", "5.000"))]
         header = [*(task.text_columns or task.text), "index"]
-        told = []
+        written = []
         if with_labels and task.headerless:
             header = [*task.headerless]
         else:
             header += [task.label_column] * with_labels
-            told = [header]
+            written = [header]
         for one, two, three, label in rows:
             row = dict(zip(header, (one, two, three, ""), strict=False))
-            told.append([*(row | {task.label_column: labels[label % len(labels)]} if with_labels else row).values()])
-        whole = "".join("\t".join(row) + "\n" for row in told).encode()
-        for content in (whole, edited(whole, changes), other):
+            written.append([*(row | {task.label_column: labels[label % len(labels)]} if with_labels else row).values()])
+        undamaged = "".join("\t".join(row) + "\n" for row in written).encode()
+        for content in (undamaged, edited(undamaged, changes), other):
             path.write_bytes(content)
             got = refused_or(lambda: read_glue_file(path, task, with_labels), path)
             seen[got is not None] += 1
-            if content == whole and rows and b"".join(whole.split()) and not task.headerless:
+            if content == undamaged and rows and b"".join(undamaged.split()) and not task.headerless:
                 assert got is not None
             if got is not None:
                 assert got.to_dict() == glue_rows(content, task, with_labels) and len(got) > 0
@@ -445,7 +445,7 @@ def own_rows(content: bytes, suffix: str) -> list[dict[str, Any]]:
 
 
 def text_columns(columns: Sequence[str]) -> list[str]:
-    """Which columns hold text: a known pair, or what is neither label nor a row number."""
+    """Which columns contain text: a pair with usual names, or what is neither label nor a row number."""
     for pair in (
         "sentence1 sentence2",
         "premise hypothesis",
@@ -468,7 +468,7 @@ def assert_own_table(got: Examples, rows: list[dict[str, Any]]) -> None:
         label = row["label"]
         if got.labels:
             written = str(label).lower() if isinstance(label, bool) else str(label)
-            assert got.labels[value] == (written if written in got.labels else written.strip())  # of known ones
+            assert got.labels[value] == (written if written in got.labels else written.strip())  # of recorded ones
         else:
             assert value == float(label) and math.isfinite(value)
 
@@ -487,28 +487,30 @@ def test_any_file_of_ones_own_is_refused_or_read_as_pythons_csv_and_json_read_it
     path = tmp_path / f"train{suffix}"
     labels = st.sampled_from(["a", "b", "0", "1", "2.5", "-1", "1e3"])
     numbers = labels | st.integers() | st.floats() | st.booleans() | st.none() | st.just(10**400)
-    known = st.sampled_from([None, None, None, (), ("a", "b"), ("0", "1")])
+    recorded_labels = st.sampled_from([None, None, None, (), ("a", "b"), ("0", "1")])
     rows = st.lists(st.tuples(words, words, labels if suffix != ".jsonl" else labels | numbers), max_size=4)
 
     @many
-    @given(st.sampled_from(HEADERS), rows, known, edits, anything)
+    @given(st.sampled_from(HEADERS), rows, recorded_labels, edits, anything)
     @example(["text", "label"], [("A", "", "1" * 400), ("B", "", "2")], (), [], b"")
     @example(["text", "label"], [("A", "", 10**400), ("B", "", 0.5)], None, [], b"")
     @example(["text", "label"], [("A", "", "1" * 5000), ("B", "", "2")], None, [], DEEP.encode())
     def check(header: list[str], rows: list[tuple], names: Any, changes: list, other: bytes) -> None:
-        told = []
+        written = []
         for one, two, label in rows:
             texts = iter((one, two))
-            told.append({column: label if column == "label" else next(texts) for column in header})
+            written.append({column: label if column == "label" else next(texts) for column in header})
         if suffix == ".jsonl":
-            whole = "".join(json.dumps(row) + "\n" for row in told).encode()
+            undamaged = "".join(json.dumps(row) + "\n" for row in written).encode()
         elif suffix == ".csv":
             with io.StringIO(newline="") as out:
-                csv.writer(out).writerows([header, *(row.values() for row in told)])
-                whole = out.getvalue().encode()
+                csv.writer(out).writerows([header, *(row.values() for row in written)])
+                undamaged = out.getvalue().encode()
         else:
-            whole = "".join("\t".join(map(str, row)) + "\n" for row in [header, *(r.values() for r in told)]).encode()
-        for content in (whole, edited(whole, changes), other):
+            undamaged = "".join(
+                "\t".join(map(str, row)) + "\n" for row in [header, *(r.values() for r in written)]
+            ).encode()
+        for content in (undamaged, edited(undamaged, changes), other):
             path.write_bytes(content)
             try:
                 got = load_files({"train": str(path)}, names)

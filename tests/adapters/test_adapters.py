@@ -317,7 +317,7 @@ def test_a_published_deberta_file_is_not_read_with_lora_on_the_relative_query(tm
     load_adapter(lora_deberta(seed=1, lora_relative_query=True), taken, allow_new_head=False)
     assert not taken.frozen_relative_query
     for same in (read_adapter(str(folder)), read_adapter(str(published(tmp_path / "r.bin", trained(lora_model()))))):
-        assert with_relative_query(same, True) is same  # it tells, or has none
+        assert with_relative_query(same, True) is same  # it records its own, or has none
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ PEFT_SETTINGS = {
     },
     "biases": {"target_modules": ["{query}", "{value}"], "bias": "all"},
     "biases of its layers": {"target_modules": ["{query}", "{key}"], "bias": "lora_only"},
-    "embeddings saved whole": {"target_modules": ["{query}"], "modules_to_save": ["word_embeddings"]},
+    "embeddings saved completely": {"target_modules": ["{query}"], "modules_to_save": ["word_embeddings"]},
     "orthogonal start": {"target_modules": ["{query}"], "init_lora_weights": "orthogonal"},
     "start at the minor components": {"target_modules": ["{query}", "{key}"], "init_lora_weights": "mica"},
     "gaussian start, dropout": {"target_modules": ["{query}"], "init_lora_weights": "gaussian", "lora_dropout": 0.1},
@@ -670,7 +670,7 @@ def test_a_scaling_edited_after_the_training_is_refused_with_both_numbers(settin
     copied(recorded, recorded, **settings)
     message = refused(recorded)
     assert f"scales the update {scaled}" in message and "trained with 1.5:" in message and "lora_alpha" in message
-    (recorded / RUN_METADATA).write_text(json.dumps(METADATA_OF_RUN))  # an older run does not tell
+    (recorded / RUN_METADATA).write_text(json.dumps(METADATA_OF_RUN))  # an older run does not record it
     read_adapter(str(recorded))
 
 
@@ -809,7 +809,7 @@ def test_a_head_of_another_kind_of_model_is_refused(kind, tmp_path):
         read_adapter(str(tmp_path))
 
 
-# ------------------------------------------------------------- DeBERTa's head as PEFT saves it unless told: no pooler
+# ------------------------------------------------------------- DeBERTa's head as PEFT saves it by default: no pooler
 
 
 @pytest.fixture
@@ -828,7 +828,7 @@ def without_pooler(tmp_path) -> tuple[PeftModel, Path, Path]:
 
 
 def on(folder: Path, **settings) -> DebertaV2ForSequenceClassification:
-    """Our classifier with what a checkpoint folder holds."""
+    """Our classifier with the weights of a checkpoint folder."""
     config = transformers.AutoConfig.from_pretrained(folder, **{"num_labels": 3, **settings})
     return DebertaV2ForSequenceClassification.from_pretrained(folder, config=config, ignore_mismatched_sizes=True)
 
@@ -1060,7 +1060,7 @@ def test_a_complete_checkpoint_whose_base_weights_are_not_finite_is_refused(tmp_
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     name = "roberta.encoder.layer.1.attention.self.query.weight"
     state[name][3, 3] = float("nan")
-    path = published(tmp_path / "whole.bin", state)
+    path = published(tmp_path / "complete.bin", state)
     base = RobertaForSequenceClassification(tiny_config())
     base.load_state_dict({n: t for n, t in model.state_dict().items() if "lora_" not in n})
     with pytest.raises(UserError, match=f"{name} first"):
@@ -1069,7 +1069,7 @@ def test_a_complete_checkpoint_whose_base_weights_are_not_finite_is_refused(tmp_
 
 def test_a_file_cut_short_anywhere_is_refused(saved, tmp_path):
     model, folder = saved
-    content = published(tmp_path / "whole.bin", trained(model)).read_bytes()
+    content = published(tmp_path / "complete.bin", trained(model)).read_bytes()
     for part in (0.0, 0.01, 0.5, 0.95, 0.999):
         cut = tmp_path / "cut.bin"
         cut.write_bytes(content[: int(part * len(content))])

@@ -629,19 +629,19 @@ def test_the_bytes_are_those_of_the_file_that_is_read_whatever_its_name(case, tm
 
 def test_a_line_says_that_the_base_weights_of_a_complete_checkpoint_were_not_compared(case, tmp_path, capsys):
     model, base, _ = case
-    torch.save(model.state_dict(), tmp_path / "whole.bin")
+    torch.save(model.state_dict(), tmp_path / "complete.bin")
     flags = ["--to", "peft", "--lora_alpha", ALPHA]
-    code, out, err = run_program(capsys, "convert", tmp_path / "whole.bin", tmp_path / "one", *flags)
+    code, out, err = run_program(capsys, "convert", tmp_path / "complete.bin", tmp_path / "one", *flags)
     assert code == 0 and "base weights are not checked" in out, err
     if getattr(model, "frozen_relative_query", True):  # a .bin is read as the reference trained it
         code, out, err = run_program(
-            capsys, "convert", tmp_path / "whole.bin", tmp_path / "two", *flags, "--base", base
+            capsys, "convert", tmp_path / "complete.bin", tmp_path / "two", *flags, "--base", base
         )
         assert code == 0 and "base weights are not checked" not in out, err
     theirs = randomise_(fresh(base, theirs=True), seed=9)
     theirs.save_pretrained(tmp_path / "other")
     code, _, err = run_program(
-        capsys, "convert", tmp_path / "whole.bin", tmp_path / "no", *flags, "--base", tmp_path / "other"
+        capsys, "convert", tmp_path / "complete.bin", tmp_path / "no", *flags, "--base", tmp_path / "other"
     )
     assert code == 1 and "base weights are not this model's" in err
 
@@ -753,7 +753,7 @@ def test_the_readmes_command_starts_the_program(case):
     assert done.returncode == 0 and "layers with LoRA" in done.stdout, done.stderr
 
 
-# ------------------------------------------------------------------ the reference implementation's whole checkpoints
+# ------------------------------------------------------------------ the reference implementation's complete checkpoints
 
 
 @pytest.mark.parametrize("case", ["roberta", "deberta"], indirect=True)
@@ -780,9 +780,9 @@ def test_the_update_in_a_complete_checkpoint_counts_once_whether_it_was_saved_me
 
 def test_a_complete_checkpoint_of_another_base_model_is_refused(case, tmp_path):
     model, base, _ = case
-    torch.save(randomise_(model, seed=9).state_dict(), tmp_path / "whole.bin")
+    torch.save(randomise_(model, seed=9).state_dict(), tmp_path / "complete.bin")
     with pytest.raises(UserError, match="base weights are not this model's"):
-        attach_adapter(fresh(base), read_adapter(str(tmp_path / "whole.bin")), ALPHA, allow_new_head=False)
+        attach_adapter(fresh(base), read_adapter(str(tmp_path / "complete.bin")), ALPHA, allow_new_head=False)
 
 
 # ----------------------------------------------------------------------------------------------------- fingerprints

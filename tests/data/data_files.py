@@ -134,6 +134,6 @@ def assert_table(table: Dataset, text: list, text_pair: list | None, label: list
     assert table.to_dict() == {name: column for name, column in want.items() if column is not None}
 
 
-def own(folder: Path, name: str, content: str | bytes, known: list[str] | tuple | None = None) -> Examples:
+def own(folder: Path, name: str, content: str | bytes, recorded_labels: list[str] | tuple | None = None) -> Examples:
     """One training file read alone."""
-    return load_files({"train": str(write(folder / name, content))}, known)
+    return load_files({"train": str(write(folder / name, content))}, recorded_labels)

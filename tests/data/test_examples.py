@@ -48,7 +48,7 @@ def test_a_chosen_part_of_a_sorted_set_with_a_single_class_is_refused_naming_the
     drawn = choose_rows(examples, {split: 10}, 0)
     assert {*drawn.splits[split][:]["label"]} == {0, 1}
     assert choose_rows(examples, {"test": 10}).rows == {"train": 100, "validation": 100, "test": 100}
-    alone = choose_rows(of_two_classes([1] * 50), {split: 10})  # the whole set has no more
+    alone = choose_rows(of_two_classes([1] * 50), {split: 10})  # the set has no more
     assert len(alone.splits[split]) == 10
     assert len(choose_rows(examples, {split: 1}).splits[split]) == 1
 

@@ -32,7 +32,7 @@ WORDS = "the cat sat on a mat while dogs ran far away from it".split()
 
 
 def texts(rows: int, pairs: bool = False, seed: int = 0) -> Examples:
-    """Sentences of 1 to 12 known words, label = row % 2."""
+    """Sentences of 1 to 12 words of the vocabulary, label = row % 2."""
     sentences = [" ".join(WORDS[(seed + i * k) % len(WORDS)] for k in range(1, 2 + i % 12)) for i in range(rows)]
     columns = {"text": sentences, "label": [i % 2 for i in range(rows)]}
     if pairs:
@@ -179,11 +179,11 @@ def test_texts_cut_at_the_longest_length_are_counted_in_one_line_a_split_also_fr
     for longest in (sorted(lengths)[10], sorted(lengths)[20]):
         cut = sum(length > longest for length in lengths)
         assert 0 < cut < 30
-        said = (
+        line = (
             f"train: {cut} of 30 examples are cut at --max_seq_length {longest}; the longest has {max(lengths)} tokens."
         )
         for _ in range(2):  # the second time from the cache
-            assert tokenize_and_say(examples, tokenizer, longest, str(tmp_path))[1] == [said]
+            assert tokenize_and_say(examples, tokenizer, longest, str(tmp_path))[1] == [line]
     assert len(cache_files(tmp_path)) == 2
     assert tokenize_and_say(examples, tokenizer, max(lengths), str(tmp_path))[1] == []
 
@@ -215,12 +215,12 @@ def test_the_same_bytes_as_csv_and_as_tsv_do_not_share_a_cache(tmp_path, roberta
 def test_a_vocabulary_read_by_the_wrong_tokenizer_class_is_refused(tmp_path, with_file):
     """BERT's files beside a RoBERTa config, as AutoTokenizer reads them: no word arrives, or letters without spaces."""
     letters = "abcdefghijklmnopqrstuvwxyz"
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys([*letters, *WORDS])]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys([*letters, *WORDS])]
     if with_file == "tokenizer.json":
-        right = BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
+        right = BertTokenizer(vocab={piece: i for i, piece in enumerate(vocabulary)})
         right.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     else:
-        write(tmp_path / "vocab.txt", "".join(piece + "\n" for piece in pieces))
+        write(tmp_path / "vocab.txt", "".join(piece + "\n" for piece in vocabulary))
     RobertaConfig().save_pretrained(tmp_path)
     wrong = AutoTokenizer.from_pretrained(tmp_path)
     message = refusal(tokenize, texts(50), wrong, 64, str(tmp_path))
@@ -235,8 +235,8 @@ def test_a_tokenizer_to_which_every_word_is_unknown_is_refused(tmp_path):
 
 
 def test_a_few_unknown_words_are_no_reason_to_refuse(tmp_path):
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS[::2], *WORDS[1::4]]
-    tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS[::2], *WORDS[1::4]]
+    tokenizer = BertTokenizer(vocab={piece: i for i, piece in enumerate(vocabulary)})
     encoded = tokenize(texts(50), tokenizer, 64, str(tmp_path))["train"]
     assert tokenizer.unk_token_id in [i for row in encoded["input_ids"] for i in row]
 

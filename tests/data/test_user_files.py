@@ -199,8 +199,8 @@ def test_a_label_column_in_which_nearly_every_row_has_its_own_label_is_refused(l
     content = of_labels(labels, ["good", "bad"] * (len(labels) // 2) + ["good"] * (len(labels) % 2))
     n, count = len({*labels}), len(labels)
     path = write(tmp_path / "a.csv", content)
-    for files, known in ((["train"], None), (["validation"], None), (["validation"], ("bad", "good"))):
-        message = refusal(load_files, dict.fromkeys(files, str(path)), known)
+    for files, recorded_labels in ((["train"], None), (["validation"], None), (["validation"], ("bad", "good"))):
+        message = refusal(load_files, dict.fromkeys(files, str(path)), recorded_labels)
         assert message.startswith(f"{path}: column 'label' has {n} different labels in {count} rows ({labels[0]}, ")
         assert all(flag in message for flag in ("--label_column", "--text_columns", "--labels")) and len(message) < 500
     other = write(tmp_path / "train.csv", of_labels(["bad", "good"] * 5))
@@ -255,9 +255,9 @@ def test_columns_that_could_all_be_text_are_listed(tmp_path):
     assert all(column in message for column in ("title", "body", "author", "--text_columns", "--label_column"))
 
 
-def train_and(folder: Path, split: str, train: str, other: str, known: tuple | None = None) -> Examples:
+def train_and(folder: Path, split: str, train: str, other: str, recorded_labels: tuple | None = None) -> Examples:
     paths = {"train": write(folder / "train.csv", train), split: write(folder / f"{split}.csv", other)}
-    return load_files({name: str(path) for name, path in paths.items()}, known)
+    return load_files({name: str(path) for name, path in paths.items()}, recorded_labels)
 
 
 def test_validation_labels_get_the_ids_of_the_training_labels(tmp_path):

@@ -52,7 +52,7 @@ def base_flags(tiny_model, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def call(run_glue, base_flags) -> Run:
-    """run_glue.main in this process, its exceptions told as the exit codes they stand for."""
+    """run_glue.main in this process, its exceptions as the exit codes that they stand for."""
 
     def run(*argv: object, base: bool = True) -> Outcome:
         out = io.StringIO()

@@ -46,7 +46,7 @@ def write_tsv(path: Path, rows: list[list[object]]) -> None:
 
 
 def write_glue(folder: Path) -> Path:
-    """RTE, CoLA, MNLI, AX and STS-B as the standard download lays them out; one word in the text tells the label."""
+    """RTE, CoLA, MNLI, AX and STS-B as the standard download lays them out; one word in the text decides the label."""
     rng = random.Random(0)
     for name, rows in (("train", 48), ("dev", 24), ("test", 10)):
         rte, cola, stsb = [["index", "sentence1", "sentence2", "label"]], [], [list("abcdefg")]
@@ -169,15 +169,15 @@ def write_models(folder: Path, glue: Path, **settings) -> dict[str, Path]:
     return {name: folder / name for name in ("roberta", "deberta")}
 
 
-def cut_off(whole: Path, folder: Path, after: int) -> Path:
+def cut_off(finished: Path, folder: Path, after: int) -> Path:
     """What a run would have left if it had been cut off after the checkpoint of that step."""
-    shutil.copytree(whole, folder)
+    shutil.copytree(finished, folder)
     for path in folder.glob("*"):
         if path.is_file():
             path.unlink()
         elif path.name != f"checkpoint-{after}":
             shutil.rmtree(path)
-    run = json.loads((whole / "run.json").read_text())
+    run = json.loads((finished / "run.json").read_text())
     del run["trained"]
     (folder / "run.json").write_text(json.dumps(run))
     return folder

@@ -78,7 +78,7 @@ def rte(glue: Path, *flags: object) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "expected"),
     [
         (["--task_name", "rtf", "--do_eval"], ["rtf", "rte", "mnli"]),
         (["--task_name", "rte", "--do_eval", "--lora_rank", "8"], ["--lora_rank", "Did you mean", "--lora_r"]),
@@ -114,9 +114,9 @@ def rte(glue: Path, *flags: object) -> list[object]:
     ],
     ids=lambda value: " ".join(value)[-40:],
 )
-def test_a_wrong_command_line_ends_with_code_2_and_the_flag_in_question(flags, said, refused):
+def test_a_wrong_command_line_ends_with_code_2_and_the_flag_in_question(flags, expected, refused):
     message = refused(2, *flags)
-    assert [part for part in said if part not in message] == [], message
+    assert [part for part in expected if part not in message] == [], message
 
 
 def test_a_metric_for_the_best_model_that_isnt_evaluated_is_refused_with_those_that_are(refused, glue):
@@ -172,7 +172,7 @@ def test_a_glue_folder_that_is_missing_or_lacks_the_task_is_reported(refused, gl
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "expected"),
     [
         (lambda lines: "\n".join(lines)[:-25], ":25"),
         (lambda lines: "\n".join([*lines[:10], lines[10][:12], *lines[11:]]) + "\n", ":11"),
@@ -183,16 +183,16 @@ def test_a_glue_folder_that_is_missing_or_lacks_the_task_is_reported(refused, gl
     ],
     ids=["cut in the last line", "cut mid-line", "wrong header", "label outside the set", "empty", "header only"],
 )
-def test_a_spoilt_glue_file_is_named_with_its_line(spoil, said, refused, glue, tmp_path):
+def test_a_spoilt_glue_file_is_named_with_its_line(spoil, expected, refused, glue, tmp_path):
     shutil.copytree(glue / "RTE", tmp_path / "glue" / "RTE")
     file = tmp_path / "glue" / "RTE" / "dev.tsv"
     file.write_text(spoil(file.read_text().splitlines()))
     message = refused(1, *rte(tmp_path / "glue", "--do_train", "--do_eval", *LORA))
-    assert f"{file}{said}" in message or (str(file) in message and said in message), message
+    assert f"{file}{expected}" in message or (str(file) in message and expected in message), message
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         ("", "empty"),
         ("text,label\n", "only a header"),
@@ -206,11 +206,11 @@ def test_a_spoilt_glue_file_is_named_with_its_line(spoil, said, refused, glue, t
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_a_csv_that_cant_be_learnt_from_is_named_with_its_line(content, said, refused, tmp_path):
+def test_a_csv_that_cant_be_learnt_from_is_named_with_its_line(content, expected, refused, tmp_path):
     file = tmp_path / "mine.csv"
     file.write_text(content)
     message = refused(1, "--train_file", file, "--do_train", *LORA)
-    assert str(file) in message and said in message, message
+    assert str(file) in message and expected in message, message
 
 
 def test_an_evaluation_label_that_training_never_saw_is_named_with_its_line(refused, tmp_path):
@@ -262,9 +262,9 @@ def test_a_quantised_base_is_refused_by_the_name_of_its_quantisation(refused, gl
 def test_a_truncated_or_missing_weights_file_is_refused(refused, glue, tiny_model, tmp_path):
     broken = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     flags = rte(glue, "--model_name_or_path", broken, "--do_train", *LORA)
-    whole = (broken / "model.safetensors").read_bytes()
-    for size in (0, 100, len(whole) // 2, len(whole) - 1):
-        (broken / "model.safetensors").write_bytes(whole[:size])
+    content = (broken / "model.safetensors").read_bytes()
+    for size in (0, 100, len(content) // 2, len(content) - 1):
+        (broken / "model.safetensors").write_bytes(content[:size])
         assert f"--model_name_or_path {broken}" in refused(1, *flags)
     (broken / "model.safetensors").unlink()
     assert f"--model_name_or_path {broken}" in refused(1, *flags)
@@ -380,11 +380,11 @@ def test_an_adapter_file_that_isnt_this_models_is_refused_with_the_reason(traini
             "1 in the file, 2 in the roberta model",
         ),
     }
-    for name, (content, said) in files.items():
+    for name, (content, expected) in files.items():
         torch.save(content, tmp_path / name)
         do = ["--do_train", "--overwrite_output_dir"] if training else ["--do_eval"]
         message = refused(1, *rte(glue, *do, *LORA, "--lora_path", tmp_path / name))
-        assert str(tmp_path / name) in message and said in message, message
+        assert str(tmp_path / name) in message and expected in message, message
     assert "no such file" in refused(1, *rte(glue, *do, *LORA, "--lora_path", tmp_path / "none.bin"))
 
 
@@ -474,11 +474,11 @@ def test_a_full_disk_ends_with_code_1_and_the_earlier_checkpoint_can_still_be_re
 
 def test_pushing_to_a_hub_that_isnt_there_is_refused_before_training(refused_by_process, glue, tmp_path):
     flags = [*rte(glue, "--do_train", *LORA, *SHORT), "--push_to_hub", "--overwrite_output_dir"]
-    said = refused_by_process(1, *flags)
-    assert "--push_to_hub" in said and "hf upload" in said
+    message = refused_by_process(1, *flags)
+    assert "--push_to_hub" in message and "hf upload" in message
 
 
-# ------------------------------------------------------------------------------------- whole models as the base model
+# ------------------------------------------------------------------------------------- complete models as the base model
 
 
 @pytest.fixture
@@ -486,7 +486,7 @@ def whole_model(tiny_model, tmp_path) -> Callable[..., Path]:
     """A saved classifier with the given labels, in a folder with the tiny model's tokenizer."""
 
     def save(labels: list[str], **settings) -> Path:
-        folder = Path(shutil.copytree(tiny_model, tmp_path / "whole"))
+        folder = Path(shutil.copytree(tiny_model, tmp_path / "complete"))
         config = RobertaConfig.from_pretrained(tiny_model, id2label=dict(enumerate(labels)))
         for name, value in settings.items():
             setattr(config, name, value)
@@ -498,11 +498,11 @@ def whole_model(tiny_model, tmp_path) -> Callable[..., Path]:
 
 def test_a_complete_model_with_lora_matrices_is_not_evaluated_without_them(refused, glue, whole_model):
     folder = whole_model(["entailment", "not_entailment"], apply_lora=True, lora_r=4, lora_alpha=8)
-    said = refused(1, *rte(glue, "--do_eval", "--model_name_or_path", folder))
-    assert "lora_A" in said and "--lora_path" in said
+    message = refused(1, *rte(glue, "--do_eval", "--model_name_or_path", folder))
+    assert "lora_A" in message and "--lora_path" in message
 
 
 def test_a_trained_model_is_not_evaluated_under_other_labels(refused, glue, whole_model):
     folder = whole_model(["unacceptable", "acceptable"])
-    said = refused(1, *rte(glue, "--do_eval", "--model_name_or_path", folder))
-    assert "unacceptable, acceptable" in said and "entailment, not_entailment" in said
+    message = refused(1, *rte(glue, "--do_eval", "--model_name_or_path", folder))
+    assert "unacceptable, acceptable" in message and "entailment, not_entailment" in message

@@ -57,11 +57,11 @@ def saved_with(base: Path, folder: Path, settings: dict[str, dict[str, Any]]) ->
 
 @pytest.fixture(scope="module")
 def results(call, glue, numbers, tmp_path_factory) -> Callable[[Path, str], tuple]:  # noqa: F811
-    """All that a run from this base ends with: tensors, losses, scores, predictions; each asked for once."""
-    known: dict[tuple[Path, str], tuple] = {}
+    """All that a run from this base ends with: tensors, losses, scores, predictions; each run once."""
+    results_by_run: dict[tuple[Path, str], tuple] = {}
 
     def of(base: Path, task: str) -> tuple:
-        if (base, task) not in known:
+        if (base, task) not in results_by_run:
             output = tmp_path_factory.mktemp("run") / "o"
             own = [*numbers, "--test_file", numbers[3]]
             examples = own if task == "custom" else ["--task_name", task, "--glue_dir", glue]
@@ -69,8 +69,8 @@ def results(call, glue, numbers, tmp_path_factory) -> Callable[[Path, str], tupl
             tensors = load_file(output / "adapter_model.safetensors")
             losses = [entry["loss"] for entry in read(output / "trainer_state.json")["log_history"] if "loss" in entry]
             predictions = (output / f"predict_results_{task}.tsv").read_text()
-            known[base, task] = tensors, losses, scores(output / "eval_results.json"), predictions
-        return known[base, task]
+            results_by_run[base, task] = tensors, losses, scores(output / "eval_results.json"), predictions
+        return results_by_run[base, task]
 
     return of
 

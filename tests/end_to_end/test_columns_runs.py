@@ -1,4 +1,4 @@
-"""Which columns, rows and how much of each text a run reads: named, chosen and said on its way from flags to files."""
+"""Which columns, rows and how much of each text a run reads: named, chosen and printed, from flags to files."""
 
 import csv
 import json
@@ -62,8 +62,11 @@ def test_a_run_whose_text_and_labels_are_swapped_stops_and_names_the_column_the_
     rows = [(["no", "yes"][i % 2], sentence(rng, f"and {i}")) for i in range(40)]
     flags: list[object] = [*LORA, *STILL, "--output_dir", tmp_path / "o"]
     file = write_table(tmp_path / "a.csv", "text,label", rows)
-    told = write_table(tmp_path / "b.csv", "text,label", [(text, label) for label, text in rows])
-    for files in (["--train_file", file, "--do_train"], ["--train_file", told, "--validation_file", file, *DO[:2]]):
+    right_order = write_table(tmp_path / "b.csv", "text,label", [(text, label) for label, text in rows])
+    for files in (
+        ["--train_file", file, "--do_train"],
+        ["--train_file", right_order, "--validation_file", file, *DO[:2]],
+    ):
         outcome = call(*flags, *files)
         assert outcome.code == 1 and f"{file}: column 'label' has 40 different labels in 40 rows" in outcome.err
         assert "--label_column" in outcome.err and "--text_columns" in outcome.err and len(outcome.err) < 600
@@ -140,9 +143,9 @@ def test_a_run_warns_of_an_adapter_that_was_trained_on_other_text_columns(call, 
             outcome = succeeded(call(f"--{split}_file", file, *flags, *more, *adapter, *output))
             lines = [line for line in outcome.out.splitlines() if "was trained on text in" in line]
             assert lines == ([] if here is None else [trained + here])
-    known = read(tmp_path / "a" / "run_metadata.json")
-    del known["text_columns"]  # an older version's
-    (tmp_path / "a" / "run_metadata.json").write_text(json.dumps(known))
+    metadata = read(tmp_path / "a" / "run_metadata.json")
+    del metadata["text_columns"]  # an older version's
+    (tmp_path / "a" / "run_metadata.json").write_text(json.dumps(metadata))
     outcome = succeeded(call("--validation_file", single, "--do_eval", *adapter, "--output_dir", tmp_path / "old"))
     assert "was trained on text in" not in outcome.out
 
@@ -176,8 +179,8 @@ def test_the_first_rows_stay_the_convention_and_test_rows_are_never_drawn(sorted
     task = ["--task_name", "rte", "--glue_dir", glue, *LORA, *STILL, *DO, "--output_dir", tmp_path / "rte"]
     limits = ["--max_train_samples", "30", "--max_eval_samples", "12", "--max_predict_samples", "4"]
     out = succeeded(call(*task, *limits)).out
-    for split, rows, whole in (("train", 30, 48), ("validation", 12, 24), ("test", 4, 10)):
-        assert f"{split}: {rows} rows (the first of {whole})" in out
+    for split, rows, total in (("train", 30, 48), ("validation", 12, 24), ("test", 4, 10)):
+        assert f"{split}: {rows} rows (the first of {total})" in out
     flags = [*sorted_files, *LORA, *STILL, *DO, *limits, "--sample_seed", "0", "--output_dir", tmp_path / "o"]
     assert "test: 4 rows (the first of 40)" in succeeded(call(*flags)).out
 
@@ -204,7 +207,7 @@ def test_texts_that_are_cut_are_reported_in_one_line_per_split_each_time(call, g
         cut = [line for line in out.splitlines() if "are cut at --max_seq_length 24; the longest has " in line]
         assert [line.split(":")[0] for line in cut] == ["train", "validation", "test"]
         assert " of 48 examples" in cut[0] and " of 24 examples" in cut[1] and " of 10 examples" in cut[2]
-    long = [*flags[:-1], "64", "--output_dir", tmp_path / "whole"]
+    long = [*flags[:-1], "64", "--output_dir", tmp_path / "complete"]
     assert "are cut at" not in succeeded(call(*long)).out
 
 

@@ -93,23 +93,23 @@ def test_a_script_trains_on_real_sentences_resumes_and_its_adapter_evaluates_to_
     few = ["--model_name_or_path", model, "--max_train_samples", 64, "--max_eval_samples", 40, "--task_name", task]
     few += ["--max_steps", 8, "--eval_steps", 4, "--save_steps", 4, "--logging_steps", 2]
 
-    whole = script(name, GLUE, *few, output_dir=str(tmp_path / "whole"))
-    assert whole.returncode == 0, whole.stderr[-3000:]
-    assert "no GPU: --fp16 is dropped" in whole.stderr
-    state = read(tmp_path / "whole" / "trainer_state.json")
+    done = script(name, GLUE, *few, output_dir=str(tmp_path / "complete"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "no GPU: --fp16 is dropped" in done.stderr
+    state = read(tmp_path / "complete" / "trainer_state.json")
     assert state["global_step"] == 8 and len([e for e in state["log_history"] if "eval_loss" in e]) == 2
     assert any("consistency_loss" in entry for entry in state["log_history"]) == name.startswith("mnli.")
 
-    stopped = cut_off(tmp_path / "whole", tmp_path / "stopped", after=4)
+    stopped = cut_off(tmp_path / "complete", tmp_path / "stopped", after=4)
     resumed = script(name, GLUE, *few, output_dir=str(stopped))
     assert resumed.returncode == 0 and f"Resuming from {stopped / 'checkpoint-4'}" in resumed.stdout, resumed.stderr
-    got, want = trained_flat(stopped), trained_flat(tmp_path / "whole")
+    got, want = trained_flat(stopped), trained_flat(tmp_path / "complete")
     assert [key for key in want if not torch.equal(got[key], want[key])] == []
 
     flags = [*few[:8], "--lora_path", stopped, "--do_train", "false"]
     again = script(name, GLUE, *flags, output_dir=str(tmp_path / "again"))
     assert again.returncode == 0, again.stderr[-3000:]
-    assert scores(tmp_path / "again" / "eval_results.json") == scores(tmp_path / "whole" / "eval_results.json")
+    assert scores(tmp_path / "again" / "eval_results.json") == scores(tmp_path / "complete" / "eval_results.json")
 
 
 def test_rte_from_an_mnli_adapter_keeps_the_pooler_and_leaves_the_classifier(run, tmp_path):
@@ -132,21 +132,21 @@ def test_lora_on_the_relative_query_is_saved_with_the_adapter_and_checked_on_loa
     one, other = (trained_flat(tmp_path / name) for name in kinds)
     assert not torch.equal(*(t["deberta.encoder.layer.0.attention.self.query_proj.lora_A"] for t in (one, other)))
     evaluate = ["--task_name", "cola", *LORA, "--do_eval", "--max_seq_length", "64", "--output_dir", tmp_path / "o"]
-    for name, said, remedy in (("frozen", "true", "Leave out"), ("peft", "false", "Give")):
-        outcome = run(*evaluate, "--lora_path", tmp_path / name, "--lora_relative_query", said)
+    for name, value, remedy in (("frozen", "true", "Leave out"), ("peft", "false", "Give")):
+        outcome = run(*evaluate, "--lora_path", tmp_path / name, "--lora_relative_query", value)
         assert outcome.code == 1 and f"{remedy} --lora_relative_query" in outcome.err
-    for name in kinds:  # unsaid, the file decides
+    for name in kinds:  # without the flag, the file decides
         succeeded(run(*evaluate, "--lora_path", tmp_path / name))
         assert scores(tmp_path / "o" / "eval_results.json") == scores(tmp_path / name / "eval_results.json")
-    # a .bin doesn't tell: the reference's way, which is said, or the flag's
-    for name, flags, said in (
+    # a .bin doesn't record it: the reference's way, with a line about it, or the flag's
+    for name, flags, expected in (
         ("frozen", [], "without LoRA, the reference's way, which the file can't confirm"),
         ("frozen", ["--lora_relative_query", "false"], "without LoRA, the reference's way"),
         ("peft", ["--lora_relative_query"], "with LoRA, PEFT's way, which the file can't confirm"),
     ):
         torch.save(trained_flat(tmp_path / name), tmp_path / f"{name}.bin")
         outcome = succeeded(run(*evaluate, "--lora_path", tmp_path / f"{name}.bin", *flags))
-        assert said in outcome.out
+        assert expected in outcome.out
         assert scores(tmp_path / "o" / "eval_results.json") == scores(tmp_path / name / "eval_results.json")
     succeeded(run(*evaluate, "--lora_path", tmp_path / "peft.bin"))
     assert scores(tmp_path / "o" / "eval_results.json") != scores(tmp_path / "peft" / "eval_results.json")
@@ -192,16 +192,16 @@ def test_two_views_train_and_resume_and_log_both_parts_of_the_loss(
 def test_a_resume_in_mid_epoch_with_accumulation_and_other_data_workers_ends_bit_equal(run, tmp_path):
     flags = ["--task_name", "rte", *LORA, *SHORT, "--max_steps", "5", "--save_steps", "1", "--do_train"]
     flags += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4", "--logging_steps", "1"]
-    succeeded(run(*flags, "--output_dir", tmp_path / "whole"))
+    succeeded(run(*flags, "--output_dir", tmp_path / "complete"))
     for step in (1, 3, 4):
-        resumed = cut_off(tmp_path / "whole", tmp_path / f"resumed-{step}", after=step)
+        resumed = cut_off(tmp_path / "complete", tmp_path / f"resumed-{step}", after=step)
         outcome = succeeded(run(*flags, "--dataloader_num_workers", "2", "--output_dir", resumed))
         assert f"Resuming from {resumed / f'checkpoint-{step}'}" in outcome.out
-        got, want = trained_flat(resumed), trained_flat(tmp_path / "whole")
+        got, want = trained_flat(resumed), trained_flat(tmp_path / "complete")
         assert [name for name in want if not torch.equal(got[name], want[name])] == [], step
         logs = [
             [e["loss"] for e in read(f / "trainer_state.json")["log_history"] if "loss" in e]
-            for f in (resumed, tmp_path / "whole")
+            for f in (resumed, tmp_path / "complete")
         ]
         assert logs[0] == logs[1]
 
@@ -283,7 +283,7 @@ def test_a_peft_adapter_without_a_pooler_needs_a_base_that_has_one_and_training_
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "expected"),
     [
         (["--masking_prob", "0.1"], ["--masking_prob needs --reg_loss_wgt"]),
         (["--reg_loss_wgt", "-1"], ["--reg_loss_wgt -1.0"]),
@@ -294,9 +294,9 @@ def test_a_peft_adapter_without_a_pooler_needs_a_base_that_has_one_and_training_
     ],
     ids=lambda value: " ".join(value),
 )
-def test_settings_of_the_two_views_that_make_no_sense_end_with_code_2(flags, said, run, tmp_path):
+def test_settings_of_the_two_views_that_make_no_sense_end_with_code_2(flags, expected, run, tmp_path):
     outcome = run("--task_name", "rte", "--do_train", "--output_dir", tmp_path / "o", *LORA, *flags)
-    assert outcome.code == 2 and all(words in outcome.err for words in said), outcome
+    assert outcome.code == 2 and all(words in outcome.err for words in expected), outcome
     assert not (tmp_path / "o").exists()
 
 

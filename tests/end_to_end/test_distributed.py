@@ -76,7 +76,7 @@ def assert_same_run(got: Path, want: Path, steps: int = 20) -> None:
 
 
 @pytest.mark.parametrize(
-    "model, examples, engine",
+    "model, examples, backend",
     [
         ("roberta", 45, BY_LENGTH),
         ("deberta", 45, []),
@@ -87,11 +87,11 @@ def assert_same_run(got: Path, want: Path, steps: int = 20) -> None:
     ids=["roberta by length", "deberta", "one process idle in the last step", "roberta FSDP2", "deberta FSDP2"],
 )
 def test_a_step_is_the_same_however_its_examples_are_divided_among_processes(
-    model, examples, engine, steady, start, call, glue, tmp_path
+    model, examples, backend, steady, start, call, glue, tmp_path
 ):
     def flags(name: str, *more: object) -> list[object]:
         common = ["--model_name_or_path", steady[model], *STEPS, *EVAL, "--max_train_samples", examples]
-        return rte(glue, tmp_path / name, *common, *more, *engine)
+        return rte(glue, tmp_path / name, *common, *more, *backend)
 
     succeeded(call(*flags("one", BATCH, 8)))  # which has nothing to shard
     succeeded(start(*flags("two", BATCH, 4), launcher=TWO))
@@ -227,7 +227,7 @@ def test_full_fine_tuning_under_fsdp2_ends_in_one_models_file_and_resumes_in_one
 
 
 def test_fsdp2_in_bf16_saves_fp32_after_an_evaluation_and_loads_the_best(steady, start, glue, tmp_path):
-    """An evaluation leaves the head gathered in bf16: what is saved then must be the pieces, and what is loaded too."""
+    """An evaluation leaves the head gathered in bf16: what is saved then must be the shards, and what is loaded too."""
     flags = [
         "--model_name_or_path",
         steady["roberta"],
@@ -284,7 +284,7 @@ def test_a_rank_killed_in_mid_epoch_ends_the_run_which_then_goes_on_to_the_same_
         steps = ["--max_steps", 60, "--save_steps", 4, "--save_total_limit", 2, "--logging_steps", 1, BATCH, 4]
         return [*map(str, rte(glue, tmp_path / name, *steps, "--max_seq_length", 64, "--do_train", "--do_eval"))]
 
-    succeeded(start(*flags("whole"), launcher=TWO))
+    succeeded(start(*flags("complete"), launcher=TWO))
     command = [sys.executable, *TWO, str(SCRIPT), *base_flags, *flags("killed")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not [*(tmp_path / "killed").glob("checkpoint-*")]:
@@ -298,10 +298,10 @@ def test_a_rank_killed_in_mid_epoch_ends_the_run_which_then_goes_on_to_the_same_
 
     outcome = succeeded(start(*flags("killed"), launcher=TWO))
     assert "Resuming from" in outcome.out
-    one, other = trained_flat(tmp_path / "whole"), trained_flat(tmp_path / "killed")
+    one, other = trained_flat(tmp_path / "complete"), trained_flat(tmp_path / "killed")
     assert all(torch.equal(one[name], other[name]) for name in one)
     torch.testing.assert_close(
-        history(tmp_path / "killed", "loss"), history(tmp_path / "whole", "loss"), rtol=0, atol=0
+        history(tmp_path / "killed", "loss"), history(tmp_path / "complete", "loss"), rtol=0, atol=0
     )
 
 
@@ -315,7 +315,7 @@ def test_an_error_of_all_processes_is_printed_once(start, glue, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more, said",
+    "more, expected_message",
     [
         (["--tokenizer_name", "/nowhere"], "No tokenizer in /nowhere"),
         (["--learning_rate", "0.5"], "was started otherwise than the first: learning_rate 5e-05, now 0.5"),
@@ -324,7 +324,7 @@ def test_an_error_of_all_processes_is_printed_once(start, glue, tmp_path):
     ids=["a file that one machine lacks", "other flags on one machine", "other examples on one machine"],
 )
 def test_an_error_of_one_process_is_printed_by_it_and_ends_the_others(
-    more, said, environment, base_flags, glue, tmp_path
+    more, expected_message, environment, base_flags, glue, tmp_path
 ):
     """The first process waits for the other meanwhile."""
     header, *rows = (glue / "RTE" / "train.tsv").read_text().splitlines()
@@ -343,7 +343,7 @@ def test_an_error_of_one_process_is_printed_by_it_and_ends_the_others(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     err = done.stderr.replace(f"process 1 (on {socket.gethostname()}) ", "")
-    assert f"run_glue.py: error (process 1): {said}" in err
+    assert f"run_glue.py: error (process 1): {expected_message}" in err
     assert done.stderr.count("run_glue.py: error") == 1
 
 
@@ -368,7 +368,7 @@ def test_dropout_of_every_seed_and_process_is_its_own_and_the_first_processs_tha
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, expected_message",
     [
         (["--fsdp", "--fsdp_config", "none.json"], "--fsdp_config none.json: no such file"),
         (["--deepspeed", "none.json"], "--deepspeed none.json: no such file"),
@@ -378,9 +378,9 @@ def test_dropout_of_every_seed_and_process_is_its_own_and_the_first_processs_tha
         ),
     ],
 )
-def test_a_backend_that_cannot_start_is_refused_with_a_remedy(flags, said, call, glue, tmp_path):
+def test_a_backend_that_cannot_start_is_refused_with_a_remedy(flags, expected_message, call, glue, tmp_path):
     outcome = call(*rte(glue, tmp_path / "o", "--do_train", *flags))
-    assert outcome.code == 2 and re.search(said, outcome.err)
+    assert outcome.code == 2 and re.search(expected_message, outcome.err)
 
 
 def test_a_folder_that_a_run_trains_into_is_refused_to_another_until_it_ends(call, glue, tmp_path):
@@ -413,16 +413,16 @@ def test_an_output_folder_that_another_machine_does_not_see_is_reported(tmp_path
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("model", ["roberta", "deberta"])
 def test_deepspeed_trains_saves_and_resumes_the_same_adapter(model, stage, steady, start, call, glue, tmp_path):
-    engine = ["--deepspeed", CONFIGS / f"deepspeed_zero{stage}.json"]
+    backend = ["--deepspeed", CONFIGS / f"deepspeed_zero{stage}.json"]
 
     def flags(name: str, *more: object) -> list[object]:
         common = ["--model_name_or_path", steady[model], *STEPS, *EVAL, "--save_steps", 8]
         return rte(glue, tmp_path / name, *common, *more)
 
     succeeded(call(*flags("one", BATCH, 8)))
-    succeeded(start(*flags("two", BATCH, 2, ACCUMULATE, 2, *engine), launcher=TWO))
+    succeeded(start(*flags("two", BATCH, 2, ACCUMULATE, 2, *backend), launcher=TWO))
     cut_off(tmp_path / "two", tmp_path / "resumed", after=8)
-    succeeded(start(*flags("resumed", BATCH, 4, *engine), launcher=TWO))
+    succeeded(start(*flags("resumed", BATCH, 4, *backend), launcher=TWO))
     for name in ("two", "resumed"):
         assert_same_run(tmp_path / name, tmp_path / "one")
     size = sum(path.stat().st_size for path in (tmp_path / "two" / "checkpoint-20").rglob("*.pt"))

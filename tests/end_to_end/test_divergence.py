@@ -30,8 +30,8 @@ def assert_nothing_trained(folder: Path) -> None:
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
 
 
-def assert_stopped(outcome: Outcome, folder: Path, said: str) -> None:
-    assert outcome.code == 1 and re.search(said, outcome.err), outcome.err[-2000:]
+def assert_stopped(outcome: Outcome, folder: Path, pattern: str) -> None:
+    assert outcome.code == 1 and re.search(pattern, outcome.err), outcome.err[-2000:]
     assert "Lower --learning_rate" in outcome.err and outcome.err.strip().count("\n") < 3
     assert_nothing_trained(folder)
 

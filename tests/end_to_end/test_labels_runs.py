@@ -1,4 +1,4 @@
-"""Labels go by name: heads in another order, of other names, or without names, in adapters and whole models alike."""
+"""Labels are matched by name: heads in another order, of other names, or without names, in adapters and complete models."""
 
 import csv
 import json
@@ -24,10 +24,10 @@ def write_csv(path: Path, rows: list[tuple[str, str]]) -> Path:
 
 
 def sentences(seed: int, labels: tuple[str, ...] = ("negative", "positive"), rows: int = 40) -> list[tuple[str, str]]:
-    """Rows whose last word tells the label; more of the first label than of the others, some words wrong."""
+    """Rows whose last word decides the label; more of the first label than of the others, some words wrong."""
     rng, words = random.Random(seed), ("of", "well", "perhaps")
-    told = [0 if rng.random() < 0.5 else rng.randrange(len(labels)) for _ in range(rows)]
-    return [(sentence(rng, words[i if rng.random() < 0.9 else 0]), labels[i]) for i in told]
+    label_ids = [0 if rng.random() < 0.5 else rng.randrange(len(labels)) for _ in range(rows)]
+    return [(sentence(rng, words[i if rng.random() < 0.9 else 0]), labels[i]) for i in label_ids]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def files(tmp_path_factory) -> list[object]:
 
 @pytest.fixture(scope="module")
 def adapter(call, files, tmp_path_factory) -> Path:
-    """An adapter that tells negative from positive, in this order."""
+    """An adapter for the labels negative and positive, in this order."""
     output = tmp_path_factory.mktemp("adapter") / "output"
     succeeded(call(*files, *LORA, *LEARN, "--do_train", "--do_eval", "--output_dir", output))
     assert 0.7 < read(output / "eval_results.json")["eval_accuracy"] < 1
@@ -49,7 +49,7 @@ def adapter(call, files, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(call, files, tmp_path_factory) -> Path:
-    """A whole model that tells negative from positive, in this order."""
+    """A complete model for the labels negative and positive, in this order."""
     output = tmp_path_factory.mktemp("model") / "output"
     succeeded(call(*files, *LEARN, "--learning_rate", "1e-3", "--do_train", "--do_eval", "--output_dir", output))
     assert 0.7 < read(output / "eval_results.json")["eval_accuracy"] < 1
@@ -66,15 +66,15 @@ def relabelled(folder: Path, copy: Path, names: tuple[str, ...] | None, order: l
             save_file(state | {key: state[key][order] for key in last}, copy / name, {"format": "pt"})
     for name in ("config.json", "run_metadata.json"):
         if (copy / name).is_file():
-            known = read(copy / name)
-            known.pop("labels", None)
-            known.pop("weights_fingerprint", None)  # an older adapter's, else its rows could not have been turned
+            record = read(copy / name)
+            record.pop("labels", None)
+            record.pop("weights_fingerprint", None)  # an older adapter's, else its rows could not have been turned
             if name == "config.json":
-                known["id2label"] = {str(i): label for i, label in enumerate(names or ("LABEL_0", "LABEL_1"))}
-                known["label2id"] = {label: int(i) for i, label in known["id2label"].items()}
+                record["id2label"] = {str(i): label for i, label in enumerate(names or ("LABEL_0", "LABEL_1"))}
+                record["label2id"] = {label: int(i) for i, label in record["id2label"].items()}
             elif names is not None:
-                known["labels"] = list(names)
-            (copy / name).write_text(json.dumps(known))
+                record["labels"] = list(names)
+            (copy / name).write_text(json.dumps(record))
     return copy
 
 
@@ -84,7 +84,7 @@ def from_(start: Path) -> list[object]:
 
 @pytest.fixture(params=["adapter", "model"])
 def start(request) -> Path:
-    """What a run starts from: an adapter folder, and a whole model's."""
+    """What a run starts from: an adapter folder, and a complete model's."""
     return request.getfixturevalue(request.param)
 
 
@@ -96,8 +96,8 @@ def head(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if name.startswith("classifier.")}
 
 
-def said(outcome: Outcome, *parts: str) -> str:
-    """The one line of the output that holds all of these."""
+def line_with(outcome: Outcome, *parts: str) -> str:
+    """The one line of the output that contains all of these."""
     lines = [line for line in outcome.out.splitlines() if all(part in line for part in parts)]
     assert len(lines) == 1, outcome.out
     return lines[0]
@@ -118,7 +118,7 @@ def test_training_from_the_same_labels_in_another_order_starts_at_the_figure_tha
         got = read(tmp_path / folder / "eval_results.json")
         assert got["eval_accuracy"] == want["eval_accuracy"]
         assert got["eval_loss"] == pytest.approx(want["eval_loss"], rel=1e-5)
-    assert str(turned) in said(outcome, "positive, negative", "put in the order negative, positive")
+    assert str(turned) in line_with(outcome, "positive, negative", "put in the order negative, positive")
     assert read(tmp_path / "o" / "run.json")["labels"] == ["negative", "positive"]
 
 
@@ -142,7 +142,7 @@ def rte(call, glue, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wnli(glue, tmp_path_factory) -> Path:
-    """A GLUE folder whose WNLI holds the examples of RTE: there 1 is entailment, in RTE id 0."""
+    """A GLUE folder whose WNLI has the examples of RTE: there 1 is entailment, in RTE id 0."""
     folder = tmp_path_factory.mktemp("wnli")
     for name in ("train", "dev"):
         rows = [line.split("\t") for line in (glue / "RTE" / f"{name}.tsv").read_text().splitlines()]
@@ -159,7 +159,7 @@ def test_an_rte_adapter_means_the_same_by_its_labels_on_wnli_where_their_order_i
     outcome = succeeded(call(*flags, "--output_dir", tmp_path / "o"))
     want, got = (read(folder / "eval_results.json")["eval_accuracy"] for folder in (rte, tmp_path / "o"))
     assert got == want != 0.5
-    said(outcome, "put in the order not_entailment, entailment")
+    line_with(outcome, "put in the order not_entailment, entailment")
     assert read(tmp_path / "o" / "run.json")["labels"] == ["not_entailment", "entailment"]
 
 
@@ -168,16 +168,16 @@ def test_resuming_and_a_finished_run_do_not_turn_the_labels_a_second_time(kind, 
     turned = relabelled(request.getfixturevalue(kind), tmp_path / "turned", TURNED, [1, 0])
     flags = [*files, *from_(turned), "--do_train", "--do_eval", "--learning_rate", "1e-4", "--max_seq_length", "64"]
     flags += ["--max_steps", "4", "--save_steps", "2"]
-    whole = tmp_path / "whole"
-    succeeded(call(*flags, "--output_dir", whole))
-    resumed = cut_off(whole, tmp_path / "resumed", after=2)
+    uninterrupted = tmp_path / "complete"
+    succeeded(call(*flags, "--output_dir", uninterrupted))
+    resumed = cut_off(uninterrupted, tmp_path / "resumed", after=2)
     outcome = succeeded(call(*flags, "--output_dir", resumed))
     assert f"Resuming from {resumed / 'checkpoint-2'}" in outcome.out
-    for name, tensor in head(whole).items():
+    for name, tensor in head(uninterrupted).items():
         assert torch.equal(tensor, head(resumed)[name]), name
-    again = succeeded(call(*flags, "--output_dir", whole))
+    again = succeeded(call(*flags, "--output_dir", uninterrupted))
     assert "already trained" in again.out
-    assert scores(whole / "eval_results.json") == scores(resumed / "eval_results.json")
+    assert scores(uninterrupted / "eval_results.json") == scores(resumed / "eval_results.json")
 
 
 # ------------------------------------------------------------------------------------------------------ other names
@@ -188,7 +188,7 @@ def test_training_from_other_recorded_labels_of_the_same_number_starts_a_new_hea
 ):
     other = relabelled(start, tmp_path / "other", ("ham", "spam"))
     outcome = succeeded(call(*files, *from_(other), *STILL, "--do_train", "--do_eval", "--output_dir", tmp_path / "o"))
-    line = said(outcome, "its classifier is for other labels and is not loaded")
+    line = line_with(outcome, "its classifier is for other labels and is not loaded")
     assert str(other) in line and "ham, spam" in line and "negative, positive" in line
     before, after = head(other), head(tmp_path / "o")
     assert not any(torch.allclose(before[name], after[name]) for name in before if name.endswith("weight"))
@@ -206,11 +206,11 @@ def test_a_regression_does_not_start_from_a_classifiers_head_nor_classes_from_a_
 ):
     flags = ["--task_name", "stsb", "--glue_dir", glue, "--lora_path", adapter, *STILL, "--do_train"]
     outcome = succeeded(call(*flags, "--output_dir", tmp_path / "stsb"))
-    assert "a number (regression)" in said(outcome, "not loaded", "negative, positive")
+    assert "a number (regression)" in line_with(outcome, "not loaded", "negative, positive")
     outcome = succeeded(
         call(*files, "--lora_path", tmp_path / "stsb", *STILL, "--do_train", "--output_dir", tmp_path / "o")
     )
-    assert "a number (regression)" in said(outcome, "not loaded", "negative, positive")
+    assert "a number (regression)" in line_with(outcome, "not loaded", "negative, positive")
 
 
 # -------------------------------------------------------------------------------------------------- nothing recorded
@@ -226,7 +226,7 @@ def published(folder: Path, path: Path, order: list[int] | None = None) -> Path:
 
 @pytest.fixture(params=["published", "peft", "model"])
 def nameless(request, adapter, model, tmp_path) -> list[object]:
-    """Flags of a head that records no names: a published file's, a PEFT folder's, a whole model's with LABEL_0."""
+    """Flags of a head that records no names: a published file's, a PEFT folder's, a complete model's with LABEL_0."""
     if request.param == "published":
         return ["--lora_path", published(adapter, tmp_path / "a.bin"), *LORA]
     return from_(relabelled(adapter if request.param == "peft" else model, tmp_path / "nameless", None))
@@ -234,7 +234,7 @@ def nameless(request, adapter, model, tmp_path) -> list[object]:
 
 def test_training_from_a_head_without_names_keeps_it_by_position_and_says_so(nameless, call, files, tmp_path):
     outcome = succeeded(call(*files, *nameless, *STILL, "--do_train", "--do_eval", "--output_dir", tmp_path / "o"))
-    line = said(outcome, "records no label names", "negative, positive, in this order")
+    line = line_with(outcome, "records no label names", "negative, positive, in this order")
     assert str(nameless[1]) in line and "--labels" in line
     assert read(tmp_path / "o" / "eval_results.json")["eval_accuracy"] > 0.7
 
@@ -267,7 +267,7 @@ def test_labels_that_are_the_ids_themselves_need_no_names_and_a_line_says_so(nam
         dev = write_csv(tmp_path / f"{kind}.csv", sentences(1, names))
         flags = ["--validation_file", dev, *nameless, "--max_seq_length", "64", "--do_eval"]
         outcome = succeeded(call(*flags, "--output_dir", tmp_path / kind))
-        assert ", ".join(names) in said(outcome, "records no label names")
+        assert ", ".join(names) in line_with(outcome, "records no label names")
         right[kind] = read(tmp_path / kind / "eval_results.json")["eval_accuracy"]
     assert right["numbers"] == right["placeholders"] > 0.7
     dev = write_csv(tmp_path / "more.csv", sentences(1, ("1", "2")))
@@ -278,10 +278,10 @@ def test_labels_that_are_the_ids_themselves_need_no_names_and_a_line_says_so(nam
 def test_a_head_without_names_is_read_in_the_tasks_own_order_and_a_line_says_so(nameless, call, glue, tmp_path):
     flags = ["--task_name", "rte", "--glue_dir", glue, *nameless, "--max_seq_length", "64", "--do_eval"]
     outcome = succeeded(call(*flags, "--output_dir", tmp_path / "o"))
-    line = said(outcome, "records no label names", "entailment, not_entailment, in this order")
+    line = line_with(outcome, "records no label names", "entailment, not_entailment, in this order")
     assert str(nameless[1]) in line and "--labels" in line
     turned = succeeded(call(*flags, "--labels", "not_entailment,entailment", "--output_dir", tmp_path / "turned"))
-    said(turned, "put in the order entailment, not_entailment")
+    line_with(turned, "put in the order entailment, not_entailment")
     one, other = (read(tmp_path / name / "eval_results.json")["eval_accuracy"] for name in ("o", "turned"))
     assert one == pytest.approx(1 - other)
 
@@ -295,13 +295,15 @@ def test_a_published_mnli_file_is_read_in_the_tasks_own_order_or_in_that_of_labe
     file = published(tmp_path / "mnli", tmp_path / "mnli.bin")
     evaluate = [*LORA, "--max_seq_length", "64", "--do_eval", "--output_dir", tmp_path / "o"]
     outcome = succeeded(call(*task, "--lora_path", file, *evaluate))
-    assert "--labels" in said(outcome, "records no label names", "entailment, neutral, contradiction, in this order")
+    assert "--labels" in line_with(
+        outcome, "records no label names", "entailment, neutral, contradiction, in this order"
+    )
     assert scores(tmp_path / "o" / "eval_results.json") == want
 
     turned = published(tmp_path / "mnli", tmp_path / "turned.bin", [2, 1, 0])
     names = ["--labels", "contradiction,neutral,entailment"]
     outcome = succeeded(call(*task, "--lora_path", turned, *evaluate, *names))
-    said(outcome, "contradiction, neutral, entailment", "put in the order entailment, neutral, contradiction")
+    line_with(outcome, "contradiction, neutral, entailment", "put in the order entailment, neutral, contradiction")
     got = scores(tmp_path / "o" / "eval_results.json")
     assert got == {key: pytest.approx(value, rel=1e-5) for key, value in want.items()}
     rows = [["text", "text_pair", "label"]]
@@ -376,7 +378,7 @@ def test_labels_of_another_number_than_the_head_has_rows_are_refused(nameless, c
 
 
 def test_a_regression_has_no_label_names(call, glue, files, tmp_path):
-    """Of a head that tells a number, of a task, and of one's own files."""
+    """Of a head for regression, of a task, and of one's own files."""
     numbers = write_csv(tmp_path / "a.csv", [(f"a cat {i}", f"{i}.5") for i in range(12)])
     flags = ["--labels", "negative,positive", "--output_dir", tmp_path / "o"]
     succeeded(call("--train_file", numbers, *LORA, *STILL, "--do_train", "--output_dir", tmp_path / "score"))
@@ -398,7 +400,7 @@ def test_a_label_that_the_adapter_does_not_record_is_refused_and_the_adapter_nam
 
 
 def changed(model: Path, copy: Path, **settings: object) -> list[object]:
-    """Flags of a copy of a whole model with other settings in its config."""
+    """Flags of a copy of a complete model with other settings in its config."""
     shutil.copytree(model, copy)
     (copy / "config.json").write_text(json.dumps(read(copy / "config.json") | settings))
     return from_(copy)
@@ -408,8 +410,8 @@ def changed(model: Path, copy: Path, **settings: object) -> list[object]:
 def test_a_config_whose_two_lists_of_labels_contradict_each_other_is_refused(do, model, call, files, tmp_path):
     flags = changed(model, tmp_path / "m", label2id={"positive": 0, "negative": 1})
     outcome = call(*files, *flags, *STILL, do, "--output_dir", tmp_path / "o")
-    told = "id2label says that 0 is negative, label2id that negative is 1"
-    assert outcome.code == 1 and told in outcome.err and str(tmp_path / "m") in outcome.err
+    expected = "id2label says that 0 is negative, label2id that negative is 1"
+    assert outcome.code == 1 and expected in outcome.err and str(tmp_path / "m") in outcome.err
     for i, other in enumerate(({"LABEL_0": 0, "LABEL_1": 1}, None, {"negative": 0, "positive": 1})):  # these don't
         flags = changed(model, tmp_path / f"m{i}", label2id=other)
         succeeded(call(*files, *flags, *STILL, do, "--output_dir", tmp_path / f"o{i}"))
@@ -421,7 +423,7 @@ def test_a_model_for_several_labels_at_once_is_scored_as_one_for_single_labels_a
 ):
     flags = changed(model, tmp_path / "m", problem_type="multi_label_classification")
     outcome = succeeded(call(*files, *flags, *STILL, do, "--output_dir", tmp_path / "o"))
-    said(outcome, f"{tmp_path / 'm'}: its config says multi-label classification; scored here as single-label")
+    line_with(outcome, f"{tmp_path / 'm'}: its config says multi-label classification; scored here as single-label")
     outcome = succeeded(call(*files, *from_(model), *STILL, do, "--output_dir", tmp_path / "o2"))
     assert "multi-label" not in outcome.out
 
@@ -436,7 +438,7 @@ def test_a_config_with_more_names_than_its_head_has_rows_is_reported_as_that_alo
         "neutral."
     )
     outcome = succeeded(call("--train_file", dev, *flags, *STILL, "--do_train", "--output_dir", tmp_path / "o"))
-    said(outcome, "not loaded", "It has 2 outputs; the examples have negative, neutral, positive")
+    line_with(outcome, "not loaded", "It has 2 outputs; the examples have negative, neutral, positive")
 
 
 def test_the_first_message_on_an_encoder_without_a_head_is_that_it_has_no_trained_head(

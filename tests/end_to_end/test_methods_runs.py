@@ -215,7 +215,7 @@ def test_a_finished_run_of_adapters_is_not_trained_again(trained, call, glue, tm
     assert "already trained" in outcome.out
     assert scores(output / "eval_results.json") == scores(folder / "eval_results.json")
     before = contents(output)
-    for flags, said in (
+    for flags, expected_message in (
         (METHODS["pfeiffer"][0], "name houlsby, now pfeiffer"),
         ([*HOULSBY, "--adapter_size", "4"], "adapter_size 8, now 4"),
         ([*HOULSBY, "--apply_bitfit"], "biases None, now True"),
@@ -223,7 +223,7 @@ def test_a_finished_run_of_adapters_is_not_trained_again(trained, call, glue, tm
         ([], "name houlsby, now full"),
     ):
         outcome = call(*rte(glue, output, *STEPS, "--do_train", *flags))
-        assert outcome.code == 1 and said in outcome.err, outcome
+        assert outcome.code == 1 and expected_message in outcome.err, outcome
     assert contents(output) == before
 
 
@@ -251,10 +251,10 @@ def mnli_run(call, glue, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("said", [[], HOULSBY], ids=["the folder alone", "the method too"])
-def test_rte_starts_from_an_mnli_runs_adapters_and_leaves_its_head_behind(said, mnli_run, call, glue, tmp_path):
+@pytest.mark.parametrize("own_flags", [[], HOULSBY], ids=["the folder alone", "the method too"])
+def test_rte_starts_from_an_mnli_runs_adapters_and_leaves_its_head_behind(own_flags, mnli_run, call, glue, tmp_path):
     output = tmp_path / "rte"
-    flags = ["--adapter_path", mnli_run, *said, *STEPS, "--learning_rate", "0", "--do_train"]
+    flags = ["--adapter_path", mnli_run, *own_flags, *STEPS, "--learning_rate", "0", "--do_train"]
     outcome = succeeded(call(*rte(glue, output, *flags)))
     assert len(re.findall("its classifier is for other labels and is not loaded", outcome.out)) == 1
     assert "was trained on mnli; this is rte" in outcome.out
@@ -268,10 +268,12 @@ def test_rte_starts_from_an_mnli_runs_adapters_and_leaves_its_head_behind(said, 
     assert run["parameters"]["encoder"] == METHODS["houlsby"][2]
 
 
-@pytest.mark.parametrize("said, p", [([], 0.0), (["--lora_dropout", "0.3"], 0.3)])
-def test_training_that_starts_from_updates_uses_the_dropout_of_its_own_flags(said, p, trained, call, glue, tmp_path):
+@pytest.mark.parametrize("own_flags, p", [([], 0.0), (["--lora_dropout", "0.3"], 0.3)])
+def test_training_that_starts_from_updates_uses_the_dropout_of_its_own_flags(
+    own_flags, p, trained, call, glue, tmp_path
+):
     folder, _ = trained("lora elsewhere")
-    flags = ["--lora_path", folder, *STEPS, "--max_steps", "1", "--do_train", *said]
+    flags = ["--lora_path", folder, *STEPS, "--max_steps", "1", "--do_train", *own_flags]
     succeeded(call(*rte(glue, tmp_path / "o", *flags)))
     described = METHODS["lora elsewhere"][1] | {"lora_dropout": p}
     assert method_in(read(tmp_path / "o" / "run.json")) == described
@@ -305,7 +307,7 @@ OTHER = METHODS["pfeiffer"][0]
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message_parts"),
     [
         (["--apply_adapter"], ["--adapter_type (houlsby or pfeiffer) and --adapter_size"]),
         (NO_SIZE, ["--apply_adapter needs", "--adapter_size"]),
@@ -339,13 +341,13 @@ OTHER = METHODS["pfeiffer"][0]
     ],
     ids=lambda value: " ".join(value)[-60:],
 )  # fmt: skip
-def test_flags_of_methods_that_make_no_sense_end_with_code_2(flags, said, refused):
+def test_flags_of_methods_that_make_no_sense_end_with_code_2(flags, message_parts, refused):
     message = refused(2, "--do_train", *flags)
-    assert [part for part in said if part not in message] == [], message
+    assert [part for part in message_parts if part not in message] == [], message
 
 
 @pytest.mark.parametrize(
-    ("method", "flags", "said"),
+    ("method", "flags", "message_parts"),
     [
         ("houlsby", ["--lora_path"], ["contains houlsby", "Give it as --adapter_path"]),
         ("bitfit", ["--lora_path"], ["contains bitfit", "Give it as --adapter_path"]),
@@ -367,10 +369,10 @@ def test_flags_of_methods_that_make_no_sense_end_with_code_2(flags, said, refuse
     ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60],
 )  # fmt: skip
 def test_a_folder_that_the_flags_contradict_is_refused_and_its_contents_are_named(
-    method, flags, said, trained, refused
+    method, flags, message_parts, trained, refused
 ):
     message = refused(1, "--do_eval", *flags, trained(method)[0])
-    assert [part for part in said if part not in message] == [], message
+    assert [part for part in message_parts if part not in message] == [], message
 
 
 @pytest.mark.parametrize("flag", ["--lora_path", "--adapter_path"])

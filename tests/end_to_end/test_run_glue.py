@@ -92,8 +92,8 @@ def test_train_eval_predict_writes_the_adapter_and_every_result_file(rte_run, ti
     assert all("lora_" in name or name.startswith("classifier.") for name in names) and len(names) == 12
     assert not list(output.rglob("model.safetensors")) and not list(output.rglob("pytorch_model.bin"))
     assert "Traceback" not in outcome.err
-    for said in ("accuracy", "trainable parameters", "of them LoRA", "best while training", str(output)):
-        assert said in outcome.out, said
+    for part in ("accuracy", "trainable parameters", "of them LoRA", "best while training", str(output)):
+        assert part in outcome.out, part
 
 
 def test_training_learns_what_the_examples_teach(rte_run):
@@ -120,8 +120,8 @@ def test_predictions_are_label_names_under_the_header_the_glue_server_wants(rte_
     ],
 )
 def test_each_flag_of_2021_is_reported_in_one_line_with_what_it_is_now(old, new, rte_run):
-    said = [line for line in rte_run[1].out.splitlines() if line.startswith(f"run_glue.py: {old}")]
-    assert len(said) == 1 and new in said[0]
+    matching = [line for line in rte_run[1].out.splitlines() if line.startswith(f"run_glue.py: {old}")]
+    assert len(matching) == 1 and new in matching[0]
 
 
 def test_logging_dir_gets_tensorboards_files_or_a_line_that_it_stays_empty(
@@ -130,11 +130,11 @@ def test_logging_dir_gets_tensorboards_files_or_a_line_that_it_stays_empty(
     assert list((rte_run[0].parent / "log").glob("events.out.tfevents.*"))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # the flag sets it; the test puts it back
     monkeypatch.setattr("lora_nlu.training.parsing.is_tensorboard_available", lambda: False)
-    said = io.StringIO()
+    printed = io.StringIO()
     flags = ["--model_name_or_path", tiny_model, *rte(glue, tmp_path / "o", "--do_eval", "--logging_dir", "log")]
-    with contextlib.redirect_stdout(said):
+    with contextlib.redirect_stdout(printed):
         args = parse_arguments([*map(str, flags)], os.environ)[2]
-    assert args.report_to == [] and "run_glue.py: --logging_dir log: nothing is written there" in said.getvalue()
+    assert args.report_to == [] and "run_glue.py: --logging_dir log: nothing is written there" in printed.getvalue()
 
 
 def test_a_new_process_evaluates_the_output_folder_to_exactly_the_same_numbers(rte_run, start, glue, tmp_path):
@@ -161,7 +161,7 @@ def test_re_running_a_finished_run_skips_training_says_so_and_gives_the_same_res
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "expected_message"),
     [
         (["--learning_rate", "1e-3"], "learning_rate 0.01, now 0.001"),
         (["--seed", "3"], "seed 0, now 3"),
@@ -176,7 +176,7 @@ def test_re_running_a_finished_run_skips_training_says_so_and_gives_the_same_res
 )
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "cut off"])
 def test_a_run_with_other_settings_is_refused_with_the_differences(
-    changed, said, finished, rte_run, call, glue, tmp_path
+    changed, expected_message, finished, rte_run, call, glue, tmp_path
 ):
     output = tmp_path / "output"
     shutil.copytree(rte_run[0], output)
@@ -187,7 +187,7 @@ def test_a_run_with_other_settings_is_refused_with_the_differences(
     before = contents(output)
     flags = [*LEARN, "--do_train", "--seed", "0", "--warmup_steps", "0.06", "--per_device_train_batch_size", "8"]
     outcome = call(*rte(glue, output, *flags, *changed))
-    assert outcome.code == 1 and said in outcome.err and outcome.err.count("\n") < 3, outcome
+    assert outcome.code == 1 and expected_message in outcome.err and outcome.err.count("\n") < 3, outcome
     assert contents(output) == before
 
 
@@ -424,15 +424,15 @@ def test_evaluating_a_custom_adapter_alone_uses_the_labels_it_recorded(own_run, 
 def test_a_fine_tuned_model_predicts_by_the_labels_that_its_config_records(own_run, call, tmp_path):
     _, folder = own_run
     files = ["--train_file", folder / "train.csv", "--validation_file", folder / "validation.csv"]
-    whole = tmp_path / "whole"
-    succeeded(call(*files, *SHORT, "--do_train", "--do_eval", "--output_dir", whole))
-    flags = ["--model_name_or_path", whole, "--max_seq_length", "64", "--output_dir", tmp_path / "o"]
+    fine_tuned = tmp_path / "complete"
+    succeeded(call(*files, *SHORT, "--do_train", "--do_eval", "--output_dir", fine_tuned))
+    flags = ["--model_name_or_path", fine_tuned, "--max_seq_length", "64", "--output_dir", tmp_path / "o"]
     succeeded(call("--test_file", folder / "validation.csv", "--do_predict", *flags))
     lines = (tmp_path / "o" / "predict_results_custom.tsv").read_text().splitlines()[1:]
     with (folder / "validation.csv").open(newline="", encoding="utf-8") as file:
-        wanted = [row[1] for row in list(csv.reader(file))[1:]]
-    right = sum(line.split("\t")[1] == label for line, label in zip(lines, wanted, strict=True))
-    assert read(whole / "eval_results.json")["eval_accuracy"] == pytest.approx(right / len(wanted))
+        right_labels = [row[1] for row in list(csv.reader(file))[1:]]
+    right = sum(line.split("\t")[1] == label for line, label in zip(lines, right_labels, strict=True))
+    assert read(fine_tuned / "eval_results.json")["eval_accuracy"] == pytest.approx(right / len(right_labels))
 
 
 def test_a_csv_with_decimal_labels_is_a_regression(call, tmp_path):
@@ -499,8 +499,8 @@ def test_an_interrupted_run_says_how_to_resume_and_its_re_run_ends_bit_equal(
 
     outcome = succeeded(start(*rte(glue, output, *long)))
     assert f"Resuming from {output / 'checkpoint-'}" in outcome.out
-    succeeded(call(*rte(glue, tmp_path / "whole", *long)))
-    got, want = trained_flat(output), trained_flat(tmp_path / "whole")
+    succeeded(call(*rte(glue, tmp_path / "complete", *long)))
+    got, want = trained_flat(output), trained_flat(tmp_path / "complete")
     assert [name for name in want if not torch.equal(got[name], want[name])] == []
     assert read(output / "trainer_state.json")["global_step"] == 240
 

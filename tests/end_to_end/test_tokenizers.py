@@ -49,10 +49,10 @@ def bert_words(tmp_path_factory) -> Path:
 
 def write_python(folder: Path, tokenizer_class: str) -> Path:
     """A tokenizer by characters and a few merges, in the files that fairseq's have."""
-    pieces = [*(f"{c}@@" for c in string.ascii_lowercase), *string.ascii_lowercase, "th@@", "the", "cat"]
-    (folder / "vocab.txt").write_text("".join(f"{piece} 1\n" for piece in pieces))
+    subwords = [*(f"{c}@@" for c in string.ascii_lowercase), *string.ascii_lowercase, "th@@", "the", "cat"]
+    (folder / "vocab.txt").write_text("".join(f"{piece} 1\n" for piece in subwords))
     (folder / "bpe.codes").write_text("t h 10\nth e</w> 9\nc a 8\nca t</w> 7\n")
-    return write_base(folder, tokenizer_class, len(pieces) + 5)
+    return write_base(folder, tokenizer_class, len(subwords) + 5)
 
 
 @pytest.fixture(scope="module", params=["BertweetTokenizer", "PhobertTokenizer"])
@@ -181,8 +181,8 @@ def test_what_was_trained_with_another_tokenizer_is_refused(change, method, call
     flags = ["--task_name", "rte", "--glue_dir", glue, *RUN]
     start = ["--model_name_or_path", trained]
     if method:
-        door = "--lora_path" if method == LORA else "--adapter_path"
-        start = ["--model_name_or_path", bert_words, door, trained]
+        path_flag = "--lora_path" if method == LORA else "--adapter_path"
+        start = ["--model_name_or_path", bert_words, path_flag, trained]
     for work in (["--do_eval"], ["--do_predict"], ["--do_train", "--max_steps", 1]):
         outcome = call(*flags, *start, "--tokenizer_name", other, *work, "--output_dir", tmp_path / "e")
         assert outcome.code == 1 and f"{trained}: was trained with another tokenizer" in outcome.err, outcome.err
@@ -191,9 +191,9 @@ def test_what_was_trained_with_another_tokenizer_is_refused(change, method, call
     assert scores(tmp_path / "e" / "eval_results.json") == scores(trained / "eval_results.json")
     for name in ("run.json", "run_metadata.json"):  # as an older version wrote them
         if (trained / name).is_file():
-            known = read(trained / name)
-            assert known.pop("tokenizer_fingerprint")
-            (trained / name).write_text(json.dumps(known))
+            record = read(trained / name)
+            assert record.pop("tokenizer_fingerprint")
+            (trained / name).write_text(json.dumps(record))
     succeeded(call(*flags, *start, "--tokenizer_name", other, "--do_eval", "--output_dir", tmp_path / "e"))
 
 
@@ -205,8 +205,8 @@ def test_a_run_is_not_taken_up_with_another_tokenizer(change, call, run, bert_wo
     again = ["--model_name_or_path", bert_words, "--task_name", "rte", "--glue_dir", glue, *RUN, *flags]
     again += ["--tokenizer_name", other, "--output_dir", trained]
     for finished in (True, False):
-        known = read(trained / "run.json")
-        (trained / "run.json").write_text(json.dumps({k: v for k, v in known.items() if finished or k != "trained"}))
+        record = read(trained / "run.json")
+        (trained / "run.json").write_text(json.dumps({k: v for k, v in record.items() if finished or k != "trained"}))
         outcome = call(*again)
         assert outcome.code == 1 and "tokenizer_fingerprint" in outcome.err, outcome.err
 

@@ -50,9 +50,9 @@ def test_other_training_examples_of_the_same_number_are_refused_as_other_setting
     output, more = tmp_path / "o", []
     shutil.copytree(trained / "o", output)
     if state != "trained":
-        known = read(output / "run.json")
-        del known["trained"]
-        (output / "run.json").write_text(json.dumps(known))
+        record = read(output / "run.json")
+        del record["trained"]
+        (output / "run.json").write_text(json.dumps(record))
     if state == "its checkpoint":  # in another folder
         more, output = ["--resume_from_checkpoint", output / "checkpoint-2"], tmp_path / "new"
         output.mkdir()
@@ -76,10 +76,10 @@ def test_the_same_examples_in_another_file_another_evaluation_file_and_an_older_
         flags = ["--validation_file", write(tmp_path / "dev.csv", rows(seed)), "--do_eval", "--output_dir", output]
         assert "already trained" in succeeded(call("--train_file", tmp_path / "same.jsonl", *TRAIN, *flags)).out
     for path in (output / "run.json", *output.rglob("run_metadata.json")):
-        known = read(path)
-        assert known["train_file"] == known["dataset"] == "train.csv"
-        assert len(known["hyperparameters"].pop("train_data")) == 16
-        path.write_text(json.dumps(known))
+        record = read(path)
+        assert record["train_file"] == record["dataset"] == "train.csv"
+        assert len(record["hyperparameters"].pop("train_data")) == 16
+        path.write_text(json.dumps(record))
     other = write(tmp_path / "other.csv", flipped(rows()))
     assert "already trained" in succeeded(call("--train_file", other, *TRAIN, "--output_dir", output)).out
 

@@ -165,16 +165,20 @@ def test_a_field_of_a_newer_release_counts_as_deciding_and_every_setting_is_plai
     class Newer(TrainingArguments):
         of_next_year: float = 0.5
 
-    given = {"lr_scheduler_kwargs": {"b": 1, "a": [1, 2]}, "optim_args": "momentum=0.9", "label_names": ["labels"]}
-    given |= {"accelerator_config": {"non_blocking": True}, "lr_scheduler_type": "cosine", "neftune_noise_alpha": 5}
-    args = Newer(output_dir=str(tmp_path), use_cpu=True, report_to="none", **given)
+    own_values = {"lr_scheduler_kwargs": {"b": 1, "a": [1, 2]}, "optim_args": "momentum=0.9", "label_names": ["labels"]}
+    own_values |= {
+        "accelerator_config": {"non_blocking": True},
+        "lr_scheduler_type": "cosine",
+        "neftune_noise_alpha": 5,
+    }
+    args = Newer(output_dir=str(tmp_path), use_cpu=True, report_to="none", **own_values)
     settings = deciding_settings(args)
     assert settings["of_next_year"] == 0.5 and settings["lr_scheduler_type"] == "cosine"
     assert settings["accelerator_config"] == {"non_blocking": True}
     assert json.loads(json.dumps(settings)) == settings
     assert [*settings["lr_scheduler_kwargs"]] == ["a", "b"]
     defaults = left_at_default(args, settings)
-    assert "of_next_year" in defaults and not {*given} & {*defaults} and "learning_rate" not in defaults
+    assert "of_next_year" in defaults and not {*own_values} & {*defaults} and "learning_rate" not in defaults
     plain = Newer(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     settings = deciding_settings(plain)
     assert {*settings} - {*left_at_default(plain, settings)} == {*_ALWAYS_RECORDED, "examples_a_step"}
@@ -197,7 +201,7 @@ SGD = ["--optim", "sgd", "--optim_args", "momentum=0.5"]
 
 @pytest.mark.parametrize("trained", [True, False], ids=["already trained", "interrupted"])
 @pytest.mark.parametrize(
-    "which, flags, said",
+    "which, flags, expected_message",
     [
         ("plain", ["--optim_args", "momentum=0.9"], "optim_args momentum=0.5, now momentum=0.9"),
         ("plain", ["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"power": 2}'], "{'power': 2}"),
@@ -211,7 +215,9 @@ SGD = ["--optim", "sgd", "--optim_args", "momentum=0.5"]
         ("best", ["--max_eval_samples", 12], "the evaluation examples differ"),
     ],
 )
-def test_another_value_of_what_decides_is_another_run(which, flags, said, trained, finished, call, glue, tmp_path):
+def test_another_value_of_what_decides_is_another_run(
+    which, flags, expected_message, trained, finished, call, glue, tmp_path
+):
     output = tmp_path / "o"
     shutil.copytree(finished / which, output)
     if not trained:
@@ -224,7 +230,9 @@ def test_another_value_of_what_decides_is_another_run(which, flags, said, traine
         (output / "checkpoint-1" / "files.json").write_text(json.dumps({"trainer_state.json": len(state)}))
     base = SGD if which == "plain" else ["--do_eval", *BEST]
     outcome = call(*rte(glue, output, "--do_train", *SHORT, *base, *flags))
-    assert outcome.code == 1 and "contains a run with other settings" in outcome.err and said in outcome.err, outcome
+    assert (
+        outcome.code == 1 and "contains a run with other settings" in outcome.err and expected_message in outcome.err
+    ), outcome
 
 
 @pytest.mark.parametrize(
@@ -307,7 +315,7 @@ def test_a_run_that_is_resumed_stops_early_where_it_would_have(step, call, glue,
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, expected_message",
     [
         (["--early_stopping_patience", 2], "add --eval_strategy"),
         (["--early_stopping_patience", 0, "--eval_strategy", "epoch"], "must be 1 or more"),
@@ -322,9 +330,9 @@ def test_a_run_that_is_resumed_stops_early_where_it_would_have(step, call, glue,
         (["--early_stopping_patience", 2, "--early_stopping_threshold", -1, "--eval_strategy", "epoch"], "0 or more"),
     ],
 )
-def test_early_stopping_that_could_not_work_is_refused(flags, said, call, glue, tmp_path):
+def test_early_stopping_that_could_not_work_is_refused(flags, expected_message, call, glue, tmp_path):
     outcome = call(*rte(glue, tmp_path / "o", "--do_train", "--do_eval", *SHORT, *flags))
-    assert outcome.code == 2 and said in outcome.err
+    assert outcome.code == 2 and expected_message in outcome.err
 
 
 # ---------------------------------------------------------------------------------------- every flag and every choice
@@ -335,7 +343,7 @@ SMALL += ["--max_eval_samples", 8, "--save_steps", 2]
 
 @pytest.fixture
 def same_process_afterwards():
-    """What some flags set for the whole process is put back."""
+    """What some flags set for the process is put back."""
     verbosity, threads = transformers.logging.get_verbosity(), torch.get_num_threads()
     with mock.patch.dict(os.environ):
         yield
@@ -464,15 +472,15 @@ def test_the_sweep_has_every_field_of_the_pinned_training_arguments():
 def test_every_flag_of_training_arguments_works_or_is_refused_in_a_sentence(
     name, call, glue, tmp_path, same_process_afterwards
 ):
-    values, said = SWEEP[name]
+    values, expected_message = SWEEP[name]
     flags = [f"--{name}", *values] if name != "output_dir" else []
     outcome = call(
         *rte(glue, tmp_path / "o", *SMALL, *(["--lora_path", "/nowhere"] if name == "do_train" else []), *flags)
     )
     if name == "do_train":  # then there must be something trained
         assert outcome.code == 1 and "no such file" in outcome.err
-    elif said:
-        assert outcome.code and re.search(said, outcome.err) and outcome.err.count("\n") < 4, outcome.err
+    elif expected_message:
+        assert outcome.code and re.search(expected_message, outcome.err) and outcome.err.count("\n") < 4, outcome.err
     else:
         succeeded(outcome)
 

@@ -50,15 +50,15 @@ def test_a_method_without_what_it_trained_is_not_evaluated(method, work, trained
     assert not list((tmp_path / "o").glob("*"))
     shutil.copy(trained(method) / "adapter_config.json", tmp_path / "o")
     shutil.copy(trained("full") / "run.json", tmp_path / "o")
-    known = {k: v for k, v in read(tmp_path / "o" / "run.json").items() if k not in ("trained", "hyperparameters")}
-    (tmp_path / "o" / "run.json").write_text(json.dumps(known))
+    record = {k: v for k, v in read(tmp_path / "o" / "run.json").items() if k not in ("trained", "hyperparameters")}
+    (tmp_path / "o" / "run.json").write_text(json.dumps(record))
     assert f"Give it: {path_flag} {tmp_path / 'o'}." in call(*on_rte(glue, tmp_path / "o", *flags, work)).err
 
 
 def test_a_fine_tuned_model_without_a_methods_flags_is_evaluated(trained, call, glue, tmp_path):
     for flags in ([], ["--apply_lora", "--lora_r", "0"]):
-        asked = on_rte(glue, tmp_path / "o", "--model_name_or_path", trained("full"), *SHORT, "--do_eval", *flags)
-        succeeded(call(*asked))
+        evaluation = on_rte(glue, tmp_path / "o", "--model_name_or_path", trained("full"), *SHORT, "--do_eval", *flags)
+        succeeded(call(*evaluation))
         assert scores(tmp_path / "o" / "eval_results.json") == scores(trained("full") / "eval_results.json")
 
 
@@ -71,9 +71,9 @@ def test_another_models_results_do_not_take_the_place_of_a_trained_runs(method, 
     )
     path_flag = f"--{METHODS[method].path_flag}"
     before = contents(folder)
-    for given in (["--model_name_or_path", trained("full")], ["--adapter_path", other]):
-        outcome = call(*on_rte(glue, folder, *given, *SHORT, work))
-        assert outcome.code == 1 and str(given[1]) in outcome.err and f"{path_flag} {folder}" in outcome.err, (
+    for other_model in (["--model_name_or_path", trained("full")], ["--adapter_path", other]):
+        outcome = call(*on_rte(glue, folder, *other_model, *SHORT, work))
+        assert outcome.code == 1 and str(other_model[1]) in outcome.err and f"{path_flag} {folder}" in outcome.err, (
             outcome.err
         )
     assert contents(folder) == before
@@ -83,11 +83,11 @@ def test_another_models_results_do_not_take_the_place_of_a_trained_runs(method, 
 def test_what_a_run_trained_is_scored_into_its_folder_again(method, trained, call, glue, tmp_path):
     folder = shutil.copytree(trained(method), tmp_path / "run")
     path_flag = f"--{METHODS[method].path_flag}"
-    known = (folder / "run.json").read_bytes()
+    record = (folder / "run.json").read_bytes()
     (folder / "eval_results.json").unlink()
     succeeded(call(*on_rte(glue, folder, path_flag, tmp_path / "." / "run", *SHORT, "--do_eval")))
     assert scores(folder / "eval_results.json") == scores(trained(method) / "eval_results.json")
-    assert (folder / "run.json").read_bytes() == known
+    assert (folder / "run.json").read_bytes() == record
     other = ["--validation_file", glue / "RTE" / "dev.tsv", "--do_eval", *SHORT]
     outcome = call("--output_dir", folder, path_flag, folder, *other)
     assert outcome.code == 1 and "on custom would be taken for that run's" in outcome.err
@@ -101,8 +101,8 @@ def test_an_unfinished_runs_folder_takes_no_other_models_results(trained, call, 
 
 
 def test_a_folder_of_evaluations_may_be_used_again_and_records_the_last(trained, call, glue, tmp_path):
-    for given in (["--model_name_or_path", trained("full")], ["--lora_path", trained("lora")]):
-        succeeded(call(*on_rte(glue, tmp_path / "o", *given, *SHORT, "--do_eval")))
+    for other_model in (["--model_name_or_path", trained("full")], ["--lora_path", trained("lora")]):
+        succeeded(call(*on_rte(glue, tmp_path / "o", *other_model, *SHORT, "--do_eval")))
     assert read(tmp_path / "o" / "run.json")["started_from"] == str(trained("lora"))
 
 
@@ -116,7 +116,7 @@ def test_training_does_not_start_among_results_that_another_model_gave(trained, 
     assert not (tmp_path / "o" / "eval_results.json").exists()
 
 
-# ------------------------------------------------------------------------------------- a file at the wrong door
+# ------------------------------------------------------------------------------------- a file given by the wrong flag
 
 
 def peft_on(base: Path, folder: Path, **settings: Any) -> PeftModel:
@@ -133,30 +133,33 @@ def peft_on(base: Path, folder: Path, **settings: Any) -> PeftModel:
 def test_a_file_given_by_the_wrong_flag_is_refused_with_the_right_flag(trained, call, glue, tiny_model, tmp_path):
     full, lora = trained("full"), trained("lora")
     torch.save(peft_on(tiny_model, tmp_path / "peft", task_type="SEQ_CLS").state_dict(), tmp_path / "peft.bin")
-    torch.save(RobertaForSequenceClassification.from_pretrained(full).state_dict(), tmp_path / "whole.bin")
+    torch.save(RobertaForSequenceClassification.from_pretrained(full).state_dict(), tmp_path / "complete.bin")
     headless = {n: t for n, t in read_adapter(str(lora)).state.items() if ".lora_" in n}
     torch.save(headless, tmp_path / "headless.bin")
     peft_on(tiny_model, tmp_path / "encoder", task_type="FEATURE_EXTRACTION")
-    base, door = "--model_name_or_path", "--lora_path"
+    base, path_flag = "--model_name_or_path", "--lora_path"
     alpha = ["--lora_alpha", "8"]
-    for flags, said in (
+    for flags, expected_message in (
         ([base, lora], f"is an adapter.\nGive it as --lora_path, and its base ({tiny_model}) as --model_name_or_path"),
         ([base, trained("head")], "Give it as --adapter_path"),
-        ([door, full], "is a complete model, no adapter. Give it as --model_name_or_path"),
-        ([door, full / "model.safetensors"], "is a complete model, without LoRA. Give it as --model_name_or_path"),
-        ([door, tmp_path / "whole.bin"], "is a complete model, without LoRA. Give it as --model_name_or_path"),
-        ([door, lora / "adapter_model.safetensors"], "contains PEFT's keys"),
-        ([door, tmp_path / "peft.bin"], "Give the folder with its adapter_config.json"),
-        ([door, tmp_path / "headless.bin", *alpha], "contains LoRA and no classifier: train one from it (--do_train)"),
-        ([door, tmp_path / "encoder"], "its keys lack 'roberta.'"),
+        ([path_flag, full], "is a complete model, no adapter. Give it as --model_name_or_path"),
+        ([path_flag, full / "model.safetensors"], "is a complete model, without LoRA. Give it as --model_name_or_path"),
+        ([path_flag, tmp_path / "complete.bin"], "is a complete model, without LoRA. Give it as --model_name_or_path"),
+        ([path_flag, lora / "adapter_model.safetensors"], "contains PEFT's keys"),
+        ([path_flag, tmp_path / "peft.bin"], "Give the folder with its adapter_config.json"),
+        (
+            [path_flag, tmp_path / "headless.bin", *alpha],
+            "contains LoRA and no classifier: train one from it (--do_train)",
+        ),
+        ([path_flag, tmp_path / "encoder"], "its keys lack 'roberta.'"),
     ):
         outcome = call(*on_rte(glue, tmp_path / "o", *flags, *SHORT, "--do_eval"))
-        assert outcome.code == 1 and said in outcome.err, (flags, outcome.err)
+        assert outcome.code == 1 and expected_message in outcome.err, (flags, outcome.err)
     both = shutil.copytree(full, tmp_path / "both")  # transformers itself loads the adapter, and its base for the model
     for path in (tmp_path / "peft").glob("adapter_*"):
         shutil.copy(path, both)
     outcome = call(*on_rte(glue, tmp_path / "o", "--model_name_or_path", both, *SHORT, "--do_eval"))
     assert outcome.code == 1 and "contains a model and an adapter" in outcome.err, outcome.err
     train = on_rte(glue, tmp_path / "o", *SHORT, "--do_train", "--max_steps", "1")
-    assert "its keys lack 'roberta.'" in call(*train, door, tmp_path / "encoder").err
-    succeeded(call(*train, door, tmp_path / "headless.bin", *alpha))
+    assert "its keys lack 'roberta.'" in call(*train, path_flag, tmp_path / "encoder").err
+    succeeded(call(*train, path_flag, tmp_path / "headless.bin", *alpha))

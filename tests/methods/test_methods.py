@@ -99,9 +99,9 @@ def names_of(model: Any, pattern: str) -> set[str]:
 
 def only_(model: Any, pattern: str) -> None:
     """Train these names alone."""
-    wanted = names_of(model, pattern)
+    trained_names = names_of(model, pattern)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
+        parameter.requires_grad_(name in trained_names)
 
 
 def assert_same_step(ours: Any, theirs: Any) -> None:
@@ -248,7 +248,7 @@ def test_an_adapter_of_an_unknown_type_or_of_width_0_is_refused(adapter_type, si
 
 
 def save_base(kind: str, folder: Path, seed: int = 5, **settings: Any) -> Path:
-    """transformers' own classifier, of 3 layers unless said, every parameter random, as a folder with a tokenizer."""
+    """transformers' own classifier, of 3 layers by default, every parameter random, as a folder with a tokenizer."""
     config = CONFIGS[kind](**{"num_hidden_layers": 3, **settings})
     randomise_(CLASSIFIERS[kind][1](config), seed).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "[PAD]": 2}, "[UNK]"))
@@ -663,14 +663,14 @@ def saved(bases, tmp_path_factory) -> Callable[[str, str], tuple[Any, Path]]:
 
 
 def attached(base: Path, folder: Path, new_head: bool = False, **settings: Any) -> tuple[Any, list[str]]:
-    """A freshly loaded base with the adapter of a folder, and what was said."""
+    """A freshly loaded base with the adapter of a folder, and the notes on it."""
     model = loaded(base, seed=9, **settings)
     return model, attach_adapter(model, read_adapter(str(folder)), None, allow_new_head=new_head)
 
 
 @pytest.fixture(scope="module")
 def again(bases, saved) -> Callable[[str, str], tuple[Any, list[str]]]:
-    """A fresh base with what a method saved attached, and what was said, for nobody to change."""
+    """A fresh base with what a method saved attached, and the notes on it, for nobody to change."""
     return cache(lambda kind, method: attached(bases[kind], saved(kind, method)[1]))
 
 
@@ -719,11 +719,13 @@ def test_a_folder_contains_what_was_trained_and_nothing_else(kind, method, saved
         return f"base_model.model.{name}{'.weight' if '.lora_' in name else ''}"
 
     tensors = load_file(folder / ADAPTER_WEIGHTS)
-    wanted = {in_file(name): state[name] for name in names_of(model, METHODS[method][1])}
-    assert tensors.keys() == wanted.keys()
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in wanted.items())
-    numbers = sum(tensor.numel() for tensor in wanted.values())
-    assert (folder / ADAPTER_WEIGHTS).stat().st_size < 4 * numbers + 200 * len(wanted) + 200  # numbers and their names
+    expected = {in_file(name): state[name] for name in names_of(model, METHODS[method][1])}
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+    numbers = sum(tensor.numel() for tensor in expected.values())
+    assert (folder / ADAPTER_WEIGHTS).stat().st_size < 4 * numbers + 200 * len(
+        expected
+    ) + 200  # numbers and their names
 
 
 @KINDS
@@ -821,15 +823,15 @@ def saying(kind: str, folder: Path, place: Path) -> Path:
     return copied
 
 
-@pytest.mark.parametrize("has, says", [("HOULSBY", "PFEIFFER"), ("PFEIFFER", "HOULSBY"), ("BITFIT", "HEAD")])
-def test_a_folder_whose_config_names_another_method_is_refused(has, says, bases, saved, tmp_path):
-    refused(bases["roberta"], saying(says, saved("roberta", has.lower())[1], tmp_path))
+@pytest.mark.parametrize("contained, named", [("HOULSBY", "PFEIFFER"), ("PFEIFFER", "HOULSBY"), ("BITFIT", "HEAD")])
+def test_a_folder_whose_config_names_another_method_is_refused(contained, named, bases, saved, tmp_path):
+    refused(bases["roberta"], saying(named, saved("roberta", contained.lower())[1], tmp_path))
 
 
-@pytest.mark.parametrize("says", ["HOULSBY", "PFEIFFER", "BITFIT"])
-def test_a_folder_with_nothing_of_the_method_it_names_is_refused_where_it_is_read(says, saved, tmp_path):
-    folder = saying(says, saved("roberta", "head")[1], tmp_path)
-    with pytest.raises(UserError, match=f"says {says.lower()}, but the file contains no tensor"):
+@pytest.mark.parametrize("named", ["HOULSBY", "PFEIFFER", "BITFIT"])
+def test_a_folder_with_nothing_of_the_method_it_names_is_refused_where_it_is_read(named, saved, tmp_path):
+    folder = saying(named, saved("roberta", "head")[1], tmp_path)
+    with pytest.raises(UserError, match=f"says {named.lower()}, but the file contains no tensor"):
         read_adapter(str(folder))
 
 
@@ -843,7 +845,7 @@ def test_a_head_for_other_labels_stays_behind_when_training_starts_and_is_refuse
     assert len(notes) == 1 and "its classifier is for other labels and is not loaded" in notes[0]
     state = started.state_dict()
     for name in names_of(model, METHODS[method][1]):
-        left = name.startswith("classifier.")  # RoBERTa's whole head; DeBERTa keeps its pooler
+        left = name.startswith("classifier.")  # all of RoBERTa's head; DeBERTa keeps its pooler
         assert torch.equal(state[name], fresh[name] if left else model.state_dict()[name]), name
     assert trains(started) == trains(model)
 
@@ -927,7 +929,7 @@ def test_a_base_that_contains_rslora_is_not_given_another_scaling(kind, bases, t
 
 
 @pytest.fixture
-def said(capsys) -> Callable[..., tuple[int, str, str]]:
+def run_program(capsys) -> Callable[..., tuple[int, str, str]]:
     """Run the command line of lora_nlu.adapters: code, what it printed, its error."""
 
     def run(*argv: object) -> tuple[int, str, str]:
@@ -940,10 +942,10 @@ def said(capsys) -> Callable[..., tuple[int, str, str]]:
 @KINDS
 @pytest.mark.parametrize("method", ["head", "bitfit", "houlsby", "pfeiffer"])
 def test_inspect_prints_the_method_its_size_and_how_many_parameters_are_in_the_encoder(
-    kind, method, bases, saved, said
+    kind, method, bases, saved, run_program
 ):
     model, folder = saved(kind, method)
-    code, out, err = said("inspect", folder)
+    code, out, err = run_program("inspect", folder)
     assert code == 0, err
     table = {name.strip(): value.strip() for name, value in (line.strip().split("  ", 1) for line in out.splitlines())}
     counts = count_parameters(model)
@@ -957,9 +959,9 @@ def test_inspect_prints_the_method_its_size_and_how_many_parameters_are_in_the_e
 
 @KINDS
 @pytest.mark.parametrize("method", PARTS)
-def test_a_folder_converted_to_one_with_a_card_gives_the_same_logits(kind, method, bases, saved, tmp_path, said):
+def test_a_folder_converted_to_one_with_a_card_gives_the_same_logits(kind, method, bases, saved, tmp_path, run_program):
     model, folder = saved(kind, method)
-    code, _, err = said("convert", folder, tmp_path / "copy", "--to", "peft")
+    code, _, err = run_program("convert", folder, tmp_path / "copy", "--to", "peft")
     assert code == 0, err
     assert torch.equal(logits(attached(bases[kind], tmp_path / "copy")[0]), logits(model))
     card = (tmp_path / "copy" / "README.md").read_text()
@@ -971,9 +973,11 @@ def test_a_folder_converted_to_one_with_a_card_gives_the_same_logits(kind, metho
 
 @KINDS
 @pytest.mark.parametrize("method", ["head", "bitfit", "lora and biases", "lora elsewhere"])
-def test_merged_into_a_plain_model_transformers_own_class_has_the_same_logits(kind, method, saved, tmp_path, said):
+def test_merged_into_a_plain_model_transformers_own_class_has_the_same_logits(
+    kind, method, saved, tmp_path, run_program
+):
     model, folder = saved(kind, method)
-    code, _, err = said("convert", folder, tmp_path / "merged", "--to", "merged")
+    code, _, err = run_program("convert", folder, tmp_path / "merged", "--to", "merged")
     assert code == 0, err
     theirs, report = CLASSIFIERS[kind][1].from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -994,8 +998,8 @@ def test_merged_into_a_plain_model_transformers_own_class_has_the_same_logits(ki
 )
 @KINDS
 def test_a_form_that_cannot_contain_what_a_method_trained_is_refused_and_nothing_is_written(
-    kind, method, to, words, saved, tmp_path, said
+    kind, method, to, words, saved, tmp_path, run_program
 ):
-    code, _, err = said("convert", saved(kind, method)[1], tmp_path / "new", "--to", to)
+    code, _, err = run_program("convert", saved(kind, method)[1], tmp_path / "new", "--to", to)
     assert code == 1 and words in err and err.strip().count("\n") < 3, err
     assert not (tmp_path / "new").exists()

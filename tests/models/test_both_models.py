@@ -1,4 +1,4 @@
-"""What RoBERTa and DeBERTa-V2 promise alike: against transformers' classes, the reference implementation's goldens, and
+"""What RoBERTa and DeBERTa-V2 both promise: against transformers' classes, the reference implementation's goldens, and
 for themselves."""
 
 import copy

@@ -107,8 +107,8 @@ def test_an_offloaded_model_has_the_logits_it_has_in_memory(kind, place, tmp_pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lora_model_is_loaded_with_some_layers_on_disk_and_saved_from_there(kind, tmp_path):
     model = randomise_(CLASSIFIERS[kind][0](config_of(kind, apply_lora=True, lora_r=4, lora_alpha=8))).eval()
-    model.save_pretrained(tmp_path / "whole")
-    whole = (
+    model.save_pretrained(tmp_path / "complete")
+    state_names = (
         "",
         model.base_model_prefix,
         f"{model.base_model_prefix}.encoder",
@@ -117,19 +117,21 @@ def test_a_lora_model_is_loaded_with_some_layers_on_disk_and_saved_from_there(ki
     places = {
         name: "disk" if name.endswith("layer.1") else "cpu"
         for name, _ in model.named_modules()
-        if name not in whole and name.rpartition(".")[0] in whole
+        if name not in state_names and name.rpartition(".")[0] in state_names
     }
-    loaded = type(model).from_pretrained(tmp_path / "whole", device_map=places, offload_folder=tmp_path / "off").eval()
+    loaded = (
+        type(model).from_pretrained(tmp_path / "complete", device_map=places, offload_folder=tmp_path / "off").eval()
+    )
     assert loaded.base_model.encoder.layer[1].output.dense.weight.is_meta
     want = model(**batch_of(kind)).logits
     assert_close(loaded(**batch_of(kind)).logits, want)
     loaded.save_pretrained(tmp_path / "again")
     assert_close(type(model).from_pretrained(tmp_path / "again").eval()(**batch_of(kind)).logits, want)
-    weights = load_file(tmp_path / "whole" / "model.safetensors")  # what is on disk is no excuse for what is gone
+    weights = load_file(tmp_path / "complete" / "model.safetensors")  # what is on disk is no excuse for what is gone
     del weights[next(name for name in weights if "layer.1" in name and "lora_B" in name)]
-    save_file(weights, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    save_file(weights, tmp_path / "complete" / "model.safetensors", {"format": "pt"})
     with pytest.raises(KeyError, match="lora_B"):
-        loaded = type(model).from_pretrained(tmp_path / "whole", device_map=places, offload_folder=tmp_path / "off")
+        loaded = type(model).from_pretrained(tmp_path / "complete", device_map=places, offload_folder=tmp_path / "off")
         loaded(**batch_of(kind))
 
 
@@ -417,15 +419,15 @@ def test_attention_drops_by_the_mode_of_the_module_that_transformers_asks(kind, 
 
 
 @pytest.mark.parametrize("pooled", [True, False])
-@pytest.mark.parametrize("asked", [{}, {"output_hidden_states": True}, {"output_attentions": True}])
+@pytest.mark.parametrize("outputs", [{}, {"output_hidden_states": True}, {"output_attentions": True}])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tuple_has_its_parts_in_transformers_order(kind, asked, pooled):
+def test_a_tuple_has_its_parts_in_transformers_order(kind, outputs, pooled):
     classes = (BASES[kind], getattr(transformers, BASES[kind].__name__))
     settings = {"add_pooling_layer": pooled} if kind == "roberta" else {}
     ours, theirs = (each(config_of(kind), **settings).eval() for each in classes)
     ours.load_state_dict(randomise_(theirs).state_dict())
     theirs.set_attn_implementation("eager")
-    inputs = {"input_ids": batch_of(kind)["input_ids"], **asked}
+    inputs = {"input_ids": batch_of(kind)["input_ids"], **outputs}
     assert [*ours(**inputs)] == [name for name in theirs(**inputs) if name != "cross_attentions"]  # ()
     got, want = (model(**inputs, return_dict=False) for model in (ours, theirs))
     for mine, other in zip(got, want, strict=False):

@@ -141,7 +141,7 @@ def changed(checkpoint: Path, folder: Path, **settings: Any) -> Path:
 
 
 def built(folder: Path, labels: tuple[str, ...] = LABELS) -> tuple[Any, list[torch.Tensor]]:
-    """The config of the model that a task makes of a base, and all that the model computes and holds."""
+    """The config of the model that a task makes of a base, and all that the model computes and contains."""
     config = load_config(str(folder))
     set_task(config, "rte", labels, None)
     set_method(config, {"apply_lora": True, "lora_r": 2, "lora_alpha": 4.0})
@@ -174,9 +174,9 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 @pytest.mark.parametrize("kind", CLASSES)
 def test_every_field_of_the_pinned_configs_is_classified_once(kind):
     groups = [TASK, NO_EFFECT[kind], OF_BASE[kind]]
-    known = [name for group in groups for name in group]
-    assert len(known) == len(set(known))
-    assert {field.name for field in fields(CLASSES[kind][0])} | PROPERTIES <= set(known)
+    listed = [name for group in groups for name in group]
+    assert len(listed) == len(set(listed))
+    assert {field.name for field in fields(CLASSES[kind][0])} | PROPERTIES <= set(listed)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in CLASSES for name in {**TASK, **NO_EFFECT[kind]}])
@@ -222,7 +222,7 @@ def test_too_little_memory_is_not_called_damage_of_a_base_or_an_adapter(checkpoi
     name = str(checkpoints["roberta"])
     torch.save({"a.lora_A": torch.ones(1, 2)}, tmp_path / "a.bin")
     no_memory = "there is not enough memory"
-    for error, said in (
+    for error, expected_message in (
         (MemoryError("Cannot allocate memory (os error 12)"), no_memory),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate"), no_memory),
         (RuntimeError("unable to mmap 240000088 bytes from file </a>: Cannot allocate memory (12)"), no_memory),
@@ -234,17 +234,17 @@ def test_too_little_memory_is_not_called_damage_of_a_base_or_an_adapter(checkpoi
 
         with monkeypatch.context() as patched:
             patched.setattr(torch, "load", fail)
-            with pytest.raises(UserError, match=said) as told:
+            with pytest.raises(UserError, match=expected_message) as raised:
                 read_adapter(str(tmp_path / "a.bin"))
-        assert "damaged" not in str(told.value)
+        assert "damaged" not in str(raised.value)
         with monkeypatch.context() as patched:
             patched.setattr(RobertaForSequenceClassification, "from_pretrained", fail)
-            with pytest.raises(UserError, match=said.replace("be read", "be loaded")):
+            with pytest.raises(UserError, match=expected_message.replace("be read", "be loaded")):
                 load_model(name, load_config(name), False)
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "said"),
+    ("file", "content", "expected_message"),
     [
         ("tokenizer.json", '{"error": "Repository not found"}', "that can be read (KeyError: 'added_tokens')"),
         ("tokenizer.json", "[]", "that can be read"),
@@ -253,9 +253,13 @@ def test_too_little_memory_is_not_called_damage_of_a_base_or_an_adapter(checkpoi
         ("spm.model", "<!doctype html><title>404</title>", "no tokens but a web page"),
     ],
 )
-def test_a_tokenizer_that_is_no_tokenizer_is_refused_in_one_message(tmp_path, file, content, said):
+def test_a_tokenizer_that_is_no_tokenizer_is_refused_in_one_message(tmp_path, file, content, expected_message):
     DebertaV2Config(vocab_size=99).save_pretrained(tmp_path)
     (tmp_path / file).write_text(content)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         load_tokenizer(str(tmp_path), load_config(str(tmp_path)))
-    assert said in str(told.value) and str(tmp_path) in str(told.value) and "tiktoken" not in str(told.value)
+    assert (
+        expected_message in str(raised.value)
+        and str(tmp_path) in str(raised.value)
+        and "tiktoken" not in str(raised.value)
+    )

@@ -227,7 +227,7 @@ def test_regression_is_the_closed_form_where_the_reference_takes_numbers_for_cla
     assert sum(two_view_losses(z1, z2, labels, None, weight)) > 10
 
 
-# Against the reference implementation: whole training steps.
+# Against the reference implementation: complete training steps.
 
 
 class Replay(nn.Module):
@@ -342,16 +342,16 @@ def test_with_the_references_draw_a_cutoff_step_has_its_ids_logits_loss_and_grad
     tensors, case = golden("deberta_cutoff")
     model = golden_model("deberta_cutoff", special_token_ids=SPECIAL, unk_token_id=UNK)
     mark_only_lora_as_trainable(model)
-    asked = []
+    draws = []
 
     def draw(like: Tensor, p: float) -> Tensor:
-        asked.append((like.shape, p))
+        draws.append((like.shape, p))
         return tensors["mask.random"].clone()
 
     monkeypatch.setattr(lora_nlu.models.losses, "_draw", draw)
     calls = encoder_calls(model)
     assert_is_golden_step("deberta_cutoff", model)
-    assert asked == [((5, 48), 0.3)]
+    assert draws == [((5, 48), 0.3)]
     (call,) = calls
     first, second = call["input_ids"].chunk(2)
     assert torch.equal(first, tensors["input.input_ids"])
@@ -496,11 +496,11 @@ def assert_step_is_two_passes(model: Any, inputs: dict[str, Tensor], second: dic
 @pytest.mark.parametrize("model_kind", MODELS)
 def test_without_dropout_a_step_is_two_passes_whatever_the_input(model_kind, kind, settings, monkeypatch):
     model, inputs = model_of(model_kind, **settings, **settings_for(model_kind, kind)), inputs_of(model_kind, kind)
-    given = {name: t.clone() for name, t in inputs.items()}
+    before = {name: t.clone() for name, t in inputs.items()}
     draw = fixed_draw(monkeypatch, inputs["input_ids"])
     second = second_inputs(inputs, draw) if settings is CUTOFF else inputs
     assert_step_is_two_passes(model, inputs, second, labels_of("3 labels", len(inputs["input_ids"])))
-    assert all(torch.equal(inputs[name], t) for name, t in given.items())  # nothing was cut in place
+    assert all(torch.equal(inputs[name], t) for name, t in before.items())  # nothing was cut in place
 
 
 @pytest.mark.parametrize("settings", [NO_CUTOFF, WITH_CUTOFF])
@@ -740,12 +740,12 @@ def test_without_a_mask_special_tokens_stay_and_every_other_token_can_go():
 
 def test_probability_0_replaces_nothing_and_1_every_ordinary_attended_token():
     ids, mask = text(200, 200)
-    given = ids.clone()
-    assert torch.equal(cutoff(ids, mask, 0.0, SPECIAL, UNK), given)
+    before = ids.clone()
+    assert torch.equal(cutoff(ids, mask, 0.0, SPECIAL, UNK), before)
     ordinary = (mask == 1) & (ids > 2)
     got = cutoff(ids, mask, 1.0, SPECIAL, UNK)
     assert torch.equal(got, torch.where(ordinary, UNK, ids))
-    assert torch.equal(ids, given) and got.dtype == ids.dtype  # a new tensor
+    assert torch.equal(ids, before) and got.dtype == ids.dtype  # a new tensor
 
 
 def test_the_special_and_unknown_ids_are_the_callers():
@@ -773,7 +773,7 @@ def test_draws_are_independent_from_call_to_call_and_token_to_token():
 @pytest.mark.parametrize("model_kind", MODELS)
 def test_a_training_step_cuts_a_share_of_p_from_the_second_view_alone_and_anew_each_time(model_kind):
     model = model_of(model_kind, **CUTOFF)
-    batch = ragged_batch([20, 11] * 100, pad=7)  # padding that only the mask tells from text
+    batch = ragged_batch([20, 11] * 100, pad=7)  # padding that only the mask distinguishes from text
     batch["input_ids"][:, 0] = FIRST_TOKEN[model_kind]
     calls = encoder_calls(model)
     torch.manual_seed(0)

@@ -356,10 +356,10 @@ def test_where_rounding_decides_a_bucket_it_is_that_of_the_references_float64(bu
 
 def test_rows_never_fall_with_distance_and_shorter_lengths_read_the_middle_of_longer_ones():
     for buckets, reach in [(8, 40), (-1, 20), (256, 512), (7, 20)]:
-        whole = table_rows(300, buckets, reach)
-        assert list(whole) == sorted(whole)
+        longest = table_rows(300, buckets, reach)
+        assert list(longest) == sorted(longest)
         for length in (1, 2, 17, 299):
-            assert table_rows(length, buckets, reach) == whole[300 - length : 299 + length]
+            assert table_rows(length, buckets, reach) == longest[300 - length : 299 + length]
 
 
 @pytest.mark.parametrize(("length", "buckets", "rows"), [(1, 8, 1), (4, 8, 7), (5, 8, 9), (9, 8, 11), (200, 8, 16)])
@@ -388,8 +388,8 @@ def test_shifted_is_an_index_gather_forward_and_backward(length):
 
 
 def test_shifted_reads_a_slice_with_an_offset_of_its_own():
-    whole = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(shifted(whole[2:]), shifted(whole[2:].clone()))
+    table = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(shifted(table[2:]), shifted(table[2:].clone()))
 
 
 # Labels.
@@ -440,12 +440,12 @@ def test_the_relative_query_bypasses_lora_as_in_the_reference_unless_the_config_
     by_default = golden_model("deberta_cls3").eval()(**inputs).logits
     assert_close(by_default, reference, 2e-5, scale=1)
     assert (by_default - merged).abs().max() > 0.1
-    asked = golden_model("deberta_cls3", lora_relative_query=True).eval()(**inputs).logits
-    assert_close(asked, merged, 2e-5, scale=1)
-    assert (asked - reference).abs().max() > 0.1
+    updated = golden_model("deberta_cls3", lora_relative_query=True).eval()(**inputs).logits
+    assert_close(updated, merged, 2e-5, scale=1)
+    assert (updated - reference).abs().max() > 0.1
 
 
-# LoRA in the whole model, against PEFT.
+# LoRA in the complete model, against PEFT.
 
 
 def lora_model(**settings) -> DebertaV2ForSequenceClassification:
@@ -517,9 +517,9 @@ def test_with_lora_in_the_relative_query_the_complete_model_has_pefts_logits_and
     ],
     ids=str,
 )
-@pytest.mark.parametrize("asked", [False, True])
-def test_where_no_relative_query_goes_through_query_proj_peft_agrees_with_either_setting(settings, asked):
-    ours = lora_model(lora_relative_query=asked, **settings)
+@pytest.mark.parametrize("relative_query", [False, True])
+def test_where_no_relative_query_goes_through_query_proj_peft_agrees_with_either_setting(settings, relative_query):
+    ours = lora_model(lora_relative_query=relative_query, **settings)
     assert_same_as_peft(ours, *peft_twin(ours, **settings), inputs_of("right padding"))
 
 
@@ -548,9 +548,9 @@ def test_frozen_relative_query_is_true_or_false_or_none_where_it_makes_no_differ
     assert DebertaV2Model(config).frozen_relative_query is frozen
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_with_lora_B_zero_a_lora_model_is_transformers_own_also_in_the_base_weights_gradients(asked):
-    ours = lora_model(lora_relative_query=asked).requires_grad_(True)
+@pytest.mark.parametrize("relative_query", [False, True])
+def test_with_lora_B_zero_a_lora_model_is_transformers_own_also_in_the_base_weights_gradients(relative_query):
+    ours = lora_model(lora_relative_query=relative_query).requires_grad_(True)
     with torch.no_grad():
         for module in ours.modules():
             if isinstance(module, LoRALinear):
@@ -570,9 +570,9 @@ def test_with_lora_B_zero_a_lora_model_is_transformers_own_also_in_the_base_weig
 
 
 @pytest.mark.parametrize("kind", ["right padding", "left padding"])
-@pytest.mark.parametrize("asked", [False, True])
-def test_merging_leaves_the_logits_and_unmerging_gives_them_back(asked, kind):
-    model, inputs = lora_model(lora_relative_query=asked).eval(), inputs_of(kind)
+@pytest.mark.parametrize("relative_query", [False, True])
+def test_merging_leaves_the_logits_and_unmerging_gives_them_back(relative_query, kind):
+    model, inputs = lora_model(lora_relative_query=relative_query).eval(), inputs_of(kind)
     with torch.no_grad():
         before = model(**inputs).logits
         merge_lora_(model)

@@ -143,7 +143,7 @@ def test_state_dict_keys_are_transformers_own(num_labels):
     assert encoder.state_dict().keys() == their_encoder.state_dict().keys()
 
 
-# LoRA in the whole model, against PEFT.
+# LoRA in the complete model, against PEFT.
 
 
 @pytest.mark.parametrize("kind", ["right padding", "left padding", "holes"])

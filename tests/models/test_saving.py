@@ -50,10 +50,10 @@ def logits(model: Any) -> Tensor:
     return model.eval()(**ragged_batch([17, 3, 30, 9], pad=model.config.pad_token_id)).logits
 
 
-def with_lora(kind: str, given: dict[str, tuple[int, float]] | None = None, **settings: Any) -> Any:
+def with_lora(kind: str, settings_by_name: dict[str, tuple[int, float]] | None = None, **settings: Any) -> Any:
     """A model whose config knew of no LoRA when it was made, with random matrices."""
     model = plain(kind, **settings)
-    set_lora_(model, given or dict.fromkeys(named(model, ["query", "value"], [0, 1]), (4, 6.0)))
+    set_lora_(model, settings_by_name or dict.fromkeys(named(model, ["query", "value"], [0, 1]), (4, 6.0)))
     without = logits(model)
     for i, layer in enumerate(layers(model).values()):
         randomise_(layer_matrices(layer), i)
@@ -90,7 +90,7 @@ def test_a_model_saved_after_attach_adapter_is_loaded_with_its_lora(kind, relati
     model.load_state_dict({name: x for name, x in trained.state_dict().items() if "lora_" not in name})
     attach_adapter(model, read_adapter(str(tmp_path / "adapter")), None, allow_new_head=False)
     assert_close(logits(model), logits(trained))
-    loaded = again(model, tmp_path / "whole")
+    loaded = again(model, tmp_path / "complete")
     assert loaded.state_dict().keys() == trained.state_dict().keys()
     assert getattr(loaded, "frozen_relative_query", None) == getattr(trained, "frozen_relative_query", None)
 
@@ -141,8 +141,8 @@ def test_lora_on_layer_0_alone_is_on_layer_0_alone_in_every_saved_form(kind, num
     set_method(config, LORA | {"lora_layers": numbers, "lora_relative_query": True})
     model: Any = randomise_(CLASSIFIERS[kind][0](config))
     assert all(".layer.0." in name for name in layers(model)) and len(layers(model)) == 2
-    model.save_pretrained(tmp_path / "whole")
-    again = type(model).from_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "complete")
+    again = type(model).from_pretrained(tmp_path / "complete")
     assert layers(again).keys() == layers(model).keys() and torch.equal(logits(again), logits(model))
     mark_trainable(model)
     save_adapter(model, tmp_path / "adapter", {})
@@ -265,15 +265,15 @@ def test_half_an_update_is_refused(kind, method, gone, form, tmp_path):
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     lost = [name for name in state if re.search(r"\.(lora|adapter)_", name) and re.search(GONE[gone], name)]
-    whole = {name: tensor for name, tensor in state.items() if name not in lost}
+    remaining = {name: tensor for name, tensor in state.items() if name not in lost}
     if form == "pytorch_model.bin":
-        torch.save(whole, tmp_path / form)
+        torch.save(remaining, tmp_path / form)
     else:
-        save_file(whole, tmp_path / form, {"format": "pt"})
+        save_file(remaining, tmp_path / form, {"format": "pt"})
     for model_class in (type(model), type(model.base_model)):
-        with pytest.raises(UserError, match=f"{tmp_path}: is damaged.* it lacks {len(lost)}, .*") as told:
+        with pytest.raises(UserError, match=f"{tmp_path}: is damaged.* it lacks {len(lost)}, .*") as raised:
             model_class.from_pretrained(tmp_path)
-        first = re.search("lacks .*, (.*) first", str(told.value))
+        first = re.search("lacks .*, (.*) first", str(raised.value))
         assert first and any(name.endswith(first[1]) for name in lost)
 
 

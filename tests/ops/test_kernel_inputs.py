@@ -71,10 +71,10 @@ def assert_exact(f: Any, exact: Any, inputs: list[Tensor | None], grad: Tensor, 
     """f on these tensors as they lie, and its gradients from `grad` as it lies, are those of `exact` in float64."""
     leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
     doubles = [None if x is None else x.double().requires_grad_() for x in inputs]
-    given_, wanted = [x for x in leaves if x is not None], [x for x in doubles if x is not None]
+    float_leaves, double_leaves = [x for x in leaves if x is not None], [x for x in doubles if x is not None]
     y, want = f(*leaves), exact(*doubles)
-    got = [y.detach(), *torch.autograd.grad(y, given_, grad)]
-    exactly = [want.detach(), *torch.autograd.grad(want, wanted, grad.double())]
+    got = [y.detach(), *torch.autograd.grad(y, float_leaves, grad)]
+    exactly = [want.detach(), *torch.autograd.grad(want, double_leaves, grad.double())]
     for i, (a, b) in enumerate(zip(got, exactly, strict=True)):
         # where the exact number is a difference that cancels, rounding is of the size of what cancelled
         scale = max(b.abs().max().item(), 1.0) if b.numel() else 1.0
@@ -201,7 +201,7 @@ META = torch.ones(4, 5, device="meta")
 
 @pytest.mark.parametrize("f", [kernels.linear, kernels.product], ids=["linear", "product"])
 @pytest.mark.parametrize(
-    ("weight", "bias", "said"),
+    ("weight", "bias", "expected_message"),
     [
         (noise(4, 6), None, "shapes"),
         (noise(4, 5).double(), None, "dtype"),
@@ -216,8 +216,8 @@ META = torch.ones(4, 5, device="meta")
     ],
     ids=str,
 )
-def test_a_weight_or_bias_of_another_size_dtype_or_device_is_an_error(f, weight, bias, said):
-    with pytest.raises((ValueError, RuntimeError), match=said):
+def test_a_weight_or_bias_of_another_size_dtype_or_device_is_an_error(f, weight, bias, expected_message):
+    with pytest.raises((ValueError, RuntimeError), match=expected_message):
         f(noise(3, 5), weight, bias)
 
 
@@ -557,7 +557,7 @@ def test_without_memory_for_a_kernel_there_is_a_memory_error_and_no_number(threa
 
 @pytest.fixture
 def environment_with_fixed_malloc() -> dict[str, str]:
-    """malloc gives large pieces back at once and asks for them anew, so that a limit holds for each."""
+    """malloc returns large blocks at once and requests them anew, so that a limit applies to each."""
     return {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
@@ -586,9 +586,9 @@ def test_a_program_without_memory_ends_with_advice_and_not_with_a_traceback(erro
 
     with pytest.raises(SystemExit) as ended:
         processes.run(main, ["run_glue.py"], {})
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert ended.value.code == 1
-    assert "not enough memory" in said and "--per_device_train_batch_size" in said and "Traceback" not in said
+    assert "not enough memory" in printed and "--per_device_train_batch_size" in printed and "Traceback" not in printed
 
 
 def test_torchs_own_failed_allocation_is_one_of_them(capsys):

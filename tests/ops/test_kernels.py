@@ -36,7 +36,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def outcome(f: Any, *inputs: Tensor | None, grad: Tensor | None = None) -> list[Tensor]:
-    """f's result and the gradient of each input that is not None, where the result's is `grad`, random unless given."""
+    """f's result and the gradient of each input that is not None, where the result's is `grad`, random by default."""
     leaves = [None if x is None else nn.Parameter(x.detach()) for x in inputs]
     y = f(*leaves)
     y.backward(noise(*y.shape, seed=99).to(y.dtype) if grad is None else grad)
@@ -56,7 +56,7 @@ def assert_same_outcome(
 
 
 class Noted:
-    """The compiled library, noting which of its functions were asked for."""
+    """The compiled library, noting which of its functions were looked up."""
 
     def __init__(self, library: Any) -> None:
         self.library, self.names = library, set()
@@ -515,7 +515,7 @@ def test_attention_to_scores_far_below_zero_is_as_to_those_near_zero():
     packed = packed_batch([33, 20])
     q, k, v = attention_inputs(packed, 16, False)
     one = torch.ones(len(q), 1)
-    # a dimension that adds -4096 to every score; whole numbers / 64 elsewhere, so that nothing is rounded away
+    # a dimension that adds -4096 to every score; integers / 64 elsewhere, so that nothing is rounded away
     q, k = ((x[:, 1:] * 8).round() / 8 for x in (q, k))
     q, far, near = torch.cat([64 * one, q], 1), torch.cat([-64 * one, k], 1), torch.cat([0 * one, k], 1)
     f = fused_attention(packed, 1, 1.0, 0.0)
@@ -556,7 +556,7 @@ def test_attention_leaves_to_its_caller_what_the_kernels_cannot_do():
         assert (result(tables=(table, table)) is None) == (kernels.library() is None)
 
 
-# What holds for every kernel.
+# What is true of every kernel.
 
 
 def operations() -> dict[str, tuple[Any, list[Tensor]]]:
@@ -876,7 +876,7 @@ BROKEN = subprocess.CalledProcessError(1, ["g++"], stderr="kernels.cpp:1: error:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is compiled")
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected_message"),
     [
         (FileNotFoundError(2, "No such file or directory", "g++"), "No such file or directory: 'g++'"),
         (BROKEN, "kernels.cpp:1: error: what is this"),
@@ -885,7 +885,9 @@ BROKEN = subprocess.CalledProcessError(1, ["g++"], stderr="kernels.cpp:1: error:
         (PermissionError(13, "Permission denied"), "Permission denied"),
     ],
 )
-def test_without_a_working_compiler_there_are_no_kernels_and_one_warning(empty_home, monkeypatch, caplog, error, said):
+def test_without_a_working_compiler_there_are_no_kernels_and_one_warning(
+    empty_home, monkeypatch, caplog, error, expected_message
+):
     def fail(*args, **kwargs):
         raise error
 
@@ -896,7 +898,7 @@ def test_without_a_working_compiler_there_are_no_kernels_and_one_warning(empty_h
         assert kernels.kernels_for(x) is None
         assert torch.equal(seeded(kernels.dropout, x, 0.5, True), seeded(F.dropout, x, 0.5))
     (record,) = caplog.records
-    assert said in record.getMessage() and "and more" not in record.getMessage()
+    assert expected_message in record.getMessage() and "and more" not in record.getMessage()
     assert files(empty_home) == [] and list((empty_home / ".cache" / "lora_nlu").iterdir()) == []
 
 
@@ -1049,9 +1051,9 @@ def test_one_masked_attention_on_the_padded_grid_gives_the_same_step(model_type,
 def test_a_file_cut_short_in_the_cache_is_compiled_anew(tmp_path, monkeypatch, left):
     monkeypatch.setenv("HOME", str(tmp_path))
     path = kernels.compiled()
-    whole = path.read_bytes()
-    path.write_bytes(whole[:left])
+    content = path.read_bytes()
+    path.write_bytes(content[:left])
     code = "from lora_nlu.ops import kernels; assert kernels.library() is not None"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "slower" not in done.stderr, (done.returncode, done.stderr)
-    assert path.stat().st_size == len(whole)
+    assert path.stat().st_size == len(content)

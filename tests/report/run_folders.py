@@ -50,14 +50,14 @@ def write_run(
     log: list[dict[str, float]] = [{"step": 10, "loss": 0.7}]
     log += [{"step": 100 * i, "epoch": i, metric: figure} for i, figure in enumerate(figures, 1)]
     is_lora, total = method["name"] == "lora", encoder + 1538 if method["name"] == "full" else 125_000_000
-    known = {
+    record = {
         "task": task, "labels": [], "base_model": f"/models/{model}", "base_fingerprint": base, "started_from": start,
         "lora": {"ranks": [rank] * is_lora, "scalings": [scaling] * is_lora, "lora_relative_query": relative},
         "method": method, "parameters": {"encoder": encoder, "trainable": encoder + 1538, "total": total},
         "hyperparameters": {"seed": seed, "data_seed": None, "learning_rate": 5e-4, "num_train_epochs": 10.0,
                             "train_samples": 8551, "reg_loss_wgt": 0.0, "masking_prob": 0.0} | hyper,
     } | ({"trained": True} if trained else {})  # fmt: skip
-    write(folder / "run.json", known)
+    write(folder / "run.json", record)
     for step in (50, 150, 1000) if state == "stopped" else ():
         write(folder / f"checkpoint-{step}" / "trainer_state.json", {"epoch": step / 400, "log_history": log})
     if trained:

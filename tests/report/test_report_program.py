@@ -49,9 +49,9 @@ def test_an_incomplete_file_ends_the_program_with_1_and_is_named(tmp_path, capsy
 
 @pytest.mark.parametrize("key", ["method", "parameters", "lora"])
 def test_a_run_of_an_older_version_is_refused_naming_what_it_lacks(tmp_path, key):
-    known = json.loads((write_run(tmp_path / "a") / "run.json").read_text())
-    del known[key]
-    write(tmp_path / "a" / "run.json", known)
+    record = json.loads((write_run(tmp_path / "a") / "run.json").read_text())
+    del record[key]
+    write(tmp_path / "a" / "run.json", record)
     message = f"{tmp_path}/a/run.json: '{key}' is missing: maybe an older version wrote it."
     assert refusal(tmp_path) == f"{message} Train the run again, or leave it out."
 
@@ -59,8 +59,8 @@ def test_a_run_of_an_older_version_is_refused_naming_what_it_lacks(tmp_path, key
 def test_folders_without_any_run_and_an_out_that_is_a_file_end_the_program_with_1(tmp_path, capsys):
     assert main([str(tmp_path), str(tmp_path / "gone")]) == 1
     why = f"missing: {tmp_path}, no training run in it\nmissing: {tmp_path}/gone"
-    said = f"no training run on a GLUE task. Give output folders of run_glue.py.\n{why}\n"
-    assert capsys.readouterr().err == f"lora_nlu.report: error: {said}"
+    expected_message = f"no training run on a GLUE task. Give output folders of run_glue.py.\n{why}\n"
+    assert capsys.readouterr().err == f"lora_nlu.report: error: {expected_message}"
     write_run(tmp_path / "a")
     (tmp_path / "file").write_text("mine")
     assert main([str(tmp_path), "--out", str(tmp_path / "file")]) == 1

@@ -1,4 +1,4 @@
-"""Subspace similarity: values known by hand, an independent reference, and the command that tabulates and draws it."""
+"""Subspace similarity: values worked out by hand, an independent reference, and the command that tabulates and draws it."""
 
 import csv
 import os
@@ -62,7 +62,7 @@ def test_two_planes_at_an_angle_give_the_values_worked_out_by_hand():
     two = torch.tensor([[5.0, 0, 0, 0], [0, 4 * cos, 4 * sin, 0], [0, 0, 0, 1]])
     phi = subspace_similarity(one, two)
     assert phi.dtype == torch.float64
-    # float32 holds 0.6 to 3e-8
+    # float32 represents 0.6 to 3e-8
     assert_close(phi, torch.tensor([[1.0, 1, 1], [1, (1 + cos**2) / 2, (1 + cos**2) / 2]]).double(), 1e-7)
 
 
@@ -158,14 +158,14 @@ def files(tmp_path) -> tuple[Path, Path]:
     return tmp_path / "four", saved(tmp_path / "eight.bin", lora_state(8, 2))
 
 
-def said(capsys, *argv: object) -> tuple[int, str, str]:
+def run_program(capsys, *argv: object) -> tuple[int, str, str]:
     code = main(["similarity", *map(str, argv)])
     return code, *capsys.readouterr()
 
 
 def refused(capsys, *argv: object) -> str:
     """The message with which the command ends; fails if it printed or wrote anything else."""
-    code, out, err = said(capsys, *argv)
+    code, out, err = run_program(capsys, *argv)
     assert code == 1 and not out and err.startswith("lora_nlu.report: error: ") and err.count("\n") <= 3
     return err
 
@@ -180,7 +180,7 @@ def figures(monkeypatch) -> list[Figure]:
 
 
 def test_the_csv_contains_every_number_of_the_function_for_every_layer(files, tmp_path, capsys):
-    assert said(capsys, *files, "--out", tmp_path / "out")[0] == 0
+    assert run_program(capsys, *files, "--out", tmp_path / "out")[0] == 0
     with open(tmp_path / "out" / "similarity.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     one, two = lora_state(4, 1), lora_state(8, 2)
@@ -196,7 +196,7 @@ def test_the_csv_contains_every_number_of_the_function_for_every_layer(files, tm
 
 def test_the_picture_is_a_png_and_nothing_half_written_is_left(files, tmp_path, capsys, figures):
     out = tmp_path / "new" / "out"
-    code, text, _ = said(capsys, *files, "--out", out)
+    code, text, _ = run_program(capsys, *files, "--out", out)
     assert code == 0 and all(name.removeprefix("similarity") in text for name in FILES) and str(out) in text
     assert sorted(path.name for path in out.iterdir()) == FILES
     with Image.open(out / "similarity.png") as image:
@@ -209,7 +209,7 @@ def test_the_picture_is_a_png_and_nothing_half_written_is_left(files, tmp_path, 
 
 def test_layers_and_modules_choose_what_is_drawn_and_the_csv_keeps_every_layer(files, tmp_path, capsys, figures):
     out = tmp_path / "out"
-    code, text, _ = said(capsys, *files, "--layers", "3, 1", "--modules", "value", "--out", out)
+    code, text, _ = run_program(capsys, *files, "--layers", "3, 1", "--modules", "value", "--out", out)
     assert code == 0 and "query" not in text
     assert [line.split("  ")[2] for line in text.splitlines() if "layer " in line] == ["layer 1", "layer 3"]
     assert [len(figure.axes) for figure in figures] == [(2 + 1) * 1 + 1]
@@ -218,7 +218,7 @@ def test_layers_and_modules_choose_what_is_drawn_and_the_csv_keeps_every_layer(f
 
 
 def test_the_table_has_the_means_over_layers_at_powers_of_two_and_beside_them_those_of_random_matrices(files, capsys):
-    code, text, _ = said(capsys, *files)
+    code, text, _ = run_program(capsys, *files)
     assert code == 0 and "four, rank 4" in text and "eight.bin, rank 8" in text and "Left out" not in text
     lines = text[text.index("phi") :].splitlines()
     assert lines[0].split("lora_A")[1].split() == ["i", "=", "1", "i", "=", "2", "i", "=", "4"]
@@ -232,11 +232,11 @@ def test_the_table_has_the_means_over_layers_at_powers_of_two_and_beside_them_th
         random = [float(cell) for cell in lines[start + 1].split()[2:]]
         # i / 32 on average; the mean of 5 draws at i = 4 spreads by about 0.015
         assert random[2] == pytest.approx(4 / 32, abs=0.06) and random[0] < random[2]
-    assert said(capsys, *files)[1] == text, "the random matrices are the same ones every time"
+    assert run_program(capsys, *files)[1] == text, "the random matrices are the same ones every time"
 
 
 def test_an_adapter_against_itself_gives_1_in_every_column_and_random_matrices_do_not(files, capsys):
-    code, text, _ = said(capsys, files[0], files[0])
+    code, text, _ = run_program(capsys, files[0], files[0])
     lines = text.splitlines()
     assert code == 0 and [line.split()[-3:] for line in lines if "mean of" in line] == [["1.000"] * 3] * 2
     random = [float(cell) for line in lines if "random" in line for cell in line.split()[-3:]]
@@ -245,7 +245,7 @@ def test_an_adapter_against_itself_gives_1_in_every_column_and_random_matrices_d
 
 def test_layers_of_one_adapter_only_are_counted_and_left_out(files, tmp_path, capsys):
     names = [layer_name(layer, "query") for layer in (0, 2, 8)]
-    code, text, _ = said(capsys, files[0], saved(tmp_path / "few.bin", lora_state(2, 3, names)))
+    code, text, _ = run_program(capsys, files[0], saved(tmp_path / "few.bin", lora_state(2, 3, names)))
     assert code == 0 and "  Left out: 9 layers with LoRA in only one" in text  # 8 of the first, 1 of the second
     assert "query, mean of 2 layers" in text and "value" not in text
 
@@ -254,7 +254,7 @@ def test_modules_outside_attention_and_layers_without_a_number_have_distinct_nam
     ends = ["attention.output.dense", "intermediate.dense", "output.dense", "attention.self.query_proj"]
     names = [f"deberta.encoder.layer.{layer}.{end}" for layer in (2, 10) for end in ends] + ["pooler.dense"]
     path = saved(tmp_path / "all.bin", lora_state(2, 4, names))
-    code, text, err = said(capsys, path, path, "--out", tmp_path / "out", "--layers", "10")
+    code, text, err = run_program(capsys, path, path, "--out", tmp_path / "out", "--layers", "10")
     assert code == 0, err
     modules = [line.split(",")[0].strip() for line in text.splitlines() if "mean of" in line]
     assert modules == ["attention.output.dense", "intermediate.dense", "output.dense", "pooler.dense", "query_proj"]
@@ -262,7 +262,7 @@ def test_modules_outside_attention_and_layers_without_a_number_have_distinct_nam
         layers = [(row["layer"], row["module"]) for row in csv.DictReader(file)]
     assert list(dict.fromkeys(layers))[-3:] == [("", "pooler.dense"), ("2", "query_proj"), ("10", "query_proj")]
     alone = saved(tmp_path / "alone.bin", lora_state(2, 4, ["pooler.dense"]))
-    assert said(capsys, alone, alone, "--out", tmp_path / "out")[0] == 0
+    assert run_program(capsys, alone, alone, "--out", tmp_path / "out")[0] == 0
     assert "have none" in refused(capsys, alone, alone, "--layers", "0")
 
 
@@ -283,7 +283,7 @@ def test_adapters_of_the_same_name_are_distinguished_by_their_parent_folders(tmp
 
 def test_a_name_with_dollar_signs_is_drawn_as_it_is(tmp_path, capsys):
     path = saved(tmp_path / f"$\\frac{'long' * 20}$.bin", lora_state(2, 7))  # not TeX
-    assert said(capsys, path, path, "--out", tmp_path / "out")[0] == 0
+    assert run_program(capsys, path, path, "--out", tmp_path / "out")[0] == 0
 
 
 def test_adapters_without_a_common_layer_are_refused_naming_both(files, tmp_path, capsys):
@@ -331,7 +331,7 @@ def test_without_matplotlib_the_table_is_printed_and_pictures_are_refused_with_t
     files, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert said(capsys, *files)[0] == 0
+    assert run_program(capsys, *files)[0] == 0
     assert "pip install 'lora-nlu[plots]'" in refused(capsys, *files, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

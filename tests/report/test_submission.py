@@ -53,10 +53,10 @@ def write_predictions(folder: Path, name: str, predicted: list[str] | None = Non
 def make_run(
     folder: Path, task: str, seed: int = 0, figures: dict | None = None, base: str = "base", predicts: bool = True
 ) -> Path:
-    """An output folder of run_glue.py with predictions for the task's whole test sets."""
+    """An output folder of run_glue.py with predictions for all rows of the task's test sets."""
     folder.mkdir(parents=True)
-    known = {"task": task, "base_model": base, "hyperparameters": {"seed": seed}, "labels": []}
-    (folder / "run.json").write_text(json.dumps(known))
+    record = {"task": task, "base_model": base, "hyperparameters": {"seed": seed}, "labels": []}
+    (folder / "run.json").write_text(json.dumps(record))
     if figures:
         (folder / "eval_results.json").write_text(json.dumps(figures))
     for name in SERVER:
@@ -92,7 +92,7 @@ def about(lines: list[str], start: str) -> list[str]:
     return [line for line in lines if line.startswith(start)]
 
 
-# ------------------------------------------------------------------------------------------------------ the whole zip
+# ------------------------------------------------------------------------------------------------------ the complete zip
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def complete(runs, tmp_path_factory) -> tuple[Path, list[str]]:
-    """A submission of all tasks, and the lines said."""
+    """A submission of all tasks, and the lines that it printed."""
     out = tmp_path_factory.mktemp("out") / "new" / "glue.zip"
     return out, write_submission([runs], out)
 
@@ -175,13 +175,17 @@ def test_runs_of_other_tasks_are_passed_over(tmp_path):
     assert "mine" not in "".join(lines)
 
 
-@pytest.mark.parametrize("name, said", [("absent", "no such folder"), ("file", "no such folder"), ("empty", "no run")])
-def test_an_argument_that_is_no_folder_or_contains_no_run_is_refused_even_beside_a_good_one(tmp_path, name, said):
+@pytest.mark.parametrize(
+    "name, expected_message", [("absent", "no such folder"), ("file", "no such folder"), ("empty", "no run")]
+)
+def test_an_argument_that_is_no_folder_or_contains_no_run_is_refused_even_beside_a_good_one(
+    tmp_path, name, expected_message
+):
     good = make_run(tmp_path / "rte", "rte")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     message = refusal([good, tmp_path / name], tmp_path / "glue.zip")
-    assert f"{tmp_path / name}: " in message and said in message and "run_glue.py" in message
+    assert f"{tmp_path / name}: " in message and expected_message in message and "run_glue.py" in message
 
 
 def test_a_run_json_that_is_cut_is_named(tmp_path):
@@ -209,8 +213,8 @@ def test_of_several_seeds_the_best_by_the_tasks_own_dev_metric_is_used_and_named
     for seed, figure in ((1, -0.25), (2, 0.5), (3, 0.8659), (4, 0.0)):
         make_run(tmp_path / f"seed{seed}", task, seed, {name: 1 - figure for name in others} | {key: figure})
     lines = write_submission([tmp_path], tmp_path / "glue.zip", partial=True)
-    said = f"{title}: seed 3 of 4 runs, dev {metric} 0.866 of its final model: {tmp_path / 'seed3'}"
-    assert about(lines, f"{title}:") == [said]
+    expected_line = f"{title}: seed 3 of 4 runs, dev {metric} 0.866 of its final model: {tmp_path / 'seed3'}"
+    assert about(lines, f"{title}:") == [expected_line]
 
 
 def test_the_predictions_in_the_zip_are_the_chosen_runs(tmp_path):
@@ -221,11 +225,11 @@ def test_the_predictions_in_the_zip_are_the_chosen_runs(tmp_path):
     assert {*read_zip(tmp_path / "glue.zip")["RTE.tsv"]} == {"not_entailment"}
 
 
-@pytest.mark.parametrize("given, first", [(["b", "a"], "b"), (["."], "a")])
-def test_equal_figures_give_the_run_that_was_named_first_or_comes_first_by_name(tmp_path, given, first):
+@pytest.mark.parametrize("arguments, first", [(["b", "a"], "b"), (["."], "a")])
+def test_equal_figures_give_the_run_that_was_named_first_or_comes_first_by_name(tmp_path, arguments, first):
     for name in ("c", "a", "b"):
         make_run(tmp_path / name, "rte", figures={"eval_accuracy": 0.5})
-    lines = write_submission([tmp_path / name for name in given], tmp_path / "glue.zip", partial=True)
+    lines = write_submission([tmp_path / name for name in arguments], tmp_path / "glue.zip", partial=True)
     assert about(lines, "RTE")[0].endswith(f": {tmp_path / first}")
 
 
@@ -308,20 +312,20 @@ def test_a_missing_task_names_its_diverged_run(tmp_path):
 
 def test_a_step_that_the_loss_scaler_of_fp16_left_out_is_no_divergence(tmp_path):
     run = make_run(tmp_path / "run", "rte", 0, {"eval_accuracy": 0.8})
-    known = json.loads((run / "run.json").read_text())
-    known["hyperparameters"]["fp16"] = True
-    (run / "run.json").write_text(json.dumps(known))
+    record = json.loads((run / "run.json").read_text())
+    record["hyperparameters"]["fp16"] = True
+    (run / "run.json").write_text(json.dumps(record))
     write_log(run, {"step": 2, "loss": 0.5, "grad_norm": float("inf")})
     assert not about(write_submission([run], tmp_path / "glue.zip", partial=True), "left out")
 
 
-@pytest.mark.parametrize("bases, said", [(("b", "b"), []), (("b", "l"), ["b (CoLA); l (RTE)"])])
-def test_different_base_models_are_allowed_and_listed(tmp_path, bases, said):
+@pytest.mark.parametrize("bases, listed", [(("b", "b"), []), (("b", "l"), ["b (CoLA); l (RTE)"])])
+def test_different_base_models_are_allowed_and_listed(tmp_path, bases, listed):
     for task, base in zip(("cola", "rte"), bases, strict=True):
         make_run(tmp_path / task, task, base=base)
     make_run(tmp_path / "unused", "sst2", base="third", predicts=False)
     lines = write_submission([tmp_path], tmp_path / "glue.zip", partial=True)
-    assert about(lines, "The runs have") == [f"The runs have different base models: {each}." for each in said]
+    assert about(lines, "The runs have") == [f"The runs have different base models: {each}." for each in listed]
 
 
 # ------------------------------------------------------------------------------------------------------------ AX, WNLI
@@ -404,8 +408,8 @@ def test_partial_leaves_missing_files_out_lists_them_and_warns_that_the_server_r
     lines = write_submission([tmp_path], tmp_path / "glue.zip", partial=True)
     there = ["MNLI-m.tsv", "MNLI-mm.tsv", "RTE.tsv", "WNLI.tsv"]
     assert [*read_zip(tmp_path / "glue.zip")] == there
-    (said,) = about(lines, "Left out")
-    assert ", ".join(name for name in SERVER if name not in there) in said and "all eleven" in said
+    (line,) = about(lines, "Left out")
+    assert ", ".join(name for name in SERVER if name not in there) in line and "all eleven" in line
     assert lines[-1] == f"{tmp_path / 'glue.zip'}: 4 files."
 
 
@@ -468,8 +472,8 @@ def test_only_the_files_that_go_into_the_zip_are_checked(tmp_path):
 
 def test_stsb_is_limited_to_0_and_5_with_three_decimals_and_the_number_of_changed_values_is_printed(tmp_path):
     run = make_run(tmp_path / "stsb", "stsb")
-    given = ["-0.001", "0", "-0", "5.0", "5.001", "1e3", "2.3456", "4"] + ["1.000"] * 1371
-    write_predictions(run, "STS-B.tsv", given)
+    predictions = ["-0.001", "0", "-0", "5.0", "5.001", "1e3", "2.3456", "4"] + ["1.000"] * 1371
+    write_predictions(run, "STS-B.tsv", predictions)
     lines = write_submission([run], tmp_path / "glue.zip", partial=True)
     found = read_zip(tmp_path / "glue.zip")["STS-B.tsv"]
     assert found[:9] == ["0.000", "0.000", "0.000", "5.000", "5.000", "5.000", "2.346", "4.000", "1.000"]
@@ -499,8 +503,10 @@ def test_a_zip_that_could_not_be_written_to_the_end_leaves_nothing(tmp_path, mon
     assert os.listdir(tmp_path) == ["rte"]
 
 
-@pytest.mark.parametrize("fault, said", [("row", "'RTE.tsv': 2999"), ("name", "'rte.tsv': 3000"), ("bytes", "CRC")])
-def test_a_zip_that_reads_back_otherwise_gets_no_name(tmp_path, monkeypatch, fault, said):
+@pytest.mark.parametrize(
+    "fault, expected_message", [("row", "'RTE.tsv': 2999"), ("name", "'rte.tsv': 3000"), ("bytes", "CRC")]
+)
+def test_a_zip_that_reads_back_otherwise_gets_no_name(tmp_path, monkeypatch, fault, expected_message):
     run = make_run(tmp_path / "rte", "rte")
     write, read = zipfile.ZipFile.writestr, zipfile.ZipFile.read
 
@@ -519,7 +525,7 @@ def test_a_zip_that_reads_back_otherwise_gets_no_name(tmp_path, monkeypatch, fau
     monkeypatch.setattr(zipfile.ZipFile, "writestr", faulty)
     monkeypatch.setattr(zipfile.ZipFile, "read", damaged)
     message = refusal([run], tmp_path / "glue.zip")
-    assert said in message and "Removed" in message
+    assert expected_message in message and "Removed" in message
     assert os.listdir(tmp_path) == ["rte"]
 
 
@@ -529,12 +535,12 @@ def test_a_zip_that_reads_back_otherwise_gets_no_name(tmp_path, monkeypatch, fau
 def test_the_program_prints_what_it_did_and_ends_with_0(tmp_path, capsys):
     run = make_run(tmp_path / "rte", "rte", 3, {"eval_accuracy": 0.866})
     assert main(["submission", str(run), "--out", str(tmp_path / "glue.zip"), "--partial"]) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
-        said.out.startswith(f"RTE: seed 3, the only run, dev accuracy 0.866 of its final model: {run}\n")
-        and not said.err
+        printed.out.startswith(f"RTE: seed 3, the only run, dev accuracy 0.866 of its final model: {run}\n")
+        and not printed.err
     )
-    assert said.out.endswith(f"{tmp_path / 'glue.zip'}: 2 files.\n")
+    assert printed.out.endswith(f"{tmp_path / 'glue.zip'}: 2 files.\n")
 
 
 def test_the_program_takes_several_folders(tmp_path):
@@ -544,15 +550,17 @@ def test_the_program_takes_several_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "out, flags, said",
+    "out, flags, expected_message",
     [("glue.zip", [], "no predictions for"), ("rte/run.json/glue.zip", ["--partial"], "run.json")],
     ids=["UserError", "OSError"],
 )
-def test_the_program_ends_with_1_and_a_message_for_what_a_person_can_put_right(tmp_path, capsys, out, flags, said):
+def test_the_program_ends_with_1_and_a_message_for_what_a_person_can_put_right(
+    tmp_path, capsys, out, flags, expected_message
+):
     run = make_run(tmp_path / "rte", "rte")
     assert main(["submission", str(run), "--out", str(tmp_path / out), *flags]) == 1
     printed = capsys.readouterr()
-    assert printed.err.startswith("lora_nlu.report: error: ") and said in printed.err and not printed.out
+    assert printed.err.startswith("lora_nlu.report: error: ") and expected_message in printed.err and not printed.out
 
 
 @pytest.mark.parametrize("arguments", [[], ["somewhere"], ["--out", "glue.zip"], ["a", "--out", "b", "--unknown"]])

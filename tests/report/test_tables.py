@@ -93,8 +93,8 @@ def test_medians_sample_deviations_and_averages_over_all_tasks_are_numpys(glue):
 def test_tasks_stand_in_the_papers_order_whatever_the_folders_and_others_after_them(glue, tmp_path):
     write_run(tmp_path / "a", "wnli", method=FULL)
     headings = rows_of(read(tmp_path, glue[0]))[0]
-    wanted = [*HEADINGS.values(), "WNLI accuracy"]
-    assert headings == ["method", "trainable", "", *wanted, "average", "training", "memory"]
+    task_headings = [*HEADINGS.values(), "WNLI accuracy"]
+    assert headings == ["method", "trainable", "", *task_headings, "average", "training", "memory"]
 
 
 def test_mnlis_last_is_on_both_validation_sets_and_its_best_epoch_on_the_matched_alone(tmp_path):
@@ -167,9 +167,9 @@ def test_a_run_that_stopped_where_it_diverged_is_left_out_by_name(tmp_path):
 def test_a_run_that_recorded_that_it_diverged_is_left_out_for_that_reason_of_report_and_submission(tmp_path):
     write_run(tmp_path / "a", "cola", 0)
     run = write_run(tmp_path / "b", "cola", 1, state="begun")
-    known = json.loads((run / "run.json").read_text())
+    record = json.loads((run / "run.json").read_text())
     assert f"unfinished: {run}, no checkpoint yet" in notes_of(read(tmp_path))
-    write(run / "run.json", known | {"diverged": "the loss is nan at step 12"})
+    write(run / "run.json", record | {"diverged": "the loss is nan at step 12"})
     assert f"left out, diverged (the loss is nan at step 12): {run}" in notes_of(read(tmp_path))
     assert [one.figures.diverged for one in find_runs([run])] == ["the loss is nan at step 12"]
 

@@ -252,9 +252,9 @@ def results(
         inputs["inputs_embeds"] = embeds
     if not case["bare"]:
         inputs["labels"] = labels.to(dtype) if labels.is_floating_point() else labels
-    asked = {"output_hidden_states": case["hidden_states"], "output_attentions": case["attentions"]}
+    outputs = {"output_hidden_states": case["hidden_states"], "output_attentions": case["attentions"]}
     with torch.set_grad_enabled(case["gradients"]):
-        out = model(**inputs, **asked)
+        out = model(**inputs, **outputs)
         found = {name: out[name] for name in ("logits", "loss", "last_hidden_state", "pooler_output") if name in out}
         found |= {f"hidden states {i}": tensor for i, tensor in enumerate(out.hidden_states or ())}
         found |= {f"attentions {i}": tensor.transpose(1, 2) for i, tensor in enumerate(out.attentions or ())}

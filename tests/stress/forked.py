@@ -113,10 +113,10 @@ def call(function: Callable, *arguments: Any) -> Any:
             os._exit(code)
     os.close(write)
     with os.fdopen(read) as pipe:
-        told = pipe.read()
+        result = pipe.read()
     if code := finish(pid):
         raise RuntimeError(f"{function.__name__} ended with {code} in its child")
-    return json.loads(told)
+    return json.loads(result)
 
 
 def prepare(work: Path) -> tuple[Path, Path]:
@@ -139,9 +139,9 @@ def _write_model(work: str) -> None:
 
 def flags(glue: Path, model: Path, output: Path, cache: Path, steps: int, save_steps: int) -> list[object]:
     """A run on RTE that saves and evaluates every `save_steps` steps and ends with its best model."""
-    told: list[object] = ["--model_name_or_path", model, "--task_name", "rte", "--glue_dir", glue]
-    told += ["--output_dir", output, "--cache_dir", cache, *LORA, "--max_seq_length", 32, "--disable_tqdm", "true"]
-    told += ["--do_train", "--do_eval", "--max_steps", steps, "--learning_rate", "1e-2"]
-    told += ["--save_strategy", "steps", "--save_steps", save_steps, "--eval_strategy", "steps"]
-    told += ["--eval_steps", save_steps, "--load_best_model_at_end", "--per_device_eval_batch_size", 24]
-    return told
+    argv: list[object] = ["--model_name_or_path", model, "--task_name", "rte", "--glue_dir", glue]
+    argv += ["--output_dir", output, "--cache_dir", cache, *LORA, "--max_seq_length", 32, "--disable_tqdm", "true"]
+    argv += ["--do_train", "--do_eval", "--max_steps", steps, "--learning_rate", "1e-2"]
+    argv += ["--save_strategy", "steps", "--save_steps", save_steps, "--eval_strategy", "steps"]
+    argv += ["--eval_steps", save_steps, "--load_best_model_at_end", "--per_device_eval_batch_size", 24]
+    return argv

@@ -1,10 +1,10 @@
-"""Train onto a disk that fills up in mid-save: what was saved before stays whole, and with room the run goes on.
+"""Train onto a disk that fills up in mid-save: what was saved before stays complete, and with free space the run resumes.
 
     OMP_NUM_THREADS=1 nice python tests/stress/full_disk.py --disks 20 [--seed 0]
 
 As root: the output folder of each run is a tmpfs of a size of its own, 200 to 600 KiB, on which checkpoints of about
 80 KiB pile up, so that the disk is full in another file each time. Then the run must have ended with code 1, a message
-of three lines at most without a traceback that names the last whole checkpoint, and nothing of the broken save on the
+of three lines at most without a traceback that names the last complete checkpoint, and nothing of the broken save on the
 disk; every checkpoint must load and equal that of a run with room. Given room, the same command must finish, bit-equal.
 
 The last line sums up; exit code 1 if anything failed, 77 if no tmpfs can be mounted here.
@@ -41,15 +41,15 @@ def fill(command: list[object], disk: Path, alone: Path, log: Path) -> tuple[lis
     found = forked.call(kill_and_resume.inspect, str(disk), str(alone))
     wrong += found["wrong"] + [f"{name} lacks files" for name in found["torn"]]
     if not found["chosen"] or f"{found['chosen']} is complete" not in message:
-        wrong.append(f"the last whole checkpoint is {found['chosen']}, the message says: {message}")
+        wrong.append(f"the last complete checkpoint is {found['chosen']}, the message says: {message}")
     left = [path.name for path in disk.iterdir() if path.name.startswith(".")]
     wrong += [f"left behind: {name}" for name in left]
     if problem := mount(disk, "remount,size=64m"):
         return [*wrong, problem], message
     if code := forked.finish(forked.start(command, log)):
-        return [*wrong, f"given room: exit code {code}, {Path(f'{log}.err').read_text()[-600:]}"], message
-    if f"Resuming from {found['chosen']}." not in kill_and_resume.said(log):
-        wrong.append("given room, it did not resume from the last whole checkpoint")
+        return [*wrong, f"with free space: exit code {code}, {Path(f'{log}.err').read_text()[-600:]}"], message
+    if f"Resuming from {found['chosen']}." not in kill_and_resume.printed_by(log):
+        wrong.append("with free space, it did not resume from the last complete checkpoint")
     # without --save_total_limit all checkpoints are kept
     return wrong + forked.call(kill_and_resume.compare, str(disk), str(alone)), message
 
@@ -69,10 +69,10 @@ def main() -> int:
             return 77
         subprocess.run(["umount", disk], check=True)
         glue, model = forked.prepare(work)
-        told = {}
+        flags_by_folder = {}
         for output in (work / "alone", disk):
-            told[output] = forked.flags(glue, model, output, work / "cache", kill_and_resume.STEPS, 6)
-        if code := forked.finish(forked.start(told[work / "alone"], work / "log")):
+            flags_by_folder[output] = forked.flags(glue, model, output, work / "cache", kill_and_resume.STEPS, 6)
+        if code := forked.finish(forked.start(flags_by_folder[work / "alone"], work / "log")):
             print(f"the run with room ended with {code}: {Path(f'{work}/log.err').read_text()[-2000:]}")
             return 1
         for number in range(args.disks):
@@ -81,7 +81,7 @@ def main() -> int:
                 print(problem)
                 return 1
             try:
-                wrong, message = fill(told[disk], disk, work / "alone", work / "log")
+                wrong, message = fill(flags_by_folder[disk], disk, work / "alone", work / "log")
             finally:
                 subprocess.run(["umount", disk], check=True)
             messages.add(message.replace(str(disk), "DISK"))

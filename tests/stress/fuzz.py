@@ -209,8 +209,8 @@ class Reader:
         except UserError as e:
             if not self.untouched():
                 return "a refusal changed the model"
-            told = str(e)
-            if told.count("\n") > 2 or str(self.source) not in told:
+            message = str(e)
+            if message.count("\n") > 2 or str(self.source) not in message:
                 return "refused, by a message that names no file or has more than three lines"
             return "refused"
         except MemoryError:
@@ -244,10 +244,10 @@ def _work(kind: str, seed: int, first: int, count: int, folder: Path, shared: mm
     """Cases first..count-1; the number under way stands in `shared`, what came of it goes to `tell` line by line."""
     warnings.simplefilter("ignore")
     source, file, right = original(kind, folder)
-    whole = folder / "whole"
-    if not whole.exists():  # a legacy file is another one in each process
-        whole.write_bytes(file.read_bytes())
-    content = whole.read_bytes()
+    undamaged = folder / "whole"
+    if not undamaged.exists():  # a legacy file is another one in each process
+        undamaged.write_bytes(file.read_bytes())
+    content = undamaged.read_bytes()
     reader = Reader(kind, source, right)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     resource.setrlimit(resource.RLIMIT_AS, (pages + MEMORY, pages + MEMORY))
@@ -290,8 +290,8 @@ def fuzz(kind: str, seed: int, count: int, folder: Path, keep: Path | None) -> t
             finally:
                 os._exit(code)
         os.close(write)
-        with os.fdopen(read) as told:
-            for line in told:
+        with os.fdopen(read) as lines:
+            for line in lines:
                 case, outcome, what = json.loads(line)
                 counts[outcome] += 1
                 if outcome not in FINE and outcome not in firsts:
@@ -335,8 +335,8 @@ def main() -> int:
             counts, firsts = fuzz(kind, args.seed, count, Path(work, kind.replace(" ", "-")), args.keep)
             total += counts.total()
             bad += sum(n for outcome, n in counts.items() if outcome not in FINE)
-            said = ", ".join(f"{outcome} {n}" for outcome, n in counts.most_common())
-            print(f"{kind}: {counts.total()} mutations: {said}; {time.monotonic() - started:.0f} s", flush=True)
+            counted = ", ".join(f"{outcome} {n}" for outcome, n in counts.most_common())
+            print(f"{kind}: {counts.total()} mutations: {counted}; {time.monotonic() - started:.0f} s", flush=True)
             for outcome, case in firsts.items():
                 print(f"  {outcome}: {case}", flush=True)
     print(f"{total} mutations, {bad} failures, {time.monotonic() - begun:.0f} s")

@@ -3,13 +3,13 @@
     OMP_NUM_THREADS=1 nice python tests/stress/kill_and_resume.py --kills 200 [--seed 0] [--work DIR]
 
 A tiny RoBERTa trains 60 steps on RTE in a process of its own, saves and evaluates at every step or every second, and is
-ended by SIGKILL: at a moment spread over the whole attempt, inside a save, right after one (while old checkpoints are
+ended by SIGKILL: at a moment spread over the attempt, inside a save, right after one (while old checkpoints are
 removed), or as soon as it writes its first file. After each kill: every checkpoint that `complete_checkpoints` lists
 loads completely and equals, bit for bit, that of the run left alone at that step; so does the best model; the one that
 resume takes is the last. After each finished run: final and best adapter, every evaluation and the step count are equal
 to those of the run left alone. A SIGKILL leaves what the kernel has taken: a power cut, which loses that, isn't tested.
 
-The last line sums up; exit code 1 if anything failed. Failures are told as they occur; 100 of them end it.
+The last line sums up; exit code 1 if anything failed. Failures are printed as they occur; 100 of them end it.
 """
 
 import argparse
@@ -113,19 +113,19 @@ def differences(checkpoint: Path, alone: Path) -> list[str]:
 def inspect(output: str, alone: str) -> dict[str, Any]:
     """What a killed run left: what is wrong, the checkpoint that resume takes, and those that lack files."""
     folder, wrong = Path(output), []
-    whole = complete_checkpoints(output)
-    for checkpoint in whole:
+    complete = complete_checkpoints(output)
+    for checkpoint in complete:
         try:
             wrong += differences(checkpoint, Path(alone))
         except Exception as e:  # whatever it is, this checkpoint doesn't load
-            wrong.append(f"{checkpoint.name} is listed as whole and doesn't load: {type(e).__name__}: {e}")
+            wrong.append(f"{checkpoint.name} is listed as complete and doesn't load: {type(e).__name__}: {e}")
     chosen = find_checkpoint(output, None)
-    if chosen != (str(whole[-1]) if whole else None):
-        wrong.append(f"resume takes {chosen}, the last whole one is {whole[-1:]}")
-    if whole:
-        best = json.loads((whole[-1] / STATE).read_text())["best_model_checkpoint"]
-        if not best or Path(best) not in whole:
-            wrong.append(f"the best model, {best}, is not among the whole checkpoints")
+    if chosen != (str(complete[-1]) if complete else None):
+        wrong.append(f"resume takes {chosen}, the last complete one is {complete[-1:]}")
+    if complete:
+        best = json.loads((complete[-1] / STATE).read_text())["best_model_checkpoint"]
+        if not best or Path(best) not in complete:
+            wrong.append(f"the best model, {best}, is not among the complete checkpoints")
     torn = [p.name for p in folder.glob("checkpoint-*") if FILES - {file.name for file in p.iterdir()}]
     return {"wrong": wrong, "chosen": chosen, "torn": torn}
 
@@ -197,11 +197,11 @@ def kill_some_time(pid: int, output: Path, rng: random.Random, moment: str) -> b
     return alive
 
 
-def said(log: Path) -> str:
+def printed_by(log: Path) -> str:
     return Path(f"{log}.out").read_text(errors="replace")
 
 
-def one_run(work: Path, number: int, rng: random.Random, tally: Tally, wanted: int) -> None:
+def one_run(work: Path, number: int, rng: random.Random, tally: Tally, most_kills: int) -> None:
     """One output folder, killed and resumed until it finishes; once there were kills enough it is left to finish."""
     save_steps = rng.choice((1, 2))
     glue, model, alone = work / "glue", work / "model", work / f"alone-{save_steps}"
@@ -214,13 +214,13 @@ def one_run(work: Path, number: int, rng: random.Random, tally: Tally, wanted: i
         pid = forked.start(command, log)
         moment = rng.choice(MOMENTS[: 6 if chosen is None else 5])
         killed = False
-        if tally.kills < wanted and patience:
+        if tally.kills < most_kills and patience:
             killed = kill_some_time(pid, output, rng, moment)
             patience -= 1
         code = forked.finish(pid)
         resumed = f"Resuming from {chosen}." if chosen else "Resuming"
-        if code == 0 and "already trained" not in said(log) and (resumed in said(log)) != bool(chosen):
-            tally.fail(f"run {number}: it should have been resumed from {chosen}: {said(log)[:300]!r}")
+        if code == 0 and "already trained" not in printed_by(log) and (resumed in printed_by(log)) != bool(chosen):
+            tally.fail(f"run {number}: it should have been resumed from {chosen}: {printed_by(log)[:300]!r}")
         if killed and code == -signal.SIGKILL:
             tally.kills += 1
             tally.moments[moment] += 1

@@ -168,7 +168,7 @@ def contents(folder: Path) -> dict[str, Any]:
         name = str(path.relative_to(folder))
         if path.name in ("README.md", "training_args.bin"):
             found[name] = "not compared"
-        elif path.name == "files.json":  # lengths, also of files that hold times
+        elif path.name == "files.json":  # lengths, also of files that contain times
             found[name] = sorted(json.loads(path.read_text()))
         elif VALUES.fullmatch(path.name):
             found[name] = without_varying(json.loads(path.read_text()))

@@ -194,7 +194,7 @@ def test_a_script_without_a_batch_has_transformers_default():
 
 
 @pytest.mark.parametrize(
-    "settings, said, remedy, works",
+    "settings, expected_message, remedy, works",
     [
         ({"devices": "3"}, "3 devices cannot", "Use 2 of them: devices=2,", {"devices": "2"}),
         ({"devices": "48"}, "48 devices cannot", "devices=32", {"devices": "32"}),
@@ -209,11 +209,13 @@ def test_a_script_without_a_batch_has_transformers_default():
         ({"devices": "0", "nnodes": "5"}, "the CPUs of 5 machines", "nnodes=4.", {"nnodes": "4"}),
     ],
 )
-def test_devices_that_cannot_share_a_step_equally_are_refused_naming_how_many_can(settings, said, remedy, works):
+def test_devices_that_cannot_share_a_step_equally_are_refused_naming_how_many_can(
+    settings, expected_message, remedy, works
+):
     settings = {"nnodes": "1", "node_rank": "0", "master_addr": "first", **settings}
     message = refusal(**settings)
     count = int(settings["nnodes"]) * max(1, int(settings["devices"]))
-    for words in (said, "8 x 16", remedy, f"tuned_for_gpus={count}"):
+    for words in (expected_message, "8 x 16", remedy, f"tuned_for_gpus={count}"):
         assert words in message
     assert ("CUDA_VISIBLE_DEVICES" in message) == ("devices" in works)
     assert "= 128 examples" in plan(**{**settings, **works}).notes[0]

@@ -1,4 +1,4 @@
-"""How a program ends: what failed is said truthfully, in one message and with its exit code."""
+"""How a program ends: one message that names what failed, and the right exit code."""
 
 import errno
 import socket
@@ -11,7 +11,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from lora_nlu.training import processes
 
 
-def said(main, capsys) -> str:
+def message_of(main, capsys) -> str:
     with pytest.raises(SystemExit) as stopped:
         processes.run(main, ["run_glue.py"], {})
     assert stopped.value.code == 1
@@ -35,8 +35,8 @@ def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path, capsys):
     def writes(argv: list[str]) -> None:
         Path("/dev/full").write_text("x" * 10)
 
-    assert f"No such file or directory: {tmp_path / 'none.csv'}." in said(reads, capsys)
-    assert "No space left on device, while writing." in said(writes, capsys)
+    assert f"No such file or directory: {tmp_path / 'none.csv'}." in message_of(reads, capsys)
+    assert "No space left on device, while writing." in message_of(writes, capsys)
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,13 @@ def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path, capsys):
     ids=lambda error: type(error).__name__,
 )
 def test_a_network_that_fails_is_called_so(error, capsys):
-    message = said(raising(error), capsys)
+    message = message_of(raising(error), capsys)
     assert "the network, or a server, failed: " in message and "writ" not in message
 
 
 def test_of_an_error_that_names_nothing_the_line_is_named(capsys):
-    message = said(raising(OSError("handle is closed")), capsys)
+    message = message_of(raising(OSError("handle is closed")), capsys)
     assert "handle is closed (OSError in main, " in message and "test_processes.py:" in message
-    assert "Input/output error (OSError in main" in said(raising(OSError(errno.EIO, "Input/output error")), capsys)
+    assert "Input/output error (OSError in main" in message_of(
+        raising(OSError(errno.EIO, "Input/output error")), capsys
+    )

@@ -1,4 +1,4 @@
-"""Checkpoints: what they hold, that they appear whole or not at all, and that resuming changes no bit."""
+"""Checkpoints: what they contain, that they appear complete or not at all, and that resuming changes no bit."""
 
 import json
 import shutil
@@ -160,8 +160,8 @@ def test_a_resumed_run_ends_bit_equal_to_the_uninterrupted_one(step, uninterrupt
     randomise_(trainer.model.classifier, seed=9)  # whatever was in the model, the checkpoint's values count
     trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
     assert_equal_bits(parameters(trainer), final)
-    state, whole = (json.loads((f / "checkpoint-12" / "trainer_state.json").read_text()) for f in (tmp_path, folder))
-    assert state["num_input_tokens_seen"] == whole["num_input_tokens_seen"]
+    state, expected = (json.loads((f / "checkpoint-12" / "trainer_state.json").read_text()) for f in (tmp_path, folder))
+    assert state["num_input_tokens_seen"] == expected["num_input_tokens_seen"]
     optimizers = [torch.load(f / "checkpoint-12" / "optimizer.pt", weights_only=True) for f in (tmp_path, folder)]
     for got, want in zip(*(o["state"].values() for o in optimizers), strict=True):
         assert_equal_bits(got, want)

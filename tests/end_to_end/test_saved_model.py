@@ -1,4 +1,4 @@
-"""A whole model with what was trained in it, as the base of a run: loaded as it was or refused; never dropped."""
+"""A saved model that contains what a method trained, as the base of a run: loaded as it was, or refused; never dropped."""
 
 import json
 from pathlib import Path
@@ -22,14 +22,14 @@ HOULSBY = ["--apply_adapter", "--adapter_type", "houlsby", "--adapter_size", "4"
 
 
 @pytest.fixture(scope="module")
-def whole(call, glue, tiny_model, tiny_deberta, tmp_path_factory) -> Any:  # noqa: F811
-    """By kind and flags: the folder of a run's adapter, and the model saved whole by save_pretrained."""
+def saved_model(call, glue, tiny_model, tiny_deberta, tmp_path_factory) -> Any:  # noqa: F811
+    """By kind and flags: the folder of a run's adapter, and the complete model with it, saved by save_pretrained."""
     done: dict[tuple[str, ...], tuple[Path, Path]] = {}
 
     def make(kind: str, *flags: str) -> tuple[Path, Path]:
         key = (kind, *flags)
         if key not in done:
-            base, folder = (tiny_deberta if kind == "deberta" else tiny_model), tmp_path_factory.mktemp("whole")
+            base, folder = (tiny_deberta if kind == "deberta" else tiny_model), tmp_path_factory.mktemp("complete")
             succeeded(run(call, glue, base, folder / "run", "--do_train", "--do_eval", *STEPS, *flags))
             config = load_config(str(base))
             set_labels(config, ("entailment", "not_entailment"))
@@ -61,8 +61,10 @@ def run(call: Any, glue: Path, model: Path, output: Path, *flags: object) -> Out
     ],
     ids=str,
 )
-def test_a_saved_model_with_the_flags_of_its_training_has_its_adapters_scores(kind, flags, whole, call, glue, tmp_path):
-    trained, model = whole(kind, *flags)
+def test_a_saved_model_with_the_flags_of_its_training_has_its_adapters_scores(
+    kind, flags, saved_model, call, glue, tmp_path
+):
+    trained, model = saved_model(kind, *flags)
     succeeded(run(call, glue, model, tmp_path / "o", "--do_eval", *flags))
     assert scores(tmp_path / "o" / "eval_results.json") == pytest.approx(
         scores(trained / "eval_results.json"), rel=1e-6
@@ -71,7 +73,7 @@ def test_a_saved_model_with_the_flags_of_its_training_has_its_adapters_scores(ki
 
 @pytest.mark.parametrize("work", [["--do_eval"], ["--do_train", *STEPS]], ids=["eval", "train"])
 @pytest.mark.parametrize(
-    ("kind", "trained_with", "flags", "said"),
+    ("kind", "trained_with", "flags", "expected_message"),
     [
         ("roberta", LORA, [], "left out"),
         ("roberta", LORA, ["--apply_lora", "--lora_r", "4", "--lora_alpha", "16"], "Give --lora_alpha 8"),
@@ -87,15 +89,15 @@ def test_a_saved_model_with_the_flags_of_its_training_has_its_adapters_scores(ki
     ids=str,
 )
 def test_a_saved_model_is_refused_with_other_flags_than_its_trainings(
-    kind, trained_with, flags, said, work, whole, call, glue, tmp_path
+    kind, trained_with, flags, expected_message, work, saved_model, call, glue, tmp_path
 ):
-    _, model = whole(kind, *trained_with)
+    _, model = saved_model(kind, *trained_with)
     outcome = run(call, glue, model, tmp_path / "o", *work, *flags)
-    assert outcome.code == 1 and str(model) in outcome.err and said in outcome.err
+    assert outcome.code == 1 and str(model) in outcome.err and expected_message in outcome.err
 
 
-def test_a_saved_model_whose_config_does_not_record_its_alpha_is_refused(whole, call, glue, tmp_path):
-    _, model = whole("roberta", *LORA)
+def test_a_saved_model_whose_config_does_not_record_its_alpha_is_refused(saved_model, call, glue, tmp_path):
+    _, model = saved_model("roberta", *LORA)
     copy = tmp_path / "model"
     copy.mkdir()
     for path in model.iterdir():
@@ -107,7 +109,7 @@ def test_a_saved_model_whose_config_does_not_record_its_alpha_is_refused(whole, 
     assert outcome.code == 1 and "doesn't record the lora_alpha" in outcome.err
 
 
-def test_an_adapter_for_a_saved_model_that_contains_another_one_is_refused(whole, call, glue, tmp_path):
-    trained, model = whole("roberta", *LORA)
+def test_an_adapter_for_a_saved_model_that_contains_another_one_is_refused(saved_model, call, glue, tmp_path):
+    trained, model = saved_model("roberta", *LORA)
     outcome = run(call, glue, model, tmp_path / "o", "--do_eval", "--lora_path", trained)
     assert outcome.code == 1 and "left out" in outcome.err
