@@ -478,7 +478,7 @@ def test_pushing_to_a_hub_that_isnt_there_is_refused_before_training(refused_by_
     assert "--push_to_hub" in message and "hf upload" in message
 
 
-# ------------------------------------------------------------------------------------- complete models as the base model
+# ----------------------------------------------------------------------------------- complete models as the base model
 
 
 @pytest.fixture

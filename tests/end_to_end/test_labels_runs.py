@@ -1,4 +1,4 @@
-"""Labels are matched by name: heads in another order, of other names, or without names, in adapters and complete models."""
+"""Labels are matched by name: heads in another order, of other names or without, in adapters and complete models."""
 
 import csv
 import json

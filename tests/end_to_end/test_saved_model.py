@@ -1,4 +1,4 @@
-"""A saved model that contains what a method trained, as the base of a run: loaded as it was, or refused; never dropped."""
+"""A saved model that contains what a method trained, as a run's base: loaded as it was, or refused; never dropped."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Subspace similarity: values worked out by hand, an independent reference, and the command that tabulates and draws it."""
+"""Subspace similarity: values by hand, an independent reference, and the command that tabulates and draws it."""
 
 import csv
 import os

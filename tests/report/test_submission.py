@@ -92,7 +92,7 @@ def about(lines: list[str], start: str) -> list[str]:
     return [line for line in lines if line.startswith(start)]
 
 
-# ------------------------------------------------------------------------------------------------------ the complete zip
+# ---------------------------------------------------------------------------------------------------- the complete zip
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,12 @@
-"""Train onto a disk that fills up in mid-save: what was saved before stays complete, and with free space the run resumes.
+"""Train onto a disk that fills up in mid-save: earlier saves stay complete, and with free space the run resumes.
 
     OMP_NUM_THREADS=1 nice python tests/stress/full_disk.py --disks 20 [--seed 0]
 
 As root: the output folder of each run is a tmpfs of a size of its own, 200 to 600 KiB, on which checkpoints of about
 80 KiB pile up, so that the disk is full in another file each time. Then the run must have ended with code 1, a message
-of three lines at most without a traceback that names the last complete checkpoint, and nothing of the broken save on the
-disk; every checkpoint must load and equal that of a run with room. Given room, the same command must finish, bit-equal.
+of three lines at most without a traceback that names the last complete checkpoint, and nothing of the broken save on
+the disk; every checkpoint must load and equal that of a run with space. Given space, the same command must finish,
+bit-equal.
 
 The last line sums up; exit code 1 if anything failed, 77 if no tmpfs can be mounted here.
 """
