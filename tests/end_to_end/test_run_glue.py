@@ -301,6 +301,19 @@ def test_mnli_reports_matched_mismatched_and_overall_and_predicts_both_sets_and_
         assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "neutral", "contradiction"}
 
 
+def test_the_best_evaluation_while_training_is_none_of_the_final_ones(call, glue, tmp_path):
+    flags = ["--task_name", "mnli", "--glue_dir", glue, "--max_seq_length", "64", "--max_steps", "1", "--head_only"]
+    for strategy, folder in (("no", "none"), ("steps", "one")):
+        out = call(
+            *flags, "--do_train", "--do_eval", "--eval_strategy", strategy, "--eval_steps", "1", "--output_dir",
+            tmp_path / folder, "--max_train_samples", "8",
+        ).out  # fmt: skip
+        if strategy == "no":
+            assert "best while training" not in out
+    (best,) = re.findall(r"best while training +(\S+) at", out)
+    assert float(best) == round(read(tmp_path / "one" / "eval_results.json")["eval_accuracy"], 4)
+
+
 def test_the_references_evaluation_command_works_on_a_published_file(mnli_run, start, glue, tmp_path):
     file = tmp_path / "roberta_base_lora_mnli.bin"
     torch.save(trained_flat(mnli_run), file)

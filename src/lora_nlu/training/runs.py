@@ -152,8 +152,8 @@ def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: d
     counts, args, history = count_parameters(trainer.model), trainer.args, trainer.state.log_history
     rows = [("task", trainer.metadata["task"])]
     rows += [(key.removeprefix("eval_"), f"{metrics[key]:.4f}") for key in metrics if metric in key]
-    epochs = [entry for entry in history if f"eval_{metric}" in entry]
-    if args.do_train and len(epochs) > 1:
+    end = max((i for i, entry in enumerate(history) if "train_loss" in entry), default=0)  # final evaluations follow it
+    if epochs := [entry for entry in history[:end] if f"eval_{metric}" in entry]:
         choose = max if greater_is_better(metric) else min
         best = choose(epochs, key=lambda entry: entry[f"eval_{metric}"])
         rows.append(("best while training", f"{best[f'eval_{metric}']:.4f} at epoch {best['epoch']:.2f}"))
