@@ -188,6 +188,15 @@ def test_texts_cut_at_the_longest_length_are_counted_in_one_line_a_split_also_fr
     assert tokenize_and_say(examples, tokenizer, max(lengths), str(tmp_path))[1] == []
 
 
+def test_texts_longer_than_the_tokenizers_limit_cause_no_warning_of_indexing_errors(tmp_path, roberta, monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", lambda *a, **k: warnings.append(a[0]))
+    monkeypatch.setattr(roberta, "model_max_length", 4)
+    monkeypatch.setattr(roberta, "deprecation_warnings", {})  # each warning comes once
+    assert tokenize_and_say(texts(30), roberta, 4, str(tmp_path))[1]
+    assert warnings == []
+
+
 def test_truncation_from_the_left_is_another_cache_than_from_the_right(tmp_path, deberta):
     examples = own_file(tmp_path, "the cat sat on a mat")
     right = tokenize(examples, deberta, 6, str(tmp_path))["train"][0]

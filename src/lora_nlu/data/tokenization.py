@@ -71,7 +71,7 @@ def _tokenizer_identity(tokenizer: Any) -> str:
 def _check_vocabulary(table: Dataset, tokenizer: Any, split: str) -> None:
     """A wrong tokenizer class for a vocabulary silently makes words unknown, drops or joins some. Raises UserError."""
     texts = [text[:200] for text in table[:100]["text"]]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     decoded_words = sum(len(tokenizer.decode(row, skip_special_tokens=True).split()) for row in ids)
     lost_words = sum(len(text.split()) for text in texts) - decoded_words
     if lost_words > max(10, decoded_words):
