@@ -540,6 +540,12 @@ def test_inspect_of_the_other_methods_counts_what_they_train(settings, rows, kin
         assert "biases" not in got
 
 
+def test_conversion_of_a_deberta_without_lora_assumes_nothing_about_lora(tmp_path, capsys):
+    _, folder = trained_by(tmp_path / "adapter", "deberta", apply_bitfit=True)
+    code, out, err = run_program(capsys, "convert", folder, tmp_path / "peft", "--to", "peft")
+    assert code == 0 and "relative query" not in out + err, out + err
+
+
 def test_several_alphas_and_ranks_and_rslora_are_all_printed(tmp_path, capsys):
     settings = {
         "rank_pattern": {"value": 2},

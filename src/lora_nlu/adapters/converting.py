@@ -76,7 +76,7 @@ def _check_request(adapter: Adapter, destination: Path, to: str, lora_alpha: flo
 def _assumptions(adapter: Adapter, to: str, base: str | None) -> list[str]:
     """Lines to print on what the file doesn't record and was assumed, or was not checked."""
     source, notes = adapter.source, []
-    if not adapter.records_relative_query and to != "bin":
+    if adapter.row.has_alpha and not adapter.records_relative_query and to != "bin":
         way = "the reference's way; --lora_relative_query is PEFT's" if adapter.frozen_relative_query else "PEFT's way"
         trained = "without" if adapter.frozen_relative_query else "with"
         notes.append(f"{source}: read as trained {trained} LoRA on the relative query ({way}), which it can't confirm.")
