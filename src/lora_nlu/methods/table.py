@@ -31,7 +31,7 @@ class LazyModule:
 
 
 lora, bottleneck = LazyModule("lora"), LazyModule("bottleneck")
-_ADAPTER_PATH = Flag("adapter_path", "Run of another method than LoRA, to start from or evaluate", in_config=False)
+_ADAPTER_PATH = Flag("adapter_path", "Run of a method other than LoRA, to start from or evaluate", in_config=False)
 _LORA_FLAGS = (
     Flag("apply_lora", "Train LoRA in the query and value projections, and the head; freeze the rest", bool, False),
     Flag("lora_r", "Rank of the update; 0 is plain fine-tuning", int, at_least=0),
