@@ -133,3 +133,11 @@ def test_no_module_reads_the_command_line_or_the_environment(path):
 )  # fmt: skip
 def test_the_walk_sees_every_way_to_import(line):
     assert imported(ast.parse(line)) == {"data.tasks"}
+
+
+def test_dir_of_a_package_lists_the_names_that_are_imported_lazily():
+    import lora_nlu
+    import lora_nlu.methods
+
+    assert {*lora_nlu.__all__, "__version__"} <= {*dir(lora_nlu)}
+    assert {*lora_nlu.methods.__all__} <= {*dir(lora_nlu.methods)}

@@ -1,6 +1,7 @@
 """Names of a package that are imported when first used (PEP 562), so that importing the package itself is fast."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,4 +18,6 @@ def lazy_names(package: str, names_by_module: dict[str, str]) -> tuple[Callable[
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
 
+    module = sys.modules[package]
+    module.__dir__ = lambda: sorted({*vars(module), *module_of})  # type: ignore[method-assign]  # completion in a shell
     return __getattr__, sorted(module_of)
