@@ -730,3 +730,8 @@ def test_pefts_spellings_of_modules_and_layers_are_accepted(kind, settings, targ
         model.save_pretrained(tmp_path)
         loaded = CLASSIFIERS[kind][0].from_pretrained(tmp_path)
         assert {*loaded.state_dict()} == {*model.state_dict()}
+
+
+def test_an_alpha_that_is_text_is_not_converted():
+    with pytest.raises(TypeError):
+        LoRALinear(6, 5, 2, "3")

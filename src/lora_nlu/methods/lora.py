@@ -88,7 +88,7 @@ class LoRALinear(UpdatedLinear):
         super().__init__(in_features, out_features, bias=bias)
         if r < 1:
             raise ValueError(f"LoRALinear needs a rank of at least 1, got r={r}; rank 0 is nn.Linear.")
-        self.r, self.lora_alpha, self.use_rslora = r, float(lora_alpha), use_rslora
+        self.r, self.lora_alpha, self.use_rslora = r, 1.0 * lora_alpha, use_rslora  # text is a TypeError
         self.dropout = kernels.Dropout(lora_dropout)
         self.lora_A = nn.Parameter(torch.empty(r, in_features))
         self.lora_B = nn.Parameter(torch.empty(out_features, r))
