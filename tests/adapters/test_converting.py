@@ -1,10 +1,7 @@
-"""Adapters in other forms: they compute the same, what a form can't say is refused, nothing is written over."""
+"""Forms of an adapter: merged, published, folder; the same logits in each, or a refusal and nothing written."""
 
 import json
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,81 +10,29 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_config, tiny_deberta_config
+from conversions import ALPHA, CONFIGS, LABELS, SMALL, R, anonymous, inspected, logits, run_program, trained_by, written
+from helpers import CLASSIFIERS, assert_close, ragged_batch, randomise_, tiny_config
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
 
 from lora_nlu.adapters.__main__ import main
-from lora_nlu.adapters.adapter import LAYERS
 from lora_nlu.adapters.attaching import attach_adapter
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.methods.linear import merge_lora_
 from lora_nlu.methods.lora import LoRALinear
-from lora_nlu.methods.marking import mark_only_lora_as_trainable, mark_trainable
+from lora_nlu.methods.marking import mark_only_lora_as_trainable
 from lora_nlu.models.loading import base_fingerprint
-
-ROOT = Path(__file__).parents[2]
-R, ALPHA = 4, 6
-LABELS = ["yes", "no", "perhaps"]
-CONFIGS = {"roberta": tiny_config, "deberta": tiny_deberta_config}
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(**ragged_batch([17, 3, 30, 9], pad=model.config.pad_token_id)).logits
-
-
-@pytest.fixture(params=["roberta", "deberta", "deberta as PEFT reads it"])
-def case(request, tmp_path) -> tuple[nn.Module, Path, Path]:
-    """A trained model, the folder of its base model with a tokenizer, and its adapter folder."""
-    kind, _, reading = request.param.partition(" ")
-    return written(kind, tmp_path, bool(reading))
-
-
-def written(kind: str, tmp_path: Path, reading: bool, **settings: int) -> tuple[nn.Module, Path, Path]:
-    lora = {"apply_lora": True, "lora_r": R, "lora_alpha": ALPHA, "lora_relative_query": reading}
-    config = CONFIGS[kind](**lora, **settings)
-    model = randomise_(CLASSIFIERS[config.model_type][0](config))
-    mark_only_lora_as_trainable(model)
-    base = CLASSIFIERS[config.model_type][1](CONFIGS[kind](**settings))
-    base.load_state_dict({n: t for n, t in model.state_dict().items() if "lora_" not in n})
-    base.save_pretrained(tmp_path / "base")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[UNK]", "[PAD]", "a", "b"])}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(
-        tmp_path / "base"
-    )
-    metadata = {
-        "task": "mnli", "labels": LABELS, "base_model": str(tmp_path / "base"),
-        "base_fingerprint": base_fingerprint(model), "metrics": {"eval_accuracy": 0.875},
-    }  # fmt: skip
-    save_adapter(model, tmp_path / "adapter", metadata)
-    return model, tmp_path / "base", tmp_path / "adapter"
 
 
 def fresh(base: Path, theirs: bool = False) -> nn.Module:
     """The base model as it lies on disk, ours or transformers' own."""
     config = transformers.AutoConfig.from_pretrained(base)
     return CLASSIFIERS[config.model_type][theirs].from_pretrained(base, config=config)
-
-
-def fresh_theirs(base: Path, labels: int) -> nn.Module:
-    """transformers' RoBERTa of a folder with a head for as many labels."""
-    return transformers.RobertaForSequenceClassification.from_pretrained(
-        base, num_labels=labels, ignore_mismatched_sizes=True
-    )
-
-
-def run_program(capsys, *argv: object) -> tuple[int, str, str]:
-    code = main([*map(str, argv)])
-    return code, *capsys.readouterr()
 
 
 def test_a_merged_model_loads_into_transformers_own_class_with_the_same_logits(case, tmp_path, capsys):
@@ -198,56 +143,6 @@ def test_a_published_file_becomes_a_folder_with_the_same_logits_which_peft_loads
         assert_close(logits(PeftModel.from_pretrained(fresh(base, theirs=True), str(tmp_path / "peft"))), logits(model))
 
 
-def test_the_model_card_is_one_the_hub_reads(case, tmp_path, capsys):
-    model, _, adapter = case
-    (adapter / "run_metadata.json").write_text(
-        json.dumps(json.loads((adapter / "run_metadata.json").read_text()) | {"base_model": "someone/a-base"})
-    )
-    assert run_program(capsys, "convert", adapter, tmp_path / "peft", "--to", "peft")[0] == 0
-    card = huggingface_hub.ModelCard.load(tmp_path / "peft" / "README.md")
-    frozen = getattr(model, "frozen_relative_query", None)
-    assert card.data.library_name == ("lora-nlu" if frozen else "peft")
-    assert card.data.base_model == "someone/a-base" and card.data.datasets == ["nyu-mll/glue"]
-    assert "accuracy: 0.8750" in card.text and "yes, no, perhaps" in card.text
-    assert ("refuses to load" in card.text) == bool(frozen)
-
-
-def test_inspect_prints_layers_rank_alpha_labels_base_metric_size_and_values_that_are_not_finite(
-    case, tmp_path, capsys
-):
-    model, base, adapter = case
-    code, out, _ = run_program(capsys, "inspect", adapter)
-    table = dict(line.strip().split("  ", 1) for line in out.splitlines())
-    table = {name: value.strip() for name, value in table.items()}
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    assert code == 0 and table["layers with LoRA"] == "2" and table["modules with LoRA"] == "4: query, value"
-    assert table["rank"] == "4" and table["alpha"] == "6"
-    assert table["parameters"] == f"{count:,}, {lora:,} of them in the encoder" and table["not finite"] == "none"
-    assert table["labels"] == "yes, no, perhaps" and table["base model"] == str(base) and table["accuracy"] == "0.8750"
-    assert int(table["bytes"].replace(",", "")) == sum(path.stat().st_size for path in adapter.iterdir())
-    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    name = next(iter(state))
-    torch.save(state | {name: state[name] * float("nan")}, tmp_path / "broken.bin")
-    code, out, _ = run_program(capsys, "inspect", tmp_path / "broken.bin")
-    assert code == 0 and f"1 tensors, {name} first" in out and "the file doesn't record it" in out
-
-
-@pytest.mark.parametrize("to", ["peft", "bin", "merged"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_converted(to, value, case, tmp_path, capsys):
-    _, base, adapter = case
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    name = next(name for name in tensors if name.endswith("lora_B.weight"))
-    tensors[name][0, 1] = value
-    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
-    metadata = json.loads((adapter / "run_metadata.json").read_text())
-    del metadata["weights_fingerprint"]  # an older folder has none
-    (adapter / "run_metadata.json").write_text(json.dumps(metadata))
-    code, _, err = run_program(capsys, "convert", adapter, tmp_path / "new", "--to", to)
-    assert code == 1 and "not finite" in err and f"{name[17:-7]} first" in err and not (tmp_path / "new").exists()
-
-
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -310,98 +205,7 @@ def test_metadata_of_another_kind_than_runs_write_is_refused(content, tmp_path, 
     assert code == 1 and next(iter(content)) in err and err.strip().count("\n") < 3, err
 
 
-def table(out: str) -> dict[str, str]:
-    """What inspect printed, by the first column."""
-    return {name: value.strip() for name, value in (line.strip().split("  ", 1) for line in out.splitlines())}
-
-
-def inspected(capsys, source: Path) -> dict[str, str]:
-    code, out, err = run_program(capsys, "inspect", source)
-    assert code == 0, err
-    return table(out)
-
-
-# ------------------------------------------------------------------------------------------- other models' adapters
-
-SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-OTHERS = {
-    "bert": (transformers.BertForSequenceClassification, transformers.BertConfig, ["query", "value"]),
-    "deberta": (transformers.DebertaForSequenceClassification, transformers.DebertaConfig, ["in_proj"]),
-    "model": (transformers.LlamaForSequenceClassification, transformers.LlamaConfig, ["q_proj", "v_proj"]),
-    "encoder": (transformers.DebertaModel, transformers.DebertaConfig, ["in_proj"]),
-}
-
-
-@pytest.fixture(params=OTHERS)
-def other(request, tmp_path) -> tuple[str, Path]:
-    """The first part of the names in a PEFT folder of a model that isn't here, and the folder."""
-    model_class, config_class, targets = OTHERS[request.param]
-    model = get_peft_model(
-        model_class(config_class(**SMALL)), LoraConfig(r=R, lora_alpha=ALPHA, target_modules=targets)
-    )
-    model.save_pretrained(tmp_path / "peft")
-    return request.param, tmp_path / "peft"
-
-
-def test_inspect_says_that_no_model_here_reads_another_models_adapter(other, capsys):
-    name, folder = other
-    said_of_it = inspected(capsys, folder)["model"]
-    assert said_of_it.startswith(f"none here: no RoBERTa or DeBERTa-V2 has the layer {name}."), said_of_it
-
-
-@pytest.mark.parametrize("to", ["peft", "bin", "merged"])
-def test_another_models_adapter_is_not_converted(to, other, tmp_path, capsys):
-    name, folder = other
-    code, _, err = run_program(capsys, "convert", folder, tmp_path / "new", "--to", to)
-    assert code == 1 and f"no RoBERTa or DeBERTa-V2 has the layer {name}." in err and not (tmp_path / "new").exists()
-
-
-def test_a_published_file_of_a_bert_or_of_two_models_at_once_fits_no_model_here(tmp_path, capsys):
-    place = "{}.encoder.layer.0.attention.self.{}.lora_{}"
-
-    def file(path: Path, *layers: tuple[str, str]) -> Path:
-        shapes = {"A": (R, 32), "B": (32, R)}
-        torch.save({place.format(*layer, m): torch.ones(shapes[m]) for layer in layers for m in shapes}, path)
-        return path
-
-    bert = file(tmp_path / "bert.bin", ("bert", "query"), ("bert", "value"))
-    both = file(tmp_path / "both.bin", ("roberta", "query"), ("bert", "value"))
-    mixed = file(tmp_path / "mixed.bin", ("roberta", "query_proj"), ("roberta", "value_proj"))
-    for path, layer in ((bert, "bert."), (both, "bert."), (mixed, "roberta.encoder.layer.0.attention.self.query_proj")):
-        assert f"none here: no RoBERTa or DeBERTa-V2 has the layer {layer}" in inspected(capsys, path)["model"]
-        for to in ("peft", "bin", "merged"):
-            code, _, err = run_program(capsys, "convert", path, tmp_path / "new", "--to", to, "--lora_alpha", ALPHA)
-            assert code == 1 and f"has the layer {layer}" in err and not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    "config",
-    [tiny_config(), tiny_deberta_config(), tiny_deberta_config(share_att_key=False, embedding_size=16)],
-    ids=["roberta", "deberta", "deberta with more layers"],
-)
-def test_the_supported_layers_are_the_linear_layers_of_the_models_encoder(config):
-    model = CLASSIFIERS[config.model_type][0](config)
-    prefix = model.base_model_prefix
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(f"{prefix}.")}
-    assert len(linear) >= 12 and all(LAYERS[prefix].fullmatch(name) for name in linear)
-
-
-def test_the_model_type_of_an_adapter_is_that_of_its_model(case, capsys):
-    model, _, adapter = case
-    names = {"roberta": "RoBERTa", "deberta-v2": "DeBERTa-V2"}
-    assert inspected(capsys, adapter)["model"] == names[model.config.model_type]
-
-
 # ------------------------------------------------------------------------------------------------------ --base MODEL
-
-
-def anonymous(adapter: Path, to: Path) -> Path:
-    """A copy of an adapter folder as PEFT writes it: with no word of a run."""
-    shutil.copytree(adapter, to)
-    (to / "run_metadata.json").unlink()
-    config = json.loads((to / "adapter_config.json").read_text())
-    (to / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    return to
 
 
 def test_a_base_named_on_the_command_line_is_recorded_with_its_fingerprint(case, tmp_path, capsys):
@@ -498,80 +302,7 @@ def test_the_base_that_only_a_peft_config_names_is_read(case, tmp_path, capsys):
     assert_close(logits(theirs), logits(model))
 
 
-# ----------------------------------------------------------------------------------------- what inspect and cards say
-
-
-def trained_by(folder: Path, kind: str = "roberta", **settings: object) -> tuple[nn.Module, Path]:
-    """A model with a method's part at random, and the folder it was saved in."""
-    config = CONFIGS[kind](**settings)
-    model = randomise_(CLASSIFIERS[config.model_type][0](config))
-    mark_trainable(model)
-    save_adapter(model, folder, {"base_model": "someone/a-base"})
-    return model, folder
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize(
-    ("settings", "rows"),
-    [
-        ({"head_only": True}, {"method": "head"}),
-        ({"apply_bitfit": True}, {"method": "bitfit", "biases": None}),
-        (
-            {"apply_adapter": True, "adapter_type": "houlsby", "adapter_size": 5},
-            {"method": "houlsby", "adapter size": "5", "layers with adapters": "2", "adapters": "4"},
-        ),
-        (
-            {"apply_adapter": True, "adapter_type": "pfeiffer", "adapter_size": 3},
-            {"method": "pfeiffer", "adapter size": "3", "layers with adapters": "2", "adapters": "2"},
-        ),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) and "method" not in value else "",
-)
-def test_inspect_of_the_other_methods_counts_what_they_train(settings, rows, kind, tmp_path, capsys):
-    model, folder = trained_by(tmp_path / "adapter", kind, **settings)
-    got = inspected(capsys, folder)
-    encoder = {n: p for n, p in model.base_model.named_parameters() if p.requires_grad}
-    total, within = (sum(p.numel() for p in ps if p.requires_grad) for ps in (model.parameters(), encoder.values()))
-    assert got["parameters"] == f"{total:,}, {within:,} of them in the encoder"
-    assert "layers with LoRA" not in got and "alpha" not in got
-    for name, value in rows.items():
-        assert got[name] == (value or f"{within:,} in {len(encoder)} tensors")
-    if rows["method"] != "bitfit":
-        assert "biases" not in got
-
-
-def test_conversion_of_a_deberta_without_lora_assumes_nothing_about_lora(tmp_path, capsys):
-    _, folder = trained_by(tmp_path / "adapter", "deberta", apply_bitfit=True)
-    code, out, err = run_program(capsys, "convert", folder, tmp_path / "peft", "--to", "peft")
-    assert code == 0 and "relative query" not in out + err, out + err
-
-
-def test_several_alphas_and_ranks_and_rslora_are_all_printed(tmp_path, capsys):
-    settings = {
-        "rank_pattern": {"value": 2},
-        "alpha_pattern": {r"layer\.1\..*": 4.5},
-        "use_rslora": True,
-        "bias": "all",
-    }
-    lora = LoraConfig(task_type="SEQ_CLS", r=R, lora_alpha=ALPHA, target_modules=["query", "value"], **settings)
-    get_peft_model(transformers.RobertaForSequenceClassification(tiny_config()), lora).save_pretrained(tmp_path)
-    rows = inspected(capsys, tmp_path)
-    assert (
-        rows["alpha"] == "4.5, 6"
-        and rows["rank"] == "2, 4"
-        and rows["scaling"].endswith("(alpha / sqrt(rank), rslora)")
-    )
-    assert rows["layers with LoRA"] == "2" and rows["modules with LoRA"] == "4: query, value"
-    assert rows["biases"].endswith("tensors")
-    code, _, err = run_program(capsys, "convert", tmp_path, tmp_path / "lora.bin", "--to", "bin")
-    assert code == 1 and "has several (or rslora)" in err
-
-
-def test_layers_are_counted_apart_from_the_modules_in_them(tmp_path, capsys):
-    """RoBERTa-base's published file: 12 layers, 24 modules, 48 matrices."""
-    trained_by(tmp_path, apply_lora=True, lora_r=2, lora_alpha=4, num_hidden_layers=12)
-    rows = inspected(capsys, tmp_path)
-    assert rows["layers with LoRA"] == "12" and rows["modules with LoRA"] == "24: query, value"
+# ------------------------------------------------------------------------------------------------------------ to a .bin
 
 
 def test_the_alpha_that_a_bin_is_to_be_read_with_is_that_of_the_layers(case, tmp_path, capsys):
@@ -650,113 +381,6 @@ def test_a_line_says_that_the_base_weights_of_a_complete_checkpoint_were_not_com
         capsys, "convert", tmp_path / "complete.bin", tmp_path / "no", *flags, "--base", tmp_path / "other"
     )
     assert code == 1 and "base weights are not this model's" in err
-
-
-HOSTILE = "\x1b[31mred\x07\n| a | b |\n---\n\u202e" + "x" * 1_000_000
-
-
-@pytest.mark.parametrize("case", ["roberta"], indirect=True)
-@pytest.mark.parametrize("where", ["labels", "task", "base_model", "base_fingerprint", "metrics", "base_model_name"])
-def test_text_from_a_foreign_file_is_escaped_and_cut_before_it_is_printed(where, case, tmp_path, capsys):
-    _, _, adapter = case
-    if where == "base_model_name":
-        (adapter / "run_metadata.json").unlink()
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": HOSTILE}))
-    else:
-        value = {"labels": [HOSTILE, "no", "perhaps"], "metrics": {HOSTILE: 10**400}}.get(where, HOSTILE)
-        metadata = json.loads((adapter / "run_metadata.json").read_text())
-        (adapter / "run_metadata.json").write_text(json.dumps(metadata | {where: value}))
-    code, out, err = run_program(capsys, "inspect", adapter)
-    printed = out + err
-    assert code == 0 and len(printed) < 10_000 and all(c.isprintable() or c == "\n" for c in printed)
-    assert run_program(capsys, "convert", adapter, tmp_path / "new", "--to", "peft")[0] == 0
-    text = (tmp_path / "new" / "README.md").read_text()
-    assert len(text) < 10_000 and all(c.isprintable() or c == "\n" for c in text)
-    assert text.split("---\n")[1].count("\n") < 12, "it got into the card's header"
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(line.replace("\\|", "").count("|") == 3 for line in rows), "it broke the card's table"
-
-
-@pytest.mark.parametrize("case", ["roberta"], indirect=True)
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("peft_type", HOSTILE),
-        ("init_lora_weights", HOSTILE),
-        (HOSTILE, HOSTILE),
-        ("bias", HOSTILE),
-        ("lora_alpha", HOSTILE),
-        ("target_modules", HOSTILE + "("),
-        ("rank_pattern", {HOSTILE + "(": 2}),
-        ("use_rslora", HOSTILE),
-        ("layers_to_transform", HOSTILE),
-        ("base_model_name_or_path", [HOSTILE]),
-        ("task_type", "TOKEN_CLS" + HOSTILE),
-    ],
-    ids=lambda value: str(value)[:20].encode("unicode_escape").decode(),
-)
-def test_text_from_a_foreign_config_is_escaped_and_cut_in_the_error_message(key, value, case, capsys):
-    _, _, adapter = case
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {key: value}))
-    code, _, err = run_program(capsys, "inspect", adapter)
-    assert code == 1 and len(err) < 1000 and all(c.isprintable() or c == "\n" for c in err), err[:2000]
-    assert err.strip().count("\n") < 3
-
-
-def test_a_cards_command_names_a_base_that_others_have_or_leaves_its_place_open(case, tmp_path, capsys):
-    _, base, adapter = case
-    assert run_program(capsys, "convert", adapter, tmp_path / "local", "--to", "peft")[0] == 0
-    text = (tmp_path / "local" / "README.md").read_text()
-    assert str(base.parent) not in text and "--model_name_or_path BASE_MODEL " in text and "base_model:" not in text
-    assert run_program(capsys, "convert", anonymous(adapter, tmp_path / "a"), tmp_path / "none", "--to", "peft")[0] == 0
-    text = (tmp_path / "none" / "README.md").read_text()
-    assert "for an unnamed base model on an unnamed task" in text and "| labels | unknown |" in text
-    assert "--model_name_or_path BASE_MODEL " in text
-
-
-SNIPPET = next(block for block in (ROOT / "README.md").read_text().split("```python\n") if "read_adapter" in block)
-
-
-@pytest.mark.parametrize("case", ["roberta"], indirect=True)
-@pytest.mark.parametrize("kind", ["folder", "bin", "regression"])
-def test_the_readmes_python_runs_on_a_folder_and_on_a_published_file_and_is_right(kind, case, tmp_path, capsys):
-    model, base, adapter = case
-    code, path = SNIPPET.split("```")[0], adapter
-    if kind == "bin":
-        path = tmp_path / "mnli.bin"
-        assert run_program(capsys, "convert", adapter, path, "--to", "bin")[0] == 0
-        line = next(line for line in code.splitlines() if line.startswith("# a published .bin records neither: "))
-        said_there = line.partition(": ")[2].replace("), 16", f"), {ALPHA}").replace("mnli.bin", str(path))
-        code = code.replace(line, said_there)
-    elif kind == "regression":
-        model = randomise_(
-            CLASSIFIERS["roberta"][0](tiny_config(apply_lora=True, lora_r=R, lora_alpha=5, num_labels=1))
-        )
-        mark_only_lora_as_trainable(model)
-        path = tmp_path / "scores"
-        save_adapter(model, path, {"labels": []})
-        encoder = {n: t for n, t in model.state_dict().items() if n.startswith("roberta.") and "lora_" not in n}
-        theirs = transformers.RobertaForSequenceClassification(tiny_config())
-        theirs.load_state_dict(encoder, strict=False)
-        theirs.roberta.save_pretrained(base)
-    assert '"roberta-base"' in code and '"output/roberta_base_rte"' in code
-    names: dict = {}
-    exec(code.replace('"output/roberta_base_rte"', f'"{path}"').replace('"roberta-base"', f'"{base}"'), names)
-    with torch.no_grad():
-        want = model.eval()(**names["batch"]).logits
-        theirs = PeftModel.from_pretrained(fresh_theirs(base, want.shape[1]), str(path if kind != "bin" else adapter))
-        assert_close(theirs.eval()(**names["batch"]).logits, want)
-    assert torch.equal(names["logits"], want)
-    labels = {"folder": LABELS, "bin": ["entailment", "neutral", "contradiction"]}.get(kind)
-    assert capsys.readouterr().out.splitlines()[-1] == (labels[want.argmax()] if labels else str(names["logits"]))
-
-
-def test_the_readmes_command_starts_the_program(case):
-    command = [sys.executable, "-m", "lora_nlu.adapters", "inspect", str(case[2])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "layers with LoRA" in done.stdout, done.stderr
 
 
 # ------------------------------------------------------------------ the reference implementation's complete checkpoints
