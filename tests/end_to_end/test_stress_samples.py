@@ -1,0 +1,133 @@
+"""Samples of tests/stress/: each program runs a few of its cases and finds nothing."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_nlu.files import ADAPTER_WEIGHTS
+
+STRESS = Path(__file__).parents[1] / "stress"
+sys.path.insert(0, str(STRESS))
+import compare  # noqa: E402
+import distributed_methods  # noqa: E402
+import same_results  # noqa: E402
+
+
+def stress(script: str, *flags: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, STRESS / script, *flags]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_killed_at_random_moments_and_resumed_ends_bit_equal_to_one_left_alone():
+    done = stress("kill_and_resume.py", "--kills", 6)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    summary = re.search(r"(\d+) kills .* (\d+) runs finished, \d+ s, (\d+) failures", done.stdout)
+    assert summary and int(summary[1]) >= 6 and int(summary[2]) >= 1 and summary[3] == "0"
+
+
+def test_random_models_batches_and_masks_have_transformers_outputs_and_gradients():
+    worst, failures, judged = compare.compare_cases(0, range(60))
+    assert not failures and judged <= 1
+    drawn = [compare.drawn(0, number) for number in range(60)]
+    assert {case["mask"] for case in drawn} == {*compare.MASKS} and all(number >= 0 for _, number in worst.values())
+
+
+@pytest.fixture(scope="module")
+def fuzzed() -> dict[str, dict[str, int]]:
+    """Outcomes of 2,000 damaged files by format."""
+    done = stress("fuzz.py", "--mutations", 2000)
+    reports = re.findall(r"^([a-z ]+): (\d+) mutations: (.*); \d+ s$", done.stdout, re.MULTILINE)
+    outcomes = {
+        kind: {name: int(count) for name, count in re.findall(r"([^,]+?) (\d+)(?:, |$)", counts)}
+        for kind, _, counts in reports
+    }
+    assert {kind: sum(counts.values()) for kind, counts in outcomes.items()} == {kind: int(n) for kind, n, _ in reports}
+    assert len(outcomes) == 5 and sum(int(n) for _, n, _ in reports) == 2000, done.stdout + done.stderr[-3000:]
+    return outcomes
+
+
+@pytest.mark.parametrize("kind", ["zip", "pickle in zip", "legacy", "safetensors", "run"])
+def test_a_damaged_adapter_file_is_refused_or_read_and_values_change_only_where_there_is_no_checksum(kind, fuzzed):
+    fine = {"refused", "same"} | ({"changed"} if kind not in ("zip", "run") else set())
+    assert {name: n for name, n in fuzzed[kind].items() if name not in fine} == {}
+    assert fuzzed[kind]["refused"] > 200 and fuzzed[kind]["same"] > 0
+
+
+def test_a_disk_that_fills_up_in_mid_save_costs_no_checkpoint_and_with_free_space_the_run_resumes_bit_equal():
+    done = stress("full_disk.py", "--disks", 4)
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    summary = re.search(r"4 disks filled, (\d+) different messages, \d+ s, 0 failures", done.stdout)
+    assert summary and int(summary[1]) > 1
+
+
+def test_a_case_recorded_twice_is_equal_and_with_another_seed_its_losses_and_weights_differ(tmp_path):
+    one, again, other = (tmp_path / f"{name}.json" for name in ("one", "again", "other"))
+    for record, seed in ((one, 0), (again, 0), (other, 1)):
+        done = stress("same_results.py", "record", record, "--seed", seed, "--cases", "^roberta houlsby, cutoff$")
+        assert done.returncode == 0 and "2 cases" in done.stdout, done.stdout + done.stderr[-3000:]
+    done = stress("same_results.py", "compare", one, again)
+    assert done.returncode == 0 and "0 differences" in done.stdout, done.stdout
+    done = stress("same_results.py", "compare", one, other)
+    files = "DIFFERS: roberta houlsby, cutoff/files/trained"
+    for differs in (
+        "adapter_model.safetensors: ",
+        "checkpoint-10/optimizer.pt: ",
+        "trainer_state.json/log_history/0/loss",
+    ):
+        assert f"{files}/{differs}" in done.stdout
+    assert done.returncode == 1
+
+
+def test_a_file_a_value_or_a_case_that_one_record_lacks_is_a_difference_and_a_new_value_is_a_note():
+    files = {"weights": "0f", "run.json": {"seed": 0, "steps": [0.1, 0.2]}}
+    record = {"seed": 0, "environment": {}, "cases": {"a": {"exit codes": [0], "files": files}}}
+
+    def compared(**changed: Any) -> tuple[int, int]:
+        other = {"exit codes": [0], "files": {name: x for name, x in (files | changed).items() if x is not None}}
+        differences, new = same_results.compare(record, record | {"cases": {"a": other}})
+        return len(differences), len(new)
+
+    assert compared() == (0, 0)
+    assert compared(weights="10") == compared(weights=None) == compared(more="0f") == (1, 0)
+    assert compared(**{"run.json": {"seed": 0, "steps": [0.1, 0.2], "colour": "red"}}) == (0, 1)
+    assert compared(**{"run.json": {"seed": 0}}) == compared(**{"run.json": {"seed": 0, "steps": [0.1]}}) == (1, 0)
+    assert len(same_results.compare(record, record | {"cases": {}})[0]) == 1
+
+
+def test_a_method_trains_in_two_processes_with_sharded_weights_what_it_trains_in_one():
+    done = stress("distributed_methods.py", "--cases", "roberta pfeiffer, FSDP2")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert re.search("1 runs in two processes against one, .* 0 failures", done.stdout)
+
+
+def test_runs_whose_losses_weights_or_predictions_differ_are_not_taken_for_equal(tmp_path):
+    def write(folder: Path, loss: float = 0.5, weight: float = 2.0, answer: str = "yes", steps: int = 2) -> Path:
+        folder.mkdir(parents=True)
+        log = [{"loss": loss, "grad_norm": 1.0}] * steps
+        scores = {"eval_loss": 0.7, "eval_accuracy": 0.5, "eval_samples": 21}
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+        (folder / "eval_results.json").write_text(json.dumps(scores))
+        (folder / "predict_results_rte.tsv").write_text(answer)
+        save_file({"a": torch.tensor([weight, 1.0])}, folder / ADAPTER_WEIGHTS)
+        return folder
+
+    one = write(tmp_path / "one")
+    cases: list[tuple[dict[str, Any], list[str]]] = [
+        ({"loss": 0.500001, "weight": 2.000001}, []),
+        ({"loss": 0.50001}, ["loss"]),
+        ({"weight": 2.0001}, ["a"]),
+        ({"answer": "no"}, ["other predictions"]),
+        ({"steps": 1}, ["loss", "grad_norm"]),
+    ]
+    for number, (changed, differs) in enumerate(cases):
+        found, _ = distributed_methods.differences(one, write(tmp_path / str(number), **changed))
+        assert [line.partition(":")[0] for line in found] == differs
