@@ -17,6 +17,7 @@ import torch
 from transformers import RobertaConfig
 
 from lora_nlu.data.tasks import TASKS
+from lora_nlu.errors import UsageError
 from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.training import launch
@@ -177,6 +178,12 @@ def test_a_script_passes_exactly_the_published_hyperparameters(name, run):
     assert ("needs_mnli" in text_of(name)) == starts_from_mnli
 
 
+def script_of(name: str, scripts: Path = ROOT / "scripts") -> launch.Script:
+    """A script as run_seeds.sh reads it, without starting it."""
+    path, *task = WORDS[name]
+    return launch.read_script([str(scripts / path), *task], {**os.environ, "PYTHON": sys.executable})
+
+
 def text_of(name: str) -> str:
     return (ROOT / "scripts" / WORDS[name][0]).read_text()
 
@@ -221,10 +228,12 @@ def mnli_of(name: str) -> str:
 
 
 @each_recipe
-def test_the_real_parser_reads_every_flag_of_a_script(name, run):
+def test_the_real_parser_reads_every_flag_of_a_script(name):
+    """That the script prints this plan's flags is proved by the test of its hyperparameters."""
     recipe = RECIPES[name].copy()
     parsed: dict = {}
-    for group in parse_arguments(program_flags(command(run(*WORDS[name], devices="1"))), {}):
+    planned = launch.plan(script_of(name), {"devices": "1", "MNLI_LORA": "none"})
+    for group in parse_arguments(planned.flags, {}):
         parsed |= {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
     assert parsed["do_train"] is True and parsed["do_eval"] is True
     assert parsed["gradient_accumulation_steps"] == int(recipe.pop("tuned_for_gpus"))
@@ -257,8 +266,7 @@ MACHINES = [("1", "0"), ("1", "1"), ("1", "4"), ("1", "8"), ("2", "0"), ("2", "8
 def test_a_step_has_the_published_number_of_examples_on_any_number_of_devices_and_machines(name):
     recipe = RECIPES[name]
     published = int(recipe["per_device_train_batch_size"])
-    path, *task = WORDS[name]
-    script = launch.read_script([str(ROOT / "scripts" / path), *task], {**os.environ, "PYTHON": sys.executable})
+    script = script_of(name)
     assert script.name == name and script.tuned_for_gpus == recipe["tuned_for_gpus"]
     for nnodes, devices in MACHINES:
         settings = {"nnodes": nnodes, "devices": devices, "node_rank": "0", "master_addr": "first", "MNLI_LORA": "none"}
@@ -450,13 +458,24 @@ STARTS_FROM_MNLI = [name for name in RECIPES if "lora_path" in RECIPES[name]]
 
 
 @pytest.mark.parametrize("name", STARTS_FROM_MNLI)
-def test_mrpc_rte_and_stsb_start_from_the_mnli_adapter_of_their_size(name, run, copy):
+def test_mrpc_rte_and_stsb_start_from_the_mnli_adapter_of_their_size(name, copy):
     assert len(STARTS_FROM_MNLI) == 9
-    script, mnli = copy / "scripts" / f"{name}.sh", copy / "output" / mnli_of(name)
+    script, mnli = script_of(name, copy / "scripts"), copy / "output" / mnli_of(name)
 
-    message = refusal(run(script, MNLI_LORA=None))
+    with pytest.raises(UsageError) as error:
+        launch.plan(script, {"devices": "1"})
     for words in (str(mnli), f"bash scripts/{mnli.name}.sh", "MNLI_LORA=<", "MNLI_LORA=none"):
-        assert words in message
+        assert words in str(error.value)
+    mnli.mkdir(parents=True)
+    (mnli / "adapter_model.safetensors").touch()
+    assert launch.last_value(launch.plan(script, {"devices": "1"}).flags, "--lora_path") == str(mnli)
+    assert "--lora_path" not in launch.plan(script, {"devices": "1", "MNLI_LORA": "none"}).flags
+
+
+def test_a_script_that_starts_from_an_mnli_adapter_is_refused_without_it(run, copy):
+    """Of the nine that the test above reads, one as a user starts it."""
+    script, mnli = copy / "scripts" / "roberta_base_rte.sh", copy / "output" / "roberta_base_mnli"
+    assert f"bash scripts/{mnli.name}.sh" in refusal(run(script, MNLI_LORA=None))
     mnli.mkdir(parents=True)
     (mnli / "adapter_model.safetensors").touch()
     assert flags_of(run(script, MNLI_LORA=None))["lora_path"] == str(mnli)
