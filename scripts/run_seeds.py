@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from typing import IO, Any
+from typing import Any
 
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UserError
@@ -43,7 +43,6 @@ class Run:
     needs: "Run | None" = None  # the same, if it is one of this command's runs
     state: str = "waiting"  # or running, done, failed, stopped
     process: Any = None
-    log: IO | None = None
     slot: str | None = None
     seconds: float = 0.0
     recorded_flags: list[str] = field(default_factory=list)  # one text a flag with its values
@@ -65,14 +64,9 @@ class Run:
             command = launch.plan(script, self.environment(devices="1"))
         except UserError as error:
             raise UserError(f"{script.name}: {error}") from error
-        flags: list[list[str]] = []  # each with its values
-        for word in command.flags:
-            if word.startswith("--"):
-                flags.append([])
-            flags[-1].append(word)
+        flags = [flag for flag in launch.flags_with_values(command.flags) if flag[0] not in LOCATIONS]
         # the adapter's path is a location too; that the run starts from one is not
-        flags = [flag[:1] if flag[0] == "--lora_path" else flag for flag in flags if flag[0] not in LOCATIONS]
-        self.recorded_flags = [shlex.join(flag) for flag in flags]
+        self.recorded_flags = [shlex.join(flag[:1] if flag[0] == "--lora_path" else flag) for flag in flags]
         return command
 
     def is_done(self) -> bool:
@@ -93,24 +87,20 @@ class Run:
     def start(self, slot: str | None, settings: dict[str, str]) -> None:
         """Start the script, its output in the log. Raises BlockingIOError while another process writes there."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.log = self.log_path.open("a", encoding="utf-8")
-        # the run inherits the lock, and may outlive this process
-        fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # an interrupted run may have left half a line
-        self.log.write("\n" * bool(self.log.tell()) + MARK + json.dumps(self.recorded_flags) + "\n")
-        self.log.flush()
-        self.slot, self.state, self.seconds = slot, "running", time.monotonic()
-        # A session of its own: Ctrl-C reaches only this program, which passes it on once.
-        self.process = subprocess.Popen(
-            ["bash", *self.words, *self.flags], env=self.environment(**settings), stdin=subprocess.DEVNULL,
-            stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        with self.log_path.open("a", encoding="utf-8") as log:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run inherits the lock, and may outlive this process
+            # an interrupted run may have left half a line
+            log.write("\n" * bool(log.tell()) + MARK + json.dumps(self.recorded_flags) + "\n")
+            log.flush()
+            self.slot, self.state, self.seconds = slot, "running", time.monotonic()
+            # A session of its own: Ctrl-C reaches only this program, which passes it on once.
+            command, env = ["bash", *self.words, *self.flags], self.environment(**settings)
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
 
     def finished(self) -> bool:
         if self.process.poll() is None:
             return False
-        assert self.log is not None
-        self.log.close()
         self.seconds = time.monotonic() - self.seconds
         self.state = "done" if self.process.returncode == 0 else "stopped" if self.signals else "failed"
         return True
@@ -304,13 +294,12 @@ def main(argv: list[str]) -> int:
     if (os.environ.get("DRY_RUN") or "0") != "0":
         print(*commands, sep="\n")
         return 0
-    for run in runs:
-        if run.is_done():
-            run.state = "done"
-    done = sum(run.state == "done" for run in runs)
+    done = [run for run in runs if run.is_done()]
+    for run in done:
+        run.state = "done"
     if done:
-        print(f"{done} of {len(runs)} are done already", file=sys.stderr)
-    if done < len(runs):
+        print(f"{len(done)} of {len(runs)} are done already", file=sys.stderr)
+    if len(done) < len(runs):
         interrupts: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             # A signal that is ignored, as under nohup, stays ignored. Handlers are not passed on to the runs.

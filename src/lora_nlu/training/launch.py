@@ -45,10 +45,7 @@ class Command:
 
     def __str__(self) -> str:
         text = " ".join(f"{name}={value and shlex.quote(value)}" for name, value in self.environment.items())
-        text += " \\\n  " + shlex.join(self.program)
-        for word in self.flags:
-            text += (" \\\n  " if word.startswith("--") else " ") + shlex.quote(word)
-        return text
+        return " \\\n  ".join([text, *map(shlex.join, [self.program, *flags_with_values(self.flags)])])
 
 
 def plan(script: Script, settings: Mapping[str, str]) -> Command:
@@ -88,9 +85,19 @@ def plan(script: Script, settings: Mapping[str, str]) -> Command:
     return Command(environment, [*program, str(root / PROGRAM)], [*folders, *batch_flags, *flags], notes)
 
 
-def is_flag(word: str, flag: str) -> bool:
-    """Whether run_glue.py and torchrun read `word` as `flag`, also as --a-flag or --a_flag=value."""
-    return word.startswith("--") and word.partition("=")[0].replace("-", "_") == flag.replace("-", "_")
+def flags_with_values(words: list[str]) -> list[list[str]]:
+    """The words of a command line in lists, each a flag and its values."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    return groups
+
+
+def is_flag(word: str, *flags: str) -> bool:
+    """Whether run_glue.py and torchrun read `word` as one of the flags, also as --a-flag or --a_flag=value."""
+    return word.startswith("--") and "--" + word[2:].partition("=")[0].replace("-", "_") in flags
 
 
 def last_value(words: list[str], flag: str) -> str | None:
@@ -104,12 +111,7 @@ def last_value(words: list[str], flag: str) -> str | None:
 
 def without(words: list[str], flag: str) -> list[str]:
     """The words except a flag and its value."""
-    kept, skip = [], False
-    for word in words:
-        skip = is_flag(word, flag) or (skip and not word.startswith("--"))
-        if not skip:
-            kept.append(word)
-    return kept
+    return [word for group in flags_with_values(words) if not is_flag(group[0], flag) for word in group]
 
 
 def whole_number(name: str, text: str | int, least: int) -> int:
@@ -119,10 +121,7 @@ def whole_number(name: str, text: str | int, least: int) -> int:
 
 
 def start_from_mnli(flags: list[str], root: Path, adapter: str | None) -> list[str]:
-    """Replace `--needs_mnli SCRIPT` by `--lora_path` with MNLI_LORA, by default what SCRIPT trained.
-
-    With MNLI_LORA=none, or another --lora_path among the flags, it is only removed. Raises UsageError if there is none.
-    """
+    """Replace `--needs_mnli SCRIPT` by `--lora_path` with MNLI_LORA (`adapter`), by default what SCRIPT trained."""
     if not (mnli_script := last_value(flags, "--needs_mnli")):
         return flags
     i = flags.index("--needs_mnli")
@@ -153,7 +152,7 @@ def torchrun_options(settings: Mapping[str, str]) -> list[str]:
     """The user's own options for torch.distributed.run."""
     options = settings.get("torchrun_options", "").split()
     for word in options:
-        if any(is_flag(word, flag) for flag in ("--nnodes", "--nproc_per_node")):
+        if is_flag(word, "--nnodes", "--nproc_per_node"):
             raise UsageError(
                 f"torchrun_options: {word.partition('=')[0]} there would change the examples per step unnoticed.\n"
                 "Set nnodes=<machines> and devices=<accelerators of each> instead."
@@ -162,10 +161,8 @@ def torchrun_options(settings: Mapping[str, str]) -> list[str]:
 
 
 def find_machines(settings: Mapping[str, str], options: list[str], notes: list[str]) -> tuple[int, list[str]]:
-    """Number of machines, and the options by which their processes find each other: the user's settings, else srun's.
-
-    Adds a note if SLURM has more machines than are used. srun sets SLURM_STEP_*; sbatch alone does not.
-    """
+    """Number of machines, and options by which their processes find each other, from the user's settings or srun's."""
+    # srun sets SLURM_STEP_*; sbatch alone does not
     setting, srun_nodes = settings.get("nnodes"), settings.get("SLURM_STEP_NUM_NODES")
     rank, address, port = (settings.get(name) for name in ("node_rank", "master_addr", "master_port"))
     tasks = int(settings.get("SLURM_STEP_NUM_TASKS") or 1)
@@ -184,7 +181,7 @@ def find_machines(settings: Mapping[str, str], options: list[str], notes: list[s
         if (nodes := settings.get("SLURM_JOB_NUM_NODES") or "1") != "1":
             notes.append(f"SLURM gave {nodes} machines, this uses one: start it with srun (scripts/slurm.sbatch)")
     nnodes = whole_number("nnodes", setting or srun_nodes or 1, 1)
-    if any(is_flag(word, flag) for word in options for flag in ("--rdzv_backend", "--rdzv_endpoint")):
+    if any(is_flag(word, "--rdzv_backend", "--rdzv_endpoint") for word in options):
         return nnodes, [f"--nnodes={nnodes}"]
     if nnodes == 1:
         return nnodes, ["--standalone"]  # a free port, so that two runs do not collide
@@ -218,10 +215,7 @@ def first_host(nodes: str) -> str:
 
 
 def share(examples: int, batch: int, processes: int) -> tuple[int, int] | None:
-    """Batch per process, at most `batch`, and the smallest accumulation that give a step this number of examples.
-
-    None if the processes cannot have equal shares.
-    """
+    """Batch per process (at most `batch`) and smallest accumulation for so many examples a step; None if unequal."""
     per_process, remainder = divmod(examples, processes)
     if remainder:
         return None
@@ -230,10 +224,7 @@ def share(examples: int, batch: int, processes: int) -> tuple[int, int] | None:
 
 
 def share_step(flags: list[str], tuned_for_gpus: int, nnodes: int, devices: int) -> tuple[list[str], list[str], str]:
-    """Keep tuned_for_gpus x batch examples per step, unless the user sets the accumulation.
-
-    Returns the flags that stay, the flags to add, and a line to print.
-    """
+    """The flags that stay, those to add so that a step has tuned_for_gpus x batch examples, and a line to print."""
     processes = nnodes * (devices or 1)
     hardware = "the CPU" if devices == 0 else "1 device" if processes == 1 else f"{processes} devices"
     if nnodes > 1:
@@ -246,32 +237,26 @@ def share_step(flags: list[str], tuned_for_gpus: int, nnodes: int, devices: int)
         note = f"{processes} x {batch} x {passes} = {processes * batch * passes} examples a step"
         shown_flags = [ACCUMULATION, str(passes)] if passes > 1 else []
     else:
-        shares = share(tuned_for_gpus * batch, batch, processes)
-        if shares is None:
-            raise UsageError(unequal_shares(hardware, tuned_for_gpus, batch, nnodes, devices))
-        note = f"{tuned_for_gpus} x {batch} = {tuned_for_gpus * batch} examples a step"
+        examples = tuned_for_gpus * batch
+        if (shares := share(examples, batch, processes)) is None:
+            if device_counts := [n for n in range(1, devices + 1) if examples % (nnodes * n) == 0]:
+                n, on_each = device_counts[-1], " on each" * (nnodes > 1)
+                remedy = f"Use {n} of them{on_each}: devices={n}, or name {n} in CUDA_VISIBLE_DEVICES."
+            else:
+                n = max(n for n in range(1, nnodes + 1) if examples % n == 0)
+                remedy = f"Use {n} of the machines: nnodes={n}."
+            raise UsageError(
+                f"{hardware} cannot share the {tuned_for_gpus} x {batch} examples a step of "
+                f"tuned_for_gpus={tuned_for_gpus} equally.\n{remedy}\n"
+                f"Or train another recipe, with {processes} x {batch} examples a step: tuned_for_gpus={processes}."
+            )
+        note = f"{tuned_for_gpus} x {batch} = {examples} examples a step"
         if shares[0] != batch:
             flags, added = without(flags, BATCH), [BATCH, str(shares[0])]
         if shares[1] > 1:
             added += [ACCUMULATION, str(shares[1])]
         shown_flags = added
     return flags, added, note + f", made up on {hardware} with {' '.join(shown_flags)}" * bool(shown_flags)
-
-
-def unequal_shares(hardware: str, tuned_for_gpus: int, batch: int, nnodes: int, devices: int) -> str:
-    """Why a step cannot be shared, with a number of devices, or else of machines, that can share it."""
-    examples, processes = tuned_for_gpus * batch, nnodes * (devices or 1)
-    if device_counts := [n for n in range(1, devices + 1) if examples % (nnodes * n) == 0]:
-        n, on_each = device_counts[-1], " on each" * (nnodes > 1)
-        remedy = f"Use {n} of them{on_each}: devices={n}, or name {n} in CUDA_VISIBLE_DEVICES."
-    else:
-        n = max(n for n in range(1, nnodes + 1) if examples % n == 0)
-        remedy = f"Use {n} of the machines: nnodes={n}."
-    return (
-        f"{hardware} cannot share the {tuned_for_gpus} x {batch} examples a step of tuned_for_gpus={tuned_for_gpus} "
-        f"equally.\n{remedy}\n"
-        f"Or train another recipe, with {processes} x {batch} examples a step: tuned_for_gpus={processes}."
-    )
 
 
 def read_script(command: list[str], settings: Mapping[str, str]) -> Script:
@@ -287,10 +272,7 @@ def read_script(command: list[str], settings: Mapping[str, str]) -> Script:
 
 
 def main(argv: list[str], environment: Mapping[str, str]) -> None:
-    """Print the command, then run it in place of this program.
-
-    argv: the fields of a Script, ROOT PYTHON NAME TUNED_FOR_GPUS FLAGS...
-    """
+    """Print the command of a script, whose fields are argv, then run it in place of this program."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end without a traceback, as a shell does: before `| head`
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # and at Ctrl-C

@@ -1,6 +1,7 @@
 """The reference's and transformers' earlier flags, translated to today's."""
 
 from lora_nlu.errors import UsageError
+from lora_nlu.training.launch import flags_with_values
 
 # old name: new flag that takes the same value
 RENAMED = {
@@ -40,14 +41,10 @@ _TRUE, _FALSE = {"true", "yes", "1", "t", "y"}, {"false", "no", "0", "f", "n"}
 
 def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     """A command line in today's flags, and a line for each flag translated. Raises UsageError for a wrong ratio."""
-    groups: list[tuple[str, list[str]]] = []  # a flag's name and its tokens as written, in order
-    for token in argv:
-        is_flag = token.startswith("--") and len(token) > 2
-        if is_flag or not groups:
-            groups.append((token[2:].partition("=")[0].replace("-", "_") if is_flag else "", [token]))
-        else:
-            groups[-1][1].append(token)
+    flags = flags_with_values(argv)
+    groups = [(tokens[0][2:].partition("=")[0].replace("-", "_"), tokens) for tokens in flags]
     last = {name: _values(tokens) for name, tokens in groups}  # the last of a repeated flag counts
+    # whether the command has --warmup_steps above 0
     has_steps = bool(last.get("warmup_steps")) and last["warmup_steps"][0] not in ("0", "0.0")
     translated: list[str] = []
     notes: list[str] = []
@@ -64,10 +61,7 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _new_tokens(name: str, values: list[str], has_steps: bool) -> list[str] | None:
-    """What replaces an old flag and its values; [] if they change nothing, None for a flag that is used today.
-
-    has_steps: the command has --warmup_steps above 0.
-    """
+    """What replaces an old flag and its values; [] if they change nothing, None for a flag that is used today."""
     value = values[0].lower() if values else ""
     if name == "use_auth_token" and (not values or value in _TRUE | _FALSE):
         return []  # was a switch: the token of `hf auth login`, which is used anyway
