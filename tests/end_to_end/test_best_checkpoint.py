@@ -142,9 +142,11 @@ def test_a_mode_of_the_schedule_that_is_not_the_metrics_is_refused(tmp_path):
         set_best_metric(args_of(tmp_path, *flags, '{"mode": "min"}'), ("accuracy",))
 
 
-def test_where_nothing_goes_by_a_metric_none_is_set(tmp_path):
+def test_where_nothing_goes_by_a_metric_none_is_set(tmp_path, capsys):
     args = args_of(tmp_path)
-    assert set_best_metric(args, ("accuracy",)) == ""
+    capsys.readouterr()
+    set_best_metric(args, ("accuracy",))
+    assert capsys.readouterr().out == ""
     assert (args.metric_for_best_model, args.greater_is_better) == (None, None)
 
 

@@ -30,11 +30,10 @@ def check_arguments(model_args: Any, data_args: Any, args: Any) -> None:
 def _check_data(data_args: Any, args: Any) -> None:
     """A GLUE task or the user's own files, with their columns and labels."""
     task, text_columns, label_column = data_args.task_name, data_args.text_columns, data_args.label_column
-    files = {"train": data_args.train_file, "eval": data_args.validation_file, "predict": data_args.test_file}
-    if bool(task) == any(files.values()):
+    if bool(task) == bool(data_args.train_file or data_args.validation_file or data_args.test_file):
         raise UsageError("give --task_name or files of your own (--train_file, ...), one of the two.")
     for action, flag in (("train", "train_file"), ("eval", "validation_file"), ("predict", "test_file")):
-        if not task and getattr(args, f"do_{action}") and not files[action]:
+        if not task and getattr(args, f"do_{action}") and not getattr(data_args, flag):
             raise UsageError(f"--do_{action} needs --{flag}.")
     names = parse_names("text_columns", text_columns) or ()
     for flag, value in (("text_columns", text_columns), ("label_column", label_column)):
@@ -44,8 +43,7 @@ def _check_data(data_args: Any, args: Any) -> None:
         raise UsageError(f"--text_columns {text_columns}: give one column, or two for pairs.")
     if (label_column or "label") in names:
         raise UsageError(f"--text_columns {text_columns}: {label_column or 'label'} is the column of labels.")
-    label_names = parse_names("labels", data_args.labels)
-    if label_names is not None and len(label_names) < 2:
+    if data_args.labels is not None and len(parse_names("labels", data_args.labels) or ()) < 2:
         raise UsageError(f"--labels {data_args.labels}: give two names or more; a regression has none.")
 
 
@@ -100,9 +98,9 @@ def _check_libraries(args: Any) -> None:
 def _check_ranges(model_args: Any, data_args: Any, args: Any) -> None:
     """Numbers must be at least one value and below another, or above one."""
     counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    of_methods = [(f.at_least, f.below or math.inf, f.name) for f in method_flags() if f.at_least is not None]
+    of_methods = [f for f in method_flags() if getattr(model_args, f.name) is not None]
     for group, least, below, names in (
-        *((model_args, least, below, (name,)) for least, below, name in of_methods),
+        *((model_args, f.at_least, f.below or math.inf, (f.name,)) for f in of_methods if f.at_least is not None),
         (model_args, 0, math.inf, ("reg_loss_wgt",)),
         (model_args, 0, 1, ("cls_dropout", "masking_prob")),
         (args, 0, 1, ("label_smoothing_factor",)),
@@ -118,32 +116,22 @@ def _check_ranges(model_args: Any, data_args: Any, args: Any) -> None:
             if (value := getattr(group, name)) is not None and not least <= value < below:
                 expected = f"{least} or more" if below == math.inf else f"from {least} to below {below}"
                 raise UsageError(f"--{name} {value}: must be {expected}.")
-    for f in method_flags():
-        value = getattr(model_args, f.name)
-        if f.above is not None and value is not None and not f.above < value < math.inf:
-            raise UsageError(f"--{f.name} {value}: must be above {f.above:g}.")
+    for f in of_methods:
+        if f.above is not None and not f.above < getattr(model_args, f.name) < math.inf:
+            raise UsageError(f"--{f.name} {getattr(model_args, f.name)}: must be above {f.above:g}.")
 
 
 def choose_metrics(args: Any, task: str, is_regression: bool) -> tuple[str, ...]:
-    """The names of the task's metrics; the flags about metrics and labels are checked and completed by them.
-
-    args: RunArguments. Raises UsageError.
-    """
+    """The names of the task's metrics; the flags about metrics and labels are checked and completed by them."""
     names = TASKS[task].metrics if task in TASKS else ("pearson", "mse") if is_regression else ("accuracy",)
     if args.label_smoothing_factor and is_regression:
         raise UsageError("--label_smoothing_factor is for classes, and these labels are numbers. Leave it out.")
-    line = set_best_metric(args, names)
-    if line and args.do_train:
-        say(args, line)
+    set_best_metric(args, names)
     return names
 
 
-def set_best_metric(args: Any, names: tuple[str, ...]) -> str:
-    """Set the metric, and its direction, by which the best checkpoint is chosen: without the flag the task's first.
-
-    args: RunArguments; names: the task's metrics. Returns a line that names the metric, "" if nothing goes by it.
-    Raises UsageError for a metric that is not evaluated, and for a direction that is not the metric's.
-    """
+def set_best_metric(args: Any, names: tuple[str, ...]) -> None:
+    """Set the metric, and its direction, by which the best checkpoint is chosen; by default the task's first."""
     names = () if args.prediction_loss_only else names  # then nothing else is computed
     evaluated = ["loss", *names, *(["combined_score"] if len(names) > 1 and "mse" not in names else [])]
     metric, direction = args.best_metric_flags
@@ -153,7 +141,7 @@ def set_best_metric(args: Any, names: tuple[str, ...]) -> str:
         metric = names[0] if names else "loss"
     if metric is None:
         args.metric_for_best_model = args.greater_is_better = None
-        return ""
+        return
     if metric.removeprefix("eval_") not in evaluated:
         raise UsageError(f"--metric_for_best_model {metric}: not evaluated. Choose from: {', '.join(evaluated)}.")
     args.metric_for_best_model = metric.removeprefix("eval_")  # one setting under both names
@@ -169,4 +157,5 @@ def set_best_metric(args: Any, names: tuple[str, ...]) -> str:
         if settings.get("mode", mode) != mode:
             raise UsageError(f"--lr_scheduler_kwargs: mode {settings['mode']!r}, but {better} is better for {metric}.")
         args.lr_scheduler_kwargs = settings | {"mode": mode}
-    return f"Best checkpoint{' and learning rate' * schedule} by {metric} ({better} is better)."
+    if args.do_train:
+        say(args, f"Best checkpoint{' and learning rate' * schedule} by {metric} ({better} is better).")
