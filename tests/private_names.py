@@ -9,7 +9,6 @@ PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_evaluate": "an evaluation while training first checks that what trains is finite",
         "_finalize_training": "the last logged loss is averaged over all processes",
         "_get_dataloader": "evaluations read every row once, in order; errors of --dataloader_... flags name them",
-        "_get_eval_sampler": "evaluations stay in the order of the examples under group_by_length",
         "_get_output_dir": "checkpoints are written under a temporary name",
         "_get_train_sampler": "group_by_length draws from seed and epoch, so that resumed runs and processes agree",
         "_initial_num_input_tokens_seen": "tokens per second of a resumed run",

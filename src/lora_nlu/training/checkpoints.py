@@ -96,24 +96,18 @@ class Diverged(UserError):
 
 def last_finite_checkpoint(output_dir: str) -> Path | None:
     """The newest complete checkpoint of a run whose saved tensors are all finite; None if there is none."""
-    for path in reversed(complete_checkpoints(output_dir)):
-        if all(is_finite(load_file(file).values()) for file in path.glob("*.safetensors")):
-            return path
-    return None
+    found = reversed(complete_checkpoints(output_dir))
+    return next((p for p in found if all(is_finite(load_file(f).values()) for f in p.glob("*.safetensors"))), None)
 
 
 @contextmanager
 def explain_damage(checkpoint: str | None) -> Iterator[None]:
-    """Load a checkpoint within this block: UserError says which file is damaged, or that other tensors train here.
-
-    Every other error, of the GPU, of a disk or of permissions, stays as it is.
-    """
+    """Load a checkpoint in this block: UserError says which file is damaged, or that other tensors train here."""
     try:
         yield
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as e:
-        is_reported_elsewhere = isinstance(e, torch.OutOfMemoryError) or lost_process(e) or is_out_of_memory(e)
-        if is_reported_elsewhere or not checkpoint:
-            raise
+        if not checkpoint or isinstance(e, torch.OutOfMemoryError) or is_out_of_memory(e) or lost_process(e):
+            raise  # these, and errors of a disk or of permissions, are reported as they are
         if damaged := _damaged_file(Path(checkpoint)):
             raise UserError(
                 f"{damaged[0]}: damaged, can't be resumed from ({first_line(damaged[1])}).\n"
@@ -140,12 +134,9 @@ def _damaged_file(checkpoint: Path) -> tuple[Path, Exception] | None:
 
 
 def check_moments(optimizer: Any) -> None:
-    """Raise ValueError where Adam's moments have other shapes than its parameters.
-
-    A file has them by number, so parameters in another order show only here; fused, Adam would write beyond the tensor.
-    """
+    """Raise ValueError where Adam's moments have other shapes than its parameters: a file has them by number."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps torch's
-    is_adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    is_adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)  # fused, it would write beyond the tensor
     for parameter, moments in optimizer.state.items() if is_adam else ():
         for name, moment in moments.items():
             if isinstance(moment, Tensor) and moment.dim() and moment.shape != parameter.shape:
@@ -153,10 +144,7 @@ def check_moments(optimizer: Any) -> None:
 
 
 class CheckpointingTrainer(Trainer):
-    """transformers' Trainer whose checkpoints contain the trained parameters alone, unless the whole encoder trains.
-
-    `metadata` (task, label names, base model, ...) is written with every adapter.
-    """
+    """transformers' Trainer whose checkpoints contain only what trains, unless the complete encoder trains."""
 
     args: Any  # transformers types these as possibly None
     model_wrapped: Any
@@ -165,7 +153,7 @@ class CheckpointingTrainer(Trainer):
     train_dataset: Any
 
     def __init__(self, *args: Any, metadata: dict[str, Any], **kwargs: Any) -> None:
-        self.metadata = metadata
+        self.metadata = metadata  # task, label names, base model, ...: written with every adapter
         self._is_saving_checkpoint = False
         super().__init__(*args, **kwargs)
         # A loaded RoBERTa counts positions from the config's pad token, which transformers sets to the tokenizer's.
@@ -322,7 +310,7 @@ class CheckpointingTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if best and self.saves_part:
+        if best and (self.saves_part or self.is_fsdp_enabled):
             self._load_from_checkpoint(best)
         else:
             super()._load_best_model()

@@ -105,13 +105,6 @@ class ShardedTrainer(AdapterTrainer):
         load_optimizer_state(self.optimizer, read(Path(checkpoint, OPTIMIZER_NAME)))
         self.lr_scheduler.load_state_dict(read(Path(checkpoint, SCHEDULER_NAME)))
 
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        if best and self.is_fsdp_enabled:
-            self._load_from_checkpoint(best)
-        else:
-            super()._load_best_model()
-
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_fsdp_enabled and not self.accelerator._models:
             # FSDP2 takes a model only with its optimizer, and transformers creates none where nothing is trained

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
@@ -20,10 +19,11 @@ from lora_nlu.models.losses import classification_loss
 from lora_nlu.training.checkpoints import CheckpointingTrainer, Diverged, seconds_trained
 from lora_nlu.training.processes import lost_process, seed_from
 
-# An evaluation scores every row once, in order and all of them together, whatever the flags of training's batches are.
+# An evaluation scores every row once, in order and all of them together, whatever the flags of training's batches are;
+# with group_by_length transformers would sort its rows too.
 _EVALUATION: dict[str, Any] = {
     "dataloader_drop_last": False, "dataloader_persistent_workers": False, "eval_do_concat_batches": True,
-    "batch_eval_metrics": False, "include_for_metrics": [],
+    "batch_eval_metrics": False, "include_for_metrics": [], "train_sampling_strategy": "random",
 }  # fmt: skip
 _EVALUATION_BATCHES: dict[str, Any] = {"split_batches": False, "dispatch_batches": None, "even_batches": True}
 
@@ -77,10 +77,7 @@ class _ByLength(LengthGroupedSampler):
 
 
 class AdapterTrainer(CheckpointingTrainer):
-    """transformers' Trainer for adapters. The loss and gradient of a step are the mean over its examples.
-
-    They are so for any number of processes, micro-batches and tokens that the examples are divided into.
-    """
+    """transformers' Trainer for adapters. A step's loss is the mean over its examples, however they are divided."""
 
     loss_is_scaled_for_ga = True  # compute_loss weighs micro-batches itself; transformers would weigh all equally
 
@@ -175,10 +172,7 @@ class AdapterTrainer(CheckpointingTrainer):
         return batches, self.accelerator.gather(total).sum()
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None) -> Any:
-        """The model's loss; in training, this micro-batch's share of the mean over all examples of the step.
-
-        The parts of R-Drop's loss are summed for the log.
-        """
+        """The model's loss; in training, this micro-batch's share of the mean over all examples of the step."""
         examples = inputs.pop("examples", None)
         loss, outputs = super().compute_loss(model, inputs, True)
         if examples is not None:
@@ -186,7 +180,7 @@ class AdapterTrainer(CheckpointingTrainer):
             loss = sum((row.loss_term(self.model) for row in self.methods if row.loss_term), loss) * share
             if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # transformers 5.17 divides by this in any case
                 loss = loss * self.current_gradient_accumulation_steps
-            for name in ("task_loss", "consistency_loss"):
+            for name in ("task_loss", "consistency_loss"):  # R-Drop's, for the log
                 if isinstance(outputs, dict) and name in outputs:
                     self._loss_parts[name] = self._loss_parts.get(name, 0.0) + share * outputs[name].detach()
         return (loss, outputs) if return_outputs else loss
@@ -197,11 +191,9 @@ class AdapterTrainer(CheckpointingTrainer):
         return loss
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        """Count tokens, as transformers does; raise UserError if the loss of this micro-batch is not finite.
-
-        Counting waits for the GPU. By then the copy of the loss has arrived, so that reading it costs no other wait.
-        """
+        """Count tokens, as transformers does; raise UserError if the loss of this micro-batch is not finite."""
         super()._track_num_input_tokens(inputs)
+        # Counting has waited for the GPU: the copy of the loss has arrived, and reading it costs no other wait.
         if self.args.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # in case nothing was counted
         if not math.isfinite(loss := self._loss.item()):
@@ -278,11 +270,6 @@ class AdapterTrainer(CheckpointingTrainer):
                 f"one batch of {batch}.\nLeave the flag out, or lower --per_device_train_batch_size."
             )
         return loader
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        # With --train_sampling_strategy group_by_length transformers would sort the evaluation as well: predictions
-        # would be in another order than the examples.
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     # --------------------------------------------------------------------------------------------------- the Hub
 
