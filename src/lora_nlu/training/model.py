@@ -57,10 +57,7 @@ def _contents(adapter: Adapter, model_args: ModelArguments) -> str:
 def prepare_model(
     flags: Flags, config: Any, adapter: Adapter | None, head: Head, labels: tuple[str, ...]
 ) -> tuple[Any, Any, dict[str, str]]:
-    """The model with its weights, method and adapter; its tokenizer; the fingerprints of both. Raises UserError.
-
-    head: what the run starts from; labels: the examples', which the model will predict.
-    """
+    """The model, with the adapter, that predicts the examples' labels; its tokenizer; the fingerprints of both."""
     model_args, data_args, args = flags
     name, base_labels = model_args.model_name_or_path, recorded_labels(config)
     if not adapter or not adapter.label_count:
@@ -121,10 +118,7 @@ def _attach(model: Any, adapter: Adapter, model_args: ModelArguments, args: RunA
 
 
 def _check_is_trained(model: Any, model_args: ModelArguments, args: RunArguments, saved: dict[str, Any]) -> None:
-    """Raise UsageError for a method's flag in a run that neither trains nor loads anything that the method trained.
-
-    saved: the method's settings in the base's config.
-    """
+    """Raise UsageError for a method's flag in a run that neither trains nor loads anything that the method trained."""
     rows = [row for row in description_of(model.config).rows if row.switch and (row.added or not saved.get(row.switch))]
     if not rows or (rows[0].added and own_adapter(model)):
         return

@@ -92,19 +92,15 @@ def check_all_alike(trainer: AdapterTrainer) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder while a run trains into it. Raises UserError if another process has it locked.
-
-    That process may have outlived its launcher.
-    """
+    """Lock a folder while a run trains into it. Raises UserError if another process, even an orphan, has it locked."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        os.close(descriptor)
-        raise UserError(f"{folder}: another run trains into it now. Wait for it, or choose another folder.") from e
-    except OSError:
-        pass  # some network disks have no locks
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise UserError(f"{folder}: another run trains into it now. Wait for it, or choose another folder.") from e
+        except OSError:
+            pass  # some network disks have no locks
         yield
     finally:
         os.close(descriptor)
@@ -121,26 +117,25 @@ def clear_earlier_run(folder: Path) -> None:
 
 
 def remaining(trainer: AdapterTrainer) -> tuple[str | None, bool]:
-    """The checkpoint to resume from, if any, and whether the run has already trained.
-
-    Raises UserError if the checkpoint or the results in the folder are of a run with other settings.
-    """
-    folder = Path(trainer.args.output_dir)
-    earlier = recorded(folder) or trainer.metadata
+    """The checkpoint to resume from, if any, and whether the run has trained. Raises UserError for another run's."""
+    folder, now = Path(trainer.args.output_dir), trainer.metadata
+    earlier = recorded(folder) or now
     checkpoint = find_checkpoint(trainer.args.output_dir, trainer.args.resume_from_checkpoint)
     if checkpoint or "trained" in earlier:
-        _check_same_run(str(folder), earlier, trainer.metadata)
+        _check_same_run(folder, earlier, now)
     elif results := [path.name for name in _SCORES for path in sorted(folder.glob(name))]:
         raise UserError(
             f"--output_dir {folder} contains results of another model ({results[0]}), to be taken for this run's.\n"
             "Choose another folder, or --overwrite_output_dir to remove them first."
         )
     if checkpoint and Path(checkpoint, RUN_METADATA).is_file():  # --resume_from_checkpoint may be of another folder
-        _check_same_run(checkpoint, read_json(Path(checkpoint, RUN_METADATA)), trainer.metadata)
+        _check_same_run(checkpoint, read_json(Path(checkpoint, RUN_METADATA)), now)
     if checkpoint and "trained" not in earlier:
         if trainer.args.metric_for_best_model and "metric_for_best_model" not in earlier.get("hyperparameters", {}):
-            reason = "of an older version, which chose the best checkpoint by a metric that it did not record"
-            raise UserError(f"{folder} contains a run {reason}.\n{_AFRESH}")
+            raise UserError(
+                f"{folder} contains a run of an older version, which chose the best checkpoint by a metric that it did "
+                f"not record.\n{_AFRESH}"
+            )
         trainer.check_backend(checkpoint)
     return checkpoint, "trained" in earlier
 
@@ -155,7 +150,7 @@ def find_checkpoint(output_dir: str, resume_flag: str | None) -> str | None:
     return checkpoints[-1] if checkpoints and str(resume_flag).lower() != "false" else None
 
 
-def _check_same_run(source: str, earlier: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same_run(source: object, earlier: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise UserError, naming the differences, if an earlier run had other settings."""
     if differences := _differences(earlier, now):
         raise UserError(f"{source} contains a run with other settings: {'; '.join(differences[:8])}.\n{_AFRESH}")

@@ -99,9 +99,23 @@ class Flags(NamedTuple):
 
 def parse_arguments(argv: list[str], environ: MutableMapping[str, str]) -> Flags:
     """Flags, or one JSON file of them, to the three groups; environ: as in `RunArguments`. Raises UsageError."""
-    flags, notes = _parse(argv, environ)
-    model_args, _, args = flags
-    if not model_args.use_fast_tokenizer:
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        argv = _from_json(Path(argv[0]))
+    argv, notes = translate(argv)
+    kinds: Any = (model_arguments(), DataArguments, RunArguments)
+    parser = _Parser(kinds, allow_abbrev=False)
+    try:
+        values, unknown = parser.parse_known_args(argv)
+        of_kinds = [{f.name: getattr(values, f.name) for f in fields(kind) if f.init} for kind in kinds]
+        of_kinds[2]["environ"] = environ
+        flags = Flags(*(kind(**of_kind) for kind, of_kind in zip(kinds, of_kinds, strict=True)))
+    except (ValueError, ImportError) as e:
+        raise UsageError("\n".join(str(e).strip().splitlines()[:3])) from e
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=3)
+        raise UsageError(f"unknown flag {unknown[0]}." + (f" Did you mean {' or '.join(near)}?" if near else ""))
+    args = flags.run
+    if not flags.model.use_fast_tokenizer:
         notes.append("--use_fast_tokenizer false is ignored: the fast tokenizer is used wherever there is one.")
     if args.logging_nan_inf_filter:
         notes.append("--logging_nan_inf_filter is ignored: training stops at a loss that is not finite.")
@@ -114,29 +128,6 @@ def parse_arguments(argv: list[str], environ: MutableMapping[str, str]) -> Flags
     say(args, *(f"run_glue.py: {note}" for note in notes))
     check_arguments(*flags)
     return flags
-
-
-def _parse(argv: list[str], environ: MutableMapping[str, str]) -> tuple[Flags, list[str]]:
-    """The three groups of flags, and a line for each old flag that was translated."""
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        argv = _from_json(Path(argv[0]))
-    argv, notes = translate(argv)
-    kinds: Any = (model_arguments(), DataArguments, RunArguments)
-    parser = _Parser(kinds, allow_abbrev=False)
-    try:
-        values, unknown = parser.parse_known_args(argv)
-        of_model, of_data, of_run = (_fields_of(kind, values) for kind in kinds)
-        flags = Flags(kinds[0](**of_model), DataArguments(**of_data), RunArguments(**of_run, environ=environ))
-    except (ValueError, ImportError) as e:
-        raise UsageError("\n".join(str(e).strip().splitlines()[:3])) from e
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=3)
-        raise UsageError(f"unknown flag {unknown[0]}." + (f" Did you mean {' or '.join(near)}?" if near else ""))
-    return flags, notes
-
-
-def _fields_of(kind: Any, values: Any) -> dict[str, Any]:
-    return {field.name: getattr(values, field.name) for field in fields(kind) if field.init}
 
 
 class _Parser(HfArgumentParser):

@@ -32,40 +32,33 @@ def trainer_class(args: Any) -> type[AdapterTrainer]:
 
 
 def train(trainer: AdapterTrainer, overwrite: bool) -> None:
-    """Train or resume the run, and save the trained model; a run that has trained is only loaded.
-
-    Raises UserError if the folder is another run's, or locked by it, and for what can't be read or written.
-    """
-    with locked(Path(trainer.args.output_dir)) if trainer.args.process_index == 0 else nullcontext():
-        _train(trainer, overwrite)
-
-
-def _train(trainer: AdapterTrainer, overwrite: bool) -> None:
-    args = trainer.args
+    """Train or resume the run, and save the trained model; a run that has trained is only loaded."""
+    args, is_first = trainer.args, trainer.args.process_index == 0
     folder = Path(args.output_dir)
-    if overwrite and args.process_index == 0:
-        record(trainer)  # first: from here on the folder contains no finished run
-        clear_earlier_run(folder)
-    progress = remaining(trainer) if args.process_index == 0 else (None, False)
-    checkpoint, is_trained = broadcast_object_list([*progress])  # the first process decides for all
-    if is_trained:
-        say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
-        trainer._load_from_checkpoint(str(folder))
-        return
-    if checkpoint:
-        say(args, f"Resuming from {checkpoint}.")
-        before = processes_of(checkpoint)
-        if before and before != args.world_size:
-            say(args, f"It was written by {before} process{'es' * (before > 1)}: from here on dropout draws anew.")
-    record(trainer)
-    if args.process_index == 0:
-        clear_leftovers(args.output_dir)
-    (text,) = broadcast_object_list([(folder / RUN).read_text() if args.process_index == 0 else None])
-    wait_for_file(folder / RUN, text, args)
-    metrics = _train_from(checkpoint, trainer)
-    if trainer.state.global_step < trainer.state.max_steps:
-        say(args, f"Stopped early, at step {trainer.state.global_step} of {trainer.state.max_steps}.")
-    _save(trainer, metrics)
+    with locked(folder) if is_first else nullcontext():
+        if overwrite and is_first:
+            record(trainer)  # first: from here on the folder contains no finished run
+            clear_earlier_run(folder)
+        # the first process decides for all
+        checkpoint, is_trained = broadcast_object_list([*(remaining(trainer) if is_first else (None, False))])
+        if is_trained:
+            say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
+            trainer._load_from_checkpoint(str(folder))
+            return
+        if checkpoint:
+            say(args, f"Resuming from {checkpoint}.")
+            before = processes_of(checkpoint)
+            if before and before != args.world_size:
+                say(args, f"It was written by {before} process{'es' * (before > 1)}: from here on dropout draws anew.")
+        record(trainer)
+        if is_first:
+            clear_leftovers(args.output_dir)
+        (text,) = broadcast_object_list([(folder / RUN).read_text() if is_first else None])
+        wait_for_file(folder / RUN, text, args)
+        metrics = _train_from(checkpoint, trainer)
+        if trainer.state.global_step < trainer.state.max_steps:
+            say(args, f"Stopped early, at step {trainer.state.global_step} of {trainer.state.max_steps}.")
+        _save(trainer, metrics)
 
 
 def _train_from(checkpoint: str | None, trainer: AdapterTrainer) -> dict[str, float]:
