@@ -7,10 +7,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/scripts/install.sh"
 all=
-if [[ "${1:-}" == --all ]]; then
-  all=yes
-  shift
-fi
+[[ "${1:-}" != --all ]] || { all=yes; shift; }
 install dev
 cd "$root"
 export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1   # two test processes, a thread each

@@ -102,8 +102,8 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
     """The examples that the flags ask for, and the head with the label names that follow from them."""
     model_args, data_args, args = flags
     task = data_args.task_name
-    is_read = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
-    splits = [split for split in is_read if is_read[split]]
+    reads = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    splits = [split for split, is_read in reads.items() if is_read]
     flag_labels = parse_names("labels", data_args.labels)
     names = flag_labels if args.do_train else head.labels
     named_by = head.source if flag_labels is None else "--labels"
@@ -131,18 +131,11 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
     limits["test"] = data_args.max_predict_samples
     examples = choose_rows(examples, limits, data_args.sample_seed)
     say(args, *describe_examples(examples, data_args.sample_seed))
-    if adapter and not task:
-        say(args, *_other_columns(adapter, examples))
+    trained = adapter.metadata.get("text_columns") if adapter and not task else None  # older versions recorded none
+    if adapter and isinstance(trained, list) and trained != [*examples.texts]:
+        before, now = (" and ".join(repr(str(name)[:40]) for name in names) for names in (trained, examples.texts))
+        say(args, f"{adapter.source}: was trained on text in {before}; here it is in {now}.")
     return examples, head
-
-
-def _other_columns(adapter: Adapter, examples: Examples) -> list[str]:
-    """A line where the user's text columns have other names than those that the adapter was trained on."""
-    trained = adapter.metadata.get("text_columns")
-    if not isinstance(trained, list) or trained == [*examples.texts]:  # older versions recorded none
-        return []
-    before, now = (" and ".join(repr(str(name)[:40]) for name in names) for names in (trained, examples.texts))
-    return [f"{adapter.source}: was trained on text in {before}; here it is in {now}."]
 
 
 def tokenize_examples(flags: Flags, examples: Examples, config: Any, tokenizer: Any) -> tuple[dict[str, Any], int]:

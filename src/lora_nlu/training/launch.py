@@ -188,7 +188,9 @@ def find_machines(settings: Mapping[str, str], options: list[str], notes: list[s
 
     if str(nnodes) == srun_nodes:
         nodes = settings.get("SLURM_STEP_NODELIST", "")
-        rank, address = rank or settings.get("SLURM_NODEID"), address or first_host(nodes)
+        # the first of node[01-03,07] is node01
+        first = re.fullmatch(r"([\w.-]+)(?:\[(\d+)[-,\d]*])?(,.*)?", nodes, re.ASCII)
+        rank, address = rank or settings.get("SLURM_NODEID"), address or (first and first[1] + (first[2] or ""))
         if not address:
             raise UsageError(
                 f"cannot tell the first of SLURM's machines '{nodes}'.\n"
@@ -206,12 +208,6 @@ def find_machines(settings: Mapping[str, str], options: list[str], notes: list[s
         raise UsageError(f"node_rank={rank}: with nnodes={nnodes} it goes from 0 to {nnodes - 1}.")
     port = str(whole_number("master_port", port or 29500, 1))  # torch's default
     return nnodes, [f"--nnodes={nnodes}", f"--node_rank={rank}", f"--master_addr={address}", f"--master_port={port}"]
-
-
-def first_host(nodes: str) -> str:
-    """The first machine of a SLURM list, node01 of node[01-03,07] and a of a,b; "" if it is written otherwise."""
-    match = re.fullmatch(r"([\w.-]+)(?:\[(\d+)[-,\d]*])?(,.*)?", nodes, re.ASCII)
-    return match[1] + (match[2] or "") if match else ""
 
 
 def share(examples: int, batch: int, processes: int) -> tuple[int, int] | None:
