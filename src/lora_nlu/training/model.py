@@ -1,11 +1,11 @@
 """The model that the flags name: its adapter's file, its weights, its tokenizer, all compared with the flags."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
+from transformers.integrations import deepspeed
 
 from lora_nlu.adapters.adapter import Adapter, check_settings, with_relative_query
 from lora_nlu.adapters.attaching import attach_adapter, head_rows
@@ -71,7 +71,14 @@ def prepare_model(
     say(args, *notes)
     set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
     if adapter:
-        _attach(model, adapter, model_args, args)
+        say(args, *attach_adapter(model, adapter, model_args.lora_alpha, args.do_train, config_labels(model.config)))
+        guess = ""
+        if not adapter.records_relative_query and model.frozen_relative_query is not None:
+            way = "without LoRA, the reference's way" if adapter.frozen_relative_query else "with LoRA, PEFT's way"
+            guess = f"; the relative query {way}, which the file can't confirm"
+        say(args, f"Loaded {adapter.source}: {_contents(adapter, model_args)}{guess}.")
+        for layer in lora_layers(model).values():
+            layer.lora_dropout = model_args.lora_dropout or 0.0
     fingerprints["tokenizer_fingerprint"] = fingerprint = tokenizer_fingerprint(tokenizer)
     source, metadata = model_args.adapter_source or name, adapter.metadata if adapter else recorded(Path(name))
     check_tokenizer(source, metadata, fingerprint, "Give the one it was trained with as --tokenizer_name.")
@@ -91,30 +98,15 @@ def _load_model(flags: Flags, config: Any, adapter: Adapter | None, base_labels:
     replaces_head = adapter and (not args.do_train or head_rows(adapter, config_labels(config)) is not None)
     needs_head = not args.do_train and adapter is None
     set_seed(args.seed)  # A and the head are drawn while loading
-    loading: AbstractContextManager[None] = nullcontext()
-    if args.is_sharded:
-        from lora_nlu.training.sharded import complete_loading
-
-        loading = complete_loading(args)
-    with loading:
-        model, notes = load_model(name, config, needs_head, base_labels, not replaces_head, **model_args.hub)
+    deepspeed.unset_hf_deepspeed_config()  # each process loads the complete model; ZeRO-3 would read shards
+    model, notes = load_model(name, config, needs_head, base_labels, not replaces_head, **model_args.hub)
+    if args.deepspeed:  # shards it afterwards
+        deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
     check_method(model, name, saved)
     if needs_head:
         _check_is_trained(model, model_args, args, saved)
     say(args, *notes)
     return model
-
-
-def _attach(model: Any, adapter: Adapter, model_args: ModelArguments, args: RunArguments) -> None:
-    """Load an adapter into the model, with the dropout of the flags, and print what it contains."""
-    say(args, *attach_adapter(model, adapter, model_args.lora_alpha, args.do_train, config_labels(model.config)))
-    guess = ""
-    if not adapter.records_relative_query and model.frozen_relative_query is not None:
-        way = "without LoRA, the reference's way" if adapter.frozen_relative_query else "with LoRA, PEFT's way"
-        guess = f"; the relative query {way}, which the file can't confirm"
-    say(args, f"Loaded {adapter.source}: {_contents(adapter, model_args)}{guess}.")
-    for layer in lora_layers(model).values():
-        layer.lora_dropout = model_args.lora_dropout or 0.0
 
 
 def _check_is_trained(model: Any, model_args: ModelArguments, args: RunArguments, saved: dict[str, Any]) -> None:
