@@ -154,12 +154,10 @@ def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: d
     part = METHODS[method["name"]].part + " and biases" * bool(method.get("biases"))
     part = f", {counts.encoder:,} of them {part}" if part else ""
     rows.append(("trainable parameters", f"{counts.trainable:,} of {counts.total:,}{part}"))
-    if runtimes := [entry["train_runtime"] for entry in history if "train_runtime" in entry]:
-        runtime = runtimes[-1]
+    if runtime := next((entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry), None):
         tokens = trainer.state.num_input_tokens_seen - getattr(trainer, "_initial_num_input_tokens_seen", 0)
         rows.append(("training", f"{runtime:.1f} s, {tokens / runtime:,.0f} real tokens/s"))
-    seconds = sum(value for key, value in metrics.items() if key.startswith("eval_runtime"))
-    if seconds:
+    if seconds := sum(value for key, value in metrics.items() if key.startswith("eval_runtime")):
         tokens = sum(token_count(table) for name, table in tables.items() if name.startswith("validation"))
         rows.append(("evaluation", f"{seconds:.1f} s, {tokens / seconds:,.0f} real tokens/s"))
     for name, peak in reversed(peak_memory_gib().items()):
