@@ -273,6 +273,7 @@ def test_the_readmes_python_runs_on_a_folder_and_on_a_published_file_and_is_righ
     assert capsys.readouterr().out.splitlines()[-1] == (labels[want.argmax()] if labels else str(names["logits"]))
 
 
+@pytest.mark.parametrize("case", ["roberta"], indirect=True)  # the others are inspected in this process
 def test_the_readmes_command_starts_the_program(case):
     command = [sys.executable, "-m", "lora_nlu.adapters", "inspect", str(case[2])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
