@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from forked import start_parent, torch_run
 from runs import SCRIPT, Outcome, Run, write_checkpoint, write_glue, write_vocabulary
 
 from lora_nlu.errors import UsageError, UserError
@@ -90,5 +91,20 @@ def start(base_flags, environment) -> Run:
             command, env=environment | (env or {}), capture_output=True, text=True, timeout=240, **kwargs
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def fork(base_flags, environment, tmp_path_factory) -> Run:
+    """run_glue.py in processes of its own, each one as torchrun starts it, without the seconds of imports.
+
+    `start` is what a user does; this is for what a process, or several together, make of their flags.
+    """
+    start_parent(environment)
+
+    def run(*argv: object, processes: int = 1, base: bool = True, script: Path = SCRIPT) -> Outcome:
+        flags = [*(base_flags if base else []), *map(str, argv)]
+        return torch_run(flags, environment, tmp_path_factory.mktemp("printed"), processes, script)
 
     return run

@@ -54,12 +54,13 @@ def refused(call, output) -> Callable[..., str]:
 
 
 @pytest.fixture
-def refused_by_process(start, output) -> Callable[..., str]:
-    """The same, by a process of its own."""
+def refused_by_process(start, fork, output) -> Callable[..., str]:
+    """The same, by a process of its own: a fork, or with an `env`, also an empty one, Python as a user starts it."""
 
-    def run(code: int, *flags: object, **kwargs) -> str:
+    def run(code: int, *flags: object, env: dict[str, str] | None = None) -> str:
         before = contents(output)
-        outcome = start("--output_dir", output, *flags, **kwargs)
+        command = ("--output_dir", output, *flags)
+        outcome = fork(*command) if env is None else start(*command, env=env)
         message = outcome.err[outcome.err.find("run_glue.py: error:") :].strip()
         assert outcome.code == code and "Traceback" not in outcome.err, outcome.err
         assert outcome.err.count("run_glue.py: error:") == 1
@@ -149,7 +150,7 @@ def test_a_warmup_ratio_that_is_no_fraction_is_refused(refused):
 
 def test_an_unknown_task_or_flag_ends_a_process_with_code_2_and_no_traceback(refused_by_process):
     assert "--task_name" in refused_by_process(2, "--task_name", "rtf", "--do_eval")
-    message = refused_by_process(2, "--task_name", "rte", "--do_evaluate", "--apply_lora")
+    message = refused_by_process(2, "--task_name", "rte", "--do_evaluate", "--apply_lora", env={})
     assert "--do_eval" in message.split("Did you mean")[1]
 
 

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import free_port
 from runs import LORA, SCRIPT, cut_off, write_models
 from test_run_glue import read, rte, scores, succeeded, trained_flat
 
@@ -87,18 +88,18 @@ def assert_same_run(got: Path, want: Path, steps: int = 20) -> None:
     ids=["roberta by length", "deberta", "one process idle in the last step", "roberta FSDP2", "deberta FSDP2"],
 )
 def test_a_step_is_the_same_however_its_examples_are_divided_among_processes(
-    model, examples, backend, steady, start, call, glue, tmp_path
+    model, examples, backend, steady, fork, call, glue, tmp_path
 ):
     def flags(name: str, *more: object) -> list[object]:
         common = ["--model_name_or_path", steady[model], *STEPS, *EVAL, "--max_train_samples", examples]
         return rte(glue, tmp_path / name, *common, *more, *backend)
 
     succeeded(call(*flags("one", BATCH, 8)))  # which has nothing to shard
-    succeeded(start(*flags("two", BATCH, 4), launcher=TWO))
+    succeeded(fork(*flags("two", BATCH, 4), processes=2))
     assert_same_run(tmp_path / "two", tmp_path / "one")
     if examples == 45:
         succeeded(call(*flags("accumulated", BATCH, 4, ACCUMULATE, 2)))
-        succeeded(start(*flags("both", BATCH, 2, ACCUMULATE, 2), launcher=TWO))
+        succeeded(fork(*flags("both", BATCH, 2, ACCUMULATE, 2), processes=2))
         assert_same_run(tmp_path / "accumulated", tmp_path / "one")
         assert_same_run(tmp_path / "both", tmp_path / "one")
 
@@ -113,7 +114,7 @@ def test_without_compensation_for_the_last_uneven_step_the_runs_would_differ(ste
 
 
 def test_the_references_launcher_trains_scores_and_predicts_a_regression_as_one_process(
-    steady, start, call, glue, tmp_path
+    steady, start, fork, call, glue, tmp_path
 ):
     """It adds --local-rank. STS-B: 24 examples to evaluate on and 10 to predict, 7 a process a time: none divides."""
     flags = ["--task_name", "stsb", "--glue_dir", glue, "--model_name_or_path", steady["roberta"], *LORA]
@@ -123,7 +124,7 @@ def test_the_references_launcher_trains_scores_and_predicts_a_regression_as_one_
     succeeded(call(*flags, *training, "--output_dir", tmp_path / "one", BATCH, 10))
     succeeded(start(*flags, *training, "--output_dir", tmp_path / "two", BATCH, 5, launcher=launcher))
     flags += ["--lora_path", tmp_path / "one", "--output_dir", tmp_path / "scored"]
-    succeeded(start(*flags, launcher=launcher))
+    succeeded(fork(*flags, processes=2))
     one = scores(tmp_path / "one" / "eval_results.json")
     assert scores(tmp_path / "two" / "eval_results.json") == pytest.approx(one, rel=1e-4)
     assert scores(tmp_path / "scored" / "eval_results.json") == pytest.approx(one, rel=1e-5)
@@ -133,17 +134,11 @@ def test_the_references_launcher_trains_scores_and_predicts_a_regression_as_one_
     assert (tmp_path / "scored" / "predict_results_stsb.tsv").read_text() == predicted
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def test_four_processes_on_two_machines_train_what_one_process_does(steady, environment, base_flags, glue, tmp_path):
+    """Two launches of one script that meet on the loopback address; 48 examples are less than one step of 2 x 32.
 
-
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-def test_four_processes_on_two_machines_train_what_one_process_does(
-    rendezvous, steady, environment, base_flags, glue, tmp_path
-):
-    """Two launches of one script that meet on the loopback address; 48 examples are less than one step of 2 x 32."""
+    They meet by c10d; that they do by node_rank and master_addr is proved in tests/test_scripts.py.
+    """
     script = ["bash", ROOT / "scripts" / "roberta_base_cola.sh", *base_flags[2:]]
     script += ["--model_name_or_path", steady["roberta"], "--max_steps", 5, "--max_seq_length", 64]
     clean = {k: v for k, v in environment.items() if not k.startswith("SLURM")} | {"GLUE_DIR": str(glue)}
@@ -154,11 +149,8 @@ def test_four_processes_on_two_machines_train_what_one_process_does(
         return subprocess.Popen([*map(str, script)], env=env, **pipes)
 
     port = free_port()
-    common: dict[str, object] = {"nnodes": 2, "devices": 2}
-    if rendezvous == "static":
-        common |= {"master_addr": "127.0.0.1", "master_port": port}
-    else:
-        common["torchrun_options"] = f"--rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{port} --rdzv_id=test"
+    rendezvous = f"--rdzv_backend=c10d --rdzv_endpoint=127.0.0.1:{port} --rdzv_id=test"
+    common: dict[str, object] = {"nnodes": 2, "devices": 2, "torchrun_options": rendezvous}
     nodes = [launch(tmp_path / "two", node_rank=rank, **common) for rank in (0, 1)]
     alone = launch(tmp_path / "one", devices=0)
     for process in (*nodes, alone):
@@ -177,7 +169,7 @@ def test_four_processes_on_two_machines_train_what_one_process_does(
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 
-def test_a_run_resumes_with_another_number_of_processes_and_under_another_backend(steady, start, call, glue, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes_and_under_another_backend(steady, fork, call, glue, tmp_path):
     """Cut off in the middle of an epoch, after 8 of 20 steps of which an epoch has 6."""
 
     def flags(name: str, *more: object) -> list[object]:
@@ -185,12 +177,12 @@ def test_a_run_resumes_with_another_number_of_processes_and_under_another_backen
         return rte(glue, tmp_path / name, *common, *more)
 
     succeeded(call(*flags("one", BATCH, 8)))
-    succeeded(start(*flags("sharded", BATCH, 4, *FSDP), launcher=TWO))
+    succeeded(fork(*flags("sharded", BATCH, 4, *FSDP), processes=2))
     for name, source in (("two", "one"), ("sharded again", "one"), ("one again", "sharded")):
         cut_off(tmp_path / source, tmp_path / name, after=8)
     outcomes = [
-        succeeded(start(*flags("two", BATCH, 4), launcher=TWO)),
-        succeeded(start(*flags("sharded again", BATCH, 2, ACCUMULATE, 2, *FSDP), launcher=TWO)),
+        succeeded(fork(*flags("two", BATCH, 4), processes=2)),
+        succeeded(fork(*flags("sharded again", BATCH, 2, ACCUMULATE, 2, *FSDP), processes=2)),
         succeeded(call(*flags("one again", BATCH, 4, ACCUMULATE, 2))),
     ]
     assert all("checkpoint-8" in outcome.out and "Resuming from" in outcome.out for outcome in outcomes)
@@ -200,13 +192,13 @@ def test_a_run_resumes_with_another_number_of_processes_and_under_another_backen
         assert_same_run(tmp_path / name, tmp_path / "one")
     # and another batch is another run
     cut_off(tmp_path / "one", tmp_path / "other", after=8)
-    outcome = start(*flags("other", BATCH, 8), launcher=TWO)
+    outcome = fork(*flags("other", BATCH, 8), processes=2)
     assert outcome.code != 0 and "examples_a_step 8, now 16" in outcome.err
     assert outcome.err.count("run_glue.py: error") == 1
 
 
 def test_full_fine_tuning_under_fsdp2_ends_in_one_models_file_and_resumes_in_one_process(
-    steady, start, call, glue, tmp_path
+    steady, fork, call, glue, tmp_path
 ):
     def flags(name: str, *more: object) -> list[object]:
         common = ["--task_name", "rte", "--glue_dir", glue, "--output_dir", tmp_path / name]
@@ -214,7 +206,7 @@ def test_full_fine_tuning_under_fsdp2_ends_in_one_models_file_and_resumes_in_one
         return [*common, "--logging_steps", 1, "--learning_rate", "1e-3", "--max_seq_length", 64, "--do_train", *more]
 
     succeeded(call(*flags("one", BATCH, 8)))
-    succeeded(start(*flags("two", BATCH, 4, *FSDP), launcher=TWO))
+    succeeded(fork(*flags("two", BATCH, 4, *FSDP), processes=2))
     cut_off(tmp_path / "two", tmp_path / "resumed", after=4)
     succeeded(call(*flags("resumed", BATCH, 8)))
     want = scores(tmp_path / "one" / "eval_results.json")
@@ -226,7 +218,7 @@ def test_full_fine_tuning_under_fsdp2_ends_in_one_models_file_and_resumes_in_one
         assert (tmp_path / name / "model.safetensors").is_file()
 
 
-def test_fsdp2_in_bf16_saves_fp32_after_an_evaluation_and_loads_the_best(steady, start, glue, tmp_path):
+def test_fsdp2_in_bf16_saves_fp32_after_an_evaluation_and_loads_the_best(steady, fork, glue, tmp_path):
     """An evaluation leaves the head gathered in bf16: what is saved then must be the shards, and what is loaded too."""
     flags = [
         "--model_name_or_path",
@@ -249,8 +241,8 @@ def test_fsdp2_in_bf16_saves_fp32_after_an_evaluation_and_loads_the_best(steady,
         "--metric_for_best_model",
         "loss",
     ]
-    succeeded(start(*rte(glue, tmp_path / "ddp", *flags), launcher=TWO))
-    succeeded(start(*rte(glue, tmp_path / "o", *flags, *FSDP), launcher=TWO))
+    succeeded(fork(*rte(glue, tmp_path / "ddp", *flags), processes=2))
+    succeeded(fork(*rte(glue, tmp_path / "o", *flags, *FSDP), processes=2))
     one, other = history(tmp_path / "o", "loss"), history(tmp_path / "ddp", "loss")
     assert one.tolist() == pytest.approx(other.tolist(), rel=0.02) and one.tolist() != other.tolist()
     evaluated = history(tmp_path / "o", "eval_loss")
@@ -412,7 +404,7 @@ def test_an_output_folder_that_another_machine_does_not_see_is_reported(tmp_path
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("model", ["roberta", "deberta"])
-def test_deepspeed_trains_saves_and_resumes_the_same_adapter(model, stage, steady, start, call, glue, tmp_path):
+def test_deepspeed_trains_saves_and_resumes_the_same_adapter(model, stage, steady, fork, call, glue, tmp_path):
     backend = ["--deepspeed", CONFIGS / f"deepspeed_zero{stage}.json"]
 
     def flags(name: str, *more: object) -> list[object]:
@@ -420,9 +412,9 @@ def test_deepspeed_trains_saves_and_resumes_the_same_adapter(model, stage, stead
         return rte(glue, tmp_path / name, *common, *more)
 
     succeeded(call(*flags("one", BATCH, 8)))
-    succeeded(start(*flags("two", BATCH, 2, ACCUMULATE, 2, *backend), launcher=TWO))
+    succeeded(fork(*flags("two", BATCH, 2, ACCUMULATE, 2, *backend), processes=2))
     cut_off(tmp_path / "two", tmp_path / "resumed", after=8)
-    succeeded(start(*flags("resumed", BATCH, 4, *backend), launcher=TWO))
+    succeeded(fork(*flags("resumed", BATCH, 4, *backend), processes=2))
     for name in ("two", "resumed"):
         assert_same_run(tmp_path / name, tmp_path / "one")
     size = sum(path.stat().st_size for path in (tmp_path / "two" / "checkpoint-20").rglob("*.pt"))

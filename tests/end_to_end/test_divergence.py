@@ -16,7 +16,6 @@ from lora_nlu.errors import UserError
 from lora_nlu.ops.sharding import is_finite
 from lora_nlu.training.checkpoints import last_finite_checkpoint
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SHORT = ["--max_seq_length", 64, "--max_steps", 8, "--save_steps", 2, "--logging_steps", 1, "--do_train", "--do_eval"]
 HUGE = ["--learning_rate", "1e30", "--warmup_steps", 0, "--max_grad_norm", 0]
 
@@ -94,10 +93,10 @@ def test_the_last_checkpoint_with_finite_tensors_is_named_and_resumed_from(poiso
     assert last_finite_checkpoint(str(tmp_path / "o")) == tmp_path / "o" / "checkpoint-2"
 
 
-def test_two_processes_end_when_one_of_them_meets_a_loss_that_is_not_finite(poisoned, start, tmp_path):
+def test_two_processes_end_when_one_of_them_meets_a_loss_that_is_not_finite(poisoned, fork, tmp_path):
     """The row is the second process's."""
     flags = [*poisoned, *SHORT[:-1], "--output_dir", tmp_path / "o", "--per_device_train_batch_size", 2]
-    outcome = start(*flags, launcher=TWO)
+    outcome = fork(*flags, processes=2)
     assert outcome.code != 0 and outcome.err.count("run_glue.py: error") == 1
     assert re.search(r"error( \(process 1\))?: training diverged at step 5: the loss is nan", outcome.err)
     assert "finite tensors is" in outcome.err and "checkpoint-4" in outcome.err
