@@ -1,8 +1,11 @@
-"""Files written completely or not at all, folders found by a file in them, and JSON objects read."""
+"""Files written completely or not at all, folders found by a file in them, text and JSON objects read."""
 
+import codecs
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,12 +28,14 @@ def flush_and_rename(partial: Path, final: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path to write to: renamed to `path` when the block ends, removed if the block fails."""
+    """A temporary path for a file or folder: renamed to `path` when the block ends, removed if the block fails."""
     partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # a folder that a killed process left
     try:
         yield partial
         flush_and_rename(partial, path)
     finally:
+        shutil.rmtree(partial, ignore_errors=True)
         partial.unlink(missing_ok=True)
 
 
@@ -93,6 +98,24 @@ def weights_file_problem(path: Path, expected: str = "weights") -> str | None:
     return f"no {expected} but {kind}: {printable(text.strip(), 60)}\nDownload the file itself."
 
 
+def read_utf8(path: Path) -> tuple[str, str]:
+    """The text of a file, without a byte-order mark, and the SHA-256 of its bytes.
+
+    Raises UserError if it can't be read, has nothing but white space or, with the line, is not UTF-8.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror or e}.") from e
+    if not content.removeprefix(codecs.BOM_UTF8).strip():
+        raise UserError(f"{path}: the file is empty.")
+    try:
+        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
+    except UnicodeDecodeError as e:
+        line = content[: e.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 (byte {e.start}). Save the file as UTF-8.") from e
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises UserError if the file is missing or damaged, or contains something else."""
     try:
@@ -102,3 +125,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: contains a JSON {type(content).__name__}; expected an object.")
     return content
+
+
+def check_json(path: Path, content: dict[str, Any], checks: Iterable[tuple[str, bool, str]]) -> None:
+    """Raise UserError for the first of `checks` (key, whether its value is valid, what is expected) that fails."""
+    for key, is_valid, expected in checks:
+        if not is_valid:
+            raise UserError(f"{path}: {key} is {printable(content.get(key))}; expected {expected}.")

@@ -97,11 +97,8 @@ class Adapter:
         """Width of the bottleneck, where there is one."""
         return next((t.shape[0] for name, t in self.state.items() if name.endswith(".adapter_A.weight")), None)
 
-    def alphas(self, lora_alpha: float | None = None) -> dict[str, float]:
-        """The alpha of each layer with an update; `lora_alpha` is for a file that doesn't record it.
-
-        Raises UserError without either, or if they contradict each other.
-        """
+    def layers(self, lora_alpha: float | None = None) -> dict[str, tuple[int, float]]:
+        """(rank, alpha) of each layer with an update; `lora_alpha`: of a file that records none. Raises UserError."""
         if self.lora_alpha is None and lora_alpha is None:
             raise UserError(
                 f"{self.source} doesn't record the lora_alpha it was trained with; another one gives wrong answers.\n"
@@ -112,42 +109,33 @@ class Adapter:
         alpha = lora_alpha if self.lora_alpha is None else self.lora_alpha
         if not is_positive_number(alpha, (int, float)):
             raise UserError(f"{self.source}: --lora_alpha {alpha}: expected a positive number.")
-        return {name: by_pattern(self.alpha_pattern, name, alpha) for name in self.ranks}
-
-    def layers(self, lora_alpha: float | None = None) -> dict[str, tuple[int, float]]:
-        """(rank, alpha) of each layer with an update; `lora_alpha` and errors as in `alphas`."""
-        alphas = self.alphas(lora_alpha)
-        return {name: (rank, alphas[name]) for name, rank in self.ranks.items()}
+        return {name: (rank, by_pattern(self.alpha_pattern, name, alpha)) for name, rank in self.ranks.items()}
 
     def scaling(self, rank: int, alpha: float) -> float:
         """The factor that scales an update of this rank and alpha."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def scalings(self, lora_alpha: float | None = None) -> list[float]:
-        """The factors that scale updates, each once; `lora_alpha` and errors as in `alphas`."""
-        return sorted({self.scaling(rank, alpha) for rank, alpha in self.layers(lora_alpha).values()})
+    def scalings(self) -> list[float]:
+        """The factors that scale updates, each once. Raises UserError if the file doesn't record an alpha."""
+        return sorted({self.scaling(rank, alpha) for rank, alpha in self.layers().values()})
 
     def check_values(self) -> None:
         """Raise UserError, naming a tensor, unless all values of an adapter are finite floating-point numbers."""
-        source = self.source
         state = self.state | {f"{name}.weight": tensor for name, tensor in self.base_weights.items()}
         for name, tensor in state.items():
             if not tensor.is_floating_point():
-                raise UserError(f"{source}: {name} contains {tensor.dtype}; expected floating-point numbers.")
+                raise UserError(f"{self.source}: {name} contains {tensor.dtype}; expected floating-point numbers.")
         if broken := not_finite(state):
             raise UserError(
-                f"{source}: {len(broken)} of its {len(state)} tensors are not finite (NaN or infinity), {broken[0]} "
-                "first: its training diverged, or the file is damaged.\n"
+                f"{self.source}: {len(broken)} of its {len(state)} tensors are not finite (NaN or infinity), "
+                f"{broken[0]} first: its training diverged, or the file is damaged.\n"
                 "Take an earlier checkpoint, or train again with a lower --learning_rate."
             )
 
 
 def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
     """The value of the first pattern that ends a module's name, as PEFT matches `rank_pattern` and `alpha_pattern`."""
-    for pattern, value in patterns.items():
-        if re.match(PEFT_NAME_PATTERN.format(pattern), name):
-            return value
-    return default
+    return next((v for pattern, v in patterns.items() if re.match(PEFT_NAME_PATTERN.format(pattern), name)), default)
 
 
 def encoder_prefix(adapter: Adapter) -> str:
@@ -163,12 +151,12 @@ def is_deberta(names: Iterable[str]) -> bool:
 
 def foreign_layer(adapter: Adapter) -> str | None:
     """The first layer with an update that the adapter's model, RoBERTa or DeBERTa-V2, lacks; None if it has all."""
-    prefix, start, names = encoder_prefix(adapter), "", list(adapter.ranks)
+    prefix, start = encoder_prefix(adapter), ""
     if adapter.is_bare:
         prefix = "deberta" if is_deberta(adapter.state) else "roberta"
-        start, names = f"{prefix}.", [name for name in names if name != "pooler.dense"]
-    pattern = LAYERS.get(prefix)
-    return next((name for name in names if pattern is None or not pattern.fullmatch(start + name)), None)
+        start = f"{prefix}."
+    names = [name for name in adapter.ranks if not (adapter.is_bare and name == "pooler.dense")]
+    return next((name for name in names if prefix not in LAYERS or not LAYERS[prefix].fullmatch(start + name)), None)
 
 
 def is_positive_number(value: Any, types: Any) -> bool:
@@ -209,12 +197,10 @@ def check_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:
             f"{source}: was trained with lora_alpha {recorded_alpha:g}, but --lora_alpha is {alpha:g}.\n"
             f"Give --lora_alpha {recorded_alpha:g}, or leave it out: the file records its alpha."
         )
-    if is_deberta(adapter.state) and adapter.records_relative_query and relative_query is not None:
-        if relative_query == adapter.frozen_relative_query:
-            raise relative_query_error(adapter)
-    targets, layers = targets_and_layers(adapter.ranks)
-    places: dict[str, list[Any]] = {"lora_target_modules": targets, "lora_layers": layers}
-    for flag, recorded in places.items():
+    if is_deberta(adapter.state) and adapter.records_relative_query and relative_query == adapter.frozen_relative_query:
+        raise relative_query_error(adapter)
+    places: tuple[list[Any], list[Any]] = targets_and_layers(adapter.ranks)
+    for flag, recorded in zip(("lora_target_modules", "lora_layers"), places, strict=True):
         value = settings.get(flag)
         if value is not None and set(value) != set(recorded):
             in_file, by_flag = (",".join(map(str, names)) for names in (recorded, value))

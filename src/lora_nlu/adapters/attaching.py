@@ -84,24 +84,36 @@ def _check_layers(model: Any, adapter: Adapter) -> None:
 def _check_fit(
     model: Any, adapter: Adapter, allow_new_head: bool, labels: Sequence[str] | None = None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """What to copy into a model that has the adapter's layers; lines to print. Raises UserError if it doesn't fit."""
-    state, required_head, notes = _loadable_state(model, adapter, allow_new_head, labels)
-    parameters = dict(model.named_parameters())
-    pattern, head = adapter.row.state, head_names(model)
-    in_encoder = [name for name in parameters if pattern and re.search(pattern, name) and name not in head]
-    required = in_encoder + required_head
-    missing = [name for name in required if name not in state]
+    """What to copy into a model that has the adapter's layers, rows of the head in the order of its labels, without
+    those of the head that the model doesn't take; lines to print.
+
+    labels: those that the model is to predict; None for those that its config records. Raises UserError if the adapter
+    doesn't fit.
+    """
+    state, left_out, notes = _order_head(model, adapter, labels, allow_new_head)
+    of_model, note = _head_without_pooler(model, adapter, allow_new_head)
+    state = {name: tensor for name, tensor in state.items() if name not in of_model}
+    if note:
+        notes = [note] if any(name.startswith("classifier.") for name in of_model) else [*notes, note]
+    parameters, head, pattern = dict(model.named_parameters()), head_names(model), adapter.row.state
+    required = [name for name in parameters if pattern and re.search(pattern, name) and name not in head]
     # A folder may contain trained biases and complete modules too; a published file never does.
     allows_more = adapter.source.is_dir() and adapter.row.added is not None
-    optional = {*parameters} - {*in_encoder} if allows_more else set()
+    optional = {*parameters} - {*required} if allows_more else set()
+    if not allow_new_head or any(name in state for name in head):
+        required += [name for name in head if name not in (*left_out, *of_model)]
+    missing = [name for name in required if name not in state]
     unexpected = [name for name in state if name not in required and name not in optional]
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)
     if adapter.row.has_alpha:
         _check_updates(model, adapter)
     for name, tensor in state.items():
-        if tensor.shape != parameters[name].shape:
-            raise _other_shape(adapter, name, list(tensor.shape), list(parameters[name].shape))
+        in_file, in_model = list(tensor.shape), list(parameters[name].shape)
+        if in_file != in_model:
+            is_other_rank = name.endswith("lora_A") and in_file[0] != in_model[0]
+            hint = f"Give --lora_r {in_file[0]}." if is_other_rank else "It is another base model's adapter."
+            raise UserError(f"{adapter.source}: {name} is {in_file} in the file, {in_model} in the model.\n{hint}")
     adapter.check_values()
     return state, notes
 
@@ -120,12 +132,6 @@ def _check_updates(model: Any, adapter: Adapter) -> None:
     frozen = getattr(model, "frozen_relative_query", None)
     if frozen is not None and frozen != adapter.frozen_relative_query:
         raise relative_query_error(adapter)
-
-
-def _other_shape(adapter: Adapter, name: str, in_file: list[int], in_model: list[int]) -> UserError:
-    is_other_rank = name.endswith("lora_A") and in_file[0] != in_model[0]
-    hint = f"Give --lora_r {in_file[0]}." if is_other_rank else "It is another base model's adapter."
-    return UserError(f"{adapter.source}: {name} is {in_file} in the file, {in_model} in the model.\n{hint}")
 
 
 def _other_model(adapter: Adapter, model: Any, missing: list[str], unexpected: list[str]) -> UserError:
@@ -164,10 +170,9 @@ def _check_base_model(model: Any, adapter: Adapter) -> list[str]:
             f"{source}: was trained on another base model: {printable(name)}, fingerprint {printable(recorded)}; "
             f"this one has {fingerprint}.\nGive that model as --model_name_or_path."
         )
-    if recorded is not None or not name or not model_name:
+    if recorded is not None or not name or not model_name or Path(name).name == Path(model_name).name:
         return []
-    recorded_path, path = Path(name), Path(model_name)
-    if recorded_path.name == path.name or recorded_path.resolve() == path.resolve():
+    if Path(name).resolve() == Path(model_name).resolve():
         return []
     return [f"{source}: names the base model {printable(name)}, but no fingerprint; it is loaded into {model_name}."]
 
@@ -200,27 +205,6 @@ def head_rows(adapter: Adapter, labels: Sequence[str]) -> list[int] | None:
     return match_head_rows(adapter.source, adapter.label_count, adapter.labels, labels)[0]
 
 
-def _loadable_state(
-    model: Any, adapter: Adapter, allow_new_head: bool, labels: Sequence[str] | None
-) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """An adapter's tensors to copy into a model, rows of the head in the order of its labels, without those of the
-    head that the model doesn't take; names of the head's parameters that must be among them; lines to print.
-
-    labels: those that the model is to predict; None for those that its config records. Raises UserError for a head
-    that doesn't fit, without `allow_new_head`.
-    """
-    state, left_out, notes = _order_head(model, adapter, labels, allow_new_head)
-    of_model, note = _head_without_pooler(model, adapter, allow_new_head)
-    for name in of_model:
-        state.pop(name, None)
-    if note:
-        notes = [note] if any(name.startswith("classifier.") for name in of_model) else [*notes, note]
-    head = head_names(model)
-    if allow_new_head and not any(name in state for name in head):
-        return state, [], notes
-    return state, [name for name in head if name not in (*left_out, *of_model)], notes
-
-
 def _order_head(
     model: Any, adapter: Adapter, labels: Sequence[str] | None, allow_new_head: bool
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
@@ -235,11 +219,10 @@ def _order_head(
     if not allow_new_head and count != n:
         raise UserError(f"{source}: its head has {count} labels, this task {n}: another task's adapter.")
     if expected is None:  # rows by position
-        rows, note = match_head_rows(source, count, None, config_labels(model.config))
-    else:
-        if not allow_new_head:
-            check_labels(source, trained, expected)
-        rows, note = match_head_rows(source, count, trained, expected)
+        trained = None
+    elif not allow_new_head:
+        check_labels(source, trained, expected)
+    rows, note = match_head_rows(source, count, trained, config_labels(model.config) if expected is None else expected)
     if rows is None:
         left_out = [name for name in head_names(model) if name in state and name.startswith("classifier.")]
         return {name: tensor for name, tensor in state.items() if name not in left_out}, left_out, [note]

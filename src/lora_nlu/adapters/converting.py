@@ -1,6 +1,5 @@
 """An adapter in another form: a PEFT folder, one file in the published layout, or merged into its base model."""
 
-import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,7 +14,7 @@ from lora_nlu.adapters.attaching import attach_adapter
 from lora_nlu.adapters.model_card import write_card
 from lora_nlu.adapters.writing import write_adapter
 from lora_nlu.errors import UsageError, UserError
-from lora_nlu.files import atomic_write, flush_and_rename
+from lora_nlu.files import atomic_write
 from lora_nlu.labels import placeholder_labels, set_labels
 from lora_nlu.methods.description import is_added, methods_in, set_method
 from lora_nlu.methods.linear import unmerged_parameters
@@ -33,13 +32,9 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
     if adapter.lora_alpha is None:
         adapter = replace(adapter, lora_alpha=lora_alpha)
     if to == "bin":
-        write_published(adapter, destination)
-        alpha = "ALPHA" if adapter.lora_alpha is None else f"{next(iter(adapter.alphas().values())):g}"
+        alpha = write_published(adapter, destination)
         line = f"{destination}: published layout. It records no alpha: load it with --lora_alpha {alpha}."
     elif to == "merged":
-        base = base or adapter.metadata.get("base_model")
-        if not base:
-            raise UserError(f"{adapter.source} doesn't record its base model: give --base MODEL.")
         notes += write_merged(adapter, base, destination)
         line = f"{destination}: a plain model; load it with transformers' from_pretrained."
     else:
@@ -70,7 +65,7 @@ def _check_request(adapter: Adapter, destination: Path, to: str, lora_alpha: flo
         )
     adapter.check_values()
     if adapter.row.has_alpha and (to != "bin" or lora_alpha is not None):
-        adapter.alphas(lora_alpha)  # raises if neither records the alpha, or if they differ
+        adapter.layers(lora_alpha)  # raises if neither records the alpha, or if they differ
 
 
 def _assumptions(adapter: Adapter, to: str, base: str | None) -> list[str]:
@@ -85,13 +80,13 @@ def _assumptions(adapter: Adapter, to: str, base: str | None) -> list[str]:
     return notes
 
 
-def write_published(adapter: Adapter, path: Path) -> None:
-    """Write one flat fp32 state dict in the published layout. Raises UserError for what that layout can't describe."""
+def write_published(adapter: Adapter, path: Path) -> str:
+    """Write an fp32 state dict in the published layout; returns the alpha to load it with ("ALPHA": unknown)."""
     source, prefix = adapter.source, encoder_prefix(adapter)
     if not adapter.ranks:
         raise UserError(f"{source}: contains {adapter.method}; the published layout is LoRA's: use peft.")
-    several_alphas = adapter.lora_alpha is not None and len({*adapter.alphas().values()}) > 1
-    if several_alphas or adapter.use_rslora:
+    alphas = {alpha for _, alpha in adapter.layers().values()} if adapter.lora_alpha is not None else set()
+    if len(alphas) > 1 or adapter.use_rslora:
         raise UserError(f"{source}: a .bin records no alpha, and this adapter has several (or rslora): use peft.")
     if prefix == "deberta" and not adapter.frozen_relative_query:
         raise UserError(
@@ -105,18 +100,15 @@ def write_published(adapter: Adapter, path: Path) -> None:
         raise UserError(f"{source}: a .bin can't store {others[0]}, which was trained too: use --to peft.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
-        torch.save({name: adapter.state[name].float() for name in published_order(adapter)}, partial)
+        torch.save({name: adapter.state[name].float() for name in sorted(adapter.state, key=_published_place)}, partial)
+    return f"{alphas.pop():g}" if alphas else "ALPHA"
 
 
-def published_order(adapter: Adapter) -> list[str]:
-    """Names in the order of the published files: layers by number, query before value, A before B, then the head."""
-
-    def place(name: str) -> tuple:
-        parts = [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
-        in_encoder = name.startswith(f"{encoder_prefix(adapter)}.")
-        return (not in_encoder, name.startswith("classifier."), parts[:-1], parts[-1] == (0, "bias"), parts[-1])
-
-    return sorted(adapter.state, key=place)
+def _published_place(name: str) -> tuple:
+    """Sorts names as the published files do: layers by number, query before value, A before B, then the head."""
+    parts = [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+    in_encoder = name.startswith(("roberta.", "deberta."))
+    return (not in_encoder, name.startswith("classifier."), parts[:-1], parts[-1] == (0, "bias"), parts[-1])
 
 
 def with_base(adapter: Adapter, base: str) -> tuple[Adapter, list[str]]:
@@ -148,17 +140,19 @@ def on_base(adapter: Adapter, base: str) -> tuple[Any, Adapter, list[str]]:
         model, _ = load_model(base, config, needs_head=False, keeps_head=False, **hub)
     except UserError as e:
         raise UserError(str(e).replace("--model_name_or_path", "--base")) from e.__cause__
-    of_base: dict[str, Any] = {"base_model": base, "base_fingerprint": base_fingerprint(model)}
-    of_base |= {} if hub else {"base_revision": getattr(config, "_commit_hash", None)}
+    metadata = metadata | {"base_model": base, "base_fingerprint": base_fingerprint(model)}
+    metadata |= {} if hub else {"base_revision": getattr(config, "_commit_hash", None)}
     notes = attach_adapter(model, adapter, None, allow_new_head=count is None)
-    return model, replace(adapter, metadata=metadata | of_base), notes
+    return model, replace(adapter, metadata=metadata), notes
 
 
-def write_merged(adapter: Adapter, base: str, folder: Path) -> list[str]:
+def write_merged(adapter: Adapter, base: str | None, folder: Path) -> list[str]:
     """Write a plain Hub model: config, weights with the update in them, tokenizer. transformers loads it as it is.
 
-    Returns lines to print. Errors as `on_base`.
+    base: None for the one that the adapter records. Returns lines to print. Errors as `on_base`.
     """
+    if not (base := base or adapter.metadata.get("base_model")):
+        raise UserError(f"{adapter.source} doesn't record its base model: give --base MODEL.")
     if not adapter.row.merge:
         raise UserError(f"{adapter.source}: {adapter.row.title} are layers of their own; no plain model has them.")
     if adapter.label_count is None:
@@ -171,17 +165,12 @@ def write_merged(adapter: Adapter, base: str, folder: Path) -> list[str]:
     tokenizer, _ = load_tokenizer(base, config)
     remedy = "Give --base a copy of the base model with the tokenizer that it was trained with."
     check_tokenizer(str(adapter.source), adapter.metadata, tokenizer_fingerprint(tokenizer), remedy)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with atomic_write(folder) as partial:
         config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         weights = partial / "model.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights, {"format": "pt"})
         weights.chmod(0o644)  # save_file makes it unreadable for other users
-        flush_and_rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return notes
 
 

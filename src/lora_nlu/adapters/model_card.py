@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_nlu.adapters.adapter import Adapter, encoder_prefix, foreign_layer, layer_count, looks_like_hub_id
-from lora_nlu.adapters.peft_format import is_in_peft
 from lora_nlu.adapters.reading import read_adapter, weights_in
 from lora_nlu.errors import printable
 from lora_nlu.files import ADAPTER_CONFIG, RUN_METADATA, write_text
@@ -30,7 +29,8 @@ def card(adapter: Adapter) -> str:
     metadata = adapter.metadata
     task, base, metrics = metadata.get("task"), str(metadata.get("base_model") or ""), metadata.get("metrics")
     is_hub_id, is_glue = looks_like_hub_id(base), _is_glue(metadata)
-    header = ["---", f"library_name: {'peft' if is_in_peft(adapter) else 'lora-nlu'}"]
+    is_in_peft = adapter.row.in_peft and not adapter.frozen_relative_query
+    header = ["---", f"library_name: {'peft' if is_in_peft else 'lora-nlu'}"]
     header += [f"base_model: {base}"] if is_hub_id else []
     header += ["datasets:", f"- {_GLUE}"] if is_glue else []
     header += ["tags:", f"- {adapter.method}", "- text-classification", "pipeline_tag: text-classification", "---"]
@@ -47,7 +47,7 @@ def card(adapter: Adapter) -> str:
     if adapter.frozen_relative_query and encoder_prefix(adapter) == "deberta":
         lines += ["Trained with the relative positions' query frozen, as the reference implementation does. PEFT would",
                   "apply the update there and refuses to load this folder.", ""]  # fmt: skip
-    elif not is_in_peft(adapter) and not adapter.frozen_relative_query:
+    elif not is_in_peft and not adapter.frozen_relative_query:
         lines += [f"PEFT has no {adapter.method} and refuses to load this folder.", ""]
     if metrics:
         lines += ["Measured on the validation set when it was trained:", ""]
@@ -56,11 +56,8 @@ def card(adapter: Adapter) -> str:
 
 
 def _is_glue(metadata: dict[str, Any]) -> bool:
-    """Whether a run was on GLUE, by a task name that is safe in a command.
-
-    Earlier versions recorded no dataset; the task of a run on files of one's own is "custom".
-    """
-    task = metadata.get("task", "custom")
+    """Whether a run was on GLUE, by a task name that is safe in a command."""
+    task = metadata.get("task", "custom")  # the task of a run on files of one's own; earlier versions had no dataset
     return metadata.get("dataset", _GLUE) == _GLUE and task != "custom" and bool(re.fullmatch("[a-z0-9]{1,9}", task))
 
 
@@ -98,7 +95,7 @@ def _facts(adapter: Adapter) -> dict[str, str]:
     }
     unrecorded = "unknown: the file doesn't record it"
     if ranks:
-        alphas = sorted({*adapter.alphas().values()}) if adapter.lora_alpha is not None else []
+        alphas = sorted({alpha for _, alpha in adapter.layers().values()}) if adapter.lora_alpha is not None else []
         facts["layers with LoRA"] = layer_count(ranks)
         facts["modules with LoRA"] = f"{len(ranks)}: {', '.join(targets_and_layers(ranks)[0])}"
         facts["rank"] = ", ".join(map(str, sorted({*ranks.values()})))

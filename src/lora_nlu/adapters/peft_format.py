@@ -1,12 +1,13 @@
 """PEFT's adapter_config.json: written, checked, read."""
 
 import re
-from collections import Counter
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from lora_nlu.adapters.adapter import DEFAULT_MODULES, PEFT_NAME_PATTERN, Adapter, encoder_prefix, is_positive_number
 from lora_nlu.errors import UserError, printable
+from lora_nlu.files import check_json
 from lora_nlu.methods.description import method_of_config
 from lora_nlu.methods.table import METHODS
 
@@ -27,8 +28,10 @@ _SUPPORTED_INITS = ("gaussian", "orthogonal", "eva", "mica")  # init_lora_weight
 
 def peft_config(adapter: Adapter) -> dict[str, Any]:
     """The `adapter_config.json` with which PEFT builds the layers of an adapter and expects its tensors."""
+    if not adapter.row.peft_types:
+        raise ValueError(f"{adapter.row.label} trains the complete model, which is no adapter: use save_pretrained.")
     config = {
-        "peft_type": peft_type(adapter),
+        "peft_type": adapter.row.peft_types[adapter.frozen_relative_query],
         "task_type": "FEATURE_EXTRACTION" if adapter.is_bare else "SEQ_CLS",
         "base_model_name_or_path": adapter.metadata.get("base_model"),
     }
@@ -36,34 +39,16 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
     return config | (adapter.row.to_peft(adapter) if adapter.row.to_peft else {})
 
 
-def peft_type(adapter: Adapter) -> str:
-    """The type in `adapter_config.json`; a second one is for a DeBERTa whose relative query has no update."""
-    if not adapter.row.peft_types:
-        raise ValueError(f"{adapter.row.label} trains the complete model, which is no adapter: use save_pretrained.")
-    return adapter.row.peft_types[adapter.frozen_relative_query]
-
-
-def is_in_peft(adapter: Adapter) -> bool:
-    """Whether PEFT loads the adapter's folder."""
-    return adapter.row.in_peft and not adapter.frozen_relative_query
-
-
 def _update_settings(adapter: Adapter) -> dict[str, Any]:
     """PEFT's settings of an adapter with updates of linear layers: where, how scaled, and what trains beside them."""
     ranks, prefix = adapter.ranks, "" if adapter.is_bare else f"{encoder_prefix(adapter)}."
-    [(r, _)] = Counter(ranks.values()).most_common(1)
-    targets, trained_modules, biases = adapter.targets, set(), False
+    r, targets = mode(ranks.values()), adapter.targets
     if not isinstance(targets, str):
         targets = [target for target in targets if any(f".{name}".endswith(f".{target}") for name in ranks)]
-    for name in adapter.state:
-        if not LORA_KEY.search(name):
-            module, _, kind = name.rpartition(".")
-            if not name.startswith(prefix):
-                trained_modules.add(name.split(".")[0])
-            elif kind == "bias":
-                biases = True
-            else:
-                trained_modules.add(module)
+    others = [name for name in adapter.state if not LORA_KEY.search(name)]
+    head = {name.split(".")[0] for name in others if not name.startswith(prefix)}
+    modules = {name.rpartition(".")[0] for name in others if name.startswith(prefix) and not name.endswith(".bias")}
+    biases = any(name.startswith(prefix) and name.endswith(".bias") for name in others)
     return {
         "r": r,
         "lora_alpha": adapter.lora_alpha,
@@ -72,7 +57,7 @@ def _update_settings(adapter: Adapter) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": targets,
-        "modules_to_save": sorted(trained_modules),
+        "modules_to_save": sorted(head | modules),
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": adapter.alpha_pattern,
         "use_rslora": adapter.use_rslora,
@@ -135,12 +120,11 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
     """Refuse, by name, each setting of PEFT with which this model would compute something else. Raises UserError."""
     kind, row = config.get("peft_type"), method_of_config(config)
     if row is None:
-        supported = dict.fromkeys(other.peft_types[0] for other in METHODS.values() if other.in_peft)
-        types = ", ".join(supported)
+        types = ", ".join(dict.fromkeys(other.peft_types[0] for other in METHODS.values() if other.in_peft))
         raise UserError(f"{path}: peft_type is {printable(kind)}; of PEFT's types these are supported: {types}.")
     if not row.has_alpha:
         return
-    _check_values(path, config)
+    _check_settings(path, config)
     _check_patterns(path, config)
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init not in _SUPPORTED_INITS:  # PiSSA, OLoRA and others change the base weights
@@ -150,29 +134,25 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
             raise UserError(f"{path}: {printable(key)}={printable(value)} is not supported.")
 
 
-def _check_values(path: Path, config: dict[str, Any]) -> None:
+def _check_settings(path: Path, config: dict[str, Any]) -> None:
     """Every setting that is read must have a type and a value that PEFT writes."""
-    p = config.get("lora_dropout") or 0.0
-    if not isinstance(p, (int, float)) or not 0 <= p <= 1:
-        raise UserError(f"{path}: lora_dropout is {printable(p)}; expected a number from 0 to 1.")
-    for key, types in (("r", int), ("lora_alpha", (int, float))):
-        if not is_positive_number(config.get(key), types):  # without one PEFT would take its default of 8
-            raise UserError(f"{path}: {key} is {printable(config.get(key))}; expected a positive number.")
+    p, layers = config.get("lora_dropout") or 0.0, config.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list) else [layers or 0]
+    check_json(path, config, [
+        ("lora_dropout", isinstance(p, (int, float)) and 0 <= p <= 1, "a number from 0 to 1"),
+        # without one of these two PEFT would take its default of 8
+        ("r", is_positive_number(config.get("r"), int), "a positive number"),
+        ("lora_alpha", is_positive_number(config.get("lora_alpha"), (int, float)), "a positive number"),
+        ("layers_to_transform", all(type(number) is int and number >= 0 for number in numbers), "layer numbers"),
+        *((key, isinstance(config.get(key) or "", str), "a string") for key in ("base_model_name_or_path", "revision")),
+        ("use_rslora", isinstance(config.get("use_rslora"), bool | None), "False, True"),
+        ("bias", config.get("bias") in (None, "none", "all", "lora_only"), "none, all, lora_only"),
+    ])  # fmt: skip
     for key in _MODULE_PATTERNS:
         names = config.get(key)
         is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if names is not None and not isinstance(names, str) and not is_list:
             raise UserError(f"{path}: {key} is neither a list of names nor a pattern.")
-    layers = config.get("layers_to_transform")
-    numbers = layers if isinstance(layers, list) else [layers or 0]
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise UserError(f"{path}: layers_to_transform is {printable(layers)}; expected layer numbers.")
-    for key in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(key) or "", str):
-            raise UserError(f"{path}: {key} is {printable(config[key])}; expected a string.")
-    for key, values in (("use_rslora", (None, False, True)), ("bias", (None, "none", "all", "lora_only"))):
-        if config.get(key) not in values or type(config.get(key)) is int:
-            raise UserError(f"{path}: {key} is {printable(config[key])}; expected {', '.join(map(str, values[1:]))}.")
 
 
 def _check_patterns(path: Path, config: dict[str, Any]) -> None:

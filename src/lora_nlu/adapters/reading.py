@@ -9,20 +9,23 @@ which the reference implementation leaves frozen, and it lacks BitFit, bottlenec
 `peft_type` of such folders is none of PEFT's, so that PEFT refuses them.
 """
 
+import pickle
 import re
+import zipfile
 from collections.abc import Iterable
+from errno import EINVAL
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_nlu.adapters.adapter import ENCODER_PREFIXES, Adapter, by_pattern, is_deberta, is_positive_number, is_target
 from lora_nlu.adapters.peft_format import LORA_KEY, PEFT_PREFIX, check_peft_config, from_peft_key, peft_fields
-from lora_nlu.adapters.tensor_files import load_tensors
-from lora_nlu.errors import UserError, printable
-from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, read_json
+from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
+from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, check_json, read_json, weights_file_problem
 from lora_nlu.ops.tensors import fingerprint
 
 _PICKLED_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
@@ -51,14 +54,13 @@ def read_adapter(path: str, flag: str = "", **hub: Any) -> Adapter:
     try:
         folder = huggingface_hub.snapshot_download(path, allow_patterns=_HUB_FILES, **hub)
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
-        reason = str(e).splitlines()[0][:150] if str(e) else type(e).__name__
-        raise UserError(f"{name}: no such file or folder, and no adapter on the Hub ({reason}).") from e
+        raise UserError(f"{name}: no such file or folder, and no adapter on the Hub ({first_line(e)}).") from e
     return _read_folder(Path(folder))
 
 
 def _read_file(path: Path) -> Adapter:
     """A published file, or LoRA layers and head from a complete model that the reference implementation saved."""
-    tensors = load_tensors(path)
+    tensors = _load_tensors(path)
     state = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     if len(state) < len(tensors):
         raise UserError(f"{path}: contains some tensors twice, with and without the prefix 'module.'.")
@@ -107,7 +109,7 @@ def weights_in(source: Path) -> Path:
 def _read_state(weights: Path) -> dict[str, Tensor]:
     """A folder's tensors by the model's own parameter names. Raises UserError."""
     state: dict[str, Tensor] = {}
-    for key, tensor in load_tensors(weights).items():
+    for key, tensor in _load_tensors(weights).items():
         if ".original_module." in key:
             continue  # PEFT's copy of a head that it replaced
         name = from_peft_key(key)
@@ -119,21 +121,75 @@ def _read_state(weights: Path) -> dict[str, Tensor]:
     return state
 
 
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file or of a `torch.save`d state dict, on the CPU; runs no code from the file."""
+    try:
+        if problem := weights_file_problem(path):
+            raise UserError(f"{path}: {problem}")
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            check_archive(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise UserError(
+            f"{path}: refused: it is no PyTorch file, or contains more than tensors and could run code.\n"
+            "Save the state dict alone: torch.save(model.state_dict(), path), or use safetensors."
+        ) from e
+    except UserError:
+        raise
+    except Exception as e:  # a damaged file makes torch raise errors of many types
+        problem = "damaged or cut short"
+        if is_out_of_memory(e):
+            problem = "there is not enough memory to read it"
+        elif isinstance(e, OSError) and e.errno not in (None, EINVAL):  # torch raises these two for an incomplete file
+            problem = "can't be read"
+        raise UserError(f"{path}: {problem} ({first_line(e)}).") from e
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) and isinstance(k, str) for k, t in state.items()):
+        raise UserError(f"{path}: contains a {type(state).__name__} that is no state dict (names to tensors).")
+    for name, tensor in state.items():
+        if not name.isprintable() or len(name) > 500:
+            raise UserError(f"{path}: {printable(name)} is not a valid tensor name.")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
+            raise UserError(f"{path}: {name} is not an ordinary tensor (sparse, quantised, nested or without values).")
+        if tensor.nbytes > max(tensor.untyped_storage().nbytes(), 2**28):  # a view that repeats a few numbers
+            raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, but the file contains fewer numbers.")
+    return state
+
+
+def check_archive(path: Path) -> None:
+    """Compare a zip archive, such as `torch.save` writes, with its checksums, which `torch.load` doesn't.
+
+    Raises UserError if a byte differs. Files of the older format, and archives written without checksums, pass.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        # torch stores uncompressed files. If the directory declares compression or a folder (attribute 0x10), torch
+        # reads other bytes than those that the checksum covers.
+        invalid = [e.filename for e in entries if e.compress_size != e.file_size or e.external_attr & 0x10]
+        damaged = invalid[0] if invalid else None
+        if damaged is None and any(entry.CRC for entry in entries):
+            damaged = archive.testzip()
+    if damaged is not None:
+        raise UserError(f"{path}: damaged: {printable(damaged)} in it is not what was saved (checksum or length).")
+
+
 def _check_run_metadata(path: Path, metadata: dict[str, Any]) -> None:
     """Raise UserError unless the values of a run's metadata that are read have the types that runs write."""
-    labels, metrics = metadata.get("labels", []), metadata.get("metrics", {})
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise UserError(f"{path}: labels is {printable(labels)}; expected a list of names.")
-    if not isinstance(metrics, dict) or not all(isinstance(value, (int, float)) for value in metrics.values()):
-        raise UserError(f"{path}: metrics is {printable(metrics)}; expected names with numbers.")
-    lora = metadata.get("lora", {})
+    labels, metrics, lora = metadata.get("labels", []), metadata.get("metrics", {}), metadata.get("lora", {})
     scalings = lora.get("scalings", []) if isinstance(lora, dict) else None
-    if not isinstance(scalings, list) or not all(is_positive_number(x, (int, float)) for x in scalings):
-        raise UserError(f"{path}: lora is {printable(lora)}; expected scalings, a list of positive numbers, in it.")
-    strings = ("task", "dataset", "base_model", "base_fingerprint", "base_revision", "peft_type")
-    for key in (*strings, "weights_fingerprint", "tokenizer_fingerprint"):
-        if not isinstance(metadata.get(key, ""), str) and not (key == "base_revision" and metadata[key] is None):
-            raise UserError(f"{path}: {key} is {printable(metadata[key])}; expected a string.")
+    has_numbers = isinstance(metrics, dict) and all(isinstance(value, (int, float)) for value in metrics.values())
+    has_scalings = isinstance(scalings, list) and all(is_positive_number(x, (int, float)) for x in scalings)
+    strings = ("task", "dataset", "base_model", "base_fingerprint", "peft_type", "weights_fingerprint")
+    check_json(path, metadata, [
+        ("labels", isinstance(labels, list) and all(isinstance(label, str) for label in labels), "a list of names"),
+        ("metrics", has_numbers, "names with numbers"),
+        ("lora", has_scalings, "scalings, a list of positive numbers, in it"),
+        *((key, isinstance(metadata.get(key, ""), str), "a string") for key in (*strings, "tokenizer_fingerprint")),
+        ("base_revision", isinstance(metadata.get("base_revision"), str | None), "a string"),
+    ])  # fmt: skip
 
 
 def _check_complete(adapter: Adapter) -> None:
@@ -144,17 +200,15 @@ def _check_complete(adapter: Adapter) -> None:
         if pattern and not trained:
             raise UserError(f"{source}: {ADAPTER_CONFIG} says {adapter.method}, but the file contains no tensor of it.")
         if adapter.row.block and adapter.adapter_size is None:
-            missing = trained[0].replace("adapter_B", "adapter_A")
-            raise UserError(f"{source}: not a complete adapter: the file lacks {missing}.")
+            lacking = trained[0].replace("adapter_B", "adapter_A")
+            raise UserError(f"{source}: not a complete adapter: the file lacks {lacking}.")
         return
-    layers = {name.rpartition(".")[0]: None for name in adapter.state if LORA_KEY.search(name)}
-    if not layers:
+    if not (layers := dict.fromkeys(name.rpartition(".")[0] for name in adapter.state if LORA_KEY.search(name))):
         raise UserError(f"{source}: {_contents_without_lora(adapter.state)}")
     for layer in layers:
         pair = [f"{layer}.lora_A", f"{layer}.lora_B"]
-        for name in pair:
-            if name not in adapter.state:
-                raise UserError(f"{source}: not a complete adapter: the file lacks {name}.")
+        if missing := [name for name in pair if name not in adapter.state]:
+            raise UserError(f"{source}: not a complete adapter: the file lacks {missing[0]}.")
         A, B = (list(adapter.state[name].shape) for name in pair)
         if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
             raise UserError(f"{source}: {pair[0]} is {A} and {pair[1]} is {B}; expected [r, in] and [out, r].")
@@ -171,8 +225,7 @@ def _contents_without_lora(names: Iterable[str]) -> str:
 
 def _check_updates(adapter: Adapter, config: dict[str, Any]) -> None:
     """Raise UserError unless head, biases and layers with an update are those of a folder's `adapter_config.json`."""
-    source = adapter.source
-    mapping = config.get("auto_mapping")
+    source, mapping = adapter.source, config.get("auto_mapping")
     model_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     for kind in (config.get("task_type"), model_class):
         if _OTHER_HEADS.search(str(kind)) and not all(name.startswith(ENCODER_PREFIXES) for name in adapter.state):

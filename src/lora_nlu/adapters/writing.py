@@ -1,8 +1,8 @@
 """A trained model saved as an adapter folder."""
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from safetensors.torch import save
@@ -28,7 +28,7 @@ def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tenso
     if not (layers := lora_layers(model)):
         return adapter
     alphas = {name: layer.lora_alpha for name, layer in layers.items()}
-    [(alpha, _)] = Counter(alphas.values()).most_common(1)
+    alpha = mode(alphas.values())
     # A short name stands for every module whose name ends in it, so it is used only if all of those have an update.
     short = sorted({name.rpartition(".")[2] for name in layers})
     matches = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in short]
@@ -51,16 +51,13 @@ def save_adapter(
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write an adapter as a folder, for LoRA with its alpha; each file appears complete or not at all.
-
-    The metadata also records the peft_type and a hash of the weights, which tell files of different runs in one folder
-    apart.
-    """
+    """Write an adapter as a folder, for LoRA with its alpha; each file appears complete or not at all."""
     tensors = {to_peft_key(adapter, name): t.detach().cpu().contiguous() for name, t in adapter.state.items()}
     config = peft_config(adapter)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / ADAPTER_WEIGHTS) as partial:
         partial.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file would hide it from other users
+    # These two tell files of different runs in one folder apart.
     written = {"peft_type": config["peft_type"], "weights_fingerprint": fingerprint(adapter.state)}
     write_json(folder / RUN_METADATA, adapter.metadata | written)
     write_json(folder / ADAPTER_CONFIG, config)

@@ -21,8 +21,7 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_pt_utils import safe_globals
 
 from lora_nlu.adapters.attaching import load_adapter
-from lora_nlu.adapters.reading import read_adapter
-from lora_nlu.adapters.tensor_files import check_archive
+from lora_nlu.adapters.reading import check_archive, read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError, first_line, is_out_of_memory
 from lora_nlu.files import ADAPTER_WEIGHTS, flush_and_rename, write_json
