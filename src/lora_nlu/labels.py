@@ -28,10 +28,7 @@ def recorded_labels(config: Any) -> tuple[str, ...] | None:
 
 
 def check_label_config(name: str, config: Any) -> list[str]:
-    """Lines to print on the labels in a checkpoint's config.
-
-    Raises UserError if label2id contradicts id2label, which names the rows of the head.
-    """
+    """Lines to print on the labels in a checkpoint's config. Raises UserError if label2id contradicts id2label."""
     names = recorded_labels(config) or ()
     for i, label in enumerate(names):
         if (other := (config.label2id or {}).get(label, i)) != i:

@@ -58,16 +58,14 @@ def choose_rows(examples: Examples, limits: dict[str, int | None], seed: int | N
     """
     tables = {}
     for split, table in examples.splits.items():
-        kind = split.partition("_")[0]
+        kind, tables[split] = split.partition("_")[0], table
         limit = limits.get(kind)
         if limit is not None and limit < len(table):
             is_drawn = seed is not None and kind != "test"
             numbers = sorted(random.Random(seed).sample(range(len(table)), limit)) if is_drawn else range(limit)
-            chosen = table.select(numbers)
-            if LABEL in chosen.column_names:
-                _check_labels_vary(examples, split, chosen, is_drawn)
-            table = chosen
-        tables[split] = table
+            tables[split] = table.select(numbers)
+            if LABEL in table.column_names:
+                _check_labels_vary(examples, split, tables[split], is_drawn)
     return replace(examples, splits=tables, rows={split: len(table) for split, table in examples.splits.items()})
 
 

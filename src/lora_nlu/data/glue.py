@@ -1,10 +1,10 @@
 """GLUE from the Hub and from the folders of the standard download."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from lora_nlu.data.examples import LABEL, Examples, table_with_fingerprint
 from lora_nlu.data.tasks import TASKS, Task
-from lora_nlu.data.text_files import decode_utf8, read_nonempty
 from lora_nlu.errors import UserError
+from lora_nlu.files import read_utf8
 
 HUB_DATASET = "nyu-mll/glue"
 HUB_TIMEOUT_S = 5
@@ -22,10 +22,7 @@ HUB_TIMEOUT_S = 5
 def load_glue(
     name: str, kinds: Sequence[str], glue_dir: str | None = None, cache_dir: str | None = None, token: str | None = None
 ) -> Examples:
-    """Load a GLUE task's splits of these kinds (train, validation, test) from `glue_dir`, or else from the Hub.
-
-    Raises UserError for a split that the task lacks or that can't be read.
-    """
+    """A GLUE task's splits of these kinds (train, validation, test) from `glue_dir` or the Hub. Raises UserError."""
     task = TASKS[name]
     for kind in kinds:
         if not task.splits[kind]:
@@ -54,7 +51,7 @@ def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str]) -> Exampl
     """Read the splits (Hub names) of a task from the standard GLUE folders under `glue_dir`."""
     if not Path(glue_dir).is_dir():
         raise UserError(f"--glue_dir {glue_dir}: no such folder. It must hold {next(iter(task.files.values()))[0]}.")
-    tables = {}
+    tables, columns = {}, {}
     for split in splits:
         candidates = [Path(glue_dir, file) for file in task.files[split]]
         path = next((file for file in candidates if file.is_file()), candidates[0])
@@ -63,31 +60,26 @@ def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str]) -> Exampl
                 f"{path}: missing, and {task.name} needs it.\n"
                 f"--glue_dir must be the folder that holds {path.parent.name}/ of the standard GLUE download."
             )
-        tables[split] = read_glue_file(path, task, with_labels=not split.startswith("test"))
+        with_labels = not split.startswith("test")
+        columns[split] = (*(task.text_columns or task.text), *([task.label_column] if with_labels else []))
+        tables[split] = read_glue_file(path, task, columns[split], with_labels)
         if len(tables[split]) != task.rows[split]:
             text = f"{path} has {len(tables[split])} examples; the published file has {task.rows[split]}."
             datasets.logging.get_logger(__name__).warning(text)
-    return Examples(tables, task.labels, {s: _columns(task, not s.startswith("test")) for s in splits})
+    return Examples(tables, task.labels, columns)
 
 
-def _columns(task: Task, with_labels: bool) -> tuple[str, ...]:
-    """The columns of a task's file that are read: text, or a pair, then the label."""
-    return (*(task.text_columns or task.text), *([task.label_column] if with_labels else []))
-
-
-def read_glue_file(path: Path, task: Task, with_labels: bool) -> Dataset:
-    """Read one file of the standard GLUE download.
+def read_glue_file(path: Path, task: Task, columns_read: Sequence[str], with_labels: bool) -> Dataset:
+    """Read the columns of the text, or of a pair, and then of the label, of one file of the standard GLUE download.
 
     Raises UserError, with file and line, for a missing or empty file, a header without the task's columns, a line of
     another width or without a newline, and a label outside the task's set.
     """
-    content = read_nonempty(path)
-    lines = _lines(path, task, decode_utf8(path, content))
-    columns_read = _columns(task, with_labels)
+    text, digest = read_utf8(path)
+    lines = _lines(path, task, text)
     if with_labels and task.headerless:
         header = list(task.headerless)
-        width = content.split(b"\n", 1)[0].count(b"\t") + 1
-        if width != len(header):
+        if (width := text.partition("\n")[0].count("\t") + 1) != len(header):
             raise UserError(f"{path}:1: {width} columns, {task.name} files have {len(header)}: {', '.join(header)}.")
     else:
         _, header = next(lines)
@@ -98,16 +90,16 @@ def read_glue_file(path: Path, task: Task, with_labels: bool) -> Dataset:
             )
     indices = [header.index(column) for column in columns_read]
     ids = {name: i for i, name in enumerate(task.written or task.labels)}
-    names = ["text", "text_pair"][: len(task.text)]
-    columns: dict[str, list] = {name: [] for name in [*names, LABEL][: len(indices)]}
+    rows: list[list[Any]] = []
     for number, fields in lines:
-        for name, i in zip(names, indices, strict=False):
-            columns[name].append(fields[i])
+        rows.append([fields[i] for i in indices])
         if with_labels:
-            columns[LABEL].append(_label(fields[indices[-1]], ids, task, f"{path}:{number}"))
-    if not columns["text"]:
+            rows[-1][-1] = _label(rows[-1][-1], ids, task, f"{path}:{number}")
+    if not rows:
         raise UserError(f"{path}: no examples, only a header.")
-    return table_with_fingerprint(columns, f"{task.name} {with_labels} {hashlib.sha256(content).hexdigest()}")
+    names = [*("text", "text_pair")[: len(task.text)], LABEL][: len(indices)]
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    return table_with_fingerprint(columns, f"{task.name} {with_labels} {digest}")
 
 
 def _lines(path: Path, task: Task, text: str) -> Iterator[tuple[int, list[str]]]:
@@ -153,8 +145,8 @@ def load_glue_hub(task: Task, splits: Sequence[str], cache_dir: str | None, toke
                 f"{task.name}: {HUB_DATASET} could not be downloaded from the Hub ({str(e).splitlines()[0][:140]}).\n"
                 f"Use a local copy: --glue_dir FOLDER with {task.files[split][0]} in it."
             ) from e
-        keep = [*task.text, LABEL] if not split.startswith("test") else list(task.text)
-        table, columns[split] = table.select_columns(keep), tuple(keep)
+        columns[split] = (*task.text, *([LABEL] if not split.startswith("test") else []))
+        table = table.select_columns([*columns[split]])
         tables[split] = table.rename_columns(dict(zip(task.text, ("text", "text_pair"), strict=False)))
     return Examples(tables, task.labels, columns)
 

@@ -1,13 +1,11 @@
 """Examples from a user's own CSV, TSV and JSON lines files."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_nlu.data.examples import LABEL, Examples, table_with_fingerprint
-from lora_nlu.data.text_files import read_nonempty
-from lora_nlu.data.user_labels import check_leak, check_varied, class_names, label_id, label_values, notes_on_spelling
+from lora_nlu.data.user_labels import check_leak, class_names, label_id, label_values, notes_on_spelling
 from lora_nlu.data.user_rows import Row, read_rows
 from lora_nlu.errors import UserError
 
@@ -35,11 +33,9 @@ def load_files(
     Raises UserError naming file and line.
     """
     rows: dict[str, list[Row]] = {}
-    digests: dict[str, str] = {}
-    texts = tuple(text_columns or ())
+    digests, texts = {}, tuple(text_columns or ())
     for split, file in files.items():
-        content = read_nonempty(Path(file))
-        digests[split], rows[split] = hashlib.sha256(content).hexdigest(), read_rows(Path(file), content)
+        rows[split], digests[split] = read_rows(Path(file))
         if not texts:  # the first file decides which columns, and in which order
             if split != "test":
                 _check_columns(rows[split][:1], (), label_column)
@@ -53,10 +49,9 @@ def load_files(
     tables, columns, unread = {}, {}, {}
     for split, file in files.items():
         columns[split] = texts
-        table: dict[str, list[Any]] = {
-            name: [row.fields[column] for row in rows[split]]
-            for name, column in zip(("text", "text_pair"), texts, strict=False)
-        }
+        table: dict[str, list[Any]] = {}
+        for name, column in zip(("text", "text_pair"), texts, strict=False):
+            table[name] = [row.fields[column] for row in rows[split]]
         if split in labels:
             columns[split] = (*texts, label_column)
             if ids:
@@ -66,8 +61,11 @@ def load_files(
                 label_id(value, ids, row.place, expected_by or "the expected labels")
                 for value, row in zip(labels[split], rows[split], strict=True)
             ]
-            if not ids:
-                check_varied(file, table[LABEL], label_column)
+            if not ids and len(rows[split]) > 1 and len({*table[LABEL]}) == 1:
+                raise UserError(
+                    f"{file}: every label in column {label_column!r} is {table[LABEL][0]:g}; there is nothing to "
+                    "learn, and no correlation to measure.\nName the column of the labels: --label_column."
+                )
         elif label_column in rows[split][0].fields and label_column not in texts:
             unread[split] = label_column
         suffix = Path(file).suffix  # the same bytes are different examples in CSV and in TSV

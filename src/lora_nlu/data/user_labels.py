@@ -27,20 +27,12 @@ def label_values(rows: Sequence[Row], column: str) -> list[str] | list[float]:
     if all(_is_integer(value) for value in values) or {*map(type, values)} == {int, str}:
         return names
     try:
-        numbers = [_number(value) for value in values]
+        numbers = [float(name) for name in names]
     except ValueError:
         return names
-    for row, number in zip(rows, numbers, strict=True):
-        if not math.isfinite(number):
-            raise UserError(f"{row.place}: the label is {row.fields[column]!r}, which is not finite.")
+    if wrong := [row for row, number in zip(rows, numbers, strict=True) if not math.isfinite(number)]:
+        raise UserError(f"{wrong[0].place}: the label is {wrong[0].fields[column]!r}, which is not finite.")
     return numbers
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(str(value))
-    except OverflowError:
-        return math.inf
 
 
 def _is_integer(value: Any) -> bool:
@@ -79,10 +71,9 @@ def class_names(
             _check_repeated(files[split], list(map(str, names)), column, accepted)
         if expected is None:  # the training file's labels, which were checked first
             accepted = accepted or {*map(str, names)}
-    if expected is not None:
-        classes = tuple(expected)
-    else:
-        classes = () if isinstance(values[0], float) else tuple(sorted({*map(str, values)}, key=_label_order))
+    classes = tuple(expected or ())
+    if expected is None and not isinstance(values[0], float):
+        classes = tuple(sorted({*map(str, values)}, key=_label_order))
     if classes and len({*values}) == 1 and ("train" in labels or expected is None):
         raise UserError(f"{files[first]}: every label is {str(values[0])!r}; nothing to learn.")
     return classes
@@ -91,16 +82,14 @@ def class_names(
 def _check_repeated(path: str, labels: Sequence[str], column: str, accepted: Collection[str]) -> None:
     """A column with about as many labels as rows holds no labels, unless all are accepted names. Raises UserError."""
     names = [*dict.fromkeys(labels)]
-    if len(labels) < 10 or 2 * len(names) <= len(labels):
-        return
-    if accepted and all(_matching_name(name, accepted) is not None for name in names):
-        return
-    raise UserError(
-        f"{path}: column {column!r} has {len(names)} different labels in {len(labels)} rows ({label_list(names[:2])}, "
-        "...): nearly every row would be its own class.\n"
-        "Name the column of the labels with --label_column, those of the text with --text_columns.\n"
-        "Numbers of a regression need a decimal point (3.0); so many classes are named with --labels."
-    )
+    are_accepted = bool(accepted) and all(_matching_name(name, accepted) is not None for name in names)
+    if len(labels) >= 10 and 2 * len(names) > len(labels) and not are_accepted:
+        raise UserError(
+            f"{path}: column {column!r} has {len(names)} different labels in {len(labels)} rows "
+            f"({label_list(names[:2])}, ...): nearly every row would be its own class.\n"
+            "Name the column of the labels with --label_column, those of the text with --text_columns.\n"
+            "Numbers of a regression need a decimal point (3.0); so many classes are named with --labels."
+        )
 
 
 def _matching_name(label: str, names: Collection[str]) -> str | None:
@@ -134,15 +123,6 @@ def check_leak(path: str, rows: Sequence[Row], texts: Sequence[str], labels: Seq
             )
 
 
-def check_varied(path: str, numbers: Sequence[float], column: str) -> None:
-    """Numbers that are all the same correlate with nothing. Raises UserError."""
-    if len(numbers) > 1 and len({*numbers}) == 1:
-        raise UserError(
-            f"{path}: every label in column {column!r} is {numbers[0]:g}; there is nothing to learn, and no "
-            "correlation to measure.\nName the column of the labels: --label_column."
-        )
-
-
 def label_id(value: object, ids: dict[str, int], place: str, expected_by: str) -> int | float:
     """The id of a class, or the number of a regression (no ids). Raises UserError for a label that is neither."""
     label = f"{place}: label {str(value)[:80]!r}"
@@ -151,7 +131,7 @@ def label_id(value: object, ids: dict[str, int], place: str, expected_by: str) -
             raise UserError(f"{label} is not among those of {expected_by}: {label_list([*ids])}.")
         return ids[name]
     try:
-        number = _number(value)
+        number = float(str(value))
     except ValueError as e:
         raise UserError(f"{label} is not a number; those of {expected_by} are, and this is a regression.") from e
     if not math.isfinite(number):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_nlu.data.text_files import decode_utf8
 from lora_nlu.errors import UserError
+from lora_nlu.files import read_utf8
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Row:
     place: str
 
 
-def read_rows(path: Path, content: bytes) -> list[Row]:
-    """The rows of a file, read as the end of its name says. Raises UserError naming file and line."""
-    text = decode_utf8(path, content)
+def read_rows(path: Path) -> tuple[list[Row], str]:
+    """The rows of a file, read as the end of its name says, and its SHA-256. Raises UserError naming file and line."""
+    text, digest = read_utf8(path)
     if path.suffix in (".json", ".jsonl"):
         rows = list(_json_rows(path, text))
     elif path.suffix in (".csv", ".tsv"):
@@ -31,7 +31,7 @@ def read_rows(path: Path, content: bytes) -> list[Row]:
         raise UserError(f"{path}: the name must end in .csv, .tsv, .json or .jsonl.")
     if not rows:
         raise UserError(f"{path}: no examples, only a header.")
-    return rows
+    return rows, digest
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[Row]:
