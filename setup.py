@@ -23,7 +23,7 @@ setup(
         "transformers>=5.17,<5.24",  # the tested range: private names of its Trainer are used
         "datasets>=4",
         "scikit-learn",
-        "scipy",
+        "scipy>=1.12",
         "numpy",
         "accelerate>=1.1",
         "safetensors",

@@ -199,8 +199,7 @@ def _paper_line(
             return None
         if starts_from_adapter != (task in FROM_MNLI):
             method = None if starts_from_adapter else NO_START
-    line = next((line for line in PAPER if (line.model, line.method) == (model, method)), None)
-    return line if line and task in line.figures else None
+    return next((line for line in PAPER if (line.model, line.method) == (model, method) and task in line.figures), None)
 
 
 def compare_runs(runs: list[Run]) -> list[Run]:
@@ -211,8 +210,7 @@ def compare_runs(runs: list[Run]) -> list[Run]:
     """
     bases = {(run.model, run.base) for run in runs}
     ambiguous = {model for model, _ in bases if sum(name == model for name, _ in bases) > 1}
-    deciding = [run for run in runs if run.paper and run.task in FROM_MNLI]
-    starts = {(run.model, run.base, run.method, run.paper.method) for run in deciding if run.paper}
+    starts = {(r.model, r.base, r.method, r.paper.method) for r in runs if r.paper and r.task in FROM_MNLI}
     compared = []
     for run in runs:
         key, paper = (run.model, run.base, run.method), run.paper

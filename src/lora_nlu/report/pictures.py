@@ -4,13 +4,14 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median, stdev
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
+from scipy.optimize import isotonic_regression
 
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.files import atomic_write
@@ -115,12 +116,9 @@ def sizes(model: str, cells: Sequence[Cell], methods: list[str]) -> Figure:
 
 def apart(places: Sequence[float], least: float) -> list[float]:
     """Ascending numbers, moved as little as possible so that each is at least `least` above the one before."""
-    blocks: list[list[float]] = []  # numbers too close to each other move together, around their mean
-    for i, place in enumerate(places):
-        blocks.append([place - i * least])
-        while len(blocks) > 1 and mean(blocks[-2]) > mean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    return [moved + i * least for i, moved in enumerate(mean(block) for block in blocks for _ in block)]
+    steps = [i * least for i in range(len(places))]
+    moved = isotonic_regression([place - step for place, step in zip(places, steps, strict=True)]).x
+    return [place + step for place, step in zip(moved, steps, strict=True)]
 
 
 def against_paper(model: str, cells: Sequence[Cell], methods: list[str]) -> Figure:

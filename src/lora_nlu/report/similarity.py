@@ -7,7 +7,6 @@ give max(i, j) / in on average.
 """
 
 import csv
-import io
 import re
 import textwrap
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from lora_nlu.adapters.adapter import Adapter
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UserError
-from lora_nlu.files import atomic_write, write_text
+from lora_nlu.files import atomic_write
 
 
 def write_similarity(paths: list[str], layers: str | None, modules: str | None, out: Path | None) -> str:
@@ -142,14 +141,13 @@ def short_names(paths: list[str]) -> list[str]:
 
 
 def draw(pairs: list[Pair], layers: list[str], names: list[str], ranks: list[str], folder: Path) -> None:
-    """Write similarity.png: a heat map for each of these layers and for the mean over all.
-
-    Raises UserError if matplotlib is missing.
-    """
+    """Write similarity.png: heat maps of these layers and of the mean over all. Raises UserError without matplotlib."""
     try:
         import matplotlib
         from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps global state
         from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+        from lora_nlu.report.pictures import save
     except ImportError as e:
         raise UserError("--out needs matplotlib, which is not installed: pip install 'lora-nlu[plots]'") from e
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,8 +180,7 @@ def draw(pairs: list[Pair], layers: list[str], names: list[str], ranks: list[str
         figure.suptitle("\n".join(["Subspace similarity of lora_A", *lines]), fontsize=13)
         figure.supylabel(f"i: top vectors of adapter 1, {names[0]}", fontsize=12)
         figure.supxlabel(f"j: top vectors of adapter 2, {names[1]}", fontsize=12)
-        with atomic_write(folder / "similarity.png") as partial:
-            figure.savefig(partial, format="png", dpi=150)
+        save(figure, folder, "similarity")
 
 
 def _by_module(pairs: list[Pair]) -> dict[str, list[Pair]]:
@@ -198,13 +195,12 @@ def _mean(matrices: list[Tensor]) -> Tensor:
 
 def write_csv(pairs: list[Pair], path: Path) -> None:
     """Write every phi of every layer: layer, module, i, j, phi."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["layer", "module", "i", "j", "phi"])
-    for pair in pairs:
-        for i, row in enumerate(pair.phi.tolist(), 1):
-            writer.writerows([pair.layer, pair.module, i, j, phi] for j, phi in enumerate(row, 1))
-    write_text(path, text.getvalue())
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["layer", "module", "i", "j", "phi"])
+        for pair in pairs:
+            for i, row in enumerate(pair.phi.tolist(), 1):
+                writer.writerows([pair.layer, pair.module, i, j, phi] for j, phi in enumerate(row, 1))
 
 
 def table(pairs: list[Pair], layers: list[str]) -> str:

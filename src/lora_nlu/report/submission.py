@@ -123,10 +123,8 @@ def choose(runs: list[Run]) -> tuple[dict[str, Run], list[str]]:
 
 
 def _is_answer(task: Task, answer: str) -> bool:
-    if not task.is_regression:
-        return answer in task.labels
     try:
-        return math.isfinite(float(answer))
+        return math.isfinite(float(answer)) if task.is_regression else answer in task.labels
     except ValueError:
         return False
 
@@ -216,8 +214,7 @@ def write_submission(runs: Sequence[Path], out: Path, partial: bool = False) -> 
             lines.append("WNLI: no run; all 146 rows are not_entailment, as 323 of the 635 in training are.")
         else:
             answers = read_predictions(file.source(chosen[file.task].folder), task, file.rows)
-        outside = sum(not 0 <= float(answer) <= 5 for answer in answers) if task.is_regression else 0
-        if outside:
+        if task.is_regression and (outside := sum(not 0 <= float(answer) <= 5 for answer in answers)):
             lines.append(f"{_TITLES[task.name]}: {outside:,} of {file.rows:,} numbers moved into 0..5.")
         content[file] = server_format(task, answers)
     write_zip(out, content)

@@ -52,10 +52,9 @@ def clock(seconds: float) -> str:
 
 
 def headings(cells: Sequence[Cell]) -> list[str]:
-    tasks = dict.fromkeys(cell.task for cell in cells)
-    persons = {"matthews": "Matthews", "pearson": "Pearson"}
-    metrics = [TASKS[task].metrics[0].partition("_")[0] for task in tasks]
-    columns = [f"{TASKS[task].title} {persons.get(name, name)}" for task, name in zip(tasks, metrics, strict=True)]
+    tasks = [TASKS[task] for task in dict.fromkeys(cell.task for cell in cells)]
+    names = {"matthews_correlation": "Matthews", "pearson": "Pearson"}
+    columns = [f"{task.title} {names.get(task.metrics[0], task.metrics[0])}" for task in tasks]
     return ["method", "trainable", "", *columns, "average", "training", "memory"]
 
 
@@ -96,7 +95,7 @@ def costs(cells: dict[str, Cell], task_count: int) -> tuple[str, str]:
 def methods_of(cells: Sequence[Cell]) -> list[str]:
     """The methods: first what trains everything, then by the number of parameters that train in the encoder."""
     order = {cell.method: (not run.trains_all, run.trainable, cell.method) for cell in cells for run in cell.runs}
-    return sorted(order, key=lambda method: order[method])
+    return sorted(order, key=order.__getitem__)
 
 
 def seeds(cells: Sequence[Cell]) -> list[int]:
@@ -145,10 +144,9 @@ def all_notes(cells: Sequence[Cell], notes: Sequence[str]) -> list[str]:
     for cell in cells:
         lines += [f"unfinished: {run.folder}, {run.progress}" for run in cell.unfinished]
         expected = seeds([other for other in cells if other.model == cell.model])
-        missing = [str(seed) for seed in expected if seed not in {run.seed for run in cell.runs}]
-        if missing:
+        if missing := ", ".join(str(seed) for seed in expected if seed not in {run.seed for run in cell.runs}):
             place = f"{cell.method} on {TASKS[cell.task].title} ({cell.model})"
-            places_by_missing.setdefault(", ".join(missing), []).append(place)
+            places_by_missing.setdefault(missing, []).append(place)
     for seed_list, places in places_by_missing.items():
         lines.append(f"missing, seed{'s' * (',' in seed_list)} {seed_list}: {'; '.join(places)}")
     if any(cell.task == "mnli" for cell in cells):
@@ -167,8 +165,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def latex(rows: Sequence[Sequence[str]]) -> str:
     """A tabular that needs no package."""
-    escaped = [[cell.translate(TEX) for cell in row] for row in rows]
-    lines = [" & ".join(row) + r" \\" for row in escaped]
+    lines = [" & ".join(cell.translate(TEX) for cell in row) + r" \\" for row in rows]
     return "\n".join([rf"\begin{{tabular}}{{ll{'r' * (len(rows[0]) - 2)}}}", r"\hline", lines[0], r"\hline", *lines[1:],
                       r"\hline", r"\end{tabular}"])  # fmt: skip
 
@@ -188,34 +185,29 @@ def csv_text(cells: Sequence[Cell]) -> str:
     return text.getvalue()
 
 
-def by_model(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    return {model: [c for c in cells if c.model == model] for model in dict.fromkeys(c.model for c in cells)}
-
-
 def write_report(cells: Sequence[Cell], notes: Sequence[str], folder: Path | None) -> str:
     """The report as Markdown; given a folder, its files are written there, with pictures if matplotlib is installed."""
-    pictures: dict[str, list[str]] = {}
+    models = {model: [c for c in cells if c.model == model] for model in dict.fromkeys(c.model for c in cells)}
+    drawn: dict[str, list[str]] = {}
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            from lora_nlu.report import pictures as drawing
+            from lora_nlu.report.pictures import draw
 
-            for model, own in by_model(cells).items():
-                pictures[model] = drawing.draw(own, methods_of(own), rank_cells(own), folder)
+            drawn = {model: draw(own, methods_of(own), rank_cells(own), folder) for model, own in models.items()}
         except ImportError:
             notes = [*notes, "no pictures: they need matplotlib (pip install 'lora-nlu[plots]')"]
-    text, tex = [], []
-    for model, own in by_model(cells).items():
-        rows, ranks = [headings(own), *table(own)], rank_table(own)
-        count = len(seeds(own))
+    text, tex, notes = [], [], all_notes(cells, notes)
+    for model, own in models.items():
+        rows, ranks, count = [headings(own), *table(own)], rank_table(own), len(seeds(own))
         text += [f"## {model}, {count} seed{'s' * (count != 1)}", "", markdown(rows), ""]
         tex += [f"% {model}", latex(rows), ""]
         if ranks:
             text += ["### Ranks, best epoch", "", markdown(ranks), ""]
             tex += [f"% {model}, ranks", latex(ranks), ""]
-        text += [line for name in pictures.get(model, ()) for line in (f"![{name}]({quote(name)}.png)", "")]
-    text += [PROTOCOL, "", *(f"- {line}" for line in all_notes(cells, notes))]
-    tex += [f"% {line}" for line in (PROTOCOL, *all_notes(cells, notes), "")]
+        text += [line for name in drawn.get(model, ()) for line in (f"![{name}]({quote(name)}.png)", "")]
+    text += [PROTOCOL, "", *(f"- {note}" for note in notes)]
+    tex += [f"% {line}" for line in (PROTOCOL, *notes, "")]
     report = "\n".join(text).rstrip() + "\n"
     if folder:
         write_text(folder / "report.md", report)
