@@ -363,7 +363,7 @@ def test_pos_att_type_set_to_a_string_after_the_configs_construction_is_read_too
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_unknown_problem_type_is_refused_by_name(kind, weight):  # transformers returns no loss
     model = CLASSIFIERS[kind][0](config_of(kind, reg_loss_wgt=weight))
-    vars(model.config)["problem_type"] = "classification"  # huggingface_hub 1 refuses to set it; a file may still have it
+    vars(model.config)["problem_type"] = "classification"  # as from a file: huggingface_hub 1 refuses to set it
     for labels in (torch.arange(4) % 3, torch.rand(4, 3)):
         with pytest.raises(
             ValueError, match="config.problem_type 'classification' is none of regression, single_label"

@@ -33,7 +33,7 @@ STATE = "trainer_state.json"
 _METHOD_STATE = "method_state.pt"  # in a checkpoint: what the methods' `after_step` keeps
 _FILE_LIST = "files.json"  # in a checkpoint: its files and their lengths
 SAVING, _REMOVING = ".saving", ".removing"  # a checkpoint being written or removed; resuming never reads them
-# transformers before 5.20 loads the optimizer of one of several CPU processes to "cpu:0", which torch does not restore to
+# transformers before 5.20 loads an optimizer in one of several CPU processes to "cpu:0", which torch does not know
 torch.serialization.register_package(0, lambda storage: None, lambda x, location: x if location == "cpu:0" else None)
 _FULL_DISK = re.compile("inline_container|StreamWriter|iostream")  # in torch.save's RuntimeError for it
 
