@@ -268,7 +268,7 @@ def children(pid: int) -> dict[str, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds a process's children in /proc")
 def test_a_rank_killed_in_mid_epoch_ends_the_run_which_then_goes_on_to_the_same_adapter(
-    start, environment, base_flags, glue, tmp_path
+    fork, environment, base_flags, glue, tmp_path
 ):
     """With dropout: the processes take up their own random states again."""
 
@@ -276,7 +276,7 @@ def test_a_rank_killed_in_mid_epoch_ends_the_run_which_then_goes_on_to_the_same_
         steps = ["--max_steps", 60, "--save_steps", 4, "--save_total_limit", 2, "--logging_steps", 1, BATCH, 4]
         return [*map(str, rte(glue, tmp_path / name, *steps, "--max_seq_length", 64, "--do_train", "--do_eval"))]
 
-    succeeded(start(*flags("complete"), launcher=TWO))
+    succeeded(fork(*flags("complete"), processes=2))
     command = [sys.executable, *TWO, str(SCRIPT), *base_flags, *flags("killed")]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not [*(tmp_path / "killed").glob("checkpoint-*")]:
@@ -288,7 +288,7 @@ def test_a_rank_killed_in_mid_epoch_ends_the_run_which_then_goes_on_to_the_same_
     assert "Signal 9 (SIGKILL)" in err and "rank      : 1" in err
     assert "Connection closed by peer" not in err and "run_glue.py: error" not in err, err  # what the survivor met
 
-    outcome = succeeded(start(*flags("killed"), launcher=TWO))
+    outcome = succeeded(fork(*flags("killed"), processes=2))
     assert "Resuming from" in outcome.out
     one, other = trained_flat(tmp_path / "complete"), trained_flat(tmp_path / "killed")
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -315,9 +315,7 @@ def test_an_error_of_all_processes_is_printed_once(start, glue, tmp_path):
     ],
     ids=["a file that one machine lacks", "other flags on one machine", "other examples on one machine"],
 )
-def test_an_error_of_one_process_is_printed_by_it_and_ends_the_others(
-    more, expected_message, environment, base_flags, glue, tmp_path
-):
+def test_an_error_of_one_process_is_printed_by_it_and_ends_the_others(more, expected_message, fork, glue, tmp_path):
     """The first process waits for the other meanwhile."""
     header, *rows = (glue / "RTE" / "train.tsv").read_text().splitlines()
     (tmp_path / "other" / "RTE").mkdir(parents=True)
@@ -330,13 +328,11 @@ def test_an_error_of_one_process_is_printed_by_it_and_ends_the_others(
         f"sys.argv[0] = {str(SCRIPT)!r}\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
     )
-    flags = map(str, rte(glue, tmp_path / "o", "--do_train", "--max_steps", 2))
-    command = [sys.executable, *TWO, str(program), *base_flags, *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    err = done.stderr.replace(f"process 1 (on {socket.gethostname()}) ", "")
+    outcome = fork(*rte(glue, tmp_path / "o", "--do_train", "--max_steps", 2), processes=2, script=program)
+    assert outcome.code != 0
+    err = outcome.err.replace(f"process 1 (on {socket.gethostname()}) ", "")
     assert f"run_glue.py: error (process 1): {expected_message}" in err
-    assert done.stderr.count("run_glue.py: error") == 1
+    assert err.count("run_glue.py: error") == 1
 
 
 def test_dropout_of_every_seed_and_process_is_its_own_and_the_first_processs_that_of_a_lone_one():

@@ -30,7 +30,6 @@ from lora_nlu.training.metadata import (
 )
 from lora_nlu.training.parsing import RunArguments, parse_arguments
 
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SHORT = ["--max_seq_length", 64, "--max_steps", 3, "--logging_steps", 1, "--learning_rate", "1e-2"]
 EVERY_ROW = ["--max_seq_length", 64, "--do_eval", "--do_predict", "--per_device_eval_batch_size", 7]
 
@@ -84,11 +83,11 @@ def test_every_row_of_every_set_is_scored_and_predicted_with_any_flags_for_batch
 
 
 def test_every_row_is_scored_and_predicted_by_two_processes_with_any_flags_for_batches(
-    plain, start, glue, trained, tmp_path
+    plain, fork, glue, trained, tmp_path
 ):
     flags = ["--dataloader_drop_last", "--accelerator_config", '{"split_batches": true, "even_batches": false}']
     flags += ["--eval_use_gather_object", "--label_smoothing_factor", 0.3, "--batch_eval_metrics"]
-    got, predictions = evaluated(start, glue, trained, tmp_path / "o", *flags, launcher=TWO)
+    got, predictions = evaluated(fork, glue, trained, tmp_path / "o", *flags, processes=2)
     assert got == pytest.approx(plain[0], rel=1e-5) and predictions == plain[1]
 
 
