@@ -24,10 +24,4 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-__getattr__, __all__ = lazy_names(__name__, {
-    "adapters.adapter": "Adapter", "adapters.attaching": "attach_adapter", "adapters.reading": "read_adapter",
-    "adapters.writing": "save_adapter", "methods.linear": "merge_lora_ unmerge_lora_", "methods.lora": "LoRALinear",
-    "methods.marking": "count_parameters mark_trainable", "models.loading": "load_model",
-    "models.modeling_deberta_v2": "DebertaV2ForSequenceClassification DebertaV2Model",
-    "models.modeling_roberta": "RobertaForSequenceClassification RobertaModel",
-})  # fmt: skip
+__getattr__, __all__ = lazy_names(__name__, __file__)

@@ -10,7 +10,4 @@ if TYPE_CHECKING:
     from lora_nlu.adapters.reading import read_adapter as read_adapter
     from lora_nlu.adapters.writing import save_adapter as save_adapter
 
-__getattr__, __all__ = lazy_names(
-    __name__,
-    {"adapter": "Adapter", "attaching": "attach_adapter", "reading": "read_adapter", "writing": "save_adapter"},
-)
+__getattr__, __all__ = lazy_names(__name__, __file__)

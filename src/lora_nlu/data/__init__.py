@@ -11,7 +11,4 @@ if TYPE_CHECKING:
     from lora_nlu.data.tokenization import tokenize as tokenize
     from lora_nlu.data.user_files import load_files as load_files
 
-__getattr__, __all__ = lazy_names(__name__, {
-    "glue": "load_glue", "metrics": "compute_metrics", "tasks": "TASKS", "tokenization": "tokenize",
-    "user_files": "load_files",
-})  # fmt: skip
+__getattr__, __all__ = lazy_names(__name__, __file__)

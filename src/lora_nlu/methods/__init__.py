@@ -19,8 +19,4 @@ if TYPE_CHECKING:
     from lora_nlu.methods.method import Method as Method
     from lora_nlu.methods.table import METHODS as METHODS
 
-__getattr__, __all__ = lazy_names(__name__, {
-    "description": "Description description_of method_of", "linear": "merge_lora_ unmerge_lora_", "lora": "LoRALinear",
-    "marking": "count_parameters describe_method mark_only_lora_as_trainable mark_trainable",
-    "method": "Flag Method", "table": "METHODS",
-})  # fmt: skip
+__getattr__, __all__ = lazy_names(__name__, __file__)

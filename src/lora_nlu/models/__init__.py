@@ -14,8 +14,4 @@ if TYPE_CHECKING:
     from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification as RobertaForSequenceClassification
     from lora_nlu.models.modeling_roberta import RobertaModel as RobertaModel
 
-__getattr__, __all__ = lazy_names(__name__, {
-    "loading": "load_config load_model",
-    "modeling_deberta_v2": "DebertaV2ForSequenceClassification DebertaV2Model",
-    "modeling_roberta": "RobertaForSequenceClassification RobertaModel",
-})  # fmt: skip
+__getattr__, __all__ = lazy_names(__name__, __file__)

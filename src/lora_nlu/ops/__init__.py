@@ -12,6 +12,4 @@ if TYPE_CHECKING:
     from lora_nlu.ops.kernels import linear as linear
     from lora_nlu.ops.packing import PackedBatch as PackedBatch
 
-__getattr__, __all__ = lazy_names(
-    __name__, {"kernels": "Dropout Linear attention dropout linear", "packing": "PackedBatch"}
-)
+__getattr__, __all__ = lazy_names(__name__, __file__)

@@ -7,4 +7,4 @@ from lora_nlu.lazy import lazy_names
 if TYPE_CHECKING:
     from lora_nlu.report.tables import write_report as write_report
 
-__getattr__, __all__ = lazy_names(__name__, {"tables": "write_report"})
+__getattr__, __all__ = lazy_names(__name__, __file__)

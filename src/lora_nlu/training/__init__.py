@@ -11,6 +11,4 @@ if TYPE_CHECKING:
     from lora_nlu.training.runs import train as train
     from lora_nlu.training.trainer import AdapterTrainer as AdapterTrainer
 
-__getattr__, __all__ = lazy_names(
-    __name__, {"parsing": "parse_arguments", "runs": "evaluate predict train", "trainer": "AdapterTrainer"}
-)
+__getattr__, __all__ = lazy_names(__name__, __file__)
