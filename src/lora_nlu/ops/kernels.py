@@ -30,6 +30,13 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 CPU = torch.device("cpu")
 PLAIN_TENSORS = (Tensor, nn.Parameter)  # subclasses (quantised, DTensor) may keep their data elsewhere
 MAKE_FX, FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE  # modes of `is_traced`
+# Of the functions in kernels.cpp: P memory of a tensor or None, I an integer, U a seed, F a float
+KINDS = {"P": ctypes.c_void_p, "I": ctypes.c_int64, "U": ctypes.c_uint64, "F": ctypes.c_float}
+_ATTENTION = "PIPIPI" + "PPI" + "PPP" + "IIII" + "FUII"
+SIGNATURES = {
+    "dropout": "PPIIUII", "add_low_rank": "PPIIPIIPPIIIIFI",
+    "attention": _ATTENTION + "PP", "attention_backward": _ATTENTION + "PPPPP",
+}  # fmt: skip
 FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 
 
@@ -67,18 +74,12 @@ def check_tensor(name: str, x: Tensor, device: torch.device, *shape: int) -> Non
         raise ValueError(f"{name}: expected {list(shape)} on {device}, got {list(x.shape)} on {x.device}.")
 
 
-def kernel_input(
-    name: str, x: Tensor, *shape: int, dtype: torch.dtype = torch.float32, strided: bool = False
-) -> Tensor:
-    """x as a tensor that compiled code can read: contiguous, copied if need be; with `strided`, of any strides.
-
-    Raises ValueError unless it is a plain tensor of this shape and dtype, on the CPU.
-    """
+def kernel_input(name: str, x: Tensor, *shape: int, dtype: Any = torch.float32, strided: bool = False) -> Tensor:
+    """x, contiguous unless `strided`, for compiled code. Raises ValueError for another shape, dtype, type or device."""
     if x.dtype is not dtype or type(x) not in PLAIN_TENSORS:
         raise ValueError(f"{name}: expected a plain {dtype} tensor, got {type(x).__name__}, {x.dtype}.")
     check_tensor(name, x, CPU, *shape)
-    if x.is_neg():  # a lazy negation: the numbers in memory are not negated yet
-        x = x.resolve_neg()
+    x = x.resolve_neg()  # after a lazy negation the numbers in memory are not negated yet
     x = x if strided else x.contiguous()
     if x.numel() and not x.data_ptr():
         raise ValueError(f"{name}: expected {list(shape)} in memory, but its storage was freed.")
@@ -92,25 +93,19 @@ NO_ACTIVATION: tuple[str, list, str] = ("none", [], "")
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: x [N, I], weight [O, I], bias [O] to [N, O], all of any strides. Not differentiable.
-
-    Raises ValueError for several devices, torch's errors for sizes and dtypes that don't fit.
-    """
+    """x W^T + b: x [N, I], weight [O, I], bias [O] to [N, O]; not differentiable. Raises as `linear`."""
     if can_use_onednn(x, weight, bias):
         return ONEDNN_LINEAR(x, weight, bias, *NO_ACTIVATION)
     return F.linear(x, weight, bias)
 
 
 def can_use_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `ONEDNN_LINEAR` can compute x W^T + b and is fast: `can_replace`, not empty, of matching sizes.
-
-    Raises ValueError if plain tensors are on several devices, which F.linear doesn't always notice (meta).
-    """
+    """Whether `ONEDNN_LINEAR` can compute x W^T + b, and fast. Raises ValueError for plain tensors on two devices."""
     fits = can_replace(x) and x.numel() > 0 and x.dim() > 0
     for name, other in (("weight", weight), ("bias", bias)):
         if other is not None:
             is_plain = type(other) in PLAIN_TENSORS
-            if other.device != x.device and is_plain and type(x) in PLAIN_TENSORS:
+            if other.device != x.device and is_plain and type(x) in PLAIN_TENSORS:  # F.linear may miss it (meta)
                 raise ValueError(f"{name}: expected on {x.device}, where the input is, but it is on {other.device}.")
             fits = fits and other.dtype is torch.float32 and is_plain
     if not fits or not has_onednn():
@@ -120,17 +115,13 @@ def can_use_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if bias is not None and (bias.shape != (out,) or not bias.is_contiguous()):  # oneDNN ignores the strides of a bias
         return False
-    return weight.is_contiguous() or has_avx512()  # without AVX-512 oneDNN is slow on a transposed view
+    # without AVX-512 oneDNN is slow on a transposed view
+    return weight.is_contiguous() or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @lru_cache(maxsize=1)
 def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and ONEDNN_LINEAR is not None
-
-
-@lru_cache(maxsize=1)
-def has_avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 # The autograd functions save their inputs themselves: a view made in `forward` would have no autograd history. They
@@ -161,7 +152,7 @@ class OneDNNLinear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b: x [..., I], weight [O, I], bias [O] to [..., O]. Raises as `product`."""
+    """x W^T + b: x [..., I], weight [O, I], bias [O] to [..., O]. Raises as `can_use_onednn` and F.linear."""
     if can_use_onednn(x, weight, bias):
         return as_grid(OneDNNLinear.apply(as_rows(x), weight, bias), x)
     return F.linear(x, weight, bias)
@@ -215,14 +206,14 @@ def library() -> Any:
         return None
     try:
         functions = ctypes.CDLL(str(compiled()))
-        for name in ("dropout", "add_low_rank", "attention", "attention_backward"):
-            getattr(functions, name).errcheck = _check_memory
+        for name, kinds in SIGNATURES.items():
+            function = getattr(functions, name)
+            function.argtypes, function.errcheck = [KINDS[kind] for kind in kinds], _check_memory
         return functions
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
-        reason = (str(getattr(e, "stderr", "") or "").strip() or str(e)).splitlines()[0]
+        reason = (str(getattr(e, "stderr", "") or "").strip() or str(e)).splitlines()[0][:150]
         logger.warning(
-            "Training on the CPU without compiled kernels, which is slower (%s). Install g++ to build them.",
-            reason[:150],
+            "Training on the CPU without compiled kernels, which is slower (%s). Install g++ to build them.", reason
         )
         return None
 
@@ -234,7 +225,8 @@ def compiled() -> Path:
     depends_on = [SOURCE.read_text(), *FLAGS, platform.machine(), *cpu_flags[:1]]
     name = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
     path = Path.home() / ".cache" / "lora_nlu" / f"kernels-{name}.so"
-    if not _is_complete(path):
+    content = path.read_bytes() if path.exists() else b""
+    if len(content) <= 8 or content[-8:] != (len(content) - 8).to_bytes(8, "little"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             compiled_file = Path(folder, path.name)
@@ -249,11 +241,6 @@ def compiled() -> Path:
     return path
 
 
-def _is_complete(path: Path) -> bool:
-    content = path.read_bytes() if path.exists() else b""
-    return len(content) > 8 and content[-8:] == (len(content) - 8).to_bytes(8, "little")
-
-
 def draw_seed() -> int:
     """A seed for one dropout, from torch's generator: `torch.manual_seed` and a resumed run repeat it."""
     return int(torch.randint(2**63 - 1, ()).item())
@@ -264,16 +251,8 @@ def threshold(p: float) -> int:
     return round(p * 65536)
 
 
-def _address(x: Tensor | None) -> Any:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
-
-
-def _int(n: int) -> Any:
-    return ctypes.c_int64(n)
-
-
-def _threads() -> Any:
-    return _int(torch.get_num_threads())
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def _check_memory(result: int, function: Any, _: tuple) -> None:
@@ -298,8 +277,8 @@ class _Dropout(torch.autograd.Function):
     def run(x: Tensor, p: float, seed: int) -> Tensor:
         x = kernel_input("dropout's input", x, *x.shape)
         y, width = torch.empty_like(x), x.shape[-1]
-        sizes = (_int(x.numel() // width), _int(width), ctypes.c_uint64(seed), _int(threshold(p)), _threads())
-        library().dropout(_address(x), _address(y), *sizes)
+        draws = (seed, threshold(p), torch.get_num_threads())
+        library().dropout(_address(x), _address(y), x.numel() // width, width, *draws)
         return y
 
 
@@ -347,9 +326,9 @@ def add_update_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, s: float) -> tup
     (rows, size), (rank, out) = x.shape, up.shape
     x, y, u = kernel_input("x", x, rows, size), kernel_input("product", y, rows, out), x.new_empty(rows, rank)
     down, up = kernel_input("down", down, size, rank, strided=True), kernel_input("up", up, rank, out, strided=True)
-    strided = [part for w in (down, up) for part in (_address(w), *map(_int, w.stride()))]
-    sizes = map(_int, (rows, size, out, rank))
-    library().add_low_rank(_address(x), *strided, _address(y), _address(u), *sizes, ctypes.c_float(s), _threads())
+    strided = [part for w in (down, up) for part in (_address(w), *w.stride())]
+    sizes = (rows, size, out, rank, s, torch.get_num_threads())
+    library().add_low_rank(_address(x), *strided, _address(y), _address(u), *sizes)
     return y, u
 
 
@@ -430,11 +409,10 @@ class _Attention(torch.autograd.Function):
     ) -> list:  # fmt: skip
         """The arguments that both compiled attention functions have, in their order."""
         width = query.shape[1]
-        views = count_views(relative)
-        strided = [part for x in (query, key, value) for part in (_address(x), _int(width))]
-        sizes = map(_int, (starts[2].numel(), heads, width // heads, longest))
-        draws = (ctypes.c_float(scale), ctypes.c_uint64(seed), _int(threshold(p)), _threads())
-        return [*strided, *map(_address, relative), _int(views), *map(_address, starts), *sizes, *draws]
+        strided = [part for x in (query, key, value) for part in (_address(x), width)]
+        sizes = (starts[2].numel(), heads, width // heads, longest)
+        draws = (scale, seed, threshold(p), torch.get_num_threads())
+        return [*strided, *map(_address, relative), count_views(relative), *map(_address, starts), *sizes, *draws]
 
 
 def torch_attention(
@@ -475,14 +453,12 @@ def attention(
 
     Args:    query [Q, H], key and value [N, H], packed; `scale` times q . k; dropout p. relative_key, relative_query
              [V, 2 S - 1, H] without gradient: the tables by descending and ascending distance (modeling_deberta_v2).
-    Returns: [Q, H].
-    Raises:  ValueError for tensors that don't belong together, MemoryError.
+    Returns: [Q, H]. Raises ValueError for tensors that don't belong together, MemoryError.
     """
     relative = (relative_key, relative_query)
     trains = any(x is not None and x.requires_grad and torch.is_grad_enabled() for x in relative)
     if trains or packed.key_mask is not None or not 0 <= threshold(p) < 65536 or not kernels_for(query):
         return None
     seed = draw_seed() if p else 0
-    views = count_views(relative)
-    starts = packed.starts(query.shape[0] != key.shape[0], views)
+    starts = packed.starts(query.shape[0] != key.shape[0], count_views(relative))
     return _Attention.apply(query, key, value, relative, starts, packed.length, heads, scale, p, seed)

@@ -6,7 +6,7 @@ view [count, L, ...] of its rows: attention needs no mask and no padding.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
 
@@ -93,7 +93,7 @@ class PackedBatch:
                 "0 for a token and -inf for padding, is not supported."
             )
         if not packable:
-            return cls(**{**vars(dense), "key_mask": real[:, None, None, :]})
+            return replace(dense, key_mask=real[:, None, None, :])
         if all(n == length for n in lengths):
             return dense
         order = sorted(range(batch), key=lengths.__getitem__)
@@ -125,10 +125,7 @@ class PackedBatch:
         return queries, self.row_starts, torch.tensor(view_of)
 
     def grouped(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
-        """(count, L, (query, key, value) rows) of each group of equally long sequences.
-
-        key, value: [N, ...]; query [N, ...], or [B, ...] with one row a sequence.
-        """
+        """(count, L, (query, key, value) rows) of each group; key, value [N, ...], query [N, ...] or [B, ...]."""
         key_sizes = [n * length for n, length in self.groups]
         query_sizes = [n for n, _ in self.groups] if query.shape[0] != key.shape[0] else key_sizes
         # split, not slices: the backward of one split is one concatenation
@@ -159,9 +156,8 @@ class PackedBatch:
     def padded(self) -> "PackedBatch":
         """The same batch with all of its B * S tokens as rows, in one group, under a key mask."""
         real = self.unpack(torch.ones(len(self.slots), dtype=torch.bool, device=self.slots.device))  # type: ignore
-        rows = torch.arange(self.batch, device=real.device) * self.length
-        groups = ((self.batch, self.length),)
-        return PackedBatch(self.batch, self.length, None, rows, None, groups, real[:, None, None, :], is_padded=True)
+        every_place = PackedBatch.from_mask(None, self.batch, self.length, real.device)
+        return replace(every_place, key_mask=real[:, None, None, :], is_padded=True)
 
     def to_padded(self, rows: Tensor) -> Tensor:
         """[N, H] to [B * S, H], rows of the padded grid; [B, H], one row a sequence, to the batch's order."""

@@ -5,8 +5,8 @@ what trains, which is small: a tensor is complete in one process's memory.
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ def gathered(tensor: Any) -> Any:
     return tensor.detach().cpu() if torch.distributed.get_rank() == 0 else tensor.new_empty(0)
 
 
-def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
+def sharded_like(tensor: Any, other: Tensor) -> Any:
     """A complete tensor sharded as `other` is, on its device; unchanged if that is no sharded tensor of this shape."""
-    if not isinstance(other, DTensor) or tensor.shape != other.shape:
+    if not isinstance(other, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != other.shape:
         return tensor
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
@@ -56,18 +56,15 @@ def parameters(model: Any, trained_only: bool) -> dict[str, Tensor]:
     return {name: gathered(p) for name, p in named.items()}
 
 
-@contextmanager
-def writable_parameters(model: Any) -> Iterator[None]:
+def writable_parameters(model: Any) -> AbstractContextManager[Any]:
     """A context in which sharded trained parameters can be written; ZeRO-3 keeps what the first process wrote."""
     reshard(model)
     parameters = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
     if not parameters:
-        yield
-        return
+        return nullcontext()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
-        yield
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 
 def optimizer_state(optimizer: Any) -> dict[str, Any]:
@@ -82,10 +79,7 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
     moments = state["state"]
     for number, parameter in zip(numbers, parameters, strict=True):
         if number in moments:
-            moments[number] = {
-                name: sharded_like(value, parameter) if isinstance(value, Tensor) else value
-                for name, value in moments[number].items()
-            }
+            moments[number] = {name: sharded_like(value, parameter) for name, value in moments[number].items()}
     optimizer.load_state_dict(state)
 
 

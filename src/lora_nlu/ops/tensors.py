@@ -27,9 +27,5 @@ def fingerprint(state: dict[str, Tensor]) -> str:
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
     """Names of the tensors that contain NaN, infinity or numbers too large for fp32."""
-    names = []
-    for name, tensor in state.items():
-        numbers = tensor.float() if tensor.is_floating_point() else tensor
-        if not numbers.sum().isfinite() and not numbers.isfinite().all():  # the sum alone is faster
-            names.append(name)
-    return names
+    numbers = ((name, x.float() if x.is_floating_point() else x) for name, x in state.items())
+    return [name for name, x in numbers if not x.sum().isfinite() and not x.isfinite().all()]  # the sum alone is faster
