@@ -7,7 +7,6 @@ from lora_nlu.lazy import lazy_names
 if TYPE_CHECKING:
     from lora_nlu.methods.description import Description as Description
     from lora_nlu.methods.description import description_of as description_of
-    from lora_nlu.methods.description import method_of as method_of
     from lora_nlu.methods.linear import merge_lora_ as merge_lora_
     from lora_nlu.methods.linear import unmerge_lora_ as unmerge_lora_
     from lora_nlu.methods.lora import LoRALinear as LoRALinear

@@ -54,10 +54,7 @@ def new_block(trained: Description, hidden_size: int, after_attention: bool) -> 
 
 
 def set_bottlenecks_(model: Any, adapter_type: str, adapter_size: int) -> None:
-    """Give a model new bottlenecks of this kind in place of any it has, initialised as after `from_pretrained`.
-
-    Raises ValueError for a model with quantised layers.
-    """
+    """Put new bottlenecks, drawn as by `from_pretrained`, in place of any. Raises ValueError for quantised layers."""
     check_not_quantised(model)
     config = model.config
     config.apply_adapter, config.adapter_type, config.adapter_size = True, adapter_type, adapter_size

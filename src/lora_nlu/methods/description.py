@@ -50,10 +50,7 @@ class Description:
 
 
 def description_of(config: Any) -> Description:
-    """What the attributes of a config say of what trains; a plain checkpoint's config has none of them.
-
-    Raises ValueError, naming the attribute, for a setting that is invalid, missing or without effect.
-    """
+    """What a config's attributes say of what trains. Raises ValueError for one that is invalid or without effect."""
     names: list[str] = []
     fields: dict[str, Any] = {}
     values = {name: getattr(config, name) for name in setting_names() if hasattr(config, name)}  # a class may have some
@@ -94,22 +91,17 @@ def _check_choice(switch: str, values: Mapping[str, Any]) -> None:
 
 
 def methods_in(model: Any) -> list[Method]:
-    """The methods that a model has: by its modules, and those without modules of their own by its config."""
+    """The methods that a model has, by its modules, or its config if they have none; the first names the model."""
     names = {getattr(module, "method", None) for module in model.modules()}
     names |= {row.name for row in description_of(model.config).rows if row.freezes and not row.added}
     return [row for row in METHODS.values() if row.name in names] or [METHODS["full"]]
 
 
-def method_of(model: Any) -> Method:
-    """The method that names a model: the first of those that it has."""
-    return methods_in(model)[0]
-
-
 def setting_names(methods: Iterable[str] | None = None) -> list[str]:
     """The config's attributes that these methods read, or all of them do."""
     rows = METHODS.values() if methods is None else [METHODS[name] for name in methods]
-    flags = dict.fromkeys(flag.name for row in rows for flag in row.flags if flag.in_config)
-    return [*dict.fromkeys([*flags, *(name for row in rows for name in row.settings)])]
+    flags = [flag.name for row in rows for flag in row.flags if flag.in_config]
+    return [*dict.fromkeys(flags + [name for row in rows for name in row.settings])]
 
 
 def added_patterns() -> list[str]:

@@ -63,10 +63,7 @@ class UpdatedLinear(Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put the update, as it is now, into `weight` in place, once; a second call does nothing.
-
-        Raises ValueError for a weight that can't be written to: computed from others, or not in memory.
-        """
+        """Put the update, as it is now, into `weight`, once. Raises ValueError if that can't be written to."""
         if self.merged and self._contains_its_update():
             return
         self._check_writable()

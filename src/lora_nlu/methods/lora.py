@@ -13,15 +13,7 @@ from torch.nn import functional as F
 from lora_nlu.errors import UserError
 from lora_nlu.methods.description import Description
 from lora_nlu.methods.linear import UpdatedLinear, check_not_quantised
-from lora_nlu.methods.targets import (
-    DEFAULT_TARGETS,
-    TARGETS,
-    as_list,
-    is_number,
-    target_names,
-    target_of,
-    targets_and_layers,
-)
+from lora_nlu.methods.targets import DEFAULT_TARGETS, TARGETS, as_list, is_number, target_names, targets_and_layers
 from lora_nlu.ops import kernels
 
 
@@ -74,8 +66,8 @@ class LoRALinear(UpdatedLinear):
     at zero, so a new layer computes what the linear layer it replaces did. In training `lora_dropout` drops elements of
     the x that the update reads; the reference has none. With `use_rslora` the scaling is lora_alpha / sqrt(r).
 
-    In fp32 the update is part of the product. In half precision and under autocast the low-rank path
-    runs beside the frozen one, because a small B A would be rounded away in the sum.
+    In fp32 the update is part of the product. In half precision and under autocast the low-rank path runs beside the
+    frozen one, because a small B A would be rounded away in the sum.
     """
 
     method = "lora"
@@ -171,10 +163,7 @@ class LoRALinear(UpdatedLinear):
 
 
 def read_settings(config: Any) -> dict[str, Any] | None:
-    """The fields of a config's `Description` that LoRA sets; None for a rank of 0, which is no LoRA.
-
-    Raises ValueError, naming the setting, if one is missing or invalid.
-    """
+    """The fields of `Description` that LoRA sets; None for rank 0, no LoRA. Raises ValueError, naming the setting."""
     r, alpha, p, names, numbers = (
         getattr(config, f"lora_{name}", None) for name in ("r", "alpha", "dropout", "target_modules", "layers")
     )
@@ -227,10 +216,10 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]], use_rslora
     if unknown := sorted(set(layers) - set(linear)):
         raise KeyError(unknown[0])
     for name, old in linear.items():
-        if name not in layers and not isinstance(old, LoRALinear):
-            continue
         if isinstance(old, LoRALinear):
             old.unmerge()
+        elif name not in layers:
+            continue
         in_features, out_features, has_bias, W = old.in_features, old.out_features, old.bias is not None, old.weight
         rank, alpha = layers.get(name, (0, 0.0))
         with torch.device("meta"):  # its parameters are those of the old one; only the matrices are new
@@ -286,7 +275,7 @@ def write_settings(model: Any) -> None:
             "Merge all of them (merge_lora_) or none (unmerge_lora_), then save."
         )
     targets, numbers = targets_and_layers(layers)
-    described = {n for n in linear if target_of(n) in targets and {*targets_and_layers([n])[1]} & {*numbers}}
+    described = {n for n in linear for t, i in [targets_and_layers([n])] if {*t} & {*targets} and {*i} & {*numbers}}
     kinds = {(layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora) for layer in layers.values()}
     if len(kinds) > 1 or described != {*layers} or not {*targets} <= {*TARGETS}:
         raise UserError(

@@ -34,13 +34,6 @@ def reset_added_parameters(module: Any, normal_std: float | None = None) -> None
         module.reset_added_parameters(normal_std)
 
 
-def start_methods(model: Any) -> None:
-    """Start what the model's methods compute from the base model's weights, once those are loaded."""
-    for row in methods_in(model):
-        if row.start:
-            row.start(model)
-
-
 def mark_trainable(model: Any) -> None:
     """Freeze what the model's methods leave alone; for fine-tuning of everything, nothing.
 
@@ -50,10 +43,7 @@ def mark_trainable(model: Any) -> None:
 
 
 def mark_only_lora_as_trainable(model: Any) -> None:
-    """Train the LoRA matrices and every parameter outside the encoder (`model.base_model`); freeze the rest.
-
-    With no LoRA in the model the head alone trains. Otherwise as `mark_trainable`.
-    """
+    """Train any LoRA matrices and every parameter outside the encoder (`model.base_model`); freeze the rest."""
     _mark(model, [METHODS["lora"]])
 
 
@@ -77,13 +67,6 @@ def describe_method(model: Any) -> dict[str, Any]:
     method = {"name": row.name, "label": row.label, "color": row.color, "marker": row.marker}
     method |= row.describe(model) if row.describe else {}
     return method | ({"biases": True} if has_biases and row is not bitfit else {})
-
-
-def write_settings(model: Any) -> None:
-    """Write the settings of a model's layers to its config, before it is saved."""
-    for row in METHODS.values():
-        if row.to_config:
-            row.to_config(model)
 
 
 class ParameterCounts(NamedTuple):

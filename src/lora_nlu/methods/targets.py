@@ -22,10 +22,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def target_names(names: Any) -> list[str]:
-    """The `TARGETS` named by an iterable or a comma-separated string, in their order; `query_proj` means `query`.
-
-    Raises ValueError for the first name that is none of them, and for no name.
-    """
+    """The `TARGETS` that a list or text with commas names, in order; `query_proj` is `query`. Raises ValueError."""
     parts = names.split(",") if isinstance(names, str) else as_list(names)
     targets = [str(part).strip().removesuffix("_proj") for part in parts] or [""]
     if unknown := [target for target in targets if target not in TARGETS]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_nlu.errors import UserError, printable
 from lora_nlu.methods.description import description_of, flags_that_add, is_added
-from lora_nlu.methods.marking import write_settings
+from lora_nlu.methods.table import METHODS
 from lora_nlu.ops.tensors import is_loaded
 
 
@@ -26,6 +26,8 @@ class Checkpoints:
     """Saving and loading of both models, with checks that no tensor of LoRA or of a bottleneck gets lost."""
 
     config_class: Any
+    supports_gradient_checkpointing = True
+    _no_split_modules: Any = ["EncoderLayer"]
     _input_embed_layer = "word_embeddings"  # where transformers looks for the input embeddings, in `embeddings`
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -41,30 +43,26 @@ class Checkpoints:
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', with the method's settings in the config. Raises UserError as `lora.write_settings`."""
-        write_settings(self)
+        for row in METHODS.values():
+            if row.to_config:
+                row.to_config(self)
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers'.
-
-        Raises UserError if the checkpoint has LoRA or bottlenecks that the model lacks, or only some of the model's,
-        and for quantisation.
-        """
+        """As transformers'. Raises UserError if LoRA or bottlenecks would be lost or are incomplete; if quantised."""
         cls._check_quantisation(*args, **kwargs)
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         name = model.name_or_path
-        unused = sorted(key for key in report["unexpected_keys"] if is_added(key))
-        if unused:
+        if unused := sorted(key for key in report["unexpected_keys"] if is_added(key)):
             raise UserError(
                 f"{name}: contains {unused[0]} and {len(unused) - 1} more adapter tensors that this model lacks; they "
                 "would be left out.\nGive the settings it was trained with (--apply_lora --lora_r R "
                 "--lora_alpha A), or the plain base model, and the adapter as --lora_path (adapters.attach_adapter)."
             )
         for row in description_of(model.config).rows:
-            pattern = row.added or "(?!)"
-            every = {key: p for key, p in model.named_parameters() if re.search(pattern, key)}
-            added = {key: is_loaded(p) or p.is_meta for key, p in every.items()}  # meta: stays on the disk
+            every = [(key, p) for key, p in model.named_parameters() if row.added and re.search(row.added, key)]
+            added = {key: is_loaded(p) or p.is_meta for key, p in every}  # meta: stays on the disk
             missing = [key for key, loaded in added.items() if not loaded]
             if missing and len(missing) < len(added):
                 remedy = flags_that_add(added) or "the settings it was saved with"

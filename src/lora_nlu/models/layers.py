@@ -1,15 +1,17 @@
-"""Parts that RoBERTa and DeBERTa-V2 share word for word: checks of the inputs, and small modules of an encoder layer.
+"""Parts that RoBERTa and DeBERTa-V2 share word for word: checks of the inputs, the encoder layer around the attention.
 
 Dim letters: B sequences, S longest of them, N real tokens, Q query rows (N, or B for first tokens alone), H hidden,
 A heads.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DebertaV2Config, RobertaConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_nlu.methods.description import Description
 from lora_nlu.methods.marking import new_block, new_linear
@@ -36,10 +38,7 @@ def check_keywords(keywords: dict[str, object]) -> None:
 
 
 def input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int, torch.device]:
-    """(B, S, device) of ids [B, S] or embeddings [B, S, H].
-
-    Raises ValueError unless exactly one of them is a tensor, of this rank, with at least one token.
-    """
+    """(B, S, device) of ids [B, S] or embeddings [B, S, H]. Raises ValueError for both, none, or another shape."""
     if input_ids is not None and inputs_embeds is None:
         grid, rank, expected = input_ids, 2, "input_ids must be [batch, seq]"
     elif inputs_embeds is not None and input_ids is None:
@@ -51,19 +50,15 @@ def input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple
     return grid.shape[0], grid.shape[1], grid.device
 
 
-def embed_words(
-    embedding: nn.Embedding, input_ids: Tensor | None, inputs_embeds: Tensor | None, packed: PackedBatch
-) -> Tensor:
+def embed_words(embedding: nn.Embedding, ids: Tensor | None, embeds: Tensor | None, packed: PackedBatch) -> Tensor:
     """Rows [N, H] of ids [B, S] or embeddings [B, S, H], one of them None.
 
     A hook on the embedding, such as NEFTune's, expects [B, S, H]: with a hook, padding is embedded too.
     """
-    if inputs_embeds is not None:
-        return packed.pack(inputs_embeds)
-    assert input_ids is not None
-    if embedding._forward_hooks:
-        return packed.pack(embedding(input_ids))
-    return embedding(packed.pack(input_ids))
+    if embeds is not None:
+        return packed.pack(embeds)
+    assert ids is not None
+    return packed.pack(embedding(ids)) if embedding._forward_hooks else embedding(packed.pack(ids))
 
 
 def embed_types(embedding: nn.Embedding, token_type_ids: Tensor | None, packed: PackedBatch) -> Tensor:
@@ -93,18 +88,16 @@ def refuse_adapter_names(layer: nn.Module) -> None:
 class DenseAddNorm(nn.Module):
     """LayerNorm(dropout(dense(x)) + residual): the end of both halves of a layer, with its bottleneck, if any."""
 
-    def __init__(
-        self, config: Config, trained: Description, layer: int, in_features: int, after_attention: bool
-    ) -> None:
+    def __init__(self, config: Config, trained: Description, layer: int, inputs: int, after_attention: bool) -> None:
         super().__init__()
-        target, size = "dense" if after_attention else "output", config.hidden_size
-        self.dense = new_linear(trained, target, layer, in_features, size)
+        size = config.hidden_size
+        self.dense = new_linear(trained, "dense" if after_attention else "output", layer, inputs, size)
         self.adapter = new_block(trained, size, after_attention)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x [Q, in_features], residual [Q, H] to [Q, H]."""
+        """x [Q, inputs], residual [Q, H] to [Q, H]."""
         rows = self.dropout(self.dense(x))
         if self.adapter is not None:
             adapter_input = self.LayerNorm(rows + residual) if self.adapter.reads_norm else rows
@@ -122,6 +115,42 @@ class Intermediate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.dense(x))
+
+
+class Attention(nn.Module):
+    """Self-attention, its output projection, residual and norm: [Q, H] and [N, H] to [Q, H]."""
+
+    def __init__(self, config: Config, trained: Description, layer: int, attention: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.self = attention(config, trained, layer)
+        self.output = DenseAddNorm(config, trained, layer, config.hidden_size, after_attention=True)
+
+    def forward(
+        self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool, *relative: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        context, probs = self.self(queries, hidden_states, packed, with_probs, *relative)
+        return self.output(context, queries), probs
+
+
+class EncoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward: [N, H] to [Q, H]. `relative`: what a DeBERTa's attention reads beside the tokens."""
+
+    def __init__(self, config: Config, trained: Description, layer: int, attention: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.attention = Attention(config, trained, layer, attention)
+        self.intermediate = Intermediate(config, trained, layer)
+        self.output = DenseAddNorm(config, trained, layer, config.intermediate_size, after_attention=False)
+
+    def forward(
+        self, hidden_states: Tensor, packed: PackedBatch, first_only: bool, with_probs: bool, *relative: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """With `first_only`, keys and values come from every token; all else is computed for first tokens alone."""
+        queries = hidden_states  # [N, H]
+        if first_only:
+            refuse_adapter_names(self)
+            queries = hidden_states.index_select(0, packed.first_rows)  # [B, H]
+        attended, probs = self.attention(queries, hidden_states, packed, with_probs, *relative)
+        return self.output(self.intermediate(attended), attended), probs  # [Q, H]
 
 
 class EncoderOutputs:

@@ -14,9 +14,9 @@ from transformers import AutoConfig
 from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
 from lora_nlu.files import ADAPTER_CONFIG, read_json, weights_file_problem
 from lora_nlu.labels import check_labels, config_labels, label_list, last_head_layer, match_head_rows, set_labels
-from lora_nlu.methods.description import is_added, method_of_config, method_of_tensor
+from lora_nlu.methods.description import is_added, method_of_config, method_of_tensor, methods_in
 from lora_nlu.methods.linear import unmerged_parameters
-from lora_nlu.methods.marking import mark_trainable, start_methods
+from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.checkpoints import refuse_quantised
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
@@ -26,10 +26,7 @@ MODELS: dict[str, Any] = {"roberta": RobertaForSequenceClassification, "deberta-
 
 
 def load_config(name: str, **hub: Any) -> Any:
-    """The configuration of a folder or Hub id; `hub`: cache_dir, token, revision.
-
-    Raises UserError if there is none, or none of a model we have.
-    """
+    """The config of a folder or Hub id (`hub`: cache_dir, token, revision). Raises UserError for none of `MODELS`."""
     try:
         config = AutoConfig.from_pretrained(name, **hub)
     except Exception as e:  # transformers raises errors of many kinds for a config that it can't use
@@ -125,7 +122,9 @@ def load_model(
         check_labels(name, trained_labels, config_labels(config))
     if keeps_head:
         notes += _order_head_(model, name, trained_labels, report)
-    start_methods(model)
+    for row in methods_in(model):
+        if row.start:
+            row.start(model)
     mark_trainable(model)
     return model, notes
 

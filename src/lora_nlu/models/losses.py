@@ -30,9 +30,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
         raise ValueError(f"config.problem_type {problem_type!r} is none of {', '.join(PROBLEM_TYPES)}.")
     if problem_type == "regression":
         if labels.shape != logits.shape and not (logits.shape[1] == 1 and labels.numel() == len(logits)):
-            raise ValueError(
-                f"Regression needs labels of the logits' shape {list(logits.shape)}, got {list(labels.shape)}."
-            )
+            raise ValueError(f"Regression needs labels of the logits' shape {[*logits.shape]}, got {[*labels.shape]}.")
         return F.mse_loss(logits.reshape(-1), labels.to(logits.dtype).reshape(-1))
     if problem_type == "single_label_classification":
         labels = labels.reshape(-1).long()
@@ -50,13 +48,6 @@ def _problem(logits: Tensor, labels: Tensor) -> str:
     return "single_label_classification" if is_id else "multi_label_classification"
 
 
-def problem_type_of(config: PreTrainedConfig, labels: Tensor | None, several_floats: str) -> str | None:
-    """`config.problem_type`; where it is not set, `several_floats` for labels [B, C], None for other labels."""
-    if config.problem_type is None and labels is not None and labels.dim() == 2 and labels.shape[1] > 1:
-        return several_floats
-    return config.problem_type
-
-
 # ------------------------------------------------------------------------------- two views: R-Drop and cutoff
 
 
@@ -69,10 +60,7 @@ class TwoViewOutput(SequenceClassifierOutput):
 
 
 def two_views(config: PreTrainedConfig, inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """The inputs of a batch and the same again, or their cutoff, as those of one batch of 2 B.
-
-    Raises ValueError if `config.masking_prob` is set without ids or without the tokens that it needs.
-    """
+    """The inputs of a batch and the same again, or their cutoff, as one batch of 2 B. Raises ValueError for cutoff."""
     ids = inputs["input_ids"]
     replaced: dict[str, Tensor] = {}
     if p := getattr(config, "masking_prob", 0):
@@ -81,21 +69,25 @@ def two_views(config: PreTrainedConfig, inputs: dict[str, Tensor | None]) -> dic
         if not hasattr(config, "special_token_ids") or not hasattr(config, "unk_token_id"):
             raise ValueError("masking_prob needs the tokenizer's special_token_ids and unk_token_id in the config.")
         replaced["input_ids"] = cutoff(ids, inputs["attention_mask"], p, config.special_token_ids, config.unk_token_id)
-    doubled = dict(inputs)
     for name, x in inputs.items():
         # one row of types or positions is for all sequences
         if x is not None and not (name in ("token_type_ids", "position_ids") and x.shape[0] == 1):
-            doubled[name] = torch.cat([x, replaced.get(name, x)])
-    return doubled
+            replaced[name] = torch.cat([x, replaced.get(name, x)])
+    return inputs | replaced
 
 
 def output_with_loss(
-    logits: Tensor, labels: Tensor | None, problem_type: str | None, two_view_weight: float, encoded: BaseModelOutput
-) -> SequenceClassifierOutput:
+    config: PreTrainedConfig, logits: Tensor, labels: Tensor | None, several_floats: str, two_view_weight: float,
+    encoded: BaseModelOutput,
+) -> SequenceClassifierOutput:  # fmt: skip
     """A classifier's output from its logits [B, C] and its encoder's output; the loss is None without labels.
 
-    With a `two_view_weight`, logits are [2 B, C], of both views; the loss and its errors are of `two_view_losses`.
+    Where `config.problem_type` is not set, it is `several_floats` for labels [B, C]. With a `two_view_weight`, logits
+    are [2 B, C], of both views; the loss and its errors are of `two_view_losses`.
     """
+    problem_type: str | None = config.problem_type
+    if problem_type is None and labels is not None and labels.dim() == 2 and labels.shape[1] > 1:
+        problem_type = several_floats
     hidden, attentions = encoded.hidden_states, encoded.attentions
     if labels is None or not two_view_weight:
         loss = None if labels is None else classification_loss(logits, labels, problem_type)
@@ -128,17 +120,14 @@ def two_view_losses(
     task = classification_loss(first, labels, problem_type) + classification_loss(second, labels, problem_type)
     mean = (first + second) / 2
     if problem_type == "regression":
-        distances = F.mse_loss(first, mean) + F.mse_loss(second, mean)
-        return task, 0.5 * weight * distances
-    target = mean.log_softmax(-1)
-    divergences = torch.stack([first, second]).log_softmax(-1)  # [2, B, C]
-    divergences = F.kl_div(divergences, target.expand_as(divergences), reduction="none", log_target=True).sum(0)
-    if problem_type == "single_label_classification":
-        counted = labels.reshape(-1, 1) >= 0
-        mean_divergence = (divergences * counted).sum() / (counted.sum().clamp(min=1) * first.shape[-1])
-    else:
-        mean_divergence = divergences.mean()
-    return task, 0.5 * weight * mean_divergence
+        return task, 0.5 * weight * (F.mse_loss(first, mean) + F.mse_loss(second, mean))
+    views = torch.stack([first, second]).log_softmax(-1)  # [2, B, C]
+    target = mean.log_softmax(-1).expand_as(views)
+    divergences = F.kl_div(views, target, reduction="none", log_target=True).sum(0)  # [B, C]
+    if problem_type != "single_label_classification":
+        return task, 0.5 * weight * divergences.mean()
+    counted = labels.reshape(-1, 1) >= 0
+    return task, 0.5 * weight * ((divergences * counted).sum() / (counted.sum().clamp(min=1) * first.shape[-1]))
 
 
 def _wide(logits: Tensor) -> Tensor:

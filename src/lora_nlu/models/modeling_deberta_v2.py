@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DebertaV2Config, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from lora_nlu.methods.description import Description, added_patterns, description_of, relative_query
@@ -33,7 +32,8 @@ from lora_nlu.methods.linear import UpdatedLinear
 from lora_nlu.methods.marking import new_linear, reset_added_parameters
 from lora_nlu.models import layers
 from lora_nlu.models.checkpoints import Checkpoints
-from lora_nlu.models.losses import output_with_loss, problem_type_of, two_views
+from lora_nlu.models.layers import EncoderLayer
+from lora_nlu.models.losses import output_with_loss, two_views
 from lora_nlu.ops.kernels import Dropout, Linear, attention, is_traced
 from lora_nlu.ops.packing import PackedBatch
 
@@ -90,10 +90,7 @@ class DebertaV2Embeddings(nn.Module):
         self, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None,
         inputs_embeds: Tensor | None, packed: PackedBatch,
     ) -> Tensor:  # fmt: skip
-        """Ids or embeddings as in `DebertaV2Model.forward`, exactly one of them None, to rows [N, H].
-
-        Raises ValueError if a sequence is longer than the position table, where there is one.
-        """
+        """Ids or embeddings, exactly one of them None, to rows [N, H]. Raises ValueError beyond the position table."""
         shape = (packed.batch, packed.length)
         rows = layers.embed_words(self.word_embeddings, input_ids, inputs_embeds, packed)
         if self.position_embeddings is not None:
@@ -285,44 +282,6 @@ def position_to_content(k: Tensor, relative_query: Tensor, places: int) -> Tenso
     return shifted(products).transpose(-1, -2)  # [A, n, j, i] to [A, n, i, j]
 
 
-class DebertaV2Attention(nn.Module):
-    """Self-attention, its output projection, residual and norm: [Q, H] and [N, H] to [Q, H]."""
-
-    def __init__(self, config: DebertaV2Config, trained: Description, layer: int) -> None:
-        super().__init__()
-        self.self = DisentangledSelfAttention(config, trained, layer)
-        self.output = layers.DenseAddNorm(config, trained, layer, config.hidden_size, after_attention=True)
-
-    def forward(
-        self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool,
-        table: Tensor | None, distances: Tensor | None, table_trains: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        context, probs = self.self(queries, hidden_states, packed, with_probs, table, distances, table_trains)
-        return self.output(context, queries), probs
-
-
-class EncoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward: [N, H] to [Q, H]. Named alike in both models: settings of FSDP name this class."""
-
-    def __init__(self, config: DebertaV2Config, trained: Description, layer: int) -> None:
-        super().__init__()
-        self.attention = DebertaV2Attention(config, trained, layer)
-        self.intermediate = layers.Intermediate(config, trained, layer)
-        self.output = layers.DenseAddNorm(config, trained, layer, config.intermediate_size, after_attention=False)
-
-    def forward(
-        self, hidden_states: Tensor, packed: PackedBatch, first_only: bool, with_probs: bool,
-        table: Tensor | None, distances: Tensor | None, table_trains: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """With `first_only`, keys and values come from every token; all else is computed for first tokens alone."""
-        queries = hidden_states  # [N, H]
-        if first_only:
-            layers.refuse_adapter_names(self)
-            queries = hidden_states.index_select(0, packed.first_rows)  # [B, H]
-        attended, probs = self.attention(queries, hidden_states, packed, with_probs, table, distances, table_trains)
-        return self.output(self.intermediate(attended), attended), probs  # [Q, H]
-
-
 class ConvLayer(nn.Module):
     """LayerNorm(residual + act(dropout(conv(x)))), the convolution over each sequence alone, 0 beyond its ends."""
 
@@ -353,7 +312,8 @@ class DebertaV2Encoder(nn.Module):
 
     def __init__(self, config: DebertaV2Config, trained: Description) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([EncoderLayer(config, trained, i) for i in range(config.num_hidden_layers)])
+        numbers = range(config.num_hidden_layers)
+        self.layer = nn.ModuleList([EncoderLayer(config, trained, i, DisentangledSelfAttention) for i in numbers])
         self.buckets = getattr(config, "position_buckets", -1)
         reach = config.max_relative_positions
         self.reach = reach if reach > 0 else config.max_position_embeddings
@@ -441,8 +401,6 @@ class DebertaV2PreTrainedModel(Checkpoints, PreTrainedModel):
     config: DebertaV2Config
     config_class = DebertaV2Config
     base_model_prefix = "deberta"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["EncoderLayer"]
     # A base checkpoint has heads of its pretraining that a classifier lacks; what a method adds starts anew.
     _keys_to_ignore_on_load_unexpected = [r"^(cls|lm_predictions|mask_predictions)\.", r"position_(ids|embeddings)"]
 
@@ -570,6 +528,5 @@ class DebertaV2ForSequenceClassification(DebertaV2PreTrainedModel):
         pooled = self.pooler(encoded.last_hidden_state)  # [B, S, H] or [B, 1, H] to [B, H]
         logits = self.classifier(self.dropout(pooled))  # [B, C]
 
-        problem_type = problem_type_of(config, labels, "soft_label_classification")
-        output = output_with_loss(logits, labels, problem_type, two_view_weight, encoded)
+        output = output_with_loss(config, logits, labels, "soft_label_classification", two_view_weight, encoded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, RobertaConfig
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, SequenceClassifierOutput
 
 from lora_nlu.methods.description import Description, added_patterns, description_of
 from lora_nlu.methods.marking import new_linear, reset_added_parameters
 from lora_nlu.models import layers
 from lora_nlu.models.checkpoints import Checkpoints
-from lora_nlu.models.losses import output_with_loss, problem_type_of, two_views
+from lora_nlu.models.layers import EncoderLayer
+from lora_nlu.models.losses import output_with_loss, two_views
 from lora_nlu.ops.kernels import Dropout, attention, is_traced
 from lora_nlu.ops.packing import PackedBatch
 
@@ -44,10 +44,7 @@ class RobertaEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, size, padding_idx=self.padding_idx)
 
     def positions(self, input_ids: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-        """Positions [B, S] (or [1, S]) counted from padding_idx + 1; padding tokens stay at padding_idx.
-
-        Raises ValueError if a sequence is longer than the position table.
-        """
+        """Positions [B, S] from padding_idx + 1; of padding, padding_idx. Raises ValueError beyond the table's end."""
         first, limit = self.padding_idx + 1, self.position_embeddings.num_embeddings
         if input_ids is None:
             positions = torch.arange(first, first + length, device=device)[None]
@@ -135,48 +132,13 @@ def attend(
     return torch.cat(contexts), probs if with_probs else None
 
 
-class RobertaAttention(nn.Module):
-    """Self-attention, its output projection, residual and norm: [Q, H] and [N, H] to [Q, H]."""
-
-    def __init__(self, config: RobertaConfig, trained: Description, layer: int) -> None:
-        super().__init__()
-        self.self = RobertaSelfAttention(config, trained, layer)
-        self.output = layers.DenseAddNorm(config, trained, layer, config.hidden_size, after_attention=True)
-
-    def forward(
-        self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        context, probs = self.self(queries, hidden_states, packed, with_probs)
-        return self.output(context, queries), probs
-
-
-class EncoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward: [N, H] to [Q, H]. Named alike in both models: settings of FSDP name this class."""
-
-    def __init__(self, config: RobertaConfig, trained: Description, layer: int) -> None:
-        super().__init__()
-        self.attention = RobertaAttention(config, trained, layer)
-        self.intermediate = layers.Intermediate(config, trained, layer)
-        self.output = layers.DenseAddNorm(config, trained, layer, config.intermediate_size, after_attention=False)
-
-    def forward(
-        self, hidden_states: Tensor, packed: PackedBatch, first_only: bool, with_probs: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """With `first_only`, keys and values come from every token; all else is computed for first tokens alone."""
-        queries = hidden_states  # [N, H]
-        if first_only:
-            layers.refuse_adapter_names(self)
-            queries = hidden_states.index_select(0, packed.first_rows)  # [B, H]
-        attended, probs = self.attention(queries, hidden_states, packed, with_probs)
-        return self.output(self.intermediate(attended), attended), probs  # [Q, H]
-
-
 class RobertaEncoder(nn.Module):
     """The stack of layers, under the Hub's name `encoder.layer`."""
 
     def __init__(self, config: RobertaConfig, trained: Description) -> None:
         super().__init__()
-        self.layer = nn.ModuleList([EncoderLayer(config, trained, i) for i in range(config.num_hidden_layers)])
+        numbers = range(config.num_hidden_layers)
+        self.layer = nn.ModuleList([EncoderLayer(config, trained, i, RobertaSelfAttention) for i in numbers])
 
     def forward(
         self, rows: Tensor, packed: PackedBatch, first_only: bool, with_hidden: bool, with_probs: bool, views: int
@@ -206,9 +168,7 @@ class RobertaPreTrainedModel(Checkpoints, PreTrainedModel):
     config: RobertaConfig
     config_class = RobertaConfig
     base_model_prefix = "roberta"
-    supports_gradient_checkpointing = True
     _supports_sdpa = True  # as transformers' class says; "sdpa" and "eager" are one computation here
-    _no_split_modules = ["EncoderLayer"]
     # A base checkpoint has the language-model head and pooler that a classifier lacks; what a method adds starts anew.
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"pooler\.", r"position_ids$"]
 
@@ -344,6 +304,5 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
         )  # fmt: skip
         logits = self.classifier(encoded.last_hidden_state)  # [B, S, H] or [B, 1, H] to [B, C]
 
-        problem_type = problem_type_of(config, labels, "multi_label_classification")
-        output = output_with_loss(logits, labels, problem_type, two_view_weight, encoded)
+        output = output_with_loss(config, logits, labels, "multi_label_classification", two_view_weight, encoded)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
