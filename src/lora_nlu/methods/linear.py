@@ -204,18 +204,21 @@ def check_not_quantised(model: nn.Module, names: Iterable[str] | None = None) ->
             )
 
 
+def updated_layers(model: nn.Module) -> list[UpdatedLinear]:
+    """The layers with an update in a model, or in what PEFT or another library put around one."""
+    return [module for module in model.modules() if isinstance(module, UpdatedLinear)]
+
+
 def merge_lora_(model: nn.Module) -> None:
     """Merge every update of a linear layer of `model` in place; idempotent."""
-    for module in model.modules():
-        if isinstance(module, UpdatedLinear):
-            module.merge()
+    for layer in updated_layers(model):
+        layer.merge()
 
 
 def unmerge_lora_(model: nn.Module) -> None:
     """Undo `merge_lora_`; idempotent."""
-    for module in model.modules():
-        if isinstance(module, UpdatedLinear):
-            module.unmerge()
+    for layer in updated_layers(model):
+        layer.unmerge()
 
 
 def unmerged_parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -112,8 +112,7 @@ class LoRALinear(UpdatedLinear):
     def forward(self, x: Tensor, apply_update: bool = True) -> Tensor:
         """x [..., I] -> [..., O]; with `apply_update=False` the frozen layer alone, merged or not.
 
-        Raises RuntimeError for a merged layer that is to train or whose matrices changed since the merge, ValueError
-        for matrices of other shapes.
+        Raises RuntimeError for a merged layer that is to train or whose matrices changed, ValueError for other shapes.
         """
         weight, bias, update = self.weight, self.bias, None
         if not apply_update:
@@ -208,8 +207,7 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]], use_rslora
     """Give exactly these linear layers of `model`, by name, an update of (rank, alpha); the others get or keep none.
 
     What was merged is unmerged. Weights and biases stay the parameters they were; the matrices start anew. Raises
-    KeyError for a name that is no linear layer of the model, ValueError for a layer that is quantised or otherwise
-    replaced.
+    KeyError for a name that is no linear layer of the model, ValueError for a quantised or replaced layer.
     """
     check_not_quantised(model, layers)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -34,26 +34,23 @@ def reset_added_parameters(module: Any, normal_std: float | None = None) -> None
         module.reset_added_parameters(normal_std)
 
 
-def mark_trainable(model: Any) -> None:
-    """Freeze what the model's methods leave alone; for fine-tuning of everything, nothing.
+def mark_trainable(model: Any, methods: list[Method] | None = None) -> None:
+    """Freeze what these methods (default: the model's own) leave alone; for fine-tuning of everything, nothing.
 
     Call it after `from_pretrained`, which forgets `requires_grad`. Raises ValueError for a model with quantised layers.
     """
-    _mark(model, methods_in(model))
-
-
-def mark_only_lora_as_trainable(model: Any) -> None:
-    """Train any LoRA matrices and every parameter outside the encoder (`model.base_model`); freeze the rest."""
-    _mark(model, [METHODS["lora"]])
-
-
-def _mark(model: Any, rows: list[Method]) -> None:
     check_not_quantised(model)
+    rows = methods or methods_in(model)
     if not all(row.freezes for row in rows):
         model.requires_grad_(True)
         return
     for name, parameter in model.base_model.named_parameters():
         parameter.requires_grad_(any(row.state is not None and re.search(row.state, name) for row in rows))
+
+
+def mark_only_lora_as_trainable(model: Any) -> None:
+    """Train any LoRA matrices and every parameter outside the encoder (`model.base_model`); freeze the rest."""
+    mark_trainable(model, [METHODS["lora"]])
 
 
 def describe_method(model: Any) -> dict[str, Any]:

@@ -56,9 +56,8 @@ class Method:
     read: Callable[[Any], dict[str, Any] | None] | None = None
 
     # What trains
-    # Pattern of the names of parameters that it adds to an encoder. The modules that hold them have the method's name
-    # as `method`, and `reset_added_parameters(std)`, which draws them with functions of torch.nn.init: from a normal
-    # distribution with `std` in a DeBERTa, otherwise (None) as they usually are.
+    # Pattern of the names of parameters that it adds to an encoder. Their modules have the method's name as `method`,
+    # and `reset_added_parameters(std)`, which draws them by torch.nn.init: normally with `std` in a DeBERTa, else None.
     added: str | None = None
     # Pattern of the names of parameters that train in the encoder; None if none does (the head always does). A frozen
     # matrix that is added, such as VeRA's shared pair, is in `added` alone.
@@ -70,11 +69,10 @@ class Method:
     # block(trained, hidden_size, after_attention): the module at the end of one half of each encoder layer; None for
     # none. Called while the model is built.
     block: Function | None = None
-    # start(model): sets what starts from W (PiSSA's singular vectors) or what layers share (VeRA's pair). Called once
-    # the base model's weights are loaded, and again after `rebuild` has put an adapter's layers into a loaded model;
-    # both times before an adapter's tensors are copied and before what trains is marked. A checkpoint of a complete
-    # model contained some tensors already: `ops.tensors.is_loaded` tells them. `base_fingerprint` and a DeBERTa's
-    # relative query read W by a layer's `frozen_weight()`.
+    # start(model): sets what starts from W (PiSSA's singular vectors) or what layers share (VeRA's pair). Called when
+    # the base model's weights are loaded, and after `rebuild`; before an adapter's tensors are copied and what trains
+    # is marked. A checkpoint of a complete model contained some tensors already: `ops.tensors.is_loaded` tells them.
+    # `base_fingerprint` and a DeBERTa's relative query read W by a layer's `frozen_weight()`.
     start: Callable[[Any], None] | None = None
 
     # A step

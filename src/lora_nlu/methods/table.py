@@ -55,15 +55,13 @@ _BOTTLENECK_FLAGS = (
 
 
 def _missing_lora(flags: Any) -> str:
-    if flags.lora_r == 0 or None not in (flags.lora_r, flags.lora_alpha):
-        return ""
-    return "--apply_lora needs --lora_r and --lora_alpha (the paper's RoBERTa: --lora_r 8 --lora_alpha 16)."
+    text = "--apply_lora needs --lora_r and --lora_alpha (the paper's RoBERTa: --lora_r 8 --lora_alpha 16)."
+    return text if flags.lora_r != 0 and None in (flags.lora_r, flags.lora_alpha) else ""
 
 
 def _missing_bottleneck(flags: Any) -> str:
-    if None not in (flags.adapter_type, flags.adapter_size):
-        return ""
-    return "--apply_adapter needs --adapter_type (houlsby or pfeiffer) and --adapter_size."
+    text = "--apply_adapter needs --adapter_type (houlsby or pfeiffer) and --adapter_size."
+    return text if None in (flags.adapter_type, flags.adapter_size) else ""
 
 
 def _bottleneck(name: str, added: str, color: str, marker: str) -> Method:

@@ -163,14 +163,11 @@ class EncoderOutputs:
         self.packed, self.with_hidden = packed, with_hidden
         self.hidden_states: list[Tensor] = []
         self.attentions: list[Tensor | None] = []
-        self._set(rows)
+        self.add(rows)
 
-    def add(self, rows: Tensor, probs: Tensor | None) -> None:
-        """Append the results of a layer (of DeBERTa's first: after its convolution)."""
-        self._set(rows)
-        self.attentions.append(probs)
-
-    def _set(self, rows: Tensor) -> None:
+    def add(self, rows: Tensor, *probs: Tensor | None) -> None:
+        """Append the results of a layer (of DeBERTa's first: after its convolution); the embeddings have no `probs`."""
+        self.attentions += probs
         if self.with_hidden:
             self.hidden_states.append(self.packed.unpack(rows))
             rows = self.packed.pack(self.hidden_states[-1])

@@ -218,8 +218,7 @@ def set_two_views(model: Any, tokenizer: Any, reg_loss_wgt: float, masking_prob:
 def base_fingerprint(model: Any) -> str:
     """A hash of the encoder's frozen weights, from up to 64 numbers of each tensor: milliseconds for 1.5B parameters.
 
-    The same in fp32 and bf16, merged or not. It tells one checkpoint from another, not from a copy with a few numbers
-    changed.
+    The same in fp32 and bf16, merged or not. It tells checkpoints apart, but not a copy with a few numbers changed.
     """
     samples, names = [], []
     for name, parameter in sorted(unmerged_parameters(model.base_model).items()):

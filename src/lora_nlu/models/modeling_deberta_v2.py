@@ -28,7 +28,7 @@ from transformers import DebertaV2Config, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from lora_nlu.methods.description import Description, added_patterns, description_of, relative_query
-from lora_nlu.methods.linear import UpdatedLinear
+from lora_nlu.methods.linear import UpdatedLinear, updated_layers
 from lora_nlu.methods.marking import new_linear, reset_added_parameters
 from lora_nlu.models import layers
 from lora_nlu.models.checkpoints import Checkpoints
@@ -218,13 +218,13 @@ class DisentangledSelfAttention(nn.Module):
 
         It is called as a module: hooks load offloaded weights, and what wraps a layer passes the argument on.
         """
-        is_frozen = self.shared and not relative_query(self.config) and updated(projection)
+        is_frozen = self.shared and not relative_query(self.config) and updated_layers(projection)
         return {"apply_update": False} if is_frozen else {}
 
     def shared_updates(self) -> list[UpdatedLinear]:
         """The projections with an update that tokens and relative table share: where `lora_relative_query` matters."""
         projections = self.relative_projections() if self.shared else ()
-        return [update for layer in projections if layer is not None for update in updated(layer)]
+        return [update for layer in projections if layer is not None for update in updated_layers(layer)]
 
     def trains_relative(self, table: Tensor | None, table_trains: bool) -> bool:
         """Whether relative keys or queries would require gradients in grad mode."""
@@ -232,9 +232,8 @@ class DisentangledSelfAttention(nn.Module):
             return False
         skipped_updates = [] if relative_query(self.config) else self.shared_updates()
         skipped = {id(x) for layer in skipped_updates for x in layer.update_parameters()}
-        projections = [layer for layer in self.relative_projections() if layer is not None]
-        parameters = [x for layer in projections for x in layer.parameters() if id(x) not in skipped]
-        return table_trains or any(x.requires_grad for x in parameters)
+        parameters = [x for layer in self.relative_projections() if layer is not None for x in layer.parameters()]
+        return table_trains or any(x.requires_grad for x in parameters if id(x) not in skipped)
 
     def by_head(self, rows: Tensor | None) -> Tensor | None:
         """[V, 2 S - 1, H] to [A, V, 2 S - 1, D]."""
@@ -247,11 +246,6 @@ class DisentangledSelfAttention(nn.Module):
                 "apply the update to the relative query too. Call lora_nlu.unmerge_lora_(model) and save the adapter."
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
-
-
-def updated(projection: nn.Module) -> list[UpdatedLinear]:
-    """The layer with an update that a projection is, or that PEFT's or another module wraps."""
-    return [module for module in projection.modules() if isinstance(module, UpdatedLinear)]
 
 
 def add_(scores: Tensor, others: Tensor) -> Tensor:
@@ -436,17 +430,10 @@ class DebertaV2Model(DebertaV2PreTrainedModel):
         output_attentions: bool | None = None, output_hidden_states: bool | None = None,
         return_dict: bool | None = None, first_token_only: bool = False, views: int = 1, **keywords: object,
     ) -> BaseModelOutput | tuple:  # fmt: skip
-        """Encode a batch.
+        """Encode a batch; arguments, results and errors as of `RobertaModel.forward`, without a pooler.
 
-        Args:    input_ids [B, S] int64 or inputs_embeds [B, S, H], one of them; attention_mask [B, S], 0 = padding;
-                 token_type_ids and position_ids [B, S] int64. `first_token_only` computes and returns just the first
-                 token of each sequence, exactly, unless attentions or hidden states are requested. The batch consists
-                 of `views` equal parts, each with its own dropout of the relative table.
-        Returns: last_hidden_state [B, S, H] ([B, 1, H] for first tokens only), 0 where the mask is 0; hidden_states
-                 ([B, S, H] each) and attentions ([B, A, S, S] a layer) on request. In the fallback of `PackedBatch`,
-                 masked positions hold what transformers computes there.
-        Raises:  ValueError if both or neither input is given, a shape disagrees, the batch is empty or a sequence is
-                 too long; for other keywords as `check_keywords`.
+        Hidden states are returned of all layers or of none. The batch consists of `views` equal parts, each with its
+        own dropout of the relative table.
         """
         layers.check_keywords(keywords)
         config = self.config
@@ -482,10 +469,7 @@ class ContextPooler(nn.Module):
 class DebertaV2ForSequenceClassification(DebertaV2PreTrainedModel):
     """DeBERTa-V2 with a classification or regression head, in place of transformers' class of that name.
 
-    LoRA settings are plain attributes of the config: `apply_lora`, `lora_r`, `lora_alpha`; `cls_dropout` sets the
-    head's dropout. After `from_pretrained`, `mark_trainable` leaves the update and the head to train.
-    With `reg_loss_wgt` above 0 training steps run every example twice, as one batch of twice the size (R-Drop); with
-    `masking_prob` too, some tokens of the second view are `unk_token_id`, none of `special_token_ids` (cutoff).
+    The settings in its config are those of `RobertaForSequenceClassification`, and `lora_relative_query`.
     """
 
     accepts_loss_kwargs = False  # Trainer takes a forward with **keywords for one that divides by num_items_in_batch

@@ -141,9 +141,9 @@ class RobertaEncoder(nn.Module):
         self.layer = nn.ModuleList([EncoderLayer(config, trained, i, RobertaSelfAttention) for i in numbers])
 
     def forward(
-        self, rows: Tensor, packed: PackedBatch, first_only: bool, with_hidden: bool, with_probs: bool, views: int
+        self, rows: Tensor, packed: PackedBatch, first_only: bool, with_hidden: bool, with_probs: bool
     ) -> layers.EncoderOutputs:
-        """Embedded rows [N, H] through the layers; no dropout is shared by examples, so `views` changes nothing."""
+        """Embedded rows [N, H] through the layers."""
         encoded = layers.EncoderOutputs(rows, packed, with_hidden)
         for i, layer in enumerate(self.layer):
             is_last = i + 1 == len(self.layer)
@@ -199,14 +199,13 @@ class RobertaModel(RobertaPreTrainedModel):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None, output_hidden_states: bool | int | Sequence[int] | None = None,
-        return_dict: bool | None = None, first_token_only: bool = False, views: int = 1, **keywords: object,
+        return_dict: bool | None = None, first_token_only: bool = False, **keywords: object,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:  # fmt: skip
         """Encode a batch.
 
         Args:    input_ids [B, S] int64 or inputs_embeds [B, S, H], one of them; attention_mask [B, S], 0 = padding;
                  token_type_ids and position_ids [B, S] int64. `first_token_only` computes and returns just the first
-                 token of each sequence, exactly, unless attentions or hidden states are requested. The batch consists
-                 of `views` equal parts, between which no dropout is shared.
+                 token of each sequence, exactly, unless attentions or hidden states are requested.
         Returns: last_hidden_state [B, S, H] ([B, 1, H] for first tokens only), 0 where the mask is 0; pooler_output
                  [B, H], if there is a pooler; hidden_states ([B, S, H] each; where output_hidden_states is a number or
                  numbers, those of other numbers are None) and attentions ([B, A, S, S] a layer) on request. In the
@@ -223,7 +222,7 @@ class RobertaModel(RobertaPreTrainedModel):
 
         packed = PackedBatch.from_mask(attention_mask, batch, length, device)
         rows = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, packed)  # [N, H]
-        encoded = self.encoder(rows, packed, first_token_only, with_hidden, with_probs, views)
+        encoded = self.encoder(rows, packed, first_token_only, with_hidden, with_probs)
         last = encoded.first_tokens() if first_token_only else encoded.all_tokens()  # [B, 1, H] or [B, S, H]
         pooled = None if self.pooler is None else self.pooler(last)  # [B, H]
 
@@ -300,7 +299,7 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
         encoded = self.roberta(
             **inputs, output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=True,
             first_token_only=layers.has_forward_of(self.classifier, RobertaClassificationHead),  # others may read all
-            views=2 if two_view_weight else 1, **keywords,
+            **keywords,
         )  # fmt: skip
         logits = self.classifier(encoded.last_hidden_state)  # [B, S, H] or [B, 1, H] to [B, C]
 

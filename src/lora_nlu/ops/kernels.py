@@ -354,7 +354,8 @@ class _Attention(torch.autograd.Function):
         starts = _Attention.checked_starts(starts, query.shape[0], rows, longest, views)
         out, lse = torch.empty_like(query), query.new_empty(query.shape[0], heads)
         ctx.settings = (tables, starts, longest, heads, scale, p, seed)
-        library().attention(*_Attention.arguments(query, key, value, *ctx.settings), _address(out), _address(lse))
+        arguments = _Attention.arguments((query, key, value), ctx.settings)
+        library().attention(*arguments, _address(out), _address(lse))
         ctx.save_for_backward(*inputs, lse)
         return out
 
@@ -364,10 +365,10 @@ class _Attention(torch.autograd.Function):
         if needs_torch_operations(grad):
             return *_Attention.differentiable_gradients(ctx, inputs, grad), *[None] * 7
         names = ("query", "key", "value")
-        query, key, value = (kernel_input(name, x, *x.shape) for name, x in zip(names, inputs, strict=True))
-        grad = kernel_input("attention's gradient", grad, *query.shape)
-        grads = [torch.empty_like(x) for x in (query, key, value)]
-        arguments = _Attention.arguments(query, key, value, *ctx.settings)
+        inputs = tuple(kernel_input(name, x, *x.shape) for name, x in zip(names, inputs, strict=True))
+        grad = kernel_input("attention's gradient", grad, *inputs[0].shape)
+        grads = [torch.empty_like(x) for x in inputs]
+        arguments = _Attention.arguments(inputs, ctx.settings)
         library().attention_backward(*arguments, *map(_address, (lse, grad, *grads)))
         return *grads, *[None] * 7
 
@@ -379,7 +380,7 @@ class _Attention(torch.autograd.Function):
             # views, because one input may be computed from another, and the gradient must stop at each
             query, key, value = inputs = [x.view_as(x) for x in inputs]
             trained = [x for x, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
-            out = torch_attention(query, key, value, *ctx.settings)
+            out = torch_attention(query, key, value, ctx.settings)
             grads = iter(torch.autograd.grad(out, trained, grad, create_graph=create_graph))
         return [next(grads) if needs else None for needs in ctx.needs_input_grad[:3]]
 
@@ -403,25 +404,19 @@ class _Attention(torch.autograd.Function):
         return starts
 
     @staticmethod
-    def arguments(
-        query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor | None, ...],
-        starts: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
-    ) -> list:  # fmt: skip
+    def arguments(inputs: tuple[Tensor, ...], settings: tuple[Any, ...]) -> list:
         """The arguments that both compiled attention functions have, in their order."""
-        width = query.shape[1]
-        strided = [part for x in (query, key, value) for part in (_address(x), width)]
+        (relative, starts, longest, heads, scale, p, seed), width = settings, inputs[0].shape[1]
+        strided = [part for x in inputs for part in (_address(x), width)]
         sizes = (starts[2].numel(), heads, width // heads, longest)
         draws = (scale, seed, threshold(p), torch.get_num_threads())
         return [*strided, *map(_address, relative), count_views(relative), *map(_address, starts), *sizes, *draws]
 
 
-def torch_attention(
-    query: Tensor, key: Tensor, value: Tensor, relative: tuple[Tensor | None, ...],
-    starts: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, p: float, seed: int,
-) -> Tensor:  # fmt: skip
+def torch_attention(query: Tensor, key: Tensor, value: Tensor, settings: tuple[Any, ...]) -> Tensor:
     """The compiled attention as torch operations, sequence by sequence: [Q, H]. For derivatives of its backward."""
+    (relative_key, relative_query), starts, longest, heads, scale, p, seed = settings
     query_starts, key_starts, views = (x.tolist() for x in starts)
-    relative_key, relative_query = relative
     query, key, value = (x.unflatten(1, (heads, -1)).transpose(0, 1) for x in (query, key, value))  # [A, N, D]
     ones = torch.ones(query.shape[1] * heads, longest, dtype=torch.float32)  # whatever the default dtype is
     kept = _Dropout.run(ones, p, seed).view(-1, heads, longest) if p else None

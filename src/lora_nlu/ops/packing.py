@@ -58,8 +58,7 @@ class PackedBatch:
         """Plan the packing of a [B, S] batch from its attention mask ([B, S], 0 = padding; None = all real).
 
         With `keep_distances`, a mask with holes takes the fallback. Waits for the GPU once, for the lengths. Raises
-        ValueError if the mask has another shape, or is of floats other than 0 and 1; RuntimeError where values can't be
-        read: in torch.jit.trace, torch.export and vmap over masks.
+        ValueError for another shape or floats other than 0 and 1, RuntimeError in torch.jit.trace, torch.export, vmap.
         """
         first_rows = torch.arange(batch, device=device) * length
         dense = cls(batch, length, slots=None, first_rows=first_rows, unsort=None, groups=((batch, length),))
@@ -147,8 +146,7 @@ class PackedBatch:
     def attends_padded(self, device: torch.device, with_probs: bool) -> bool:
         """Whether attention should be one masked call on the padded grid instead of one call a group.
 
-        On a GPU, padding costs less than many small products; and probabilities to return need it for their gradient,
-        as [B, A, S, S] tensors in the autograd graph.
+        On a GPU, padding costs less than many small products; probabilities to return need it for their gradient.
         """
         return self.slots is not None and (with_probs or (len(self.groups) > 1 and device.type != "cpu"))
 
