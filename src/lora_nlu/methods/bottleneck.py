@@ -24,9 +24,13 @@ class Bottleneck(nn.Module):
         if adapter_type not in ("houlsby", "pfeiffer") or adapter_size < 1:
             raise ValueError(f"adapter_type {adapter_type!r}, size {adapter_size}: houlsby or pfeiffer, 1 or more.")
         self.method = adapter_type  # the name of the method in table.py
-        self.reads_norm = adapter_type == "pfeiffer"  # not its input, but what the LayerNorm after it makes of that
         self.adapter_A = Linear(hidden_size, adapter_size)
         self.adapter_B = Linear(adapter_size, hidden_size)
+
+    @property
+    def reads_norm(self) -> bool:
+        """Whether the adapter reads what the LayerNorm after it makes of its input, not the input itself."""
+        return self.method == "pfeiffer"
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         act = F.relu if self.reads_norm else F.silu  # swish
