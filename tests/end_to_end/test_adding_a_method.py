@@ -44,37 +44,45 @@ def package(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model", ["roberta", "deberta"])
-def test_the_pages_method_trains_is_evaluated_again_and_merged(model, package, glue, environment, tmp_path):
-    base = write_models(tmp_path, glue)[model]
-    names = {"roberta-base": base, "output/rescaling": tmp_path / "run"}
+@pytest.fixture(scope="module")
+def followed(package, glue, environment, tmp_path_factory) -> Path:
+    """What the page's commands wrote for each model, in folders of the models' names."""
+    folder = tmp_path_factory.mktemp("followed")
     commands = []
-    for line in PAGE.partition("```bash\n")[2].partition("```")[0].replace("\\\n", " ").splitlines():
-        words = line.replace("python -m", "python").split()[1:]
-        for name, path in names.items():
-            words = [word.replace(name, str(path)) for word in words]
-        if "--task_name" in words:
-            words[0] = str(SCRIPT)
-            words += ["--glue_dir", str(glue), "--max_seq_length", "64", "--disable_tqdm", "true"]
-            words += ["--num_train_epochs", "2", "--per_device_train_batch_size", "16"]
-        commands.append(words)
-    assert len(commands) == 3
+    for model, base in write_models(folder / "models", glue).items():
+        names = {"roberta-base": base, "output/rescaling": folder / model / "run"}
+        for line in PAGE.partition("```bash\n")[2].partition("```")[0].replace("\\\n", " ").splitlines():
+            words = line.replace("python -m", "python").split()[1:]
+            for name, path in names.items():
+                words = [word.replace(name, str(path)) for word in words]
+            if "--task_name" in words:
+                words[0] = str(SCRIPT)
+                words += ["--glue_dir", str(glue), "--max_seq_length", "64", "--disable_tqdm", "true"]
+                words += ["--num_train_epochs", "2", "--per_device_train_batch_size", "16"]
+            commands.append(words)
+    assert len(commands) == 2 * 3
     env = environment | {"PYTHONPATH": str(package)}
     command = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    first, again = (json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("run", "run_again"))
+    assert done.stdout.count(f"{2 * 2 * 32} of them factors") == 2 * 2  # two projections of two layers, 32 wide
+    return folder
+
+
+@pytest.mark.parametrize("model", ["roberta", "deberta"])
+def test_the_pages_method_trains_is_evaluated_again_and_merged(model, followed, glue):
+    folder, base = followed / model, followed / "models" / model
+    first, again = (json.loads((folder / name / "eval_results.json").read_text()) for name in ("run", "run_again"))
     assert first["eval_loss"] == again["eval_loss"] and first["eval_accuracy"] == again["eval_accuracy"]
-    assert f"{2 * 2 * 32} of them factors" in done.stdout  # two projections of two layers, 32 wide
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record = json.loads((folder / "run" / "run.json").read_text())
     assert record["method"]["name"] == "rescaling"
 
-    trained = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    trained = load_file(folder / "run" / "adapter_model.safetensors")
     factors = [t for name, t in trained.items() if name.endswith(".factor")]
     assert len(factors) == 4 and all(t.abs().min() > 0 for t in factors)
 
     # the merged model in transformers' own class has the run's loss
-    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run_merged").eval()
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "run_merged").eval()
     rows = [line.split("\t")[1:] for line in (glue / "RTE" / "dev.tsv").read_text().splitlines()[1:]]
     texts = [[row[i] for row in rows] for i in (0, 1)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
