@@ -5,7 +5,6 @@ A heads.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +125,7 @@ class Attention(nn.Module):
         self.output = DenseAddNorm(config, trained, layer, config.hidden_size, after_attention=True)
 
     def forward(
-        self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool, *relative: Any
+        self, queries: Tensor, hidden_states: Tensor, packed: PackedBatch, with_probs: bool, *relative: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         context, probs = self.self(queries, hidden_states, packed, with_probs, *relative)
         return self.output(context, queries), probs
@@ -142,7 +141,7 @@ class EncoderLayer(GradientCheckpointingLayer):
         self.output = DenseAddNorm(config, trained, layer, config.intermediate_size, after_attention=False)
 
     def forward(
-        self, hidden_states: Tensor, packed: PackedBatch, first_only: bool, with_probs: bool, *relative: Any
+        self, hidden_states: Tensor, packed: PackedBatch, first_only: bool, with_probs: bool, *relative: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """With `first_only`, keys and values come from every token; all else is computed for first tokens alone."""
         queries = hidden_states  # [N, H]
