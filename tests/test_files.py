@@ -1,13 +1,15 @@
 """Files appear complete or not at all; folders of runs are found; incomplete JSON is refused by name."""
 
 import json
+import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from lora_nlu.errors import UserError
-from lora_nlu.files import flush_and_rename, folders_containing, read_json, write_json, write_text
+from lora_nlu.files import atomic_write, flush_and_rename, folders_containing, read_json, write_json, write_text
 
 
 def touch(start: Path, *names: str) -> None:
@@ -57,9 +59,11 @@ def test_a_folder_and_all_its_files_are_on_the_disk_before_it_gets_its_name(tmp_
     def checked(old, new):
         assert synced == expected
         rename(old, new)
+        synced.clear()
 
     monkeypatch.setattr(os, "replace", checked)
     flush_and_rename(tmp_path / "partial", tmp_path / "final")
+    assert synced == {tmp_path.stat().st_ino}  # the new name too
     assert os.listdir(tmp_path) == ["final"] and (tmp_path / "final" / "below" / "b").is_file()
 
 
@@ -68,6 +72,57 @@ def test_a_published_file_takes_the_place_of_the_one_before(tmp_path):
     (tmp_path / "partial").write_text("new")
     flush_and_rename(tmp_path / "partial", tmp_path / "final")
     assert os.listdir(tmp_path) == ["final"] and (tmp_path / "final").read_text() == "new"
+
+
+def test_a_write_follows_no_link_that_waits_under_the_name_or_a_temporary_name(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    for name in ("run.json", ".run.json.partial"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    write_json(tmp_path / "run" / "run.json", {"trained": True})
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "run" / "run.json").is_symlink()
+    assert read_json(tmp_path / "run" / "run.json") == {"trained": True}
+
+
+def write_many(path: Path, content: list[int]) -> None:
+    for _ in range(300):
+        write_json(path, {"content": content})
+
+
+def test_processes_that_write_the_same_file_do_not_disturb_each_other(tmp_path):
+    contents = [[number] * 5000 for number in range(4)]
+    fork = multiprocessing.get_context("fork")
+    writers = [fork.Process(target=write_many, args=(tmp_path / "run.json", content)) for content in contents]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert not (tmp_path / "run.json").exists() or read_json(tmp_path / "run.json")["content"] in contents
+    assert [writer.exitcode for writer in writers] == [0] * 4 and os.listdir(tmp_path) == ["run.json"]
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day_and_what_another_is_writing_now_stays(tmp_path):
+    for days in (0, 2):
+        folder = tmp_path / f".lora_nlu-{days}.partial"
+        touch(folder, "run.json")
+        os.utime(folder, (time.time() - days * 86400,) * 2)
+    touch(tmp_path / ".lora_nlu-x.partial.txt", "run.json")
+    write_text(tmp_path / "a.txt", "a")
+    assert sorted(os.listdir(tmp_path)) == [".lora_nlu-0.partial", ".lora_nlu-x.partial.txt", "a.txt"]
+
+
+def test_a_file_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    write_text(tmp_path / "a.txt", "a")
+    with atomic_write(tmp_path / "folder") as partial:
+        partial.mkdir()
+    assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask()
+
+
+def umask() -> int:
+    before = os.umask(0o022)
+    os.umask(before)
+    return before
 
 
 # ------------------------------------------------------------------------------------------------------------- finding

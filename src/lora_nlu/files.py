@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +18,42 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA = "adapter_config.json", "adapter_
 
 
 def flush_and_rename(partial: Path, final: Path) -> None:
-    """Flush a completely written file or folder to the disk, then rename it."""
+    """Flush a completely written file or folder to the disk, then rename it, and flush the folder that it is in."""
     for path in [partial, *partial.rglob("*")] if partial.is_dir() else [partial]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _flush(path)
     os.replace(partial, final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path for a file or folder: renamed to `path` when the block ends, removed if the block fails."""
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a folder that a killed process left
+    """A path to write a file or folder to, renamed to `path` when the block ends, removed if the block fails.
+
+    It is in a new folder beside `path`, so no link that waits there is followed and no other process writes to it.
+    """
+    _remove_leftovers(path.parent)
+    folder = Path(tempfile.mkdtemp(".partial", ".lora_nlu-", path.parent))
     try:
-        yield partial
-        flush_and_rename(partial, path)
+        yield folder / path.name
+        flush_and_rename(folder / path.name, path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove temporary folders of processes that were killed: those that are older than a day."""
+    for folder in parent.glob(".lora_nlu-*.partial"):
+        with suppress(OSError):  # another process may remove it too
+            if folder.lstat().st_mtime < time.time() - 86400:
+                shutil.rmtree(folder)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -84,7 +84,7 @@ def refusal(runs: list[Path], out: Path, partial: bool = True) -> str:
         write_submission(runs, out, partial)
     lines = str(caught.value).split("\n")
     assert len(lines) <= 3 and all(lines), caught.value
-    assert not out.exists() and not out.with_name(f".{out.name}.partial").exists()
+    assert not out.exists() and not [*out.parent.glob(".lora_nlu-*")]
     return str(caught.value)
 
 
