@@ -13,16 +13,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each package, or single module, with those that it may import.
 BELOW: dict[str, set[str]] = {
     "errors": set(),
+    "escaping": {"errors"},
     "files": {"errors"},
     "labels": {"errors"},
     "lazy": set(),
     "ops": {"errors"},
     "methods": {"errors", "ops"},
     "models": {"errors", "files", "labels", "ops", "methods"},
-    "adapters": {"errors", "files", "labels", "ops", "methods", "models"},
+    "adapters": {"errors", "escaping", "files", "labels", "ops", "methods", "models"},
     "data": {"errors", "files", "labels"},
-    "training": {"errors", "files", "labels", "ops", "methods", "models", "adapters", "data"},
-    "report": {"errors", "files", "data", "adapters"},
+    "training": {"errors", "escaping", "files", "labels", "ops", "methods", "models", "adapters", "data"},
+    "report": {"errors", "escaping", "files", "data", "adapters"},
     "similarity": {"report"},  # the earlier spelling of a command
 }
 # The modules of each package from the lowest: each may import those before it.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_nlu.data.tasks import REPORTED, TASKS
-from lora_nlu.errors import UserError
+from lora_nlu.errors import UserError, printable
 from lora_nlu.files import is_training_run
 from lora_nlu.report.paper import LORA_RANKS, PAPER, Published
 from lora_nlu.report.records import EVALUATION, RUN, STATE, TRAINING, Figures, Record, find_records, read_figures
@@ -112,7 +112,8 @@ def collect(paths: Sequence[Path]) -> tuple[list[Cell], list[str]]:
                     raise UserError(f"{text} Name only one of them.")
             done = tuple(run for run in same if run.last is not None)
             unfinished = tuple(run for run in same if run.last is None)
-            cells.append(Cell(model, f"{method} ({difference})" if difference else method, task, done, unfinished))
+            name = printable(f"{method} ({difference})" if difference else method, 2000)
+            cells.append(Cell(model, name, task, done, unfinished))
             folders = {run.train_data: run.folder for run in same if run.train_data}  # older versions recorded none
             if len(folders) > 1:
                 notes.append(f"in one line, but trained on different examples: {', '.join(map(str, folders.values()))}")
@@ -142,7 +143,8 @@ def read_run(record: Record, figures: Figures) -> Run:
     measured = record.read(TRAINING) if is_trained else {}
     if measured is None:
         raise UserError(f"{folder}/{TRAINING}: missing. Train the run again, or leave it out.")
-    model, starts_from_adapter = Path(run.get("base_model") or "unknown").name, run.get("started_from") is not None
+    model = printable(Path(str(run.get("base_model") or "unknown")).name, 200)  # it is in the names of pictures too
+    starts_from_adapter = run.get("started_from") is not None
     not_compared = {"seed", "data_seed", "train_data", "eval_data", *run.get("left_at_default", ())}
     settings = {name: value for name, value in hyper.items() if name not in not_compared} | {
         "scaling": ", ".join(f"{scaling:g}" for scaling in lora["scalings"]),

@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_nlu.adapters.adapter import Adapter
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UserError
+from lora_nlu.escaping import csv_cell
 from lora_nlu.files import atomic_write
 
 
@@ -200,7 +201,7 @@ def write_csv(pairs: list[Pair], path: Path) -> None:
         writer.writerow(["layer", "module", "i", "j", "phi"])
         for pair in pairs:
             for i, row in enumerate(pair.phi.tolist(), 1):
-                writer.writerows([pair.layer, pair.module, i, j, phi] for j, phi in enumerate(row, 1))
+                writer.writerows([pair.layer, csv_cell(pair.module), i, j, phi] for j, phi in enumerate(row, 1))
 
 
 def table(pairs: list[Pair], layers: list[str]) -> str:

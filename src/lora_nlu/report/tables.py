@@ -9,6 +9,7 @@ from statistics import mean, median, stdev
 from urllib.parse import quote
 
 from lora_nlu.data.tasks import TASKS
+from lora_nlu.escaping import csv_cell, latex_text, markdown_text
 from lora_nlu.files import write_text
 from lora_nlu.report.collect import Cell, differences
 
@@ -18,10 +19,6 @@ PROTOCOL = (
     "--load_best_model_at_end. That model makes the predictions, and a submission chooses among seeds by `last`. "
     "`trainable` counts the encoder's parameters, as the paper does; `training` is the sum over tasks of the median "
     "time, `memory` the highest peak of a run."
-)
-TEX = str.maketrans(
-    {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
-    | {character: rf"\{character}" for character in "&%$#_{}"}
 )
 RUN_COLUMNS = (
     "model", "method", "task", "metric", "seed", "state", "best_percent", "last_percent", "paper_median_percent",
@@ -142,13 +139,13 @@ def all_notes(cells: Sequence[Cell], notes: Sequence[str]) -> list[str]:
     lines = list(notes)
     places_by_missing: dict[str, list[str]] = {}
     for cell in cells:
-        lines += [f"unfinished: {run.folder}, {run.progress}" for run in cell.unfinished]
+        lines += [markdown_text(f"unfinished: {run.folder}, {run.progress}") for run in cell.unfinished]
         expected = seeds([other for other in cells if other.model == cell.model])
         if missing := ", ".join(str(seed) for seed in expected if seed not in {run.seed for run in cell.runs}):
             place = f"{cell.method} on {TASKS[cell.task].title} ({cell.model})"
             places_by_missing.setdefault(missing, []).append(place)
     for seed_list, places in places_by_missing.items():
-        lines.append(f"missing, seed{'s' * (',' in seed_list)} {seed_list}: {'; '.join(places)}")
+        lines.append(markdown_text(f"missing, seed{'s' * (',' in seed_list)} {seed_list}: {'; '.join(places)}"))
     if any(cell.task == "mnli" for cell in cells):
         lines += ["MNLI: `last` is on both validation sets together, as the paper's; the best epoch is on the matched."]
     single = dict.fromkeys(TASKS[cell.task].title for cell in cells if any(len(run.history) < 2 for run in cell.done))
@@ -158,6 +155,7 @@ def all_notes(cells: Sequence[Cell], notes: Sequence[str]) -> list[str]:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
+    rows = [[*map(markdown_text, row)] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
@@ -165,7 +163,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def latex(rows: Sequence[Sequence[str]]) -> str:
     """A tabular that needs no package."""
-    lines = [" & ".join(cell.translate(TEX) for cell in row) + r" \\" for row in rows]
+    lines = [" & ".join(map(latex_text, row)) + r" \\" for row in rows]
     return "\n".join([rf"\begin{{tabular}}{{ll{'r' * (len(rows[0]) - 2)}}}", r"\hline", lines[0], r"\hline", *lines[1:],
                       r"\hline", r"\end{tabular}"])  # fmt: skip
 
@@ -181,7 +179,8 @@ def csv_text(cells: Sequence[Cell]) -> str:
             figures = [None if figure is None else round(figure, 4) for figure in (run.best, run.last)]
             state = "done" if run.last is not None else run.progress
             row = [run.model, cell.method, run.task, TASKS[run.task].metrics[0], run.seed, state, *figures, paper]
-            writer.writerow([*row, run.trainable, run.seconds, run.memory_gib, run.folder])
+            row += [run.trainable, run.seconds, run.memory_gib, str(run.folder)]
+            writer.writerow(map(csv_cell, row))
     return text.getvalue()
 
 
@@ -189,6 +188,7 @@ def write_report(cells: Sequence[Cell], notes: Sequence[str], folder: Path | Non
     """The report as Markdown; given a folder, its files are written there, with pictures if matplotlib is installed."""
     models = {model: [c for c in cells if c.model == model] for model in dict.fromkeys(c.model for c in cells)}
     drawn: dict[str, list[str]] = {}
+    notes = [*map(markdown_text, notes)]
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -200,12 +200,12 @@ def write_report(cells: Sequence[Cell], notes: Sequence[str], folder: Path | Non
     text, tex, notes = [], [], all_notes(cells, notes)
     for model, own in models.items():
         rows, ranks, count = [headings(own), *table(own)], rank_table(own), len(seeds(own))
-        text += [f"## {model}, {count} seed{'s' * (count != 1)}", "", markdown(rows), ""]
+        text += [f"## {markdown_text(model)}, {count} seed{'s' * (count != 1)}", "", markdown(rows), ""]
         tex += [f"% {model}", latex(rows), ""]
         if ranks:
             text += ["### Ranks, best epoch", "", markdown(ranks), ""]
             tex += [f"% {model}, ranks", latex(ranks), ""]
-        text += [line for name in drawn.get(model, ()) for line in (f"![{name}]({quote(name)}.png)", "")]
+        text += [line for name in drawn.get(model, ()) for line in (f"![{markdown_text(name)}]({quote(name)}.png)", "")]
     text += [PROTOCOL, "", *(f"- {note}" for note in notes)]
     tex += [f"% {line}" for line in (PROTOCOL, *notes, "")]
     report = "\n".join(text).rstrip() + "\n"
