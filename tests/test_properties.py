@@ -296,7 +296,8 @@ def test_any_glue_file_is_refused_or_read_as_splitting_on_tabs_reads_it(task, tm
         undamaged = "".join("\t".join(row) + "\n" for row in written).encode()
         for content in (undamaged, edited(undamaged, changes), other):
             path.write_bytes(content)
-            got = refused_or(lambda: read_glue_file(path, task, with_labels), path)
+            columns = [*(task.text_columns or task.text)] + [task.label_column] * with_labels
+            got = refused_or(lambda: read_glue_file(path, task, columns, with_labels), path)
             seen[got is not None] += 1
             if content == undamaged and rows and b"".join(undamaged.split()) and not task.headerless:
                 assert got is not None

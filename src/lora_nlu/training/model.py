@@ -1,11 +1,11 @@
 """The model that the flags name: its adapter's file, its weights, its tokenizer, all compared with the flags."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.integrations import deepspeed
 
 from lora_nlu.adapters.adapter import Adapter, check_settings, with_relative_query
 from lora_nlu.adapters.attaching import attach_adapter, head_rows
@@ -98,10 +98,13 @@ def _load_model(flags: Flags, config: Any, adapter: Adapter | None, base_labels:
     replaces_head = adapter and (not args.do_train or head_rows(adapter, config_labels(config)) is not None)
     needs_head = not args.do_train and adapter is None
     set_seed(args.seed)  # A and the head are drawn while loading
-    deepspeed.unset_hf_deepspeed_config()  # each process loads the complete model; ZeRO-3 would read shards
-    model, notes = load_model(name, config, needs_head, base_labels, not replaces_head, **model_args.hub)
-    if args.deepspeed:  # shards it afterwards
-        deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
+    loading: AbstractContextManager[None] = nullcontext()
+    if args.is_sharded:
+        from lora_nlu.training.sharded import complete_loading
+
+        loading = complete_loading(args)
+    with loading:
+        model, notes = load_model(name, config, needs_head, base_labels, not replaces_head, **model_args.hub)
     check_method(model, name, saved)
     if needs_head:
         _check_is_trained(model, model_args, args, saved)

@@ -1,5 +1,7 @@
 """The trainer under FSDP2 and DeepSpeed, which shard parameters over processes. Only their runs import this module."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,15 @@ from lora_nlu.files import ADAPTER_WEIGHTS
 from lora_nlu.ops.sharding import copy_into, load_optimizer_state, optimizer_state, parameters, writable_parameters
 from lora_nlu.training.checkpoints import explain_damage
 from lora_nlu.training.trainer import AdapterTrainer
+
+
+@contextmanager
+def complete_loading(args: Any) -> Iterator[None]:
+    """Load a model completely in every process; DeepSpeed ZeRO-3 would read shards. It shards the model afterwards."""
+    deepspeed.unset_hf_deepspeed_config()
+    yield
+    if args.deepspeed:
+        deepspeed.set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
 class ShardedTrainer(AdapterTrainer):
