@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +298,7 @@ def test_any_glue_file_is_refused_or_read_as_splitting_on_tabs_reads_it(task, tm
         for content in (undamaged, edited(undamaged, changes), other):
             path.write_bytes(content)
             columns = [*(task.text_columns or task.text)] + [task.label_column] * with_labels
-            got = refused_or(lambda: read_glue_file(path, task, columns, with_labels), path)
+            got = refused_or(partial(read_glue_file, path, task, columns, with_labels), path)
             seen[got is not None] += 1
             if content == undamaged and rows and b"".join(undamaged.split()) and not task.headerless:
                 assert got is not None
