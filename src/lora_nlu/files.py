@@ -39,11 +39,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     It is in a new folder beside `path`, so no link that waits there is followed and no other process writes to it.
     """
-    _remove_leftovers(path.parent)
-    folder = Path(tempfile.mkdtemp(".partial", ".lora_nlu-", path.parent))
-    try:
+    with atomic_files(path.parent) as folder:
         yield folder / path.name
-        flush_and_rename(folder / path.name, path)
+
+
+@contextmanager
+def atomic_files(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent`, whose files and folders are renamed into `parent` when the block ends."""
+    _remove_leftovers(parent)
+    folder = Path(tempfile.mkdtemp(".partial", ".lora_nlu-", parent))
+    try:
+        yield folder
+        for path in sorted(folder.iterdir()):
+            flush_and_rename(path, parent / path.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,6 +1,7 @@
 """Checkpoints: what they contain, that they appear complete or not at all, and that resuming changes no bit."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -225,6 +226,48 @@ def test_what_a_killed_process_left_behind_is_never_resumed_from_and_cleared_by_
     assert_equal_bits(parameters(trainer), final)
     assert names(complete_checkpoints(str(tmp_path))) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
     assert not (tmp_path / ".saving").exists()
+
+
+def no_renaming(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("eval_results.json", lambda trainer: trainer.save_metrics("eval", {"eval_loss": 0.5})),
+        ("all_results.json", lambda trainer: trainer.save_metrics("eval", {"eval_loss": 0.5})),
+        ("trainer_state.json", lambda trainer: trainer.save_state()),
+        ("README.md", lambda trainer: trainer.create_model_card(model_name="tiny")),
+        ("model.safetensors", lambda trainer: trainer.save_model()),
+        ("config.json", lambda trainer: trainer.save_model()),
+    ],
+)
+def test_a_file_that_transformers_would_write_appears_complete_or_not_at_all(name, write, tmp_path, monkeypatch):
+    trainer = new_trainer(tmp_path, lora=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", no_renaming)
+        with pytest.raises((OSError, UserError), match="No space left"):
+            write(trainer)
+    assert list(tmp_path.iterdir()) == []
+    write(trainer)
+    assert (tmp_path / name).stat().st_size and not [*tmp_path.glob(".*")]
+
+
+def test_damaged_results_are_written_anew(tmp_path):
+    trainer = new_trainer(tmp_path)
+    trainer.save_metrics("train", {"train_loss": 1.5})
+    for name in ("all_results.json", "eval_results.json"):
+        (tmp_path / name).write_text("")  # as versions before 0.3 left it on a full disk
+    trainer.save_metrics("eval", {"eval_loss": 0.5})
+    assert json.loads((tmp_path / "all_results.json").read_text()) == {"train_loss": 1.5, "eval_loss": 0.5}
+    assert (tmp_path / "eval_results.json").read_text() == '{\n    "eval_loss": 0.5\n}'
+
+
+def test_an_upload_leaves_a_model_card_that_is_there(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    new_trainer(tmp_path).create_model_card(model_name="tiny")
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize("lora", [True, False])

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EINVAL
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,15 @@ from lora_nlu.adapters.attaching import load_adapter
 from lora_nlu.adapters.reading import check_archive, read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError, first_line, is_out_of_memory
-from lora_nlu.files import ADAPTER_WEIGHTS, flush_and_rename, write_json
+from lora_nlu.files import (
+    ADAPTER_WEIGHTS,
+    atomic_files,
+    atomic_write,
+    flush_and_rename,
+    read_json,
+    write_json,
+    write_text,
+)
 from lora_nlu.methods.description import methods_in
 from lora_nlu.ops.sharding import is_finite
 from lora_nlu.training.processes import lost_process, seed_from
@@ -228,13 +236,33 @@ class CheckpointingTrainer(Trainer):
         self.check_finite({name: state[name] for name in trained & state.keys()})
         try:
             if not self.saves_part:
-                super()._save(output_dir, state_dict)
+                folder.mkdir(parents=True, exist_ok=True)
+                with atomic_files(folder) as partial:
+                    super()._save(str(partial), state_dict)
             elif self.args.should_save:
                 save_adapter(self.model, folder, self.metadata, state_dict)
         except (OSError, SafetensorError) as e:
             if self._is_saving_checkpoint:
                 raise  # _save_checkpoint adds which checkpoint is complete
             raise UserError(f"Can't write the trained model to {folder}: {e}.") from e
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """As transformers', but a file appears complete or not at all, and all_results.json is made of the others."""
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            _write_results(folder / f"{split}_results.json", metrics)
+            results: dict[str, Any] = {}
+            for name in ("train", "eval", split):
+                with suppress(UserError):  # there is none, or a damaged one
+                    results |= read_json(folder / f"{name}_results.json")
+            if combined:
+                _write_results(folder / "all_results.json", results)
+
+    def save_state(self) -> None:
+        """As transformers', but the file appears complete or not at all."""
+        if self.is_world_process_zero():
+            with atomic_write(Path(self.args.output_dir, STATE)) as partial:
+                self.state.save_to_json(str(partial))
 
     def check_finite(self, tensors: dict[str, Tensor]) -> None:
         """Raise UserError if a trained tensor is not finite: it must be neither evaluated nor saved."""
@@ -313,3 +341,7 @@ class CheckpointingTrainer(Trainer):
             self._load_from_checkpoint(best)
         else:
             super()._load_best_model()
+
+
+def _write_results(path: Path, results: dict[str, Any]) -> None:
+    write_text(path, json.dumps(results, indent=4, sort_keys=True))

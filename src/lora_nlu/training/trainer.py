@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, Trainer
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
 from lora_nlu.errors import UserError, first_line
+from lora_nlu.files import atomic_files
 from lora_nlu.models.losses import classification_loss
 from lora_nlu.training.checkpoints import CheckpointingTrainer, Diverged, seconds_trained
 from lora_nlu.training.processes import lost_process, seed_from
@@ -281,6 +283,13 @@ class AdapterTrainer(CheckpointingTrainer):
                 f"--push_to_hub: the Hub gives no repository to push to ({first_line(e)}).\n"
                 "Log in with `hf auth login`, or leave the flag out and upload the output folder later: hf upload."
             ) from e
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers', but the README.md appears complete or not at all, and one that is there stays."""
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero() and not (folder / "README.md").exists():
+            with atomic_files(folder) as partial, _replaced(self.args, output_dir=str(partial)):
+                super().create_model_card(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'. Raises UserError if the upload fails; the trained model is saved by then."""
