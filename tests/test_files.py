@@ -74,6 +74,29 @@ def test_a_published_file_takes_the_place_of_the_one_before(tmp_path):
     assert os.listdir(tmp_path) == ["final"] and (tmp_path / "final").read_text() == "new"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),  # as a write raises it, without a path
+        OSError(28, "No space left on device", "/x/.lora_nlu-1.partial/a.bin", None, "/x/a.bin"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . No space left on device"),
+        RuntimeError("basic_ios::clear: iostream error, No space left on device"),
+        Exception("No space left on device (os error 28)"),
+    ],
+)
+def test_an_error_of_writing_names_the_file_whoever_raises_it(tmp_path, error):
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "a.bin"):
+        raise error
+    assert caught.value.filename == str(tmp_path / "a.bin") and "No space left" in caught.value.strerror
+    assert str(caught.value).endswith(f"'{tmp_path / 'a.bin'}'") and not os.listdir(tmp_path)
+
+
+def test_another_error_while_writing_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes differ"), atomic_write(tmp_path / "deep" / "a.bin"):
+        raise RuntimeError("shapes differ")
+    assert not os.listdir(tmp_path / "deep")
+
+
 def test_a_write_follows_no_link_that_waits_under_the_name_or_a_temporary_name(tmp_path):
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "run").mkdir()

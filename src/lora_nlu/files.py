@@ -1,9 +1,11 @@
 """Files written completely or not at all, folders found by a file in them, text and JSON objects read."""
 
 import codecs
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -12,9 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lora_nlu.errors import UserError, printable
+from lora_nlu.errors import UserError, first_line, printable
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA = "adapter_config.json", "adapter_model.safetensors", "run_metadata.json"
+# In what torch, safetensors and tokenizers raise when a write fails
+_FAILED_WRITE = re.compile(r"inline_container|StreamWriter|iostream|open file failed|\(os error \d+\)")
 
 
 def flush_and_rename(partial: Path, final: Path) -> None:
@@ -39,21 +43,35 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     It is in a new folder beside `path`, so no link that waits there is followed and no other process writes to it.
     """
-    with atomic_files(path.parent) as folder:
+    with _errors_naming(path), atomic_files(path.parent) as folder:
         yield folder / path.name
 
 
 @contextmanager
 def atomic_files(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent`, whose files and folders are renamed into `parent` when the block ends."""
-    _remove_leftovers(parent)
-    folder = Path(tempfile.mkdtemp(".partial", ".lora_nlu-", parent))
+    """A new folder in `parent`, made if need be; what is in it is renamed into `parent` when the block ends."""
+    with _errors_naming(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(parent)
+        folder = Path(tempfile.mkdtemp(".partial", ".lora_nlu-", parent))
+        try:
+            yield folder
+            for path in sorted(folder.iterdir()):
+                flush_and_rename(path, parent / path.name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _errors_naming(path: Path) -> Iterator[None]:
+    """Raise OSError with this path for an error of writing, also for those of libraries that have their own."""
     try:
-        yield folder
-        for path in sorted(folder.iterdir()):
-            flush_and_rename(path, parent / path.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield
+    except Exception as e:
+        if not isinstance(e, OSError) and not _FAILED_WRITE.search(str(e)):
+            raise
+        number, reason = getattr(e, "errno", None), getattr(e, "strerror", None)
+        raise OSError(number or errno.EIO, reason or first_line(e), str(path)) from e
 
 
 def _remove_leftovers(parent: Path) -> None:

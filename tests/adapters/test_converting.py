@@ -1,6 +1,7 @@
 """Forms of an adapter: merged, published, folder; the same logits in each, or a refusal and nothing written."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,21 @@ def fresh(base: Path, theirs: bool = False) -> nn.Module:
     """The base model as it lies on disk, ours or transformers' own."""
     config = transformers.AutoConfig.from_pretrained(base)
     return CLASSIFIERS[config.model_type][theirs].from_pretrained(base, config=config)
+
+
+@pytest.mark.parametrize("to", ["peft", "bin", "merged"])
+def test_a_conversion_that_fails_leaves_nothing_and_the_same_command_works_then(to, tmp_path, capsys, monkeypatch):
+    *_, adapter = written("roberta", tmp_path, False)
+    command = ("convert", adapter, tmp_path / "deep" / "converted", "--to", to)
+
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace" if to == "bin" else "fsync", no_space)
+        code, _, err = run_program(capsys, *command)
+    assert code == 1 and "No space left on device" in err and "deep" in err and not os.listdir(tmp_path / "deep")
+    assert run_program(capsys, *command)[0] == 0 and os.listdir(tmp_path / "deep") == ["converted"]
 
 
 def test_a_merged_model_loads_into_transformers_own_class_with_the_same_logits(case, tmp_path, capsys):

@@ -158,6 +158,8 @@ def test_re_running_a_finished_run_skips_training_says_so_and_gives_the_same_res
     after, results = contents(output), {"eval_results.json", "all_results.json"}
     assert {n: h for n, h in after.items() if n not in results} == {n: h for n, h in before.items() if n not in results}
     assert scores(output / "eval_results.json") == scores(rte_run[0] / "eval_results.json")
+    for name in ("epoch", "num_input_tokens_seen"):
+        assert read(output / "all_results.json")[name] == read(rte_run[0] / "all_results.json")[name] > 0
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,9 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
         if base:
             adapter, base_notes = with_base(adapter, base)
             notes += base_notes
-        write_adapter(adapter, destination)
-        write_card(destination)
+        with atomic_write(destination) as partial:
+            write_adapter(adapter, partial)
+            write_card(partial)
         line = f"{destination}: {'PEFT' if adapter.row.has_alpha else adapter.method} folder with a model card."
     return "\n".join([line, *notes])
 
@@ -98,7 +99,6 @@ def write_published(adapter: Adapter, path: Path) -> str:
         raise UserError(f"{source}: a .bin has LoRA on query and value, this adapter on {', '.join(names)}.")
     if others := [name for name in adapter.state if name.startswith(f"{prefix}.") and ".lora_" not in name]:
         raise UserError(f"{source}: a .bin can't store {others[0]}, which was trained too: use --to peft.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         torch.save({name: adapter.state[name].float() for name in sorted(adapter.state, key=_published_place)}, partial)
     return f"{alphas.pop():g}" if alphas else "ALPHA"

@@ -54,7 +54,6 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter as a folder, for LoRA with its alpha; each file appears complete or not at all."""
     tensors = {to_peft_key(adapter, name): t.detach().cpu().contiguous() for name, t in adapter.state.items()}
     config = peft_config(adapter)
-    folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / ADAPTER_WEIGHTS) as partial:
         partial.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file would hide it from other users
     # These two tell files of different runs in one folder apart.

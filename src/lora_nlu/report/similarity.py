@@ -151,7 +151,6 @@ def draw(pairs: list[Pair], layers: list[str], names: list[str], ranks: list[str
         from lora_nlu.report.pictures import save
     except ImportError as e:
         raise UserError("--out needs matplotlib, which is not installed: pip install 'lora-nlu[plots]'") from e
-    folder.mkdir(parents=True, exist_ok=True)
     modules = _by_module(pairs)
     height, width = len(layers) + 1, len(modules)
     names = [name if len(name) <= 32 else f"{name[:15]}...{name[-14:]}" for name in names]

@@ -165,7 +165,6 @@ def server_format(task: Task, answers: list[str]) -> list[str]:
 
 def write_zip(out: Path, content: dict[_File, list[str]]) -> None:
     """Write the zip atomically, and read it back before it gets its name; the same content gives the same bytes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_write(out) as partial:
             with zipfile.ZipFile(partial, "w") as archive:

@@ -190,7 +190,6 @@ def write_report(cells: Sequence[Cell], notes: Sequence[str], folder: Path | Non
     drawn: dict[str, list[str]] = {}
     notes = [*map(markdown_text, notes)]
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
             from lora_nlu.report.pictures import draw
 

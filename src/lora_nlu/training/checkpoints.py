@@ -236,7 +236,6 @@ class CheckpointingTrainer(Trainer):
         self.check_finite({name: state[name] for name in trained & state.keys()})
         try:
             if not self.saves_part:
-                folder.mkdir(parents=True, exist_ok=True)
                 with atomic_files(folder) as partial:
                     super()._save(str(partial), state_dict)
             elif self.args.should_save:

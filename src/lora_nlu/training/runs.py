@@ -16,7 +16,14 @@ from lora_nlu.errors import UserError
 from lora_nlu.files import RUN_METADATA, read_json, write_json, write_text
 from lora_nlu.methods.marking import count_parameters
 from lora_nlu.methods.table import METHODS
-from lora_nlu.training.checkpoints import Diverged, clear_leftovers, complete_checkpoints, processes_of, seconds_trained
+from lora_nlu.training.checkpoints import (
+    STATE,
+    Diverged,
+    clear_leftovers,
+    complete_checkpoints,
+    processes_of,
+    seconds_trained,
+)
 from lora_nlu.training.output_folder import RUN, clear_earlier_run, locked, record, remaining, wait_for_file
 from lora_nlu.training.processes import say
 from lora_nlu.training.trainer import AdapterTrainer
@@ -44,6 +51,10 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
         if is_trained:
             say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
             trainer._load_from_checkpoint(str(folder))
+            with suppress(UserError, KeyError):  # what an evaluation writes with its scores
+                ended = read_json(folder / STATE)
+                trainer.state.epoch = ended["epoch"]
+                trainer.state.num_input_tokens_seen = ended["num_input_tokens_seen"]
             return
         if checkpoint:
             say(args, f"Resuming from {checkpoint}.")
