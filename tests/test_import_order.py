@@ -31,7 +31,9 @@ ORDER = {
     "ops": ["packing", "sharding", "tensors", "kernels"],
     "methods": ["method", "targets", "table", "description", "linear", "lora", "bottleneck", "marking"],
     "models": ["losses", "layers", "checkpoints", "modeling_roberta", "modeling_deberta_v2", "loading", "tokenizer"],
-    "adapters": ["adapter", "peft_format", "reading", "writing", "attaching", "model_card", "converting", "__main__"],
+    "adapters": [
+        "patterns", "adapter", "peft_format", "reading", "writing", "attaching", "model_card", "converting", "__main__",
+    ],
     "data": ["tasks", "metrics", "examples", "tokenization", "glue", "user_rows", "user_labels", "user_files"],
     "training": [
         "launch", "processes", "legacy_flags", "arguments", "checks", "parsing", "inputs", "metadata", "checkpoints",

@@ -45,7 +45,7 @@ from small_models import (
 from torch import Tensor, nn
 
 from lora_nlu.adapters.__main__ import main
-from lora_nlu.adapters.adapter import Adapter, is_target, with_relative_query
+from lora_nlu.adapters.adapter import Adapter, target_layers, with_relative_query
 from lora_nlu.adapters.attaching import attach_adapter, load_adapter
 from lora_nlu.adapters.peft_format import SUPPORTED_SETTINGS, adapted_modules
 from lora_nlu.adapters.reading import read_adapter
@@ -434,4 +434,6 @@ def test_the_layers_that_a_config_means_are_those_that_peft_would_change(targets
     for name, module in RobertaForSequenceClassification(tiny_config()).named_modules():
         if isinstance(module, nn.Linear) and name.startswith("roberta."):
             theirs = check_target_module_exists(config, name)
-            assert is_target(adapter, name) == (bool(theirs) and type(theirs).__name__ != "_ExcludedModule"), name
+            assert [*target_layers(adapter, [name])] == [name] * (
+                bool(theirs) and type(theirs).__name__ != "_ExcludedModule"
+            ), name

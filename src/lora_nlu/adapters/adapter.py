@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_nlu.adapters.patterns import matching
 from lora_nlu.errors import UserError
 from lora_nlu.labels import last_head_layer
 from lora_nlu.methods.method import Method
@@ -29,7 +30,6 @@ LAYERS = {
     ),
 }
 DEFAULT_MODULES = ["query", "value", "query_proj", "value_proj"]  # those that PEFT adapts without target_modules
-PEFT_NAME_PATTERN = r"(.*\.)?({})$"  # how PEFT matches the names in rank_pattern and alpha_pattern
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -109,7 +109,8 @@ class Adapter:
         alpha = lora_alpha if self.lora_alpha is None else self.lora_alpha
         if not is_positive_number(alpha, (int, float)):
             raise UserError(f"{self.source}: --lora_alpha {alpha}: expected a positive number.")
-        return {name: (rank, by_pattern(self.alpha_pattern, name, alpha)) for name, rank in self.ranks.items()}
+        alphas = by_pattern(self.source, self.alpha_pattern, self.ranks, alpha)
+        return {name: (rank, alphas[name]) for name, rank in self.ranks.items()}
 
     def scaling(self, rank: int, alpha: float) -> float:
         """The factor that scales an update of this rank and alpha."""
@@ -133,9 +134,17 @@ class Adapter:
             )
 
 
-def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that ends a module's name, as PEFT matches `rank_pattern` and `alpha_pattern`."""
-    return next((v for pattern, v in patterns.items() if re.match(PEFT_NAME_PATTERN.format(pattern), name)), default)
+def by_pattern(source: Path, patterns: dict[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
+    """For each module's name the value of the first pattern that ends it, as PEFT matches `rank_pattern`.
+
+    Raises UserError for patterns that take too long to match.
+    """
+    names = [*names]
+    try:
+        found = matching(patterns, names, ends_name=True)
+    except ValueError as e:
+        raise UserError(f"{source}: rank_pattern or alpha_pattern: {e}.") from e
+    return {name: patterns[found[name]] if name in found else default for name in names}
 
 
 def encoder_prefix(adapter: Adapter) -> str:
@@ -164,11 +173,18 @@ def is_positive_number(value: Any, types: Any) -> bool:
     return isinstance(value, types) and not isinstance(value, bool) and 1e-12 <= value <= 1e12
 
 
-def is_target(adapter: Adapter, name: str) -> bool:
-    """Whether PEFT's `target_modules` mean this layer: a list names it or its end, a string is a pattern of it."""
+def target_layers(adapter: Adapter, names: Iterable[str]) -> list[str]:
+    """The layers that PEFT's `target_modules` mean: a list names them or their ends, a string is a pattern of them.
+
+    Raises UserError for a pattern that takes too long to match.
+    """
     if isinstance(adapter.targets, str):
-        return re.fullmatch(adapter.targets, name) is not None
-    return any(f".{name}".endswith(f".{target}") for target in adapter.targets)
+        try:
+            return [*matching([adapter.targets], names)]
+        except ValueError as e:
+            raise UserError(f"{adapter.source}: target_modules: {e}.") from e
+    ends = tuple(f".{target}" for target in adapter.targets)
+    return [name for name in names if f".{name}".endswith(ends)]
 
 
 def layer_count(names: Iterable[str]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_nlu.adapters.adapter import Adapter, encoder_prefix, is_target, layer_count, relative_query_error
+from lora_nlu.adapters.adapter import Adapter, encoder_prefix, layer_count, relative_query_error, target_layers
 from lora_nlu.errors import UserError, printable
 from lora_nlu.files import RUN_METADATA
 from lora_nlu.labels import check_labels, config_labels, label_list, last_head_layer, match_head_rows, recorded_labels
@@ -74,7 +74,7 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
 def _check_layers(model: Any, adapter: Adapter) -> None:
     """Raise UserError unless the layers with an update are the linear layers of the model that its targets mean."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    targets = [name for name in linear if name.startswith(encoder_prefix_in(model)) and is_target(adapter, name)]
+    targets = target_layers(adapter, [name for name in linear if name.startswith(encoder_prefix_in(model))])
     missing = [f"{name}.lora_A" for name in targets if name not in adapter.ranks]
     unexpected = [f"{name}.lora_A" for name in adapter.ranks if name not in linear]
     if missing or unexpected:

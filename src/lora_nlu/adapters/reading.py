@@ -22,7 +22,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_nlu.adapters.adapter import ENCODER_PREFIXES, Adapter, by_pattern, is_deberta, is_positive_number, is_target
+from lora_nlu.adapters.adapter import (
+    ENCODER_PREFIXES,
+    Adapter,
+    by_pattern,
+    is_deberta,
+    is_positive_number,
+    target_layers,
+)
 from lora_nlu.adapters.peft_format import LORA_KEY, PEFT_PREFIX, check_peft_config, from_peft_key, peft_fields
 from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, check_json, read_json, weights_file_problem
@@ -233,12 +240,14 @@ def _check_updates(adapter: Adapter, config: dict[str, Any]) -> None:
     biases = any(name.startswith(ENCODER_PREFIXES) and name.endswith(".bias") for name in adapter.state)
     if config.get("bias") not in (None, "none") and not biases:
         raise UserError(f"{source}: {ADAPTER_CONFIG} has bias={config['bias']}, but the file has no encoder biases.")
+    targets = {*target_layers(adapter, adapter.ranks)}
+    ranks = by_pattern(source, config.get("rank_pattern") or {}, adapter.ranks, config["r"])
     for name, rank in adapter.ranks.items():
-        if not is_target(adapter, name):
+        if name not in targets:
             raise UserError(f"{source}: contains {name}.lora_A, but {ADAPTER_CONFIG} has no LoRA there: {_MISMATCH}.")
-        config_r = by_pattern(config.get("rank_pattern") or {}, name, config["r"])
-        if rank != config_r:
-            raise UserError(f"{source}: {name}.lora_A has rank {rank}, {ADAPTER_CONFIG} says {config_r}: {_MISMATCH}.")
+        if rank != ranks[name]:
+            says = f"{ADAPTER_CONFIG} says {ranks[name]}"
+            raise UserError(f"{source}: {name}.lora_A has rank {rank}, {says}: {_MISMATCH}.")
 
 
 def _check_written_together(adapter: Adapter, peft_type: str) -> None:
