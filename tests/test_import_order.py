@@ -34,7 +34,10 @@ ORDER = {
     "adapters": [
         "patterns", "adapter", "peft_format", "reading", "writing", "attaching", "model_card", "converting", "__main__",
     ],
-    "data": ["tasks", "metrics", "examples", "tokenization", "glue", "user_rows", "user_labels", "user_files"],
+    "data": [
+        "tasks", "metrics", "examples", "cache", "lines", "tokenization", "glue",
+        "user_rows", "user_labels", "user_files",
+    ],
     "training": [
         "launch", "processes", "legacy_flags", "arguments", "checks", "parsing", "inputs", "metadata", "checkpoints",
         "trainer", "sharded", "output_folder", "model", "runs",

@@ -1,6 +1,5 @@
-"""Files written completely or not at all, folders found by a file in them, text and JSON objects read."""
+"""Files written completely or not at all, folders found by a file in them, JSON objects read."""
 
-import codecs
 import errno
 import hashlib
 import json
@@ -141,22 +140,14 @@ def weights_file_problem(path: Path, expected: str = "weights") -> str | None:
     return f"no {expected} but {kind}: {printable(text.strip(), 60)}\nDownload the file itself."
 
 
-def read_utf8(path: Path) -> tuple[str, str]:
-    """The text of a file, without a byte-order mark, and the SHA-256 of its bytes.
-
-    Raises UserError if it can't be read, has nothing but white space or, with the line, is not UTF-8.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror or e}.") from e
-    if not content.removeprefix(codecs.BOM_UTF8).strip():
-        raise UserError(f"{path}: the file is empty.")
-    try:
-        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
-    except UnicodeDecodeError as e:
-        line = content[: e.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 (byte {e.start}). Save the file as UTF-8.") from e
+def sha256_of(path: Path, size: int | None = None) -> str:
+    """The SHA-256 of a file's bytes, or of the first `size` of them."""
+    sha, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while part := file.read(min(left, 2**20)):
+            sha.update(part)
+            left -= len(part)
+    return sha.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

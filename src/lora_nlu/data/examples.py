@@ -1,10 +1,9 @@
 """Examples of every source as one kind of table, the choice of some of their rows, and a description for people."""
 
-import hashlib
 import random
-from collections import Counter
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 from datasets import Dataset
 
 from lora_nlu.errors import UserError, printable
@@ -19,7 +18,7 @@ class Examples:
 
     labels:  class names in id order; () for a regression.
     columns: of each split, its file's names of the columns: the text, or a pair, then the label if it is read.
-    rows:    of each split, the number of rows before some were chosen (`choose_rows`).
+    rows:    of each split, the number of rows before some were chosen (`choose_rows`); None if the rest was not read.
     unread:  of a test split whose file has a column of labels, the name of that column.
     notes:   lines on what was read, for the user.
     """
@@ -27,7 +26,7 @@ class Examples:
     splits: dict[str, Dataset]
     labels: tuple[str, ...]
     columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int | None] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -40,13 +39,6 @@ class Examples:
         """The column of the text, or the two of a pair, by the names that the first split's file gives them."""
         split, table = next(iter(self.splits.items()))
         return self.columns[split][: 1 + ("text_pair" in table.column_names)]
-
-
-def table_with_fingerprint(columns: dict[str, list], key: str) -> Dataset:
-    """A table whose fingerprint, and with it the tokenised cache, is a function of `key`."""
-    table = Dataset.from_dict(columns)
-    table._fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return table
 
 
 def choose_rows(examples: Examples, limits: dict[str, int | None], seed: int | None = None) -> Examples:
@@ -66,7 +58,8 @@ def choose_rows(examples: Examples, limits: dict[str, int | None], seed: int | N
             tables[split] = table.select(numbers)
             if LABEL in table.column_names:
                 _check_labels_vary(examples, split, tables[split], is_drawn)
-    return replace(examples, splits=tables, rows={split: len(table) for split, table in examples.splits.items()})
+    rows: dict[str, int | None] = {split: len(table) for split, table in examples.splits.items()}
+    return replace(examples, splits=tables, rows=rows | examples.rows)
 
 
 def _check_labels_vary(examples: Examples, split: str, chosen: Dataset, is_drawn: bool) -> None:
@@ -83,10 +76,9 @@ def _check_labels_vary(examples: Examples, split: str, chosen: Dataset, is_drawn
 
 def _label_counts(table: Dataset, examples: Examples) -> dict[str, int]:
     """The number of rows with each label that occurs in a table: classes by name in id order, or numbers."""
-    counts = Counter(table.with_format("numpy")[LABEL][:].tolist())
-    if examples.is_regression:
-        return {f"{number:g}": count for number, count in sorted(counts.items())}
-    return {name: counts[i] for i, name in enumerate(examples.labels) if counts[i]}
+    values, counts = np.unique(table.with_format("numpy")[LABEL][:], return_counts=True)
+    names = map("{:g}".format, values) if examples.is_regression else (examples.labels[i] for i in values)
+    return dict(zip(names, counts.tolist(), strict=True))
 
 
 def _counts_text(counts: dict[str, int]) -> str:
@@ -102,8 +94,12 @@ def describe_examples(examples: Examples, seed: int | None = None) -> list[str]:
     for split, table in examples.splits.items():
         rows, columns = examples.rows.get(split, len(table)), examples.columns.get(split, ())
         choice = f"drawn of {rows}" if seed is not None and split in drawn else f"the first of {rows}"
+        if rows is None:
+            choice = "the first, no more of the file is read"
         texts = " and ".join(map(repr, columns[: len(table.column_names) - (LABEL in table.column_names)]))
-        line = f"{split}: {len(table)} rows{f' ({choice})' if len(table) < rows else ''}, text in {texts}"
+        line = (
+            f"{split}: {len(table)} rows{f' ({choice})' if rows is None or len(table) < rows else ''}, text in {texts}"
+        )
         if split in examples.unread:
             line += f"; its labels in {examples.unread[split]!r} are not read"
         if LABEL in table.column_names:
@@ -115,7 +111,7 @@ def describe_examples(examples: Examples, seed: int | None = None) -> list[str]:
 def _describe_labels(table: Dataset, examples: Examples) -> str:
     if examples.is_regression:
         numbers = table.with_format("numpy")[LABEL][:]
-        hint = " (for two classes write 0 and 1)" if {*numbers.tolist()} <= {0.0, 1.0} else ""
+        hint = " (for two classes write 0 and 1)" if np.isin(numbers, (0, 1)).all() else ""
         return f", a regression: numbers from {numbers.min():g} to {numbers.max():g}{hint}"
     counts = _label_counts(table, examples)
     absent = [name for name in examples.labels if name not in counts]

@@ -3,17 +3,21 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
 from datasets import Dataset
 
-from lora_nlu.data.examples import LABEL, Examples, table_with_fingerprint
+from lora_nlu.data.cache import cached_file, cached_table, record_batches
+from lora_nlu.data.examples import LABEL, Examples
+from lora_nlu.data.lines import read_lines
 from lora_nlu.data.tasks import TASKS, Task
 from lora_nlu.errors import UserError
-from lora_nlu.files import read_utf8
 
 HUB_DATASET = "nyu-mll/glue"
 HUB_TIMEOUT_S = 5
@@ -29,7 +33,7 @@ def load_glue(
             raise UserError(f"{name} has no {kind} set. It is for --do_predict with an adapter trained on mnli.")
     splits = [split for kind in kinds for split in task.splits[kind]]
     if glue_dir is not None:
-        return load_glue_folder(glue_dir, task, splits)
+        return load_glue_folder(glue_dir, task, splits, cache_dir)
     return load_glue_hub(task, splits, cache_dir, token)
 
 
@@ -47,7 +51,7 @@ def with_diagnostics(examples: Examples, *source: str | None) -> tuple[Examples,
     return replace(examples, splits=splits, columns=examples.columns | {"test_ax": ax.columns["test"]}), ""
 
 
-def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str]) -> Examples:
+def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str], cache_dir: str | None = None) -> Examples:
     """Read the splits (Hub names) of a task from the standard GLUE folders under `glue_dir`."""
     if not Path(glue_dir).is_dir():
         raise UserError(f"--glue_dir {glue_dir}: no such folder. It must hold {next(iter(task.files.values()))[0]}.")
@@ -62,62 +66,80 @@ def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str]) -> Exampl
             )
         with_labels = not split.startswith("test")
         columns[split] = (*(task.text_columns or task.text), *([task.label_column] if with_labels else []))
-        tables[split] = read_glue_file(path, task, columns[split], with_labels)
+        tables[split] = read_glue_file(path, task, columns[split], with_labels, cache_dir)
         if len(tables[split]) != task.rows[split]:
             text = f"{path} has {len(tables[split])} examples; the published file has {task.rows[split]}."
             datasets.logging.get_logger(__name__).warning(text)
     return Examples(tables, task.labels, columns)
 
 
-def read_glue_file(path: Path, task: Task, columns_read: Sequence[str], with_labels: bool) -> Dataset:
+def read_glue_file(
+    path: Path, task: Task, columns_read: Sequence[str], with_labels: bool, cache_dir: str | None = None
+) -> Dataset:
     """Read the columns of the text, or of a pair, and then of the label, of one file of the standard GLUE download.
 
     Raises UserError, with file and line, for a missing or empty file, a header without the task's columns, a line of
     another width or without a newline, and a label outside the task's set.
     """
-    text, digest = read_utf8(path)
-    lines = _lines(path, task, text)
+    next(read_lines(path, newline="\n"))  # raises UserError for a file that can't be read
+    cached = partial(cached_table, f"{task.name}_rows", cache_dir=cache_dir)
+    batches = partial(_batches, path, task, columns_read, with_labels)
+    return cached_file(path, f"{task.name} {with_labels}", batches, cached)[0]
+
+
+def _batches(path: Path, task: Task, columns_read: Sequence[str], with_labels: bool) -> Iterator[pa.RecordBatch]:
+    """The columns that are read of a file, in batches. Raises UserError as `read_glue_file` does."""
+    types = dict.fromkeys(("text", "text_pair")[: len(task.text)], pa.string())
+    if with_labels:
+        types[LABEL] = pa.float64() if task.is_regression else pa.int64()
+    return record_batches(_rows(path, task, columns_read, with_labels), types)
+
+
+def _rows(path: Path, task: Task, columns_read: Sequence[str], with_labels: bool) -> Iterator[list[Any]]:
+    """The columns that are read of each row, a label as its id or number."""
+    lines = _lines(path, task)
+    first = number, header = next(lines)
     if with_labels and task.headerless:
-        header = list(task.headerless)
-        if (width := text.partition("\n")[0].count("\t") + 1) != len(header):
-            raise UserError(f"{path}:1: {width} columns, {task.name} files have {len(header)}: {', '.join(header)}.")
-    else:
-        _, header = next(lines)
-        if missing := [column for column in columns_read if column not in header]:
-            raise UserError(
-                f"{path}:1: the header lacks {', '.join(map(repr, missing))}; it has {', '.join(header)}.\n"
-                f"Is this the standard GLUE file of {task.name}?"
-            )
+        if len(header) != len(task.headerless):
+            names = ", ".join(task.headerless)
+            raise UserError(f"{path}:1: {len(header)} columns, {task.name} files have {len(task.headerless)}: {names}.")
+        lines, header = chain([first], lines), [*task.headerless]
+    elif missing := [column for column in columns_read if column not in header]:
+        raise UserError(
+            f"{path}:1: the header lacks {', '.join(map(repr, missing))}; it has {', '.join(header)}.\n"
+            f"Is this the standard GLUE file of {task.name}?"
+        )
     indices = [header.index(column) for column in columns_read]
     ids = {name: i for i, name in enumerate(task.written or task.labels)}
-    rows: list[list[Any]] = []
+    number = 0
     for number, fields in lines:
-        rows.append([fields[i] for i in indices])
+        row: list[Any] = [fields[i] for i in indices]
         if with_labels:
-            rows[-1][-1] = _label(rows[-1][-1], ids, task, f"{path}:{number}")
-    if not rows:
+            row[-1] = _label(row[-1], ids, task, f"{path}:{number}")
+        yield row
+    if not number:
         raise UserError(f"{path}: no examples, only a header.")
-    names = [*("text", "text_pair")[: len(task.text)], LABEL][: len(indices)]
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
-    return table_with_fingerprint(columns, f"{task.name} {with_labels} {digest}")
 
 
-def _lines(path: Path, task: Task, text: str) -> Iterator[tuple[int, list[str]]]:
+def _lines(path: Path, task: Task) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of a GLUE file: tab-separated, unquoted, with a newline at its very end."""
-    lines = text.split("\n")
-    if lines.pop():
-        raise UserError(
-            f"{path}:{len(lines) + 1}: the last line has no newline: the file may be cut short.\n"
-            "Download it again, or add the newline if the file is complete."
-        )
-    width = len(lines[0].rstrip("\r").split("\t"))
-    for number, line in enumerate(lines, start=1):
-        fields = line.rstrip("\r").split("\t")
-        if len(fields) != width:
-            if task.skips_broken_lines and number < len(lines):
-                continue  # as the Hub's own conversion of this task does
-            raise UserError(f"{path}:{number}: {len(fields)} columns, the file has {width}: a broken or cut line.")
-        yield number, fields
+    width, broken = 0, ""
+    for number, line in enumerate(read_lines(path, newline="\n"), start=1):
+        if not line.endswith("\n"):
+            raise UserError(
+                f"{path}:{number}: the last line has no newline: the file may be cut short.\n"
+                "Download it again, or add the newline if the file is complete."
+            )
+        fields, broken = line[:-1].rstrip("\r").split("\t"), ""
+        width = width or len(fields)
+        if len(fields) == width:
+            yield number, fields
+            continue
+        broken = f"{path}:{number}: {len(fields)} columns, the file has {width}: a broken or cut line."
+        if not task.skips_broken_lines:  # as the Hub's own conversion of such a task does, but for the last line
+            break
+    if broken:
+        raise UserError(broken)
 
 
 def _label(written: str, ids: dict[str, int], task: Task, place: str) -> int | float:

@@ -2,17 +2,23 @@
 
 import hashlib
 import tempfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
+from datasets.utils import tqdm
 
+from lora_nlu.data.cache import cached_table
 from lora_nlu.data.examples import LABEL, Examples
 from lora_nlu.errors import UserError
 
 _LENGTH = "tokens_uncut"  # column of the cached tables: the number of tokens before truncation
+_TYPES = {"input_ids": pa.int32()}  # of the ids; those of masks and token types fit a byte
+_BATCH = 1_000
 
 
 def tokenize(
@@ -21,39 +27,41 @@ def tokenize(
     """Encode text to input_ids (and token_type_ids, attention_mask, label), truncated to `max_length`, unpadded.
 
     Returns the tables, and a line for each split of which examples were truncated. Cached in `cache_dir` (or the
-    datasets library's cache) under a name made of text, tokenizer and length; written under a temporary name first, so
-    that several processes may share it. Raises UserError if most words are unknown to the tokenizer.
+    datasets library's cache) under a name made of text, tokenizer and length, as `cached_table` says. Raises UserError
+    if most words are unknown to the tokenizer.
     """
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "lora_nlu")
-    folder.mkdir(parents=True, exist_ok=True)
     settings = f"{tokenizer.__class__.__name__} {tokenizer.truncation_side} {tokenizer.model_input_names}"
     identity = f"{settings} {_tokenizer_identity(tokenizer)} {max_length} {_LENGTH}"
-
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        pairs = batch.get("text_pair")
-        encoded = tokenizer(batch["text"], pairs, truncation=True, max_length=max_length)
-        lengths = [len(ids) for ids in encoded["input_ids"]]
-        if longest := [i for i, length in enumerate(lengths) if length >= max_length]:  # these may be truncated
-            columns = [[column[i] for i in longest] for column in (batch["text"], pairs) if column]
-            for i, ids in zip(longest, tokenizer(*columns, verbose=False)["input_ids"], strict=True):
-                lengths[i] = len(ids)
-        return {**encoded, _LENGTH: lengths}
-
     encoded, notes = {}, []
     for split, table in examples.splits.items():
-        _check_vocabulary(table, tokenizer, split)
-        key = hashlib.sha256(f"{table._fingerprint} {len(table)} {identity}".encode()).hexdigest()[:32]
-        texts = [name for name in table.column_names if name != LABEL]
-        tokens = table.map(
-            encode, batched=True, remove_columns=texts, new_fingerprint=key, desc=f"Tokenising {split}",
-            cache_file_name=str(folder / f"{split}-{key}.arrow"), load_from_cache_file=not overwrite_cache,
-        )  # fmt: skip
-        lengths = tokens.with_format("numpy")[_LENGTH][:]
+        key = f"{table._fingerprint} {len(table)} {identity}"
+        batches = partial(_encoded, table, tokenizer, max_length, split)
+        tokens = cached_table(split, key, batches, cache_dir, overwrite_cache)
+        lengths = tokens.data.column(_LENGTH).to_numpy()
         if count := int((lengths > max_length).sum()):
             note = f"{split}: {count} of {len(lengths)} examples are cut at --max_seq_length {max_length}"
             notes.append(f"{note}; the longest has {lengths.max()} tokens.")
         encoded[split] = tokens.remove_columns(_LENGTH)
     return encoded, notes
+
+
+def _encoded(table: Dataset, tokenizer: Any, max_length: int, split: str) -> Iterator[pa.RecordBatch]:
+    """The tokens of a table, in batches, with a progress bar on a terminal after five seconds."""
+    _check_vocabulary(table, tokenizer, split)
+    with tqdm(total=len(table), desc=f"Tokenising {split}", unit=" rows", delay=5, disable=None) as bar:
+        for batch in table.iter(_BATCH):
+            pairs = batch.get("text_pair")
+            ids = tokenizer(batch["text"], pairs, truncation=True, max_length=max_length)
+            lengths = [len(row) for row in ids["input_ids"]]
+            if longest := [i for i, length in enumerate(lengths) if length >= max_length]:  # these may be truncated
+                columns = [[column[i] for i in longest] for column in (batch["text"], pairs) if column]
+                for i, row in zip(longest, tokenizer(*columns, verbose=False)["input_ids"], strict=True):
+                    lengths[i] = len(row)
+            arrays = {name: pa.array(rows, pa.list_(_TYPES.get(name, pa.int8()))) for name, rows in ids.items()}
+            if LABEL in batch:
+                arrays[LABEL] = pa.array(batch[LABEL], table.features.arrow_schema.field(LABEL).type)
+            yield pa.RecordBatch.from_pydict(arrays | {_LENGTH: pa.array(lengths, pa.int64())})
+            bar.update(len(lengths))
 
 
 def _tokenizer_identity(tokenizer: Any) -> str:

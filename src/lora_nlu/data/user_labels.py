@@ -1,38 +1,78 @@
 """The labels of a user's own files: their values, the classes that they are, their ids."""
 
+import json
 import math
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lora_nlu.data.user_rows import Row
-from lora_nlu.errors import UserError
+import numpy as np
+from datasets import Dataset
+
+from lora_nlu.errors import UserError, printable
 from lora_nlu.labels import label_list, normalised_label
 
+LABEL_JSON, LINE = "label_json", "line"  # columns of the table of a parsed file
+# What other programs write where there is no label
+_MISSING = ("nan", "none", "null", "na", "n/a")
 
-def label_values(rows: Sequence[Row], column: str) -> list[str] | list[float]:
-    """Labels as class names (strings), or as floats if every one is a number and not every one an integer."""
-    values = []
-    for row in rows:
-        value = row.fields[column]
-        if isinstance(value, bool):
-            value = str(value).lower()
-        is_empty = value is None or (isinstance(value, float) and not math.isfinite(value))
-        if is_empty or str(value).strip().lower() in ("", "nan"):
-            raise UserError(f"{row.place}: the label is {value!r}. Give every example one.")
-        if not isinstance(value, (str, int, float)):
-            raise UserError(f"{row.place}: the label is a {type(value).__name__}; it must be a string or a number.")
-        values.append(value)
-    names = [str(value) for value in values]
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a file: its different `values`, and the index among them of each row's label.
+
+    values: in the order of the rows in which they first occur; class names, or floats if every one is a number and not
+    every one an integer.
+    """
+
+    path: str
+    values: list[str] | list[float]
+    codes: np.ndarray  # [rows]
+    lines: Any  # [rows], of the file; an Arrow array
+
+    def place(self, i: int) -> str:
+        """File and line of the first row whose label is `values[i]`."""
+        return f"{self.path}:{self.lines[int(np.argmax(self.codes == i))]}"
+
+    @property
+    def names(self) -> list[str]:
+        return [str(value) for value in self.values]
+
+    @property
+    def are_numbers(self) -> bool:
+        return isinstance(self.values[0], float)
+
+
+def label_json(value: Any, place: str) -> str:
+    """The label of one row as JSON. Raises UserError for one that is missing, or neither a string nor a number."""
+    if isinstance(value, bool):
+        value = str(value).lower()
+    if value is None or (isinstance(value, float) and not math.isfinite(value)) or not str(value).strip():
+        raise UserError(f"{place}: the label is {value!r:.40}. Give every example one.")
+    if not isinstance(value, (str, int, float)):
+        raise UserError(f"{place}: the label is a {type(value).__name__}; it must be a string or a number.")
+    return json.dumps(value)
+
+
+def read_labels(path: str, table: Dataset) -> Labels:
+    """The labels of a parsed file. Raises UserError for numbers that are not finite."""
+    encoded = table.data.column(LABEL_JSON).dictionary_encode().combine_chunks()
+    values = [json.loads(text) for text in encoded.dictionary.to_pylist()]
+    codes, lines = encoded.indices.to_numpy(), table.data.column(LINE)
+    names = [*dict.fromkeys(map(str, values))]
+    if len(names) < len(values):  # 1 and "1"
+        codes = np.array([names.index(str(value)) for value in values])[codes]
     if all(_is_integer(value) for value in values) or {*map(type, values)} == {int, str}:
-        return names
+        return Labels(path, names, codes, lines)
     try:
         numbers = [float(name) for name in names]
     except ValueError:
-        return names
-    if wrong := [row for row, number in zip(rows, numbers, strict=True) if not math.isfinite(number)]:
-        raise UserError(f"{wrong[0].place}: the label is {wrong[0].fields[column]!r}, which is not finite.")
-    return numbers
+        return Labels(path, names, codes, lines)
+    labels = Labels(path, numbers, codes, lines)
+    for i, number in enumerate(numbers):
+        if not math.isfinite(number):
+            raise UserError(f"{labels.place(i)}: the label is {names[i][:40]!r}, which is not finite.")
+    return labels
 
 
 def _is_integer(value: Any) -> bool:
@@ -44,48 +84,43 @@ def _is_integer(value: Any) -> bool:
 
 
 def class_names(
-    files: Mapping[str, str],
-    labels: Mapping[str, list[str] | list[float]],
-    column: str,
-    expected: Sequence[str] | None,
-    expected_by: str,
+    labels: Mapping[str, Labels], column: str, expected: Sequence[str] | None, expected_by: str
 ) -> tuple[str, ...]:
     """The names of the classes in id order; () for a regression.
 
     Those expected; without them the sorted labels of the training file, or of the validation file if there is no other.
-    files: by split; labels: of the splits that have some, the values in `column`; expected, expected_by: as in
-    `load_files`. Raises UserError for labels that are no classes to learn.
+    labels: of the splits that have some, in `column`; expected, expected_by: as in `load_files`.
+    Raises UserError for labels that are no classes to learn.
     """
     if expected is None and not labels:
         raise UserError("The labels are unknown: give --train_file, or --lora_path with an adapter that records them.")
-    first = "train" if "train" in labels else "validation"
-    values = labels.get(first, [])
-    if expected and expected_by == "--labels" and values and isinstance(values[0], float):
+    first = labels.get("train") or labels.get("validation")
+    if expected and expected_by == "--labels" and first and first.are_numbers:
         raise UserError(
-            f"{files[first]}: the labels in column {column!r} are numbers, and a regression has no label names. "
+            f"{first.path}: the labels in column {column!r} are numbers, and a regression has no label names. "
             "Leave --labels out."
         )
     accepted: Collection[str] = expected or ()
-    for split, names in labels.items():
-        if expected != () and not isinstance(names[0], float):
-            _check_repeated(files[split], list(map(str, names)), column, accepted)
+    for of_file in labels.values():
+        if expected != () and not of_file.are_numbers:
+            _check_repeated(of_file, column, accepted)
         if expected is None:  # the training file's labels, which were checked first
-            accepted = accepted or {*map(str, names)}
+            accepted = accepted or {*of_file.names}
     classes = tuple(expected or ())
-    if expected is None and not isinstance(values[0], float):
-        classes = tuple(sorted({*map(str, values)}, key=_label_order))
-    if classes and len({*values}) == 1 and ("train" in labels or expected is None):
-        raise UserError(f"{files[first]}: every label is {str(values[0])!r}; nothing to learn.")
+    if expected is None and first and not first.are_numbers:
+        classes = tuple(sorted(first.names, key=_label_order))
+    if classes and first and len(first.values) == 1 and ("train" in labels or expected is None):
+        raise UserError(f"{first.path}: every label is {first.names[0][:80]!r}; nothing to learn.")
     return classes
 
 
-def _check_repeated(path: str, labels: Sequence[str], column: str, accepted: Collection[str]) -> None:
+def _check_repeated(labels: Labels, column: str, accepted: Collection[str]) -> None:
     """A column with about as many labels as rows holds no labels, unless all are accepted names. Raises UserError."""
-    names = [*dict.fromkeys(labels)]
+    names, rows = labels.names, len(labels.codes)
     are_accepted = bool(accepted) and all(_matching_name(name, accepted) is not None for name in names)
-    if len(labels) >= 10 and 2 * len(names) > len(labels) and not are_accepted:
+    if rows >= 10 and 2 * len(names) > rows and not are_accepted:
         raise UserError(
-            f"{path}: column {column!r} has {len(names)} different labels in {len(labels)} rows "
+            f"{labels.path}: column {column!r} has {len(names)} different labels in {rows} rows "
             f"({label_list(names[:2])}, ...): nearly every row would be its own class.\n"
             "Name the column of the labels with --label_column, those of the text with --text_columns.\n"
             "Numbers of a regression need a decimal point (3.0); so many classes are named with --labels."
@@ -108,52 +143,69 @@ def _label_order(name: str) -> tuple[int, int, str]:
     return (1, int(number), name) if number != name and _is_integer(number) else (2, 0, name)
 
 
-def check_leak(path: str, rows: Sequence[Row], texts: Sequence[str], labels: Sequence[Any]) -> None:
-    """A text column with one value for each label is the label in other words. Raises UserError naming it."""
-    names = {*labels}
-    if len(names) < 2 or len(rows) < 3 * len(names):
+def check_leak(labels: Labels, texts: Mapping[str, Iterable[str]]) -> None:
+    """A text column with one value for each label is the label in other words. Raises UserError naming it.
+
+    texts: the values of each column of text, by its name in the file.
+    """
+    if len(labels.values) < 2 or len(labels.codes) < 3 * len(labels.values):
         return
-    for column in texts:
-        pairs = {(label, row.fields[column]) for label, row in zip(labels, rows, strict=True)}
-        if len(pairs) == len(names) == len({text for _, text in pairs}):
-            shown = "; ".join(f"{text[:40]!r} for {label}" for label, text in sorted(pairs)[:3])
+    for column, values in texts.items():
+        text_of: dict[int, str] = {}
+        repeats = all(text_of.setdefault(code, text) == text for code, text in zip(labels.codes, values, strict=False))
+        if repeats and len({*text_of.values()}) == len(text_of):
+            pairs = sorted((labels.values[code], text) for code, text in text_of.items())
+            shown = "; ".join(f"{text[:40]!r} for {printable(label, 40)}" for label, text in pairs[:3])
             raise UserError(
-                f"{path}: column {column!r} has one value for each label ({shown}): it repeats the label.\n"
+                f"{labels.path}: column {column!r} has one value for each label ({shown}): it repeats the label.\n"
                 "Name the columns of the text: --text_columns."
             )
 
 
-def label_id(value: object, ids: dict[str, int], place: str, expected_by: str) -> int | float:
-    """The id of a class, or the number of a regression (no ids). Raises UserError for a label that is neither."""
-    label = f"{place}: label {str(value)[:80]!r}"
-    if ids:
-        if (name := _matching_name(str(value), ids)) is None:
-            raise UserError(f"{label} is not among those of {expected_by}: {label_list([*ids])}.")
-        return ids[name]
-    try:
-        number = float(str(value))
-    except ValueError as e:
-        raise UserError(f"{label} is not a number; those of {expected_by} are, and this is a regression.") from e
-    if not math.isfinite(number):
-        raise UserError(f"{place}: the label is {str(value)[:40]!r}, which is not finite.")
-    return number
+def label_ids(labels: Labels, ids: Mapping[str, int], expected_by: str) -> np.ndarray:
+    """The class ids of the rows, or their numbers in a regression (no ids). Raises UserError for other labels."""
+    numbers: list[float] = []
+    for i, name in enumerate(labels.names):
+        if ids:
+            if (known := _matching_name(name, ids)) is None:
+                raise UserError(
+                    f"{labels.place(i)}: label {name[:80]!r} is not among those of {expected_by}: {label_list([*ids])}."
+                )
+            numbers.append(ids[known])
+            continue
+        try:
+            numbers.append(float(name))
+        except ValueError as e:
+            raise UserError(
+                f"{labels.place(i)}: label {name[:80]!r} is not a number; those of {expected_by} are, and this is a "
+                "regression."
+            ) from e
+        if not math.isfinite(numbers[-1]):
+            raise UserError(f"{labels.place(i)}: the label is {name[:40]!r}, which is not finite.")
+    return np.array(numbers, dtype=np.int64 if ids else np.float64)[labels.codes]
 
 
-def notes_on_spelling(path: str, labels: Sequence[str], ids: dict[str, int]) -> list[str]:
-    """Lines on labels that are read as a class of slightly different name, and on classes whose names are alike."""
-    counts, lines = Counter(labels), []
-    classes_by_meaning: dict[object, list[str]] = {}
-    for label, count in counts.items():
+def notes_on_labels(labels: Labels, ids: Mapping[str, int], names_are_new: bool) -> list[str]:
+    """Lines on labels that are read as a class of slightly different name, and on classes that are probably none.
+
+    names_are_new: the class names are those of the files, not of --labels or of a trained head.
+    """
+    counts, lines = np.bincount(labels.codes), []
+    classes_by_meaning: dict[object, list[int]] = {}
+    for i, label in enumerate(labels.names):
         if label in ids:
-            classes_by_meaning.setdefault(_meaning(label), []).append(label)
+            classes_by_meaning.setdefault(_meaning(label), []).append(i)
+            if names_are_new and normalised_label(label) in _MISSING:
+                remedy = "If it means that the label is missing, remove these rows."
+                lines.append(f"{labels.path}: {label!r} is a class ({counts[i]} rows). {remedy}")
         elif (name := _matching_name(label, ids)) is not None:
-            lines.append(f"{path}: label {label!r} ({count} rows) is read as {name!r}.")
+            lines.append(f"{labels.path}: label {label!r} ({counts[i]} rows) is read as {name!r}.")
     for meaning, classes in classes_by_meaning.items():
         if len(classes) > 1:
             is_name = isinstance(meaning, str)
             difference = "differ only in blanks or case" if is_name else "are the same number in different notations"
-            shown = ", ".join(f"{label!r} ({counts[label]} rows)" for label in classes)
-            lines.append(f"{path}: these labels {difference} and count as different classes: {shown}.")
+            shown = ", ".join(f"{labels.names[i]!r} ({counts[i]} rows)" for i in classes)
+            lines.append(f"{labels.path}: these labels {difference} and count as different classes: {shown}.")
     return lines
 
 

@@ -1,49 +1,48 @@
-"""The rows of a user's own CSV, TSV or JSON lines file, each with the place that errors name."""
+"""The rows of a user's own CSV, TSV or JSON lines file, read one after another, each with its line for errors."""
 
 import csv
-import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lora_nlu.errors import UserError
-from lora_nlu.files import read_utf8
+from lora_nlu.data.lines import read_lines
+from lora_nlu.errors import UserError, printable
+from lora_nlu.labels import shortened_list
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row: its fields by column, and its file and line for error messages."""
+class Row(NamedTuple):
+    """One row: its fields by column, and its last line for error messages."""
 
     fields: dict[str, Any]
-    place: str
+    line: int
 
 
-def read_rows(path: Path) -> tuple[list[Row], str]:
-    """The rows of a file, read as the end of its name says, and its SHA-256. Raises UserError naming file and line."""
-    text, digest = read_utf8(path)
-    if path.suffix in (".json", ".jsonl"):
-        rows = list(_json_rows(path, text))
-    elif path.suffix in (".csv", ".tsv"):
-        rows = list(_csv_rows(path, text))
-    else:
-        raise UserError(f"{path}: the name must end in .csv, .tsv, .json or .jsonl.")
-    if not rows:
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file, read as the end of its name says. Raises UserError naming file and line."""
+    row, is_json = None, path.suffix in (".json", ".jsonl")
+    lines = read_lines(path, newline="\n" if is_json else "")
+    for row in _json_rows(path, lines) if is_json else _csv_rows(path, lines):
+        yield row
+    if row is None:
         raise UserError(f"{path}: no examples, only a header.")
-    return rows, digest
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[Row]:
+def column_list(names: Iterable[str]) -> str:
+    """The names of columns for a message."""
+    return shortened_list([printable(name) for name in names])
+
+
+def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[Row]:
     """CSV as spreadsheets write it; TSV unquoted, as GLUE's files are. The first line names the columns."""
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the reader's own limit is 131,072 characters a cell
+    csv.field_size_limit(2**31 - 1)  # the reader's own limit is 131,072 characters a cell
     tabs = path.suffix == ".tsv"
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-    reader = csv.reader(io.StringIO(text, newline=""), **options)
+    reader = csv.reader(lines, **options)
     try:
         header = next(reader)
         if len(set(header)) != len(header):
-            raise UserError(f"{path}:1: two columns have the same name: {', '.join(header)}.")
+            raise UserError(f"{path}:1: two columns have the same name: {column_list(header)}.")
         remedy = _other_separator(path, header)
         if remedy and len(header) == 1:
             raise UserError(f"{path}:1: the header is one column, {header[0][:80]!r}.{remedy}")
@@ -53,7 +52,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
             if len(fields) != len(header):
                 found = f"{len(fields)} columns, the header has {len(header)}"
                 raise UserError(f"{path}:{reader.line_num}: {found}.{remedy}")
-            yield Row(dict(zip(header, fields, strict=True)), f"{path}:{reader.line_num}")
+            yield Row(dict(zip(header, fields, strict=True)), reader.line_num)
     except csv.Error as e:
         raise UserError(f"{path}:{reader.line_num}: {e}: a broken or cut line.") from e
 
@@ -72,9 +71,10 @@ def _other_separator(path: Path, header: Sequence[str]) -> str:
     )
 
 
-def _json_rows(path: Path, text: str) -> Iterator[Row]:
+def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[Row]:
     """JSON lines: one object a line."""
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
+        line = line.removesuffix("\n")
         if not line.strip():
             continue
         try:
@@ -87,7 +87,7 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
             raise UserError(f"{path}:{number}: the key {e} occurs twice in one object.") from e
         if not isinstance(fields, dict):
             raise UserError(f"{path}:{number}: a JSON {type(fields).__name__}; the file needs one object a line.")
-        yield Row(fields, f"{path}:{number}")
+        yield Row(fields, number)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

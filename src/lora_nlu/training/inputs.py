@@ -111,12 +111,17 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
         head.check_ids(None)
     glue_source = data_args.glue_dir, model_args.cache_dir, model_args.token
     text_columns = parse_names("text_columns", data_args.text_columns)
+    limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
+    limits["test"] = data_args.max_predict_samples
     with args.main_process_first(desc="loading the examples"):
         if task:
             examples = load_glue(task, splits, *glue_source)
         else:
             files = {split: getattr(data_args, f"{split}_file") for split in splits}
-            examples = load_files(files, names, text_columns, data_args.label_column or LABEL, named_by)
+            examples = load_files(
+                files, names, text_columns, data_args.label_column or LABEL, named_by,
+                limits if data_args.sample_seed is None else None, model_args.cache_dir, data_args.overwrite_cache,
+            )  # fmt: skip
         reason = ""
         if task == "mnli" and args.do_predict:
             examples, reason = with_diagnostics(examples, *glue_source)
@@ -127,8 +132,6 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
         labels.check_labels(head.source, head.labels, examples.labels)
     if reason:
         say(args, f"No predictions for the diagnostic set (AX): {reason}")
-    limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
-    limits["test"] = data_args.max_predict_samples
     examples = choose_rows(examples, limits, data_args.sample_seed)
     say(args, *describe_examples(examples, data_args.sample_seed))
     trained = adapter.metadata.get("text_columns") if adapter and not task else None  # older versions recorded none

@@ -53,7 +53,7 @@ def plan(script: Script, settings: Mapping[str, str]) -> Command:
 
     settings: environment variables, those that launch.sh documents and SLURM's. Raises UsageError if they do not fit.
     """
-    environment = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "TOKENIZERS_PARALLELISM": "true"}
     notes: list[str] = []
     root = Path(script.root)
     flags = start_from_mnli(script.flags, root, settings.get("MNLI_LORA"))
