@@ -454,3 +454,35 @@ def test_a_long_cell_in_quotes_keeps_its_lines_and_an_open_quote_is_still_refuse
     assert own(tmp_path, "a.csv", f'text,label\n"{text}",y\nshort,n\n').splits["train"][0]["text"] == text
     message = refusal(own, tmp_path, "b.csv", f'text,label\nshort,n\n"{text}')
     assert message.startswith(f"{tmp_path / 'b.csv'}:") and "broken or cut line" in message
+
+
+@pytest.mark.parametrize("name", ["nan", "None", "NA", "null", "N/A"])
+def test_a_word_for_a_missing_value_is_a_class_and_a_line_says_so(name, tmp_path):
+    content = f"text,label\nA,yes\nB,no\nC,{name}\nD,{name}\n"
+    examples = own(tmp_path, "a.csv", content)
+    assert {*examples.labels} == {"yes", "no", name}
+    remedy = "If it means that the label is missing, remove these rows."
+    assert examples.notes == (f"{tmp_path / 'a.csv'}: {name!r} is a class (2 rows). {remedy}",)
+    assert own(tmp_path, "a.csv", content, ["yes", "no", name]).notes == ()  # named on purpose
+
+
+def test_messages_are_short_whatever_the_number_of_classes_columns_or_digits(tmp_path):
+    names = [f"class {i}" for i in range(10_000)]
+    message = refusal(own, tmp_path, "a.csv", "text,label\nA,class 1\nB,other\n", names)
+    assert message.startswith(f"{tmp_path / 'a.csv'}:3: label 'other' is not among") and len(message) < 500
+    assert message.endswith("class 9 and 9990 more.")
+    columns = ",".join(f"column {i}" for i in range(10_000))
+    for content in (f"{columns}\n", f"{columns},label\n", f"{columns},column 1,label\n"):
+        message = refusal(own, tmp_path, "b.csv", content + "x," * content.count(",") + "x\n")
+        assert "more" in message and len(message) < 1000
+    big = json_lines({"text": "A", "label": 1}, {"text": ["word"] * 10_000, "label": 0})
+    assert len(refusal(own, tmp_path, "a.jsonl", big)) < 500
+    big = json_lines({"text": "A", "label": 1}, {"text": "B", "label": " " * 10_000})
+    assert len(refusal(own, tmp_path, "a.jsonl", big)) < 500
+
+
+def test_three_spellings_of_a_label_are_three_classes_and_a_line_names_them(tmp_path):
+    examples = own(tmp_path, "a.csv", "text,label\nA,yes\nB,yes \nC,Yes\nD,no\n")
+    assert examples.labels == ("Yes", "no", "yes", "yes ")
+    (note,) = examples.notes
+    assert note.endswith("count as different classes: 'yes' (1 rows), 'yes ' (1 rows), 'Yes' (1 rows).")

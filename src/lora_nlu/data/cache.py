@@ -1,8 +1,6 @@
 """Tables cached as Arrow files that are memory-mapped and end in the SHA-256 of what precedes it."""
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -13,7 +11,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from lora_nlu.errors import UserError
-from lora_nlu.files import sha256_of
+from lora_nlu.files import atomic_write, sha256_of
 
 _DIGEST_BYTES = 32
 
@@ -64,21 +62,16 @@ def cached_file(
 
 
 def _write(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    """Not flushed to the disk: the digest shows a file that a crash of the machine has cut."""
-    descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            writer: pa.RecordBatchStreamWriter | None = None
+    with atomic_write(path) as partial:
+        writer: pa.RecordBatchStreamWriter | None = None
+        with partial.open("wb") as file:
             for batch in batches:
                 writer = writer or pa.ipc.new_stream(file, batch.schema)
                 writer.write_batch(batch)
             assert writer is not None  # every table has rows
             writer.close()
-            file.flush()
-            file.write(bytes.fromhex(sha256_of(Path(partial))))
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+        with partial.open("ab") as file:
+            file.write(bytes.fromhex(sha256_of(partial)))
 
 
 def _is_intact(path: Path) -> bool:
