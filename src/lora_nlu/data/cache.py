@@ -34,7 +34,6 @@ def cached_table(
     make it at once: each writes a file of its own and renames it.
     """
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "lora_nlu")
-    folder.mkdir(parents=True, exist_ok=True)
     digest = key_digest(key)
     path = folder / f"{name}-{digest}.arrow"
     if overwrite or not _is_intact(path):
