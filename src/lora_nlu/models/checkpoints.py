@@ -2,7 +2,11 @@
 
 import re
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from lora_nlu.errors import UserError, printable
 from lora_nlu.methods.description import description_of, flags_that_add, is_added
@@ -20,6 +24,18 @@ def refuse_quantised(name: Any, setting: Any) -> None:
             "fp16 or bf16.\nLoad the unquantised checkpoint. To quantise what was trained, merge it "
             "(python -m lora_nlu.adapters convert ... --to merged) and load that in transformers' own class."
         )
+
+
+def weight_files(name: str, config: Any, **hub: Any) -> list[Path]:
+    """The files that `from_pretrained` reads the weights of a folder or Hub id from; [] if there are none."""
+    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
+    if own := getattr(config, "transformers_weights", None):  # the config of some models names their file
+        names = [own]
+    for file in names:
+        if path := cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub):
+            paths = get_checkpoint_shard_files(name, path, **hub)[0] if file.endswith(".index.json") else [path]
+            return [Path(path) for path in paths if Path(path).is_file()]
+    return []
 
 
 class Checkpoints:

@@ -1,5 +1,6 @@
 """A model from a checkpoint folder or Hub id: its configuration, its weights, its head, and checks of each."""
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -9,25 +10,29 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
 from lora_nlu.files import ADAPTER_CONFIG, read_json, weights_file_problem
 from lora_nlu.labels import check_labels, config_labels, label_list, last_head_layer, match_head_rows, set_labels
-from lora_nlu.methods.description import is_added, method_of_config, method_of_tensor, methods_in
+from lora_nlu.methods.description import is_added, method_of_config, method_of_tensor, methods_in, set_method
 from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.methods.marking import mark_trainable
-from lora_nlu.models.checkpoints import refuse_quantised
+from lora_nlu.models.checkpoints import refuse_quantised, weight_files
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.ops.tensors import is_loaded, not_finite
 
 MODELS: dict[str, Any] = {"roberta": RobertaForSequenceClassification, "deberta-v2": DebertaV2ForSequenceClassification}
+_MOST_LABELS, _MOST_LAYERS = 100_000, 1_000  # each takes time before the weights are read
 
 
 def load_config(name: str, **hub: Any) -> Any:
     """The config of a folder or Hub id (`hub`: cache_dir, token, revision). Raises UserError for none of `MODELS`."""
     try:
+        settings, _ = PreTrainedConfig.get_config_dict(name, **hub)
+        if isinstance(count := settings.get("num_labels"), int) and count > _MOST_LABELS:  # it would list their names
+            raise ValueError(f"num_labels is {count:,}; supported: {_MOST_LABELS:,}")
         config = AutoConfig.from_pretrained(name, **hub)
     except Exception as e:  # transformers raises errors of many kinds for a config that it can't use
         if Path(name, ADAPTER_CONFIG).is_file() and not Path(name, "config.json").is_file():
@@ -46,8 +51,26 @@ def load_config(name: str, **hub: Any) -> Any:
     if config.model_type not in MODELS:
         raise UserError(f"--model_name_or_path {name}: a {config.model_type!r} model; supported: {', '.join(MODELS)}.")
     refuse_quantised(f"--model_name_or_path {name}", getattr(config, "quantization_config", None))
+    _check_config(name, config)
     config._attn_implementation = "eager"  # as transformers calls the models' own; the file may ask for another
     return config
+
+
+def _check_config(name: str, config: Any) -> None:
+    """Raise UserError for a value that transformers accepts and that fails later; labels become their text."""
+    labels, label_ids, classes = [*config.id2label.values()], config.label2id, config.architectures
+    problem = ""
+    if not 0 <= config.num_hidden_layers <= _MOST_LAYERS:
+        problem = f"num_hidden_layers is {config.num_hidden_layers:,}; supported: 0 to {_MOST_LAYERS:,}"
+    elif wrong := [label for label in labels if not isinstance(label, str | int | float)]:
+        problem = f"id2label contains {printable(wrong[0], 40)}; expected names"
+    elif not isinstance(label_ids or {}, dict):
+        problem = f"label2id is {printable(label_ids, 40)}; expected an object"
+    elif not all(isinstance(model_class, str) for model_class in classes or ()):
+        problem = f"architectures is {printable(classes, 40)}; expected a list of names"
+    if problem:
+        raise UserError(f"--model_name_or_path {name}: its config.json can't be used.\n({problem})")
+    config.id2label = {i: str(label) for i, label in config.id2label.items()}
 
 
 def set_task(config: Any, task: str, labels: tuple[str, ...], cls_dropout: float | None) -> None:
@@ -84,6 +107,7 @@ def load_model(
     verbosity, notes = transformers.logging.get_verbosity(), []
     transformers.logging.set_verbosity_error()  # what is missing is checked and reported below
     try:
+        _check_size(name, config, **hub)
         model, report = MODELS[config.model_type].from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **hub
         )
@@ -127,6 +151,25 @@ def load_model(
             row.start(model)
     mark_trainable(model)
     return model, notes
+
+
+def _check_size(name: str, config: Any, **hub: Any) -> None:
+    """Raise UserError, before it is allocated, for a model that is far larger than the files of its weights."""
+    files = weight_files(name, config, **hub)
+    if not files:
+        return  # transformers says what is missing
+    shallow = copy.deepcopy(config)
+    set_method(shallow, {})
+    shallow.num_hidden_layers = 1
+    with torch.device("meta"):
+        sizes = {key: p.numel() for key, p in MODELS[config.model_type](shallow).named_parameters()}
+    layer = sum(size for key, size in sizes.items() if ".layer.0." in key)
+    count, size = sum(sizes.values()) + (config.num_hidden_layers - 1) * layer, sum(f.stat().st_size for f in files)
+    if count > 2 * size + 2**24:  # a number of the weights has at least a byte; the head may be missing
+        raise UserError(
+            f"--model_name_or_path {name}: config.json describes a model of {count:,} numbers, and the files of its "
+            f"weights have only {size:,} bytes.\nThey don't belong together: download both again."
+        )
 
 
 def _no_head(name: str, config: Any, trained: Sequence[str] | None, report: dict[str, Any]) -> UserError:
