@@ -214,6 +214,30 @@ def test_the_error_of_a_first_save_that_fails_says_that_there_is_no_earlier_chec
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("steps", [9, 10], ids=["inside an epoch", "at its end"])
+def test_a_run_resumed_from_its_last_checkpoint_takes_no_further_step(steps, tmp_path):
+    settings = {"max_steps": steps, "lr_scheduler_type": "constant"}
+    trainer = new_trainer(tmp_path, **settings)
+    trainer.train()
+    for _ in range(2):
+        resumed = new_trainer(tmp_path, **settings)
+        result = resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
+        assert result.global_step == resumed.state.global_step == steps
+        assert_equal_bits(parameters(resumed), parameters(trainer))
+
+
+@pytest.mark.parametrize("resumed_at", [4, 8, 12])
+def test_the_train_loss_of_a_resumed_run_is_the_mean_over_all_its_steps(resumed_at, tmp_path):
+    logging = {"logging_steps": 5}
+    loss = new_trainer(tmp_path / "complete", **logging).train().metrics["train_loss"]
+    shutil.copytree(tmp_path / "complete", tmp_path / "resumed")
+    resumed = new_trainer(tmp_path / "resumed", **logging)
+    metrics = resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / f"checkpoint-{resumed_at}")).metrics
+    assert metrics["train_loss"] == resumed.state.log_history[-1]["train_loss"] == pytest.approx(loss, rel=1e-6)
+    state = json.loads((tmp_path / "resumed" / "checkpoint-12" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["total_loss"] == pytest.approx(12 * loss, rel=1e-6)
+
+
 def test_what_a_killed_process_left_behind_is_never_resumed_from_and_cleared_by_the_next_save(uninterrupted, tmp_path):
     folder, final = uninterrupted
     shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")

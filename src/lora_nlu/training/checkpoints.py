@@ -40,6 +40,7 @@ from lora_nlu.training.processes import lost_process, seed_from
 STATE = "trainer_state.json"
 _METHOD_STATE = "method_state.pt"  # in a checkpoint: what the methods' `after_step` keeps
 _FILE_LIST = "files.json"  # in a checkpoint: its files and their lengths
+_TOTAL_LOSS = "total_loss"  # among a checkpoint's states of callbacks: the sum of the losses of all steps
 SAVING, _REMOVING = ".saving", ".removing"  # a checkpoint being written or removed; resuming never reads them
 # transformers before 5.20 loads an optimizer in one of several CPU processes to "cpu:0", which torch does not know
 torch.serialization.register_package(0, lambda storage: None, lambda x, location: x if location == "cpu:0" else None)
@@ -154,6 +155,7 @@ class CheckpointingTrainer(Trainer):
     """transformers' Trainer whose checkpoints contain only what trains, unless the complete encoder trains."""
 
     args: Any  # transformers types these as possibly None
+    state: Any
     model_wrapped: Any
     lr_scheduler: Any
     model: Any
@@ -162,6 +164,7 @@ class CheckpointingTrainer(Trainer):
     def __init__(self, *args: Any, metadata: dict[str, Any], **kwargs: Any) -> None:
         self.metadata = metadata  # task, label names, base model, ...: written with every adapter
         self._is_saving_checkpoint = False
+        self._loss_before: float | None = 0.0  # the sum of the losses of the steps before this process started
         super().__init__(*args, **kwargs)
         # A loaded RoBERTa counts positions from the config's pad token, which transformers sets to the tokenizer's.
         self._pad_token_id = self.model.config.pad_token_id
@@ -179,6 +182,9 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(saving, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        if self._loss_before is not None:
+            since_log = self.accelerator.gather(self._tr_loss[None]).mean().item()
+            self.state.stateful_callbacks[_TOTAL_LOSS] = self._loss_before + self._total_loss_scalar + since_log
         self._is_saving_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
@@ -301,6 +307,10 @@ class CheckpointingTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         self.model.config.pad_token_id = self._pad_token_id
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _load_callback_state(self) -> None:
+        self._loss_before = self.state.stateful_callbacks.pop(_TOTAL_LOSS, None)  # older versions did not write it
+        super()._load_callback_state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if Path(resume_from_checkpoint, ADAPTER_WEIGHTS).is_file():

@@ -100,6 +100,7 @@ class AdapterTrainer(CheckpointingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; every log has the seconds of training up to it, without interruptions."""
         self._training_since, self._seconds_before = time.monotonic(), None
+        self._loss_before = 0.0
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -146,8 +147,8 @@ class AdapterTrainer(CheckpointingTrainer):
         return sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.control.should_training_stop:
-            return
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            return  # the checkpoint that this run resumed from is its last
         if self._by_length:  # accelerate's loader does not tell it the epoch in a resumed run
             self._by_length.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
@@ -213,6 +214,8 @@ class AdapterTrainer(CheckpointingTrainer):
             for name, total in self._loss_parts.items():
                 logs[name] = self.accelerator.gather(total[None] / self._steps).mean().item()
             self._loss_parts, self._steps = {}, 0
+        if "train_loss" in logs and self._loss_before is not None:  # transformers' is of the steps since this start
+            logs["train_loss"] = (self._loss_before + self._total_loss_scalar) / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
