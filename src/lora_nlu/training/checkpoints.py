@@ -164,6 +164,7 @@ class CheckpointingTrainer(Trainer):
     def __init__(self, *args: Any, metadata: dict[str, Any], **kwargs: Any) -> None:
         self.metadata = metadata  # task, label names, base model, ...: written with every adapter
         self._is_saving_checkpoint = False
+        self._saved: tuple[int, int] | None = None  # step and length of the log history of the last checkpoint
         self._loss_before: float | None = 0.0  # the sum of the losses of the steps before this process started
         super().__init__(*args, **kwargs)
         # A loaded RoBERTa counts positions from the config's pad token, which transformers sets to the tokenizer's.
@@ -204,6 +205,7 @@ class CheckpointingTrainer(Trainer):
             self._is_saving_checkpoint = False
             if self.args.should_save:
                 shutil.rmtree(saving, ignore_errors=True)
+        self._saved = self.state.global_step, len(self.state.log_history)
         self.accelerator.wait_for_everyone()
         self.rotate(output_dir)
 

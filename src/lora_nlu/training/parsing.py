@@ -120,6 +120,9 @@ def parse_arguments(argv: list[str], environ: MutableMapping[str, str]) -> Flags
     if args.logging_nan_inf_filter:
         notes.append("--logging_nan_inf_filter is ignored: training stops at a loss that is not finite.")
         args.logging_nan_inf_filter = False
+    if args.enable_jit_checkpoint:
+        notes.append("--enable_jit_checkpoint is ignored: SIGTERM and SIGUSR1 save a checkpoint in any case.")
+        args.enable_jit_checkpoint = False
     if args.batch_eval_metrics:
         notes.append("--batch_eval_metrics is ignored: metrics are always computed over all examples at once.")
         args.batch_eval_metrics = False

@@ -3,12 +3,15 @@
 import errno
 import gc
 import logging
+import os
 import re
+import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,51 @@ from lora_nlu.errors import UsageError, UserError, first_line, is_out_of_memory
 _NETWORK = ("aiohttp", "datasets", "fsspec", "httpx", "huggingface_hub", "requests", "ssl", "urllib", "urllib3")
 # Seconds that a process waits before it prints: for the first process's error, for the error of the one that ended
 _WAIT_FOR_FIRST, _WAIT_FOR_ANOTHER = 3, 10
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what a cluster sends before it takes the machine back
+# SLURM signals every process of a job, and torchrun forwards what it receives: within so many seconds it is one signal
+_SAME_SIGNAL = 3.0
+
+
+class Interrupted(UserError):
+    """A signal ended the training after a step, and a checkpoint of it is saved; the exit code is 75 (EX_TEMPFAIL)."""
+
+
+@contextmanager
+def deferred_signals(received: list[int]) -> Iterator[None]:
+    """Within the block SIGTERM and SIGUSR1 are appended to `received`; another one, seconds later, ends the process.
+
+    Who raises Interrupted has acted on them; if the block ends otherwise, they have their usual effect, unless there is
+    another error to print.
+    """
+    first = 0.0
+
+    def receive(number: int, frame: Any) -> None:
+        nonlocal first
+        if received and time.monotonic() - first > _SAME_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        first = first if received else time.monotonic()
+        received.append(number)
+
+    handlers = {number: signal.signal(number, receive) for number in SIGNALS}
+    try:
+        yield
+    except BaseException as e:
+        if not lost_process(e):
+            received.clear()
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if received:
+            signal.raise_signal(received[0])
+
+
+def ignore_signals() -> None:
+    """In a process that loads data: the process that it works for decides when both end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def lost_process(error: BaseException) -> bool:
@@ -78,9 +126,12 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
         transformers.logging.disable_progress_bar()
     try:
         main(argv[1:])
-        gc.collect()  # DDP's reducer, freed after its process group, can wait forever for that one's threads
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # without this a process sometimes aborts at exit
+        _leave_group()
+    except Interrupted as e:
+        if is_first:
+            print(f"{Path(argv[0]).name}: {e}", file=sys.stderr, flush=True)
+        _leave_group()
+        sys.exit(os.EX_TEMPFAIL)
     except (Exception, KeyboardInterrupt) as e:
         if (message := _message(e)) is None:
             raise
@@ -94,6 +145,12 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
         process = "" if is_first else f" (process {environ.get('RANK')})"
         print(f"{Path(argv[0]).name}: error{process}: {message}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(e, UsageError) else 1)
+
+
+def _leave_group() -> None:
+    gc.collect()  # DDP's reducer, freed after its process group, can wait forever for that one's threads
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # without this a process sometimes aborts at exit
 
 
 def seed_from(*numbers: int) -> int:

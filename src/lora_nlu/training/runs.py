@@ -3,6 +3,7 @@
 import resource
 import sys
 from contextlib import nullcontext, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lora_nlu.training.checkpoints import (
     seconds_trained,
 )
 from lora_nlu.training.output_folder import RUN, clear_earlier_run, locked, record, remaining, wait_for_file
-from lora_nlu.training.processes import say
+from lora_nlu.training.processes import Interrupted, deferred_signals, say
 from lora_nlu.training.trainer import AdapterTrainer
 
 
@@ -66,17 +67,23 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
             clear_leftovers(args.output_dir)
         (text,) = broadcast_object_list([(folder / RUN).read_text() if is_first else None])
         wait_for_file(folder / RUN, text, args)
-        metrics = _train_from(checkpoint, trainer)
-        if trainer.state.global_step < trainer.state.max_steps:
-            say(args, f"Stopped early, at step {trainer.state.global_step} of {trainer.state.max_steps}.")
-        _save(trainer, metrics)
+        with deferred_signals(trainer.signals):
+            metrics = _train_from(checkpoint, trainer)
+            if trainer.state.global_step < trainer.state.max_steps:
+                say(args, f"Stopped early, at step {trainer.state.global_step} of {trainer.state.max_steps}.")
+            _save(trainer, metrics)
+    if args.push_to_hub:  # last, for it may fail
+        trainer.push_to_hub(commit_message="Model save", revision=args.hub_revision)
 
 
 def _train_from(checkpoint: str | None, trainer: AdapterTrainer) -> dict[str, float]:
-    """transformers' metrics of the training. Raises UserError if it is interrupted or diverges."""
+    """transformers' metrics of the training. Raises Interrupted or UserError if it is interrupted or diverges."""
     folder = Path(trainer.args.output_dir)
     try:
         return trainer.train(resume_from_checkpoint=checkpoint).metrics
+    except Interrupted:
+        record(trainer, interrupted={"step": trainer.state.global_step, "time": datetime.now(timezone.utc).isoformat()})
+        raise
     except KeyboardInterrupt as e:
         last = complete_checkpoints(str(folder))
         kept = f"{last[-1]} is complete: the same command resumes from it" if last else "No checkpoint was due yet"
@@ -88,7 +95,7 @@ def _train_from(checkpoint: str | None, trainer: AdapterTrainer) -> dict[str, fl
 
 
 def _save(trainer: AdapterTrainer, metrics: dict[str, float]) -> None:
-    """Write the trained model, its metrics and the record that it is trained; then upload, which may fail."""
+    """Write the trained model, its metrics and the record that it is trained."""
     trainer.rotate(Path(trainer.args.output_dir))  # a run killed after its last save did not
     trainer.save_model(_internal_call=True)
     seconds, samples = seconds_trained(trainer.state.log_history), len(trainer.train_dataset)
@@ -96,8 +103,6 @@ def _save(trainer: AdapterTrainer, metrics: dict[str, float]) -> None:
     trainer.save_metrics("train", metrics | measured)
     trainer.save_state()
     record(trainer, trained=True)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
 
 def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> dict[str, float]:

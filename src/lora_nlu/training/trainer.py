@@ -2,10 +2,12 @@
 
 import json
 import math
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from lora_nlu.errors import UserError, first_line
 from lora_nlu.files import atomic_files
 from lora_nlu.models.losses import classification_loss
 from lora_nlu.training.checkpoints import CheckpointingTrainer, Diverged, seconds_trained
-from lora_nlu.training.processes import lost_process, seed_from
+from lora_nlu.training.processes import Interrupted, ignore_signals, lost_process, seed_from
 
 # An evaluation scores every row once, in order and all of them together, whatever the flags of training's batches are;
 # with group_by_length transformers would sort its rows too.
@@ -67,6 +69,20 @@ class _EarlyStopping(EarlyStoppingCallback):
         control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
+class _StopAfterSignal(TrainerCallback):
+    """Ends training after the step in which a process received a signal; nothing else is due then but at that step."""
+
+    def __init__(self, is_signalled: Callable[[], bool]) -> None:
+        self.is_signalled = is_signalled
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= self.is_signalled()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_signalled() and state.global_step < state.max_steps and not float(state.epoch).is_integer():
+            control.should_log = control.should_evaluate = control.should_save = False
+
+
 class _ByLength(LengthGroupedSampler):
     """As transformers', but drawn from seed and epoch: the same order in all processes and on resuming."""
 
@@ -91,6 +107,9 @@ class AdapterTrainer(CheckpointingTrainer):
         if (patience := getattr(self.args, "early_stopping_patience", None)) is not None:
             self.add_callback(_EarlyStopping(patience, self.args.early_stopping_threshold))
             self.args.restore_callback_states_from_checkpoint = True  # the evaluations that it has waited already
+        self.signals: list[int] = []  # that this process has received while training
+        self._signals_of_all = torch.zeros(())  # processes that had received one when the current step began
+        self.add_callback(_StopAfterSignal(self._is_signalled))
         self._by_length: _ByLength | None = None
         self._loss_parts: dict[str, Tensor] = {}  # sums over the steps since the last log
         self._steps = 0
@@ -152,6 +171,26 @@ class AdapterTrainer(CheckpointingTrainer):
         if self._by_length:  # accelerate's loader does not tell it the epoch in a resumed run
             self._by_length.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
+        if self._is_signalled() and self.state.global_step < self.state.max_steps:
+            self._end_after_signal()
+
+    def _is_signalled(self) -> bool:
+        """Whether this run is to end; the same in all processes."""
+        return bool(self.signals if self.args.world_size == 1 else self._signals_of_all.item())
+
+    def _end_after_signal(self) -> None:
+        """Save a checkpoint, unless the last one is of this state, and raise Interrupted."""
+        if self._saved != (self.state.global_step, len(self.state.log_history)) or self.args.save_only_model:
+            self.control.should_training_stop = False  # it is in the checkpoint
+            with _replaced(self.args, save_only_model=False):
+                self._save_checkpoint(self.model_wrapped, None)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+        by = f" by {signal.Signals(self.signals[0]).name}" if self.signals else ""
+        folder = f"{self.args.output_dir}/checkpoint-{self.state.global_step}"
+        raise Interrupted(
+            f"interrupted{by} at step {self.state.global_step} of {self.state.max_steps}. "
+            f"{folder} is complete: the same command resumes from it."
+        )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Tensor]:
         """The micro-batches of this process for one step, and the number of examples of all processes in that step.
@@ -170,9 +209,11 @@ class AdapterTrainer(CheckpointingTrainer):
             real[-1] = min(max(last - self.args.process_index * rows[-1], 0), rows[-1])
         counted = zip(batches, real, strict=True)
         batches = [{name: x[: max(n, 1)] for name, x in batch.items()} | {"examples": n} for batch, n in counted]
-        total = torch.full((1,), sum(real), device=self.args.device)
+        counts = [torch.full((1,), n, device=self.args.device) for n in (sum(real), int(bool(self.signals)))]
+        total, signals = self.accelerator.gather(torch.stack(counts, 1)).sum(0)
+        self._signals_of_all = signals.to("cpu", non_blocking=signals.is_cuda)  # read after the step, as the loss is
         self._steps += 1
-        return batches, self.accelerator.gather(total).sum()
+        return batches, total
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None) -> Any:
         """The model's loss; in training, this micro-batch's share of the mean over all examples of the step."""
@@ -260,6 +301,13 @@ class AdapterTrainer(CheckpointingTrainer):
         return loss, logits[0] if isinstance(logits, tuple) else logits, labels
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = self._new_dataloader(*args, **kwargs)
+        if self.args.dataloader_num_workers:
+            batches = getattr(loader, "base_dataloader", loader)  # accelerate's wraps torch's
+            batches.worker_init_fn = partial(_start_worker, batches.worker_init_fn)
+        return loader
+
+    def _new_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs.get("is_training"):
             config = replace(self.accelerator.dataloader_config, **_EVALUATION_BATCHES)
             with _replaced(self.args, **_EVALUATION), _replaced(self.accelerator, dataloader_config=config):
@@ -305,6 +353,12 @@ class AdapterTrainer(CheckpointingTrainer):
                 f"--push_to_hub: the upload to the Hub failed ({first_line(e)}).\nThe run is complete in "
                 f"{self.args.output_dir}. Upload it later: hf upload {self.hub_model_id} {self.args.output_dir}"
             ) from e
+
+
+def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+    ignore_signals()
+    if start:
+        start(worker)
 
 
 def _check_logits(logits: np.ndarray, rows: int) -> None:
