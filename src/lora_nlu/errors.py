@@ -6,7 +6,13 @@ _NO_MEMORY = re.compile("DefaultCPUAllocator|bad_alloc|Cannot allocate memory") 
 
 
 class UserError(Exception):
-    """A wrong file, folder, label or setting; the message says what, where and the remedy in at most three lines."""
+    """A wrong file, folder, label or setting; the message says what, where and the remedy in at most three lines.
+
+    Names in it may come from an untrusted file: control characters in it never reach the screen.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(printable(line, 10_000) for line in super().__str__().split("\n"))
 
 
 class UsageError(UserError):
@@ -20,7 +26,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def printable(text: object, limit: int = 80) -> str:
     """Text from an untrusted file for a message: on one line, control characters escaped, cut after `limit`."""
-    cut = str(text)[:limit] + ("..." if len(str(text)) > limit else "")
+    try:
+        text = str(text)
+    except (RecursionError, ValueError):  # lists in lists in lists ..., an integer of 5,000 digits
+        text = type(text).__name__
+    cut = text[:limit] + ("..." if len(text) > limit else "")
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut)
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -150,10 +151,33 @@ def sha256_of(path: Path, size: int | None = None) -> str:
     return sha.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError if the file is missing or damaged, or contains something else."""
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError also for a name twice in one object, and for huge integers."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"the name {printable(name)} occurs twice in one object")
+        return content
+
+    def bounded(digits: str) -> int:
+        if len(digits) > 30:  # a float can't hold one of more than 308, and the largest seed has 20
+            raise ValueError(f"an integer of {len(digits)} digits: {printable(digits, 10)}")
+        return int(digits)
+
+    return json.loads(text, object_pairs_hook=unique, parse_int=bounded)
+
+
+def read_json(path: Path, limit: int = 2**30) -> dict[str, Any]:
+    """Read a JSON object of at most `limit` bytes.
+
+    Raises UserError if the file is missing, damaged or larger, or contains something else.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > limit:
+            raise ValueError(f"it has {size:,} bytes; at most {limit:,} are read")
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: can't be read ({e}).") from e
     if not isinstance(content, dict):

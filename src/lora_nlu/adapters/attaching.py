@@ -185,6 +185,9 @@ def base_holds_update(model: Any, adapter: Adapter, layers: dict[str, tuple[int,
     distances = {False: 0.0, True: 0.0}  # the farthest from the model's weights without the update, and with it
     for name, weight in adapter.base_weights.items():
         base: Tensor = model.get_parameter(f"{name}.weight").detach().float().cpu()
+        if weight.shape != base.shape:
+            shapes = f"{list(weight.shape)} in the file, {list(base.shape)} in the model"
+            raise UserError(f"{adapter.source}: {name}.weight is {shapes}. It is another base model's adapter.")
         matrices = adapter.state[f"{name}.lora_B"].float(), adapter.state[f"{name}.lora_A"].float()
         update = adapter.scaling(*layers[name]) * torch.matmul(*matrices)
         for merged, expected in ((False, base), (True, base + update)):

@@ -37,6 +37,7 @@ from lora_nlu.ops.tensors import fingerprint
 
 _PICKLED_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
 _MODEL_CHECKPOINT = "pytorch_model.bin"  # the reference implementation's checkpoints
+_LARGEST_JSON = 2**24  # bytes: 10,000 labels take 500,000
 _HUB_FILES = [ADAPTER_CONFIG, RUN_METADATA, "adapter_model.*"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MISMATCH = "the files don't belong together"
@@ -87,9 +88,9 @@ def _read_folder(folder: Path) -> Adapter:
     weights = weights_in(folder)
     if weights.name == _MODEL_CHECKPOINT:
         return _read_file(weights)
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_json(folder / ADAPTER_CONFIG, _LARGEST_JSON)
     check_peft_config(folder / ADAPTER_CONFIG, config)
-    metadata = read_json(folder / RUN_METADATA) if (folder / RUN_METADATA).is_file() else {}
+    metadata = read_json(folder / RUN_METADATA, _LARGEST_JSON) if (folder / RUN_METADATA).is_file() else {}
     _check_run_metadata(folder / RUN_METADATA, metadata)
     if base := config.get("base_model_name_or_path"):
         metadata = {"base_model": base, "base_revision": config.get("revision")} | metadata
@@ -154,12 +155,14 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: {problem} ({first_line(e)}).") from e
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) and isinstance(k, str) for k, t in state.items()):
         raise UserError(f"{path}: contains a {type(state).__name__} that is no state dict (names to tensors).")
+    size, bytes_in_file = 0, path.stat().st_size
     for name, tensor in state.items():
         if not name.isprintable() or len(name) > 500:
             raise UserError(f"{path}: {printable(name)} is not a valid tensor name.")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
             raise UserError(f"{path}: {name} is not an ordinary tensor (sparse, quantised, nested or without values).")
-        if tensor.nbytes > max(tensor.untyped_storage().nbytes(), 2**28):  # a view that repeats a few numbers
+        size += tensor.nbytes
+        if size > 4 * bytes_in_file:  # views may share numbers, as tied weights do, or repeat a few
             raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, but the file contains fewer numbers.")
     return state
 
@@ -176,6 +179,8 @@ def check_archive(path: Path) -> None:
         # torch stores uncompressed files. If the directory declares compression or a folder (attribute 0x10), torch
         # reads other bytes than those that the checksum covers.
         invalid = [e.filename for e in entries if e.compress_size != e.file_size or e.external_attr & 0x10]
+        if not invalid and sum(e.file_size for e in entries) > path.stat().st_size:
+            raise UserError(f"{path}: refused: its entries overlap, so that they are more than the file.")
         damaged = invalid[0] if invalid else None
         if damaged is None and any(entry.CRC for entry in entries):
             damaged = archive.testzip()

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UserError
-from lora_nlu.files import folders_containing, read_json, write_text
+from lora_nlu.files import folders_containing, parse_json, read_json, write_text
 
 RECORDS = "runs.jsonl"
 RUN, STATE, EVALUATION, TRAINING = "run.json", "trainer_state.json", "eval_results.json", "train_results.json"
@@ -55,7 +55,7 @@ def _read_records(path: Path) -> Iterable[Record]:
         raise UserError(f"{path}: not a file of records ({e}).") from e
     for number, line in enumerate(lines, start=1):
         try:
-            files = json.loads(line)
+            files = parse_json(line)
             record = Record(Path(files.pop("folder")), files.pop(RUN), files)
             _check_types(record)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
