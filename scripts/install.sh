@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2154  # $root is the caller's
 # Sourced by demo.sh and test.sh: makes .venv once and installs the package with the tested versions.
 venv="$root/.venv"
+cd "$root"  # -m imports what lies in the current folder
 install() {  # install EXTRA: the package with that group of extras, unless this was done with the same files before
   local wanted
   wanted="$1 $(cat "$root/setup.py" "$root/constraints.txt" | cksum)"

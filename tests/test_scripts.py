@@ -120,7 +120,7 @@ def flags_of(done: subprocess.CompletedProcess) -> dict[str, str]:
 def torchrun(words: list[str]) -> list[str]:
     """The launcher's options; none where the program starts without one."""
     program = next(i for i, word in enumerate(words) if word.endswith(PROGRAM))
-    assert words[1:program] == [] or words[1:3] == ["-m", "torch.distributed.run"]
+    assert words[1:program] == [] or words[1:3] == ["-c", launch.TORCHRUN]
     return words[3:program]
 
 

@@ -41,7 +41,7 @@ def refusal(*flags: str, **settings: object) -> str:
 def torchrun(command: Command) -> list[str]:
     """The launcher's options; none where the program starts without one."""
     assert command.program[0] == "python" and command.program[-1] == f"/repository/{launch.PROGRAM}"
-    assert len(command.program) == 2 or command.program[1:3] == ["-m", "torch.distributed.run"]
+    assert len(command.program) == 2 or command.program[1:3] == ["-c", launch.TORCHRUN]
     return command.program[3:-1]
 
 
@@ -280,6 +280,15 @@ def test_devices_are_counted_by_a_child_process(tmp_path):
     assert launch.count_devices(sys.executable) >= 0
 
 
+def test_code_in_the_current_folder_is_run_neither_by_the_count_nor_by_the_launcher(tmp_path, monkeypatch):
+    for module in ("torch.py", "argparse.py", "subprocess.py"):
+        (tmp_path / module).write_text("raise SystemExit('code of the current folder')")
+    monkeypatch.chdir(tmp_path)
+    assert launch.count_devices(sys.executable) >= 0
+    program = [sys.executable, *plan(devices="2").program[1:3], "--help"]
+    assert "--nproc" in subprocess.run(program, capture_output=True, text=True, check=True).stdout
+
+
 def test_a_plan_for_named_devices_and_the_program_import_neither_torch_nor_the_other_libraries():
     program = """
 import sys
@@ -494,7 +503,7 @@ def test_the_program_prints_the_command_then_becomes_it(start):
     done = start(BATCH, "8", devices="2")
     assert done.returncode == 0 and done.stderr == "sst2: 2 x 8 = 16 examples a step\n"
     printed, _, ran = done.stdout.rpartition("hash seed 0, threads 1: ")
-    assert shlex.split(printed.replace("\\\n", ""))[5:] == ran.split()
+    assert " ".join(shlex.split(printed.replace("\\\n", ""))[5:]) == ran.strip()
     for dry_run in ("1", "yes"):
         assert start(BATCH, "8", devices="2", DRY_RUN=dry_run).stdout == printed
     for run in ("0", ""):

@@ -20,7 +20,10 @@ from lora_nlu.errors import UsageError
 PROGRAM = "examples/text-classification/run_glue.py"
 BATCH, ACCUMULATION = "--per_device_train_batch_size", "--gradient_accumulation_steps"
 DEFAULT_BATCH = 8  # transformers' default
-COUNT = "import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)"
+# With -c and -m Python would import what lies in the current folder; PYTHONSAFEPATH needs 3.11
+SAFE_PATH = "import sys; sys.path = [p for p in sys.path if p]; "
+COUNT = SAFE_PATH + "import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)"
+TORCHRUN = SAFE_PATH + "from torch.distributed.run import main; main()"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def plan(script: Script, settings: Mapping[str, str]) -> Command:
         environment["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]
     program = [script.python]
     if processes > 1 or options or last_value(flags, "--deepspeed"):  # DeepSpeed needs a launcher for one process too
-        program += ["-m", "torch.distributed.run", *rendezvous, f"--nproc_per_node={local}", *options]
+        program += ["-c", TORCHRUN, *rendezvous, f"--nproc_per_node={local}", *options]
         if local > 1 and not settings.get("OMP_NUM_THREADS"):  # torchrun would set the same, under a banner
             environment["OMP_NUM_THREADS"] = "1"
     folders = ["--output_dir", settings.get("output_dir") or str(root / "output" / script.name)]
