@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pickle
 import tracemalloc
 from functools import partial
 from types import SimpleNamespace
@@ -61,7 +62,7 @@ def test_a_renamed_flag_keeps_its_value_in_every_spelling(old, value, new):
     for spelling in spellings:
         translated, notes = translate(["--seed", "1", *spelling, "--do_train"])
         assert translated == ["--seed", "1", f"--{new}", value, "--do_train"]
-        assert notes == [f"{' '.join(spelling)} is now --{new} {value}."]
+        assert notes == [f"{' '.join(spelling)} is now --{new} {value}.".replace("hf_abc", "HIDDEN")]
 
 
 @pytest.mark.parametrize("old", ["no_cuda", "use_deterministic_algorithms"])  # the renamed ones that are switches
@@ -102,6 +103,17 @@ def test_a_flag_without_a_successor_is_dropped_with_its_value_and_the_reason(old
 def test_use_auth_token_as_the_switch_it_was_is_dropped_for_the_saved_login_counts_anyway(value):
     translated, notes = translate(["--use_auth_token", *value, "--seed", "1"])
     assert translated == ["--seed", "1"] and len(notes) == 1
+
+
+def test_an_access_token_is_neither_printed_nor_pickled(tmp_path, capsys):
+    flags = ["--model_name_or_path", "x", "--task_name", "rte", "--do_eval", "--output_dir", str(tmp_path)]
+    model, _, run = parse_arguments([*flags, "--use_auth_token", "hf_abc", "--hub_token", "hf_def"], {})
+    assert (model.token, run.hub_token) == ("hf_abc", "hf_def")
+    restored = pickle.loads(content := pickle.dumps(run))  # transformers writes it into training_args.bin
+    assert b"hf_" not in content and restored.hub_token is None and restored.output_dir == str(tmp_path)
+    with pytest.raises(UsageError, match="^unknown flag --hf_token=HIDDEN"):
+        parse_arguments([*flags, "--hf_token=hf_abc"], {})
+    assert "--token HIDDEN" in (printed := capsys.readouterr().out) and "hf_" not in printed
 
 
 def test_the_removed_adamw_of_transformers_becomes_torchs():

@@ -483,6 +483,14 @@ def test_a_command_prints_one_flag_a_line_and_a_shell_reads_the_same_words():
     assert shown.split("\0")[1:-1] == command.flags
 
 
+def test_a_printed_command_hides_access_tokens():
+    tokens = ("--hub_token", "hf_a", "--token=hf_b", "--use-auth-token", "hf_c")
+    command = plan(*tokens, devices="1")
+    shown = str(command).split(" \\\n  ")
+    assert shown[-3:] == ["--hub_token HIDDEN", "--token=HIDDEN", "--use-auth-token HIDDEN"]
+    assert "hf_" not in str(command) and command.flags[-5:] == [*tokens]
+
+
 @pytest.fixture
 def start(tmp_path):
     """Start the program as launch.sh does; the Python it would run prints its settings and arguments."""

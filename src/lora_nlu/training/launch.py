@@ -39,7 +39,7 @@ class Script:
 
 @dataclass(frozen=True)
 class Command:
-    """What to start; `str` gives text to paste into a shell, one flag a line."""
+    """What to start; `str` gives text to paste into a shell, one flag a line and no access token."""
 
     environment: dict[str, str]  # variables to set for it
     program: list[str]  # Python, the launcher if one is needed, run_glue.py
@@ -48,7 +48,7 @@ class Command:
 
     def __str__(self) -> str:
         text = " ".join(f"{name}={value and shlex.quote(value)}" for name, value in self.environment.items())
-        return " \\\n  ".join([text, *map(shlex.join, [self.program, *flags_with_values(self.flags)])])
+        return " \\\n  ".join([text, *map(shlex.join, [self.program, *flags_with_values(hide_tokens(self.flags))])])
 
 
 def plan(script: Script, settings: Mapping[str, str]) -> Command:
@@ -96,6 +96,16 @@ def flags_with_values(words: list[str]) -> list[list[str]]:
             groups.append([])
         groups[-1].append(word)
     return groups
+
+
+def hide_tokens(words: list[str]) -> list[str]:
+    """The words of a command line to print or record, the access tokens in it replaced by HIDDEN."""
+    shown = []
+    for flag, *values in flags_with_values(words):
+        name, equals, _ = flag.partition("=")
+        is_token = name.startswith("--") and name.endswith("token")
+        shown += [name + "=HIDDEN" * bool(equals), *("HIDDEN" for _ in values)] if is_token else [flag, *values]
+    return shown
 
 
 def is_flag(word: str, *flags: str) -> bool:

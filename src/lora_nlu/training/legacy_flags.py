@@ -1,7 +1,7 @@
 """The reference's and transformers' earlier flags, translated to today's."""
 
 from lora_nlu.errors import UsageError
-from lora_nlu.training.launch import flags_with_values
+from lora_nlu.training.launch import flags_with_values, hide_tokens
 
 # old name: new flag that takes the same value
 RENAMED = {
@@ -49,11 +49,13 @@ def translate(argv: list[str]) -> tuple[list[str], list[str]]:
     translated: list[str] = []
     notes: list[str] = []
     for name, tokens in groups:
-        old, new = " ".join(tokens), _new_tokens(name, _values(tokens), has_steps)
+        old, new = " ".join(hide_tokens(tokens)), _new_tokens(name, _values(tokens), has_steps)
         if name in DROPPED:
             notes.append(f"{old}: dropped, {DROPPED[name]}.")
         elif new is not None:
-            notes.append(f"{old} is now {' '.join(new)}." if new else f"{old}: dropped, it changes nothing.")
+            notes.append(
+                f"{old} is now {' '.join(hide_tokens(new))}." if new else f"{old}: dropped, it changes nothing."
+            )
             translated += new
         elif name != "warmup_steps" or has_steps or "warmup_ratio" not in last:  # with 0 steps the ratio applies
             translated += tokens

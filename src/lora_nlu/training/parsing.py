@@ -16,6 +16,7 @@ from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import read_json
 from lora_nlu.training.arguments import DataArguments, ModelArguments, flag, model_arguments
 from lora_nlu.training.checks import check_arguments
+from lora_nlu.training.launch import hide_tokens
 from lora_nlu.training.legacy_flags import translate
 from lora_nlu.training.processes import say
 
@@ -52,6 +53,10 @@ class RunArguments(TrainingArguments):
         if self.fsdp and self.fsdp_plugin_args["fsdp_version"] != 2:
             raise ValueError("--fsdp_config: version 1 is not supported, and torch drops it. Use version 2.")
         self._n_gpu = min(self.n_gpu, 1)  # one process would use all GPUs that it sees and multiply the batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the access token: transformers pickles this object into training_args.bin, and uploads it."""
+        return vars(self) | {"hub_token": None}
 
     def _set_device(self) -> None:
         if not torch.accelerator.is_available():
@@ -113,7 +118,8 @@ def parse_arguments(argv: list[str], environ: MutableMapping[str, str]) -> Flags
         raise UsageError("\n".join(str(e).strip().splitlines()[:3])) from e
     if unknown:
         near = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=3)
-        raise UsageError(f"unknown flag {unknown[0]}." + (f" Did you mean {' or '.join(near)}?" if near else ""))
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise UsageError(f"unknown flag {hide_tokens(unknown)[0]}.{hint}")
     args = flags.run
     if not flags.model.use_fast_tokenizer:
         notes.append("--use_fast_tokenizer false is ignored: the fast tokenizer is used wherever there is one.")
