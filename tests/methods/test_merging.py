@@ -391,3 +391,13 @@ def test_a_weight_that_is_offloaded_is_not_merged(merge, tmp_path):
     with pytest.raises(ValueError, match="meta device"):
         merge(layers(model)[0])
     assert_close(logits(model), want)
+
+
+def test_a_merge_in_float64_does_not_round_through_fp32():
+    layer = LoRALinear(16, 8, r=2, lora_alpha=4).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64))
+    expected = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
+    layer.merge()
+    assert (layer.weight - expected).abs().max() < 1e-14

@@ -151,8 +151,9 @@ class LoRALinear(UpdatedLinear):
         kernels.check_tensor("lora_B", self.lora_B, device, out, rank)
 
     def with_update(self, weight: Tensor, parameters: list[Tensor], scaling: float) -> Tensor:
-        A, B = parameters  # the product in fp32 whatever the weight's dtype, one rounding at the end
-        return (weight.float() + scaling * (B.float() @ A.float())).to(weight.dtype)
+        A, B = parameters
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # of the product in bf16 too: one rounding at the end
+        return (weight.to(dtype) + scaling * (B.to(dtype) @ A.to(dtype))).to(weight.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, scaling={self.scaling:g}, merged={self.merged}"

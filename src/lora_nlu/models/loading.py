@@ -33,7 +33,7 @@ def load_config(name: str, **hub: Any) -> Any:
         settings, _ = PreTrainedConfig.get_config_dict(name, **hub)
         if isinstance(count := settings.get("num_labels"), int) and count > _MOST_LABELS:  # it would list their names
             raise ValueError(f"num_labels is {count:,}; supported: {_MOST_LABELS:,}")
-        config = AutoConfig.from_pretrained(name, **hub)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
     except Exception as e:  # transformers raises errors of many kinds for a config that it can't use
         if Path(name, ADAPTER_CONFIG).is_file() and not Path(name, "config.json").is_file():
             settings = read_json(Path(name, ADAPTER_CONFIG))
@@ -47,6 +47,8 @@ def load_config(name: str, **hub: Any) -> Any:
         problem = "neither a folder with a config.json nor a model available from the Hub"
         if Path(name, "config.json").is_file():
             problem = "its config.json can't be used"
+        if "trust_remote_code" in str(e):
+            problem = "its config.json has an auto_map, which asks to run code of the checkpoint; that is refused"
         raise UserError(f"--model_name_or_path {name}: {problem}.\n({first_line(e)})") from e
     if config.model_type not in MODELS:
         raise UserError(f"--model_name_or_path {name}: a {config.model_type!r} model; supported: {', '.join(MODELS)}.")

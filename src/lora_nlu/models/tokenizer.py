@@ -57,11 +57,16 @@ def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
     none, if it has more tokens than the model, or no token to pad with.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
     except Exception as e:  # transformers raises errors of many kinds for missing or damaged files
         for path in sorted(Path(name).glob("*.model")):  # SentencePiece's
             if text := weights_file_problem(path, "tokens"):
                 raise UserError(f"{path}: {text}") from e
+        if "trust_remote_code" in str(e):
+            raise UserError(
+                f"{name}: its tokenizer_config.json has an auto_map, which asks to run code of the checkpoint; that is "
+                "refused.\nGive --tokenizer_name."
+            ) from e
         kind = f"{type(e).__name__}: " if isinstance(e, KeyError) else ""  # whose text is a name alone
         raise UserError(
             f"No tokenizer in {name} that can be read ({kind}{first_line(e)}). Give --tokenizer_name."
