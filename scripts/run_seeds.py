@@ -66,7 +66,8 @@ class Run:
             raise UserError(f"{script.name}: {error}") from error
         flags = [flag for flag in launch.flags_with_values(command.flags) if flag[0] not in LOCATIONS]
         # the adapter's path is a location too; that the run starts from one is not
-        self.recorded_flags = [shlex.join(flag[:1] if flag[0] == "--lora_path" else flag) for flag in flags]
+        flags = [flag[:1] if flag[0] == "--lora_path" else launch.hide_tokens(flag) for flag in flags]
+        self.recorded_flags = [*map(shlex.join, flags)]
         return command
 
     def is_done(self) -> bool:
@@ -75,8 +76,9 @@ class Run:
         patterns = [pattern for flag, pattern in files.items() if flag in self.recorded_flags]
         if not read(self.folder / "run.json").get("trained") or not all(any(self.folder.glob(p)) for p in patterns):
             return False
-        marks = [line for line in tail(self.log_path, 10**7) if line.startswith(MARK)]
-        if marks and (earlier_flags := json.loads(marks[-1].removeprefix(MARK))) != self.recorded_flags:
+        if (earlier_flags := self.logged_flags()) is None:
+            print(f"{self.name} is finished, with which flags is not known: {self.log_path} has none", file=sys.stderr)
+        elif earlier_flags != self.recorded_flags:
             changes = [line for line in difflib.ndiff(earlier_flags, self.recorded_flags) if line[0] in "+-"]
             raise UserError(
                 f"{self.folder} holds a finished run with other flags: {', '.join(changes)}.\n"
@@ -84,19 +86,32 @@ class Run:
             )
         return True
 
+    def logged_flags(self) -> list[str] | None:
+        """The flags of its last start; None if its log has none."""
+        if not self.log_path.is_file():
+            return None
+        with self.log_path.open(encoding="utf-8", errors="replace", newline="\n") as log:
+            marks = [line.removeprefix(MARK) for line in log if line.startswith(MARK)]
+        return [shlex.join(launch.hide_tokens(shlex.split(flag))) for flag in json.loads(marks[-1])] if marks else None
+
     def start(self, slot: str | None, settings: dict[str, str]) -> None:
-        """Start the script, its output in the log. Raises BlockingIOError while another process writes there."""
+        """Start the script, its output in the log. Raises UserError while another process writes there."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("a", encoding="utf-8") as log:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run inherits the lock, and may outlive this process
+        if self.log_path.is_symlink():
+            raise UserError(f"{self.log_path} is a link, and a log is written only in its own place. Remove the link.")
+        with open(self.log_path, "a", encoding="utf-8", opener=open_no_link) as log:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run inherits it, and may outlive this process
+            except BlockingIOError as e:
+                raise UserError(f"another command is running it, see {self.log_path}") from e
             # an interrupted run may have left half a line
             log.write("\n" * bool(log.tell()) + MARK + json.dumps(self.recorded_flags) + "\n")
             log.flush()
-            self.slot, self.state, self.seconds = slot, "running", time.monotonic()
             # A session of its own: Ctrl-C reaches only this program, which passes it on once.
             command, env = ["bash", *self.words, *self.flags], self.environment(**settings)
             streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
             self.process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
+            self.slot, self.state, self.seconds = slot, "running", time.monotonic()
 
     def finished(self) -> bool:
         if self.process.poll() is None:
@@ -124,6 +139,10 @@ class Run:
         task = TASKS.get(read(self.folder / "run.json").get("task", ""))
         score = read(self.folder / "eval_results.json").get(f"eval_{task.metrics[0]}") if task else None
         return self.name + (f": {task.metrics[0]} {score:.4f}" if task and score is not None else "")
+
+
+def open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -272,9 +291,9 @@ def run_all(runs: list[Run], slots: list[str | None], settings: dict[str, str], 
                         run.start(free[0], settings | ({"CUDA_VISIBLE_DEVICES": free[0]} if free[0] else {}))
                         free.pop(0)
                         show(f"{run.name} starts, log in {run.log_path}")
-                    except BlockingIOError:
+                    except UserError as e:
                         run.state = "failed"
-                        show(f"{run.name} can't start: another command is running it, see {run.log_path}")
+                        show(f"{run.name} can't start: {e}")
             if is_terminal:
                 width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
                 print(erase + status(runs, start_seconds, len(slots))[: width - 1], end="", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """run_seeds.sh: starts what is not finished, resumes what was interrupted, repeats nothing, ends with the report."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -355,6 +356,50 @@ def test_a_run_that_finished_with_other_flags_is_no_result_of_these_and_nothing_
     assert refused.returncode == 2 and len(bench.names("start")) == 1
     assert f"{bench.out}/rte/seed_0 holds a finished run with other flags: {expected_message}.\n" in refused.stderr
     assert "Choose another --output_dir, or remove that folder." in refused.stderr
+
+
+def test_flags_are_compared_however_long_the_log_and_a_log_without_them_is_mentioned(bench, rte):
+    bench.run(rte, "1", "--", "--hub_token", "hf_a")
+    assert "hf_a" not in bench.log("rte/seed_0")
+    log = bench.out / "rte" / "seed_0.log"
+    with log.open("a") as file:
+        file.write("12%\r" * 3_000_000)
+    refused = bench.run(rte, "1", "--", "--hub_token", "hf_b", "--lora_r", "4")
+    assert refused.returncode == 2 and "with other flags: + --lora_r 4." in refused.stderr
+    assert bench.run(rte, "1", "--", "--hub_token", "hf_b").stderr == "1 of 1 are done already\n"
+    log.unlink()
+    done = bench.run(rte, "1")
+    message = f"rte/seed_0 is finished, with which flags is not known: {log} has none\n1 of 1 are done already\n"
+    assert done.returncode == 0 and done.stderr == message
+
+
+def test_a_log_that_is_a_link_is_not_written_through(bench, rte):
+    (bench.out / "rte").mkdir(parents=True)
+    (bench.folder / "thesis.txt").write_text("mine")
+    (bench.out / "rte" / "seed_0.log").symlink_to(bench.folder / "thesis.txt")
+    done = bench.run(rte, "2")
+    assert done.returncode == 1 and "seed_0.log is a link" in done.stderr and bench.names("end") == ["rte/seed_1"]
+    assert (bench.folder / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+def test_a_run_that_the_system_cannot_start_ends_the_others_and_says_why(
+    number, bench, rte, scheduler, machine, monkeypatch
+):
+    machine(0, **bench.environment, BEHAVIOUR=UNTIL_INTERRUPTED)
+    monkeypatch.chdir(bench.folder)
+    runs, _ = scheduler.parse([rte, "2", "--output_dir", "out"])
+
+    def fail(*args: object, **kwargs: object) -> None:
+        wait_until(lambda: bench.journal("start"))
+        raise OSError(number, os.strerror(number))
+
+    start = runs[1].start
+    runs[1].start = lambda *args: (monkeypatch.setattr(subprocess, "Popen", fail), start(*args))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        scheduler.run_all(runs, [None, None], {"devices": "0"}, [])
+    assert bench.names() == ["rte/seed_0", "rte/seed_0"] and runs[1].state == "waiting"
+    assert_gone(bench.journal("start")[0]["pid"])
 
 
 def test_places_may_change_without_a_finished_run_becoming_another(bench, rte):
