@@ -1,13 +1,16 @@
 """Files that are larger than the memory they may take, and files of which only the first rows are read."""
 
+import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from data_files import assert_table, refusal, write
 
+from lora_nlu.data import lines
 from lora_nlu.data.examples import Examples, choose_rows, describe_examples
 from lora_nlu.data.user_files import load_files
 
@@ -114,3 +117,25 @@ def test_other_first_rows_are_another_table(tmp_path):
         path = write(tmp_path / "a.csv", f"text,label\n{content}")
         fingerprints.add(limited(path, "train", ("x", "y"), 2).splits["train"]._fingerprint)
     assert len(fingerprints) == 3
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("seconds, is_shown", [(4, False), (6, True)])
+@pytest.mark.parametrize("stream, is_terminal", [(Terminal(), True), (io.StringIO(), False)])
+def test_a_progress_bar_appears_on_a_terminal_after_five_seconds(
+    seconds, is_shown, stream, is_terminal, tmp_path, monkeypatch
+):
+    class LateBar(lines.tqdm):
+        def __init__(self, **settings) -> None:
+            super().__init__(file=stream, **settings)
+            self._time = lambda: time.time() + seconds
+
+    monkeypatch.setattr(lines, "tqdm", LateBar)
+    path = write(tmp_path / "a.csv", "a line\n" * 40_000)
+    stream.truncate(stream.seek(0))
+    assert sum(1 for _ in lines.read_lines(path, "\n")) == 40_000
+    assert ("Reading a.csv" in stream.getvalue()) == (is_shown and is_terminal)
