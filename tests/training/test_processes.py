@@ -1,7 +1,10 @@
 """How a program ends: one message that names what failed, and the right exit code."""
 
 import errno
+import signal
 import socket
+import subprocess
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -61,3 +64,15 @@ def test_of_an_error_that_names_nothing_the_line_is_named(capsys):
     assert "Input/output error (OSError in main" in message_of(
         raising(OSError(errno.EIO, "Input/output error")), capsys
     )
+
+
+def test_a_process_that_alone_is_interrupted_ends_by_the_signal_which_its_launcher_names():
+    program = """
+import sys
+from lora_nlu.training import processes
+def main(argv):
+    raise KeyboardInterrupt
+processes.run(main, sys.argv, {"LOCAL_RANK": "1", "RANK": "1"})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")

@@ -137,7 +137,9 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
             raise
         is_interrupt = isinstance(e, KeyboardInterrupt) or isinstance(e.__cause__, KeyboardInterrupt)
         if is_interrupt and not is_first:
-            sys.exit(1)  # the first process prints it
+            # The first process prints it, if it is interrupted as well; else the launcher, which sees this signal.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
         if lost_process(e):
             time.sleep(_WAIT_FOR_ANOTHER)
         if not is_first:
