@@ -22,6 +22,6 @@ if TYPE_CHECKING:
     from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification as RobertaForSequenceClassification
     from lora_nlu.models.modeling_roberta import RobertaModel as RobertaModel
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __getattr__, __all__ = lazy_names(__name__, __file__)
