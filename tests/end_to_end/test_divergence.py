@@ -24,7 +24,7 @@ def assert_nothing_trained(folder: Path) -> None:
     run = read(folder / "run.json")
     assert "trained" not in run and re.fullmatch(r".+ is (nan|inf|no longer finite) at step \d+", run["diverged"])
     left = {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")}
-    assert left == {"run.json"}
+    assert left == {"run.json", "files.json"} and read(folder / "files.json") == []
     for path in folder.rglob("*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
 
@@ -110,7 +110,7 @@ def test_logits_that_are_not_finite_are_no_score_and_no_prediction(poisoned, cal
     for do, file in (("--do_eval", "--validation_file"), ("--do_predict", "--test_file")):
         outcome = call(*flags, do, file, poisoned[3], "--output_dir", tmp_path / do)
         assert outcome.code == 1 and "not finite for 1 of 40 examples, the first is number 19" in outcome.err
-        assert [path.name for path in (tmp_path / do).iterdir()] == ["run.json"]
+        assert {path.name for path in (tmp_path / do).iterdir()} == {"run.json", "files.json"}
 
 
 def test_a_run_that_is_taken_up_or_begun_afresh_no_longer_counts_as_diverged(poisoned, call, tmp_path, monkeypatch):

@@ -238,20 +238,27 @@ def test_starting_a_finished_run_again_without_evaluation_keeps_the_figure_it_ha
     assert contents(output) == before and read(output / "run_metadata.json")["metrics"]
 
 
-def test_overwrite_output_dir_trains_afresh_and_leaves_other_peoples_files(call, glue, tmp_path):
+def test_overwrite_output_dir_trains_afresh_and_removes_no_file_that_the_run_did_not_write(call, glue, tmp_path):
     output = tmp_path / "output"
-    succeeded(call(*rte(glue, output, *SHORT, "--do_train", "--do_predict", "--save_steps", "2")))
-    (output / "notes.txt").write_text("mine")
-    (output / "checkpoint-notes.txt").write_text("mine")
+    succeeded(call(*rte(glue, output, *SHORT, "--do_train", "--do_eval", "--do_predict", "--save_steps", "2")))
+    others = {
+        "notes.txt", "checkpoint-notes.txt", "checkpoint-backup/thesis.txt", "checkpoint-9000/model.bin",
+        "my_paper_results.json", "predict_results_mine.tsv", "checkpoint-2/notes.txt",
+    }  # fmt: skip
+    for name in others:
+        (output / name).parent.mkdir(exist_ok=True)
+        (output / name).write_text("mine")
+    shutil.copytree(output / "checkpoint-4", output / "checkpoint-copy")
+    copied = {f"checkpoint-copy/{path.name}" for path in (output / "checkpoint-copy").iterdir()}
     first = trained_flat(output)
     flags = [*SHORT, "--do_train", "--save_strategy", "no", "--seed", "1", "--overwrite_output_dir"]
     outcome = succeeded(call(*rte(glue, output, *flags)))
     assert "already trained" not in outcome.out and "Resuming" not in outcome.out
     assert not all(torch.equal(tensor, first[name]) for name, tensor in trained_flat(output).items())
-    assert (output / "notes.txt").read_text() == (output / "checkpoint-notes.txt").read_text() == "mine"
-    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-notes.txt"] and not list(
-        output.glob("predict_results_*")
-    )
+    assert all((output / name).read_text() == "mine" for name in others)
+    results = {"train_results.json", "all_results.json", "trainer_state.json", "adapter_config.json"}
+    own = {"run.json", "files.json", "run_metadata.json", "adapter_model.safetensors", "README.md"} | results
+    assert contents(output).keys() == own | others | copied
 
 
 def test_a_run_of_another_task_in_the_output_folder_is_refused_not_taken_up(rte_run, call, glue, tmp_path):

@@ -252,8 +252,49 @@ def test_what_a_killed_process_left_behind_is_never_resumed_from_and_cleared_by_
     assert not (tmp_path / ".saving").exists()
 
 
-def no_renaming(*_: object) -> None:
-    raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("kind", ["link", "read-only"])
+def test_a_checkpoint_that_can_not_be_removed_is_left_told_once_and_not_counted(
+    kind, uninterrupted, tmp_path, capsys, monkeypatch
+):
+    old, files = tmp_path / "checkpoint-2", tmp_path / ("elsewhere" if kind == "link" else "checkpoint-2")
+    new_trainer(tmp_path, max_steps=2, save_steps=2).train()
+    if kind == "link":
+        old.rename(files)
+        old.symlink_to(files)
+    replace = os.replace
+
+    def read_only(source: Path, target: Path) -> None:
+        if kind == "read-only" and Path(source).parent == old:
+            raise PermissionError(13, "Permission denied", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", read_only)
+    trainer = new_trainer(tmp_path, save_steps=3, save_total_limit=2)
+    trainer.train()
+    assert_equal_bits(parameters(trainer), uninterrupted[1])
+    assert names(complete_checkpoints(str(tmp_path))) == ["checkpoint-2", "checkpoint-9", "checkpoint-12"]
+    reason = "it is a link" if kind == "link" else "Permission denied"
+    assert capsys.readouterr().out.count(f"{old} can't be removed ({reason}) and stays.") == 1
+
+
+def test_a_folder_of_somebody_elses_under_a_checkpoints_name_is_renamed_not_removed(uninterrupted, tmp_path, capsys):
+    (tmp_path / "checkpoint-8").mkdir()
+    (tmp_path / "checkpoint-8" / "thesis.txt").write_text("mine")
+    trainer = new_trainer(tmp_path)
+    trainer.train()
+    assert_equal_bits(parameters(trainer), uninterrupted[1])
+    assert names(complete_checkpoints(str(tmp_path))) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    (renamed,) = tmp_path.glob("checkpoint-8.*")
+    assert (renamed / "thesis.txt").read_text() == "mine" and f"it is {renamed.name} now" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_not_written_through_a_link_that_waits_under_its_temporary_name(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".saving").symlink_to(tmp_path / "mine")
+    new_trainer(tmp_path / "run", max_steps=4).train()
+    assert names(complete_checkpoints(str(tmp_path / "run"))) == ["checkpoint-4"]
+    assert not [*(tmp_path / "mine").iterdir()] and not (tmp_path / "run" / ".saving").is_symlink()
 
 
 @pytest.mark.parametrize(
@@ -268,12 +309,18 @@ def no_renaming(*_: object) -> None:
     ],
 )
 def test_a_file_that_transformers_would_write_appears_complete_or_not_at_all(name, write, tmp_path, monkeypatch):
-    trainer = new_trainer(tmp_path, lora=False)
+    trainer, replace = new_trainer(tmp_path, lora=False), os.replace
+
+    def no_space(source: Path, target: Path) -> None:
+        if Path(target).name == name:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
     with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", no_renaming)
+        patched.setattr(os, "replace", no_space)
         with pytest.raises((OSError, UserError), match="No space left"):
             write(trainer)
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / name).exists() and not [*tmp_path.glob(".*")]
     write(trainer)
     assert (tmp_path / name).stat().st_size and not [*tmp_path.glob(".*")]
 

@@ -1,13 +1,15 @@
 """Checkpoints: what they contain, that they are complete or absent, how they are read, errors for damaged ones."""
 
 import json
+import os
 import pickle
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from errno import EINVAL
+from errno import EINVAL, ELOOP, ENOENT
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from lora_nlu.adapters.reading import check_archive, read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError, first_line, is_out_of_memory
 from lora_nlu.files import (
+    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    RUN_METADATA,
     atomic_files,
     atomic_write,
     flush_and_rename,
@@ -35,13 +39,14 @@ from lora_nlu.files import (
 )
 from lora_nlu.methods.description import methods_in
 from lora_nlu.ops.sharding import is_finite
-from lora_nlu.training.processes import lost_process, seed_from
+from lora_nlu.training.file_list import FILE_LIST, list_files, listed_files
+from lora_nlu.training.processes import lost_process, say, seed_from
 
 STATE = "trainer_state.json"
 _METHOD_STATE = "method_state.pt"  # in a checkpoint: what the methods' `after_step` keeps
-_FILE_LIST = "files.json"  # in a checkpoint: its files and their lengths
 _TOTAL_LOSS = "total_loss"  # among a checkpoint's states of callbacks: the sum of the losses of all steps
-SAVING, _REMOVING = ".saving", ".removing"  # a checkpoint being written or removed; resuming never reads them
+SAVING = ".saving"  # a checkpoint being written; resuming never reads it
+_REMOVING = ".removing"  # the list of files of a checkpoint being removed
 # transformers before 5.20 loads an optimizer in one of several CPU processes to "cpu:0", which torch does not know
 torch.serialization.register_package(0, lambda storage: None, lambda x, location: x if location == "cpu:0" else None)
 _FULL_DISK = re.compile("inline_container|StreamWriter|iostream")  # in torch.save's RuntimeError for it
@@ -53,7 +58,7 @@ def complete_checkpoints(output_dir: str) -> list[Path]:
     for path in Path(output_dir).glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
         try:
-            files = json.loads((path / _FILE_LIST).read_text())
+            files = json.loads((path / FILE_LIST).read_text())
             state = TrainerState.load_from_json(str(path / STATE))
             lengths = {name: (path / name).stat().st_size for name in files}
             complete = step.isdigit() and state.global_step == int(step) and lengths == files
@@ -75,17 +80,52 @@ def seconds_trained(log_history: list[dict[str, Any]]) -> float:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint: renamed first, so that a half-removed one is never taken for a checkpoint."""
-    renamed = path.with_name(_REMOVING)
-    shutil.rmtree(renamed, ignore_errors=True)
-    path.rename(renamed)
-    shutil.rmtree(renamed, ignore_errors=True)
+    """Remove the files that a checkpoint lists, and its folders that are then empty. Raises OSError if it can't.
+
+    The list is renamed first: a half-removed checkpoint is none, and `clear_leftovers` removes what is left of it.
+    """
+    if path.is_symlink():
+        raise OSError(ELOOP, "it is a link", str(path))
+    if (files := listed_files(path, _REMOVING)) is None:
+        if (files := listed_files(path)) is None:
+            raise OSError(ENOENT, f"no {FILE_LIST} in it", str(path))
+        os.replace(path / FILE_LIST, path / _REMOVING)
+    for file in files:
+        file.unlink(missing_ok=True)
+    (path / _REMOVING).unlink()
+    for folder in sorted({path, *(parent for file in files for parent in file.parents)}, reverse=True):
+        if folder.is_relative_to(path):
+            with suppress(OSError):  # somebody else's files are in it
+                folder.rmdir()
 
 
 def clear_leftovers(output_dir: str) -> None:
     """Remove checkpoints that a killed process was writing or removing."""
-    for name in (SAVING, _REMOVING):
-        shutil.rmtree(Path(output_dir, name), ignore_errors=True)
+    _remove_saving(Path(output_dir))
+    for path in Path(output_dir).glob("checkpoint-*"):
+        with suppress(OSError):
+            if (path / _REMOVING).is_file():
+                remove_checkpoint(path)
+            elif path.name.removeprefix("checkpoint-").isdigit():
+                path.rmdir()  # if it is empty
+
+
+def _remove_saving(output_dir: Path) -> None:
+    saving = output_dir / SAVING
+    if saving.is_symlink():
+        saving.unlink()
+    shutil.rmtree(saving, ignore_errors=True)
+
+
+def clear_checkpoint(path: Path, args: Any) -> None:
+    """Remove a checkpoint; one that can't be removed, or has other files in it, is renamed. args: TrainingArguments."""
+    for remove in (remove_checkpoint, Path.rmdir):
+        with suppress(OSError):
+            remove(path)
+    if os.path.lexists(path):
+        renamed = path.with_name(f"{path.name}.{time.time_ns()}")
+        path.rename(renamed)
+        say(args, f"{path} can't be removed, or contains other files: it is {renamed.name} now.")
 
 
 class Diverged(UserError):
@@ -164,6 +204,7 @@ class CheckpointingTrainer(Trainer):
     def __init__(self, *args: Any, metadata: dict[str, Any], **kwargs: Any) -> None:
         self.metadata = metadata  # task, label names, base model, ...: written with every adapter
         self._is_saving_checkpoint = False
+        self._not_removed: set[Path] = set()  # checkpoints that could not be
         self._saved: tuple[int, int] | None = None  # step and length of the log history of the last checkpoint
         self._loss_before: float | None = 0.0  # the sum of the losses of the steps before this process started
         super().__init__(*args, **kwargs)
@@ -181,7 +222,7 @@ class CheckpointingTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         saving = output_dir / SAVING
         if self.args.should_save:
-            shutil.rmtree(saving, ignore_errors=True)
+            _remove_saving(output_dir)
         self.accelerator.wait_for_everyone()
         if self._loss_before is not None:
             since_log = self.accelerator.gather(self._tr_loss[None]).mean().item()
@@ -204,7 +245,7 @@ class CheckpointingTrainer(Trainer):
         finally:
             self._is_saving_checkpoint = False
             if self.args.should_save:
-                shutil.rmtree(saving, ignore_errors=True)
+                _remove_saving(output_dir)
         self._saved = self.state.global_step, len(self.state.log_history)
         self.accelerator.wait_for_everyone()
         self.rotate(output_dir)
@@ -219,9 +260,8 @@ class CheckpointingTrainer(Trainer):
         if self.after_steps:
             torch.save({name: x.state_dict() for name, x in self.after_steps.items()}, written / _METHOD_STATE)
         paths = [path for path in written.rglob("*") if path.is_file()]
-        write_json(written / _FILE_LIST, {str(path.relative_to(written)): path.stat().st_size for path in paths})
-        if checkpoint.exists():  # a damaged one of the same step
-            remove_checkpoint(checkpoint)
+        write_json(written / FILE_LIST, {str(path.relative_to(written)): path.stat().st_size for path in paths})
+        clear_checkpoint(checkpoint, self.args)  # a damaged one of the same step
         flush_and_rename(written, checkpoint)
 
     def rotate(self, output_dir: Path) -> None:
@@ -235,7 +275,12 @@ class CheckpointingTrainer(Trainer):
             kept.insert(-1, best)
             limit = max(limit, 2)
         for path in kept[:-limit]:
-            remove_checkpoint(path)
+            try:
+                remove_checkpoint(path)
+            except OSError as e:
+                if path not in self._not_removed:
+                    say(self.args, f"{path} can't be removed ({e.strerror}) and stays.")
+                self._not_removed.add(path)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -246,17 +291,24 @@ class CheckpointingTrainer(Trainer):
             if not self.saves_part:
                 with atomic_files(folder) as partial:
                     super()._save(str(partial), state_dict)
+                    self._list_files(folder, *(path.name for path in partial.iterdir()))
             elif self.args.should_save:
+                self._list_files(folder, ADAPTER_WEIGHTS, RUN_METADATA, ADAPTER_CONFIG)
                 save_adapter(self.model, folder, self.metadata, state_dict)
         except (OSError, SafetensorError) as e:
             if self._is_saving_checkpoint:
                 raise  # _save_checkpoint adds which checkpoint is complete
             raise UserError(f"Can't write the trained model to {folder}: {e}.") from e
 
+    def _list_files(self, folder: Path, *names: str) -> None:
+        if self.args.should_save and not self._is_saving_checkpoint:  # a checkpoint's list is written at its end
+            list_files(folder, *names)
+
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
         """As transformers', but a file appears complete or not at all, and all_results.json is made of the others."""
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
+            list_files(folder, f"{split}_results.json", "all_results.json")
             _write_results(folder / f"{split}_results.json", metrics)
             results: dict[str, Any] = {}
             for name in ("train", "eval", split):
@@ -268,6 +320,7 @@ class CheckpointingTrainer(Trainer):
     def save_state(self) -> None:
         """As transformers', but the file appears complete or not at all."""
         if self.is_world_process_zero():
+            list_files(Path(self.args.output_dir), STATE)
             with atomic_write(Path(self.args.output_dir, STATE)) as partial:
                 self.state.save_to_json(str(partial))
 

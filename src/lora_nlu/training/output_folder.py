@@ -7,23 +7,22 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
 from lora_nlu.errors import UserError
-from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, is_training_run, read_json, write_json
+from lora_nlu.files import RUN_METADATA, is_training_run, read_json, write_json
 from lora_nlu.labels import label_list
 from lora_nlu.methods.table import METHODS
-from lora_nlu.training.checkpoints import complete_checkpoints, remove_checkpoint
+from lora_nlu.training.checkpoints import clear_checkpoint, complete_checkpoints, remove_checkpoint
+from lora_nlu.training.file_list import FILE_LIST, RUN, list_files, written_files
 from lora_nlu.training.trainer import AdapterTrainer
 
-RUN = "run.json"  # marks an output folder as one of run_glue.py
-_LEFTOVERS = re.compile(r"\..*\.partial|\.saving|\.removing")  # temporary names of a process that was killed
-_SCORES = ("eval*_results.json", "predict_results_*.tsv")  # of a run that trains, written after training
-_RESULTS = ("trainer_state.json", "*_results.json", *_SCORES, ADAPTER_WEIGHTS, ADAPTER_CONFIG, RUN_METADATA)
+_NO_CONTENT = re.compile(rf"\..*\.partial|\.saving|\.removing|{FILE_LIST}")  # what a killed process may leave
+_SCORES = ("eval_results.json", "eval_mm_results.json", "predict_results_")  # of a run that trains, after training
 _AFRESH = "Choose another --output_dir, or --overwrite_output_dir to train afresh."
 _LOOK = ("label", "color", "marker")  # of a method in reports; an older version did not record it
 # What a difference means in settings whose values are digests
@@ -37,7 +36,7 @@ def prepare_output_dir(output_dir: str, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        content = [path.name for path in folder.iterdir() if not _LEFTOVERS.fullmatch(path.name)]
+        content = [path.name for path in folder.iterdir() if not _NO_CONTENT.fullmatch(path.name)]
     except OSError as e:
         raise UserError(f"--output_dir {folder}: can't be written ({e.strerror}).") from e
     if content and RUN not in content and not overwrite:
@@ -55,6 +54,7 @@ def recorded(folder: Path) -> dict[str, Any]:
 def record(trainer: AdapterTrainer, **more: Any) -> None:
     """Write the run's metadata, and what else is to be recorded, into run.json."""
     if trainer.args.process_index == 0:
+        list_files(Path(trainer.args.output_dir))
         write_json(Path(trainer.args.output_dir, RUN), trainer.metadata | more)
 
 
@@ -106,14 +106,18 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def clear_earlier_run(folder: Path) -> None:
-    """Remove an earlier run's checkpoints and results, and no other file."""
+def clear_earlier_run(args: Any) -> None:
+    """Remove the files that earlier runs and their checkpoints list, and no others. args: TrainingArguments."""
+    folder = Path(args.output_dir)
     for path in folder.glob("checkpoint-*"):
-        if path.is_dir():
-            remove_checkpoint(path)
-    for name in _RESULTS:
-        for path in folder.glob(name):
-            path.unlink()
+        if path.name.removeprefix("checkpoint-").isdigit():  # others are somebody's copies
+            with suppress(OSError):
+                remove_checkpoint(path)
+    for path in complete_checkpoints(args.output_dir):
+        clear_checkpoint(path, args)
+    for path in written_files(folder):
+        path.unlink(missing_ok=True)
+    write_json(folder / FILE_LIST, [])
 
 
 def remaining(trainer: AdapterTrainer) -> tuple[str | None, bool]:
@@ -123,7 +127,7 @@ def remaining(trainer: AdapterTrainer) -> tuple[str | None, bool]:
     checkpoint = find_checkpoint(trainer.args.output_dir, trainer.args.resume_from_checkpoint)
     if checkpoint or "trained" in earlier:
         _check_same_run(folder, earlier, now)
-    elif results := [path.name for name in _SCORES for path in sorted(folder.glob(name))]:
+    elif results := [p.name for p in written_files(folder) if p.name.startswith(_SCORES) and p.is_file()]:
         raise UserError(
             f"--output_dir {folder} contains results of another model ({results[0]}), to be taken for this run's.\n"
             "Choose another folder, or --overwrite_output_dir to remove them first."

@@ -25,7 +25,8 @@ from lora_nlu.training.checkpoints import (
     processes_of,
     seconds_trained,
 )
-from lora_nlu.training.output_folder import RUN, clear_earlier_run, locked, record, remaining, wait_for_file
+from lora_nlu.training.file_list import RUN, list_files
+from lora_nlu.training.output_folder import clear_earlier_run, locked, record, remaining, wait_for_file
 from lora_nlu.training.processes import Interrupted, deferred_signals, say
 from lora_nlu.training.trainer import AdapterTrainer
 
@@ -46,7 +47,7 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
     with locked(folder) if is_first else nullcontext():
         if overwrite and is_first:
             record(trainer)  # first: from here on the folder contains no finished run
-            clear_earlier_run(folder)
+            clear_earlier_run(args)
         # the first process decides for all
         checkpoint, is_trained = broadcast_object_list([*(remaining(trainer) if is_first else (None, False))])
         if is_trained:
@@ -132,6 +133,7 @@ def predict(trainer: AdapterTrainer, tables: dict[str, Any]) -> list[Path]:
         name = {"test_mismatched": f"{task}-mm", "test_ax": "ax"}.get(split, task)
         paths.append(Path(trainer.args.output_dir, f"predict_results_{name}.tsv"))
         if trainer.args.process_index == 0:
+            list_files(paths[-1].parent, paths[-1].name)
             lines = ["index\tprediction", *(f"{index}\t{answer}" for index, answer in enumerate(answers))]
             write_text(paths[-1], "\n".join(lines) + "\n")
     return paths
