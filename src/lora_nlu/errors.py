@@ -34,6 +34,11 @@ def printable(text: object, limit: int = 80) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in cut)
 
 
+def printable_lines(text: object) -> str:
+    """Text for the screen, however long, its lines kept: it may quote names that nothing has escaped."""
+    return "\n".join(printable(line, len(line)) for line in str(text).split("\n"))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, printable; the error's type if the message is empty."""
     return printable((str(error).strip() or type(error).__name__).splitlines()[0], 200)

@@ -65,6 +65,13 @@ def normalised_label(label: str) -> str:
     return label.strip().casefold()
 
 
+def label_number(text: str) -> float:
+    """The number that a text is; Python also reads 1_0 as 10, and other digits. Raises ValueError for those."""
+    if "_" in text or not text.strip().isascii():
+        raise ValueError(f"{text} is no number")
+    return float(text)
+
+
 def rows_by_label(trained: Sequence[str], labels: Sequence[str]) -> list[int] | None:
     """For each of `labels` its place among those that a head was `trained` to predict; None if the sets differ."""
     for key in (str, normalised_label):  # exact names first, for labels that differ only in case

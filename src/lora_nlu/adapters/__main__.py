@@ -15,7 +15,7 @@ from lora_nlu.adapters.adapter import with_relative_query
 from lora_nlu.adapters.converting import convert
 from lora_nlu.adapters.model_card import inspect
 from lora_nlu.adapters.reading import read_adapter
-from lora_nlu.errors import UsageError, UserError
+from lora_nlu.errors import UsageError, UserError, printable_lines
 
 INSPECT = """Print what an adapter contains: method, layers, rank, alpha, labels, base model, metrics, parameters, and
 whether all its numbers are finite.
@@ -35,9 +35,9 @@ example: python -m lora_nlu.adapters convert output/roberta_base_rte rte-model -
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        print(args.text(args))
+        print(printable_lines(args.text(args)))
     except (UserError, OSError) as e:
-        print(f"lora_nlu.adapters: error: {e}", file=sys.stderr)
+        print(f"lora_nlu.adapters: error: {printable_lines(e)}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
     return 0
 

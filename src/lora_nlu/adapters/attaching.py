@@ -172,7 +172,7 @@ def _check_base_model(model: Any, adapter: Adapter) -> list[str]:
         )
     if recorded is not None or not name or not model_name or Path(name).name == Path(model_name).name:
         return []
-    if Path(name).resolve() == Path(model_name).resolve():
+    if "\0" not in name and Path(name).resolve() == Path(model_name).resolve():
         return []
     return [f"{source}: names the base model {printable(name)}, but no fingerprint; it is loaded into {model_name}."]
 

@@ -106,7 +106,7 @@ def write_published(adapter: Adapter, path: Path) -> str:
 
 def _published_place(name: str) -> tuple:
     """Sorts names as the published files do: layers by number, query before value, A before B, then the head."""
-    parts = [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
+    parts = [(int(part), "") if part.isascii() and part.isdigit() else (0, part) for part in name.split(".")]
     in_encoder = name.startswith(("roberta.", "deberta."))
     return (not in_encoder, name.startswith("classifier."), parts[:-1], parts[-1] == (0, "bias"), parts[-1])
 

@@ -17,7 +17,9 @@ from lora_nlu.data.cache import cached_file, cached_table, record_batches
 from lora_nlu.data.examples import LABEL, Examples
 from lora_nlu.data.lines import read_lines
 from lora_nlu.data.tasks import TASKS, Task
+from lora_nlu.data.user_rows import column_list
 from lora_nlu.errors import UserError
+from lora_nlu.labels import label_number
 
 HUB_DATASET = "nyu-mll/glue"
 HUB_TIMEOUT_S = 5
@@ -106,7 +108,7 @@ def _rows(path: Path, task: Task, columns_read: Sequence[str], with_labels: bool
         lines, header = chain([first], lines), [*task.headerless]
     elif missing := [column for column in columns_read if column not in header]:
         raise UserError(
-            f"{path}:1: the header lacks {', '.join(map(repr, missing))}; it has {', '.join(header)}.\n"
+            f"{path}:1: the header lacks {', '.join(map(repr, missing))}; it has {column_list(header)}.\n"
             f"Is this the standard GLUE file of {task.name}?"
         )
     indices = [header.index(column) for column in columns_read]
@@ -145,14 +147,14 @@ def _lines(path: Path, task: Task) -> Iterator[tuple[int, list[str]]]:
 def _label(written: str, ids: dict[str, int], task: Task, place: str) -> int | float:
     if not task.is_regression:
         if written not in ids:
-            raise UserError(f"{place}: label {written!r} is not one of {task.name}'s: {', '.join(ids)}.")
+            raise UserError(f"{place}: label {written[:80]!r} is not one of {task.name}'s: {', '.join(ids)}.")
         return ids[written]
     try:
-        score = float(written)
+        score = label_number(written)
     except ValueError:
         score = math.nan
     if not 0 <= score <= 5:  # true for NaN as well
-        raise UserError(f"{place}: label {written!r} is not a number from 0 to 5, as {task.name}'s scores are.")
+        raise UserError(f"{place}: label {written[:80]!r} is not a number from 0 to 5, as {task.name}'s scores are.")
     return score
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from lora_nlu.errors import UserError, printable
-from lora_nlu.labels import label_list, normalised_label
+from lora_nlu.labels import label_list, label_number, normalised_label
 
 LABEL_JSON, LINE = "label_json", "line"  # columns of the table of a parsed file
 # What other programs write where there is no label
@@ -65,7 +65,7 @@ def read_labels(path: str, table: Dataset) -> Labels:
     if all(_is_integer(value) for value in values) or {*map(type, values)} == {int, str}:
         return Labels(path, names, codes, lines)
     try:
-        numbers = [float(name) for name in names]
+        numbers = [label_number(name) for name in names]
     except ValueError:
         return Labels(path, names, codes, lines)
     labels = Labels(path, numbers, codes, lines)
@@ -77,6 +77,7 @@ def read_labels(path: str, table: Dataset) -> Labels:
 
 def _is_integer(value: Any) -> bool:
     try:
+        label_number(str(value))
         int(value)
     except ValueError:
         return False
@@ -174,7 +175,7 @@ def label_ids(labels: Labels, ids: Mapping[str, int], expected_by: str) -> np.nd
             numbers.append(ids[known])
             continue
         try:
-            numbers.append(float(name))
+            numbers.append(label_number(name))
         except ValueError as e:
             raise UserError(
                 f"{labels.place(i)}: label {name[:80]!r} is not a number; those of {expected_by} are, and this is a "
@@ -212,6 +213,6 @@ def notes_on_labels(labels: Labels, ids: Mapping[str, int], names_are_new: bool)
 def _meaning(label: str) -> object:
     """What is equal for labels that mean the same: 01, +1 and 1; Yes and yes."""
     try:
-        return int(label) if _is_integer(label) else float(label)
+        return int(label) if _is_integer(label) else label_number(label)
     except ValueError:
         return normalised_label(label)

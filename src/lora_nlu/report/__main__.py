@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_nlu.errors import UserError
+from lora_nlu.errors import UserError, printable_lines
 from lora_nlu.report.collect import collect, training_records
 from lora_nlu.report.records import RECORDS, write_records
 from lora_nlu.report.submission import write_submission
@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None, command: str | None = None) -> int:
     args = _parser().parse_args([command, *words] if command else _with_command(words))
     try:
         for line in args.lines(args):
-            print(line)
+            print(printable_lines(line))
     except (UserError, OSError) as e:
-        print(f"lora_nlu.report: error: {e}", file=sys.stderr)
+        print(f"lora_nlu.report: error: {printable_lines(e)}", file=sys.stderr)
         return 1
     return 0
 
@@ -92,7 +92,7 @@ def _with_command(words: list[str]) -> list[str]:
             print(f"lora_nlu.report: {first!r} is taken as the folder of that name.", file=sys.stderr)
             return ["runs", *words]
         note = f"{first!r} is taken as the command, not as the folder of that name; ./{first} is the folder."
-        print(f"lora_nlu.report: {note}", file=sys.stderr)
+        print(f"lora_nlu.report: {printable_lines(note)}", file=sys.stderr)
     i = words.index(first)
     return [first, *words[:i], *words[i + 1 :]]
 

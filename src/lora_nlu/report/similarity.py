@@ -21,6 +21,8 @@ from lora_nlu.errors import UserError
 from lora_nlu.escaping import csv_cell
 from lora_nlu.files import atomic_write
 
+_MOST_RANKS = 4096
+
 
 def write_similarity(paths: list[str], layers: str | None, modules: str | None, out: Path | None) -> str:
     """The similarity of the adapters at two paths as a table; given `out`, also a CSV file and a picture there.
@@ -82,6 +84,8 @@ def compare(one: Adapter, two: Adapter, modules: str | None = None) -> list[Pair
                 f"{name}.lora_A is {list(A1.shape)} in {one.source}, {list(A2.shape)} in {two.source}.\n"
                 "Compare adapters of base models of the same size."
             )
+        if (rank := max(len(A1), len(A2))) > _MOST_RANKS:
+            raise UserError(f"{name}: rank {rank:,}; the similarity has rank x rank numbers, up to {_MOST_RANKS:,}.")
         noise = [torch.randn(A.shape, generator=generator, dtype=torch.float64) for A in (A1, A2)]
         pairs.append(Pair(layer, module, subspace_similarity(A1, A2), subspace_similarity(*noise)))
     return pairs

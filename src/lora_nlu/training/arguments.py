@@ -94,7 +94,10 @@ def parse_names(flag: str, text: str | None) -> tuple[str, ...] | None:
     """`a,b,c` to names without blanks around them; one that holds a comma stands in quotes. Raises UsageError."""
     if text is None:
         return None
-    names = tuple(name.strip() for name in next(csv.reader([text], skipinitialspace=True), []))
+    try:
+        names = tuple(name.strip() for name in next(csv.reader([text], skipinitialspace=True), []))
+    except csv.Error:  # a line break outside of quotes
+        names = ()
     if not names or "" in names or len({*names}) < len(names):
         raise UsageError(f"--{flag} {text}: give different names with commas between them.")
     return names

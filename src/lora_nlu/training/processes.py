@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from lora_nlu.errors import UsageError, UserError, first_line, is_out_of_memory
+from lora_nlu.errors import UsageError, UserError, first_line, is_out_of_memory, printable_lines
 
 _NETWORK = ("aiohttp", "datasets", "fsspec", "httpx", "huggingface_hub", "requests", "ssl", "urllib", "urllib3")
 # Seconds that a process waits before it prints: for the first process's error, for the error of the one that ended
@@ -145,7 +145,7 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
         if not is_first:
             time.sleep(_WAIT_FOR_FIRST)
         process = "" if is_first else f" (process {environ.get('RANK')})"
-        print(f"{Path(argv[0]).name}: error{process}: {message}", file=sys.stderr, flush=True)
+        print(f"{Path(argv[0]).name}: error{process}: {printable_lines(message)}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(e, UsageError) else 1)
 
 
@@ -164,4 +164,4 @@ def say(args: Any, *lines: str) -> None:
     """Print lines once, whatever the number of processes."""
     if args.process_index == 0:
         for line in lines:
-            print(line, flush=True)
+            print(printable_lines(line), flush=True)
