@@ -87,6 +87,7 @@ PRIVATE_NAMES: dict[str, dict[str, str]] = {
     },
     "torch._dynamo": {"list_backends": "an unknown --torch_compile_backend is refused with the known ones"},
     "torch.autograd.forward_ad": {"_current_level": "the compiled kernels stand back under forward-mode derivatives"},
+    "torch.distributed.run": {"parse_args": "the launcher's options", "run": "the launcher without its traceback"},
     "torch.ops.mkldnn": {"_linear_pointwise": "oneDNN's product with a bias, faster than addmm on CPUs"},
     "torch.utils._pytree": {"tree_map": "optimizer states are nested"},
     "torch.Tensor": {"_version": "whether a merged weight was changed since"},

@@ -39,8 +39,8 @@ ORDER = {
         "user_rows", "user_labels", "user_files",
     ],
     "training": [
-        "launch", "processes", "legacy_flags", "arguments", "checks", "parsing", "inputs", "metadata", "file_list",
-        "checkpoints", "trainer", "sharded", "output_folder", "model", "runs",
+        "launch", "torchrun", "processes", "legacy_flags", "arguments", "checks", "parsing", "inputs", "metadata",
+        "file_list", "checkpoints", "trainer", "sharded", "output_folder", "model", "runs",
     ],
     "report": ["paper", "records", "submission", "collect", "pictures", "tables", "similarity", "__main__"],
 }  # fmt: skip

@@ -442,6 +442,33 @@ def test_the_example_of_a_slurm_job_takes_a_script_with_a_task(run, tmp_path, wo
     assert flags_of(done)["task_name"] == "rte"
 
 
+@pytest.mark.parametrize("where", ["output_dir", "--output_dir", "default"])
+@pytest.mark.parametrize(
+    "record, queued",
+    [('{"interrupted": {"step": 3}}', True), ('{"trained": true}', False), (None, False)],
+    ids=["interrupted", "trained", "as before"],
+)
+def test_the_example_of_a_slurm_job_is_queued_again_if_the_run_recorded_that_it_was_interrupted(
+    record, queued, where, run, copy, tmp_path
+):
+    """What is recorded of an earlier job does not count: a run that can't start would be queued for ever."""
+    script = copy / "scripts" / "roberta_base_rte.sh"
+    folder = copy / "output" / "roberta_base_rte" if where == "default" else tmp_path / "o"
+    settings = {"output_dir": str(folder)} if where == "output_dir" else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text('{"interrupted": {"step": 2}}')
+    write = f"echo '{record}' > '{folder}/run.json'; " if record else ""
+    for name, program in {"srun": f"{write}exit 9", "scontrol": f'echo "$@" > "{tmp_path}/requeued"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / name).chmod(0o755)
+    flags = ["--output_dir", str(folder)] if where == "--output_dir" else []
+    settings |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    done = run(copy / "scripts" / "slurm.sbatch", str(script), *flags, **settings)
+    assert done.returncode == 9, done.stderr
+    assert (tmp_path / "requeued").exists() == queued
+    assert not queued or (tmp_path / "requeued").read_text() == "requeue 77\n"
+
+
 # ----------------------------------------------------------------------------------------------------------- the rest
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import SCRIPT
+from test_distributed import children
 from test_run_glue import read, rte, scores, succeeded, trained_flat
 
 # 48 examples; the tiny model has dropout
@@ -131,3 +132,33 @@ def test_a_signal_to_a_lone_run_keeps_its_checkpoints(name, base_flags, environm
     (tmp_path / "o" / "run.json").write_text(json.dumps(record))
     outcome = fork(*rte(glue, tmp_path / "o", *flags))
     assert outcome.code == 1 and "max_steps 2001, now 2000" in outcome.err
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds a process's children in /proc")
+@pytest.mark.parametrize("to", ["the launcher", "one process"])
+def test_a_signal_to_the_launcher_or_to_one_process_saves_a_checkpoint_in_all(
+    to, base_flags, environment, fork, glue, tmp_path
+):
+    flags = [*RUN, "--save_strategy", "no", BATCH, 4]
+    slow = tmp_path / "slow.py"  # a step takes a second: the signal comes before the last
+    slow.write_text(
+        "import runpy, time\nfrom lora_nlu.training import trainer\nstep = trainer.AdapterTrainer.training_step\n"
+        "def slow(self, *args):\n    print('step', flush=True)\n    time.sleep(1)\n    return step(self, *args)\n"
+        f"trainer.AdapterTrainer.training_step = slow\nrunpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    launcher = ["-m", "lora_nlu.training.torchrun", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launcher, slow, *base_flags, *rte(glue, tmp_path / "o", *flags)]
+    process = subprocess.Popen(
+        [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout and any(line.startswith("step") for line in process.stdout)
+    os.kill(process.pid if to == "the launcher" else children(process.pid)["1"], signal.SIGUSR1)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == (128 + signal.SIGTERM if to == "the launcher" else os.EX_TEMPFAIL), err
+    assert "interrupted" in err and "Traceback" not in err
+    step = read(tmp_path / "o" / "run.json")["interrupted"]["step"]
+    assert 0 < step < 20
+    outcome = succeeded(fork(*rte(glue, tmp_path / "o", *flags), processes=2))
+    assert f"Resuming from {tmp_path}/o/checkpoint-{step}." in outcome.out
+    succeeded(fork(*rte(glue, tmp_path / "complete", *flags), processes=2))
+    assert_same_end(tmp_path / "o", tmp_path / "complete")

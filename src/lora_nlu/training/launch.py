@@ -23,7 +23,7 @@ DEFAULT_BATCH = 8  # transformers' default
 # With -c and -m Python would import what lies in the current folder; PYTHONSAFEPATH needs 3.11
 SAFE_PATH = "import sys; sys.path = [p for p in sys.path if p]; "
 COUNT = SAFE_PATH + "import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)"
-TORCHRUN = SAFE_PATH + "from torch.distributed.run import main; main()"
+TORCHRUN = SAFE_PATH + "from lora_nlu.training.torchrun import main; sys.exit(main())"
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,15 @@ def plan(script: Script, settings: Mapping[str, str]) -> Command:
         program += ["-c", TORCHRUN, *rendezvous, f"--nproc_per_node={local}", *options]
         if local > 1 and not settings.get("OMP_NUM_THREADS"):  # torchrun would set the same, under a banner
             environment["OMP_NUM_THREADS"] = "1"
-    folders = ["--output_dir", settings.get("output_dir") or str(root / "output" / script.name)]
+    folders = ["--output_dir", default_folder(script, settings)]
     if settings.get("GLUE_DIR"):
         folders += ["--glue_dir", settings["GLUE_DIR"]]
     return Command(environment, [*program, str(root / PROGRAM)], [*folders, *batch_flags, *flags], notes)
+
+
+def default_folder(script: Script, settings: Mapping[str, str]) -> str:
+    """The output folder, unless the script's flags have another."""
+    return settings.get("output_dir") or str(Path(script.root, "output", script.name))
 
 
 def flags_with_values(words: list[str]) -> list[list[str]]:
@@ -289,6 +294,9 @@ def main(argv: list[str], environment: Mapping[str, str]) -> None:
     script, dry_run = Script(root, python, name, tuned_for_gpus, flags), environment.get("DRY_RUN") or "0"
     if dry_run == "json":  # for read_script
         print(json.dumps(asdict(script)))
+        return
+    if dry_run == "output_dir":  # for slurm.sbatch
+        print(last_value(flags, "--output_dir") or default_folder(script, environment))
         return
     try:
         command = plan(script, environment)
