@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         compute_metrics=lambda p: compute_metrics(metrics, p.predictions, p.label_ids),
         metadata=run_metadata(flags, model, examples, tables, max_length, fingerprints),
     )
-    check_all_alike(trainer)
+    check_all_alike(trainer, tables)
 
     # Train, score, report
     if args.do_train:

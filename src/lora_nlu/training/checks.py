@@ -110,7 +110,8 @@ def _check_ranges(model_args: Any, data_args: Any, args: Any) -> None:
         (args, 1, math.inf, (*counts, "early_stopping_patience")),
         (args, 0, math.inf, ("early_stopping_threshold",)),
         (args, 0, math.inf, ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps")),
-        (args, 0, math.inf, ("seed", "dataloader_num_workers", "logging_steps", "eval_steps", "save_steps")),
+        (args, 0, 2**32, ("seed", "data_seed")),  # NumPy's largest
+        (args, 0, math.inf, ("dataloader_num_workers", "logging_steps", "eval_steps", "save_steps")),
     ):
         for name in names:
             if (value := getattr(group, name)) is not None and not least <= value < below:

@@ -50,11 +50,23 @@ _ALWAYS_RECORDED = frozenset(
     """.split()
 )
 
+# Of the base model's config, where it has them: the same weights train otherwise with other values
+_OF_CONFIG = """
+    hidden_act hidden_dropout_prob attention_probs_dropout_prob classifier_dropout pooler_dropout pooler_hidden_act
+    layer_norm_eps initializer_range num_attention_heads pad_token_id relative_attention max_relative_positions
+    position_buckets pos_att_type share_att_key norm_rel_ebd position_biased_input conv_act conv_groups
+    """.split()
+
 
 def run_metadata(
-    flags: Flags, model: Any, examples: Examples, tables: dict[str, Any], max_length: int, fingerprints: dict[str, str]
+    flags: Flags,
+    model: Any,
+    examples: Examples,
+    tables: dict[str, Any],
+    max_length: int,
+    fingerprints: dict[str, str | None],
 ) -> dict[str, Any]:
-    """What later readers of the adapter, and a later start of the same run, need; fingerprints: base and tokenizer."""
+    """What later readers of the adapter, and a later start of the same run, need; fingerprints: `prepare_model`'s."""
     model_args, data_args, args = flags
     layers = lora_layers(model).values()
     settings = deciding_settings(args)
@@ -77,6 +89,7 @@ def run_metadata(
             "lora_relative_query": relative_query(model.config),
         },
         "method": describe_method(model),
+        "model_config": {n: _plain(getattr(model.config, n)) for n in _OF_CONFIG if hasattr(model.config, n)},
         "parameters": count_parameters(model)._asdict(),
         "hyperparameters": settings | _settings_of_data(flags, examples, tables, max_length),
         "left_at_default": left_at_default(args, settings),

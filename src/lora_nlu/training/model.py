@@ -18,6 +18,7 @@ from lora_nlu.methods.lora import lora_layers
 from lora_nlu.methods.table import METHODS
 from lora_nlu.models.loading import base_fingerprint, check_method, load_model, own_adapter, set_task, set_two_views
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
+from lora_nlu.ops.tensors import fingerprint
 from lora_nlu.training.arguments import ModelArguments
 from lora_nlu.training.inputs import Head
 from lora_nlu.training.output_folder import recorded
@@ -56,8 +57,8 @@ def _contents(adapter: Adapter, model_args: ModelArguments) -> str:
 
 def prepare_model(
     flags: Flags, config: Any, adapter: Adapter | None, head: Head, labels: tuple[str, ...]
-) -> tuple[Any, Any, dict[str, str]]:
-    """The model, with the adapter, that predicts the examples' labels; its tokenizer; the fingerprints of both."""
+) -> tuple[Any, Any, dict[str, str | None]]:
+    """The model, with the adapter, that predicts the examples' labels; its tokenizer; the fingerprints of all three."""
     model_args, data_args, args = flags
     name, base_labels = model_args.model_name_or_path, recorded_labels(config)
     if not adapter or not adapter.label_count:
@@ -66,7 +67,8 @@ def prepare_model(
         adapter = replace(adapter, metadata=adapter.metadata | {"labels": [*head.labels]})
     set_task(config, data_args.task, labels, model_args.cls_dropout)
     model = _load_model(flags, config, adapter, base_labels)
-    fingerprints = {"base_fingerprint": base_fingerprint(model)}
+    fingerprints: dict[str, str | None] = {"base_fingerprint": base_fingerprint(model)}
+    fingerprints["started_from_fingerprint"] = fingerprint(adapter.state)[:16] if adapter else None
     tokenizer, notes = load_tokenizer(model_args.tokenizer_name or name, config, **model_args.hub)
     say(args, *notes)
     set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
@@ -79,9 +81,9 @@ def prepare_model(
         say(args, f"Loaded {adapter.source}: {_contents(adapter, model_args)}{guess}.")
         for layer in lora_layers(model).values():
             layer.lora_dropout = model_args.lora_dropout or 0.0
-    fingerprints["tokenizer_fingerprint"] = fingerprint = tokenizer_fingerprint(tokenizer)
+    fingerprints["tokenizer_fingerprint"] = of_tokenizer = tokenizer_fingerprint(tokenizer)
     source, metadata = model_args.adapter_source or name, adapter.metadata if adapter else recorded(Path(name))
-    check_tokenizer(source, metadata, fingerprint, "Give the one it was trained with as --tokenizer_name.")
+    check_tokenizer(source, metadata, of_tokenizer, "Give the one it was trained with as --tokenizer_name.")
     return model, tokenizer, fingerprints
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from lora_nlu.data.tokenization import digest
 from lora_nlu.errors import UserError
 from lora_nlu.files import RUN_METADATA, is_training_run, read_json, write_json
 from lora_nlu.labels import label_list
@@ -24,6 +25,11 @@ from lora_nlu.training.trainer import AdapterTrainer
 _NO_CONTENT = re.compile(rf"\..*\.partial|\.saving|\.removing|{FILE_LIST}")  # what a killed process may leave
 _SCORES = ("eval_results.json", "eval_mm_results.json", "predict_results_")  # of a run that trains, after training
 _AFRESH = "Choose another --output_dir, or --overwrite_output_dir to train afresh."
+# What decides a run's result, and which files it was trained on
+_DECIDING = """
+    task labels base_fingerprint tokenizer_fingerprint lora method model_config hyperparameters
+    """.split()
+_FILES = ("dataset", "train_file", "text_columns")
 _LOOK = ("label", "color", "marker")  # of a method in reports; an older version did not record it
 # What a difference means in settings whose values are digests
 _MEANING = {"train_data": ": the training examples differ", "eval_data": ": the evaluation examples differ"}
@@ -78,9 +84,12 @@ def record_evaluation(trainer: AdapterTrainer, evaluated: str) -> None:
         )
 
 
-def check_all_alike(trainer: AdapterTrainer) -> None:
-    """Raise UserError in a process that was started with other flags or another base model than the first process."""
+def check_all_alike(trainer: AdapterTrainer, tables: dict[str, Any]) -> None:
+    """Raise UserError in a process that was started with other flags, examples or base model than the first process."""
+    if trainer.args.world_size == 1:
+        return
     flags = {name: str(value) for name, value in trainer.args.to_dict().items() if name != "local_rank"}
+    flags |= {f"{split}_data": digest(table) for split, table in tables.items()}
     own_run = trainer.metadata | {"hyperparameters": flags | trainer.metadata["hyperparameters"]}
     (first_run,) = broadcast_object_list([own_run])
     if differences := _differences(first_run, own_run):
@@ -120,8 +129,11 @@ def clear_earlier_run(args: Any) -> None:
     write_json(folder / FILE_LIST, [])
 
 
-def remaining(trainer: AdapterTrainer) -> tuple[str | None, bool]:
-    """The checkpoint to resume from, if any, and whether the run has trained. Raises UserError for another run's."""
+def remaining(trainer: AdapterTrainer) -> tuple[str | None, bool, dict[str, Any]]:
+    """The checkpoint to resume from, if any; whether the run has trained; its metadata. Raises UserError for another's.
+
+    In the metadata of a run that resumes, what decides its result stays as its first start recorded it.
+    """
     folder, now = Path(trainer.args.output_dir), trainer.metadata
     earlier = recorded(folder) or now
     checkpoint = find_checkpoint(trainer.args.output_dir, trainer.args.resume_from_checkpoint)
@@ -132,8 +144,11 @@ def remaining(trainer: AdapterTrainer) -> tuple[str | None, bool]:
             f"--output_dir {folder} contains results of another model ({results[0]}), to be taken for this run's.\n"
             "Choose another folder, or --overwrite_output_dir to remove them first."
         )
-    if checkpoint and Path(checkpoint, RUN_METADATA).is_file():  # --resume_from_checkpoint may be of another folder
-        _check_same_run(checkpoint, read_json(Path(checkpoint, RUN_METADATA)), now)
+    if checkpoint:  # --resume_from_checkpoint may be of another folder
+        of_adapter = Path(checkpoint, RUN_METADATA)
+        first = read_json(of_adapter) if of_adapter.is_file() else recorded(Path(checkpoint).parent)
+        _check_same_run(checkpoint, first, now)
+        now = now | {name: first[name] for name in (*_DECIDING, *_FILES) if name in first}
     if checkpoint and "trained" not in earlier:
         if trainer.args.metric_for_best_model and "metric_for_best_model" not in earlier.get("hyperparameters", {}):
             raise UserError(
@@ -141,7 +156,7 @@ def remaining(trainer: AdapterTrainer) -> tuple[str | None, bool]:
                 f"not record.\n{_AFRESH}"
             )
         trainer.check_backend(checkpoint)
-    return checkpoint, "trained" in earlier
+    return checkpoint, "trained" in earlier, now
 
 
 def find_checkpoint(output_dir: str, resume_flag: str | None) -> str | None:
@@ -163,7 +178,15 @@ def _check_same_run(source: object, earlier: dict[str, Any], now: dict[str, Any]
 def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The settings in which two runs differ, of those that decide what a run ends with."""
     differences = []
-    for key in ("task", "labels", "base_fingerprint", "tokenizer_fingerprint", "lora", "method", "hyperparameters"):
+    sources = [run.get("started_from") for run in (earlier, now)]
+    starts = [run.get("started_from_fingerprint") for run in (earlier, now)]  # the folder may have been moved
+    if "started_from_fingerprint" not in earlier:  # older versions recorded the name alone
+        starts = [source is None for source in sources]
+    if "started_from" in earlier and starts[0] != starts[1]:
+        differences.append(
+            f"started_from {sources[0]}, now {sources[1]}" + ": its tensors differ" * (None not in sources)
+        )
+    for key in _DECIDING:
         before, after = earlier.get(key, now.get(key)), now.get(key)  # older versions recorded less
         if isinstance(before, dict) and isinstance(after, dict):
             names = before if key == "hyperparameters" else {**before, **after}  # and fewer hyperparameters

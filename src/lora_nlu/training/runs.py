@@ -49,7 +49,8 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
             record(trainer)  # first: from here on the folder contains no finished run
             clear_earlier_run(args)
         # the first process decides for all
-        checkpoint, is_trained = broadcast_object_list([*(remaining(trainer) if is_first else (None, False))])
+        decided = remaining(trainer) if is_first else (None, False, {})
+        checkpoint, is_trained, trainer.metadata = broadcast_object_list([*decided])
         if is_trained:
             say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
             trainer._load_from_checkpoint(str(folder))
@@ -84,6 +85,7 @@ def _train_from(checkpoint: str | None, trainer: AdapterTrainer) -> dict[str, fl
         return trainer.train(resume_from_checkpoint=checkpoint).metrics
     except Interrupted:
         record(trainer, interrupted={"step": trainer.state.global_step, "time": datetime.now(timezone.utc).isoformat()})
+        trainer.accelerator.wait_for_everyone()  # a launcher ends the others when the first process ends
         raise
     except KeyboardInterrupt as e:
         last = complete_checkpoints(str(folder))
