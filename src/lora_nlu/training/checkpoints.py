@@ -206,7 +206,8 @@ class CheckpointingTrainer(Trainer):
         self._is_saving_checkpoint = False
         self._not_removed: set[Path] = set()  # checkpoints that could not be
         self._saved: tuple[int, int] | None = None  # step and length of the log history of the last checkpoint
-        self._loss_before: float | None = 0.0  # the sum of the losses of the steps before this process started
+        # The sum of all steps' losses, a float64, so that a resumed run has the same; None if an older version began it
+        self._total_loss: float | None = 0.0
         super().__init__(*args, **kwargs)
         # A loaded RoBERTa counts positions from the config's pad token, which transformers sets to the tokenizer's.
         self._pad_token_id = self.model.config.pad_token_id
@@ -224,9 +225,8 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             _remove_saving(output_dir)
         self.accelerator.wait_for_everyone()
-        if self._loss_before is not None:
-            since_log = self.accelerator.gather(self._tr_loss[None]).mean().item()
-            self.state.stateful_callbacks[_TOTAL_LOSS] = self._loss_before + self._total_loss_scalar + since_log
+        if self._total_loss is not None:
+            self.state.stateful_callbacks[_TOTAL_LOSS] = self.mean_total_loss()
         self._is_saving_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
@@ -249,6 +249,10 @@ class CheckpointingTrainer(Trainer):
         self._saved = self.state.global_step, len(self.state.log_history)
         self.accelerator.wait_for_everyone()
         self.rotate(output_dir)
+
+    def mean_total_loss(self) -> float:
+        """The sum of all steps' losses, a mean over the processes."""
+        return sum(gather_object([self._total_loss])) / self.args.world_size
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -364,7 +368,7 @@ class CheckpointingTrainer(Trainer):
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _load_callback_state(self) -> None:
-        self._loss_before = self.state.stateful_callbacks.pop(_TOTAL_LOSS, None)  # older versions did not write it
+        self._total_loss = self.state.stateful_callbacks.pop(_TOTAL_LOSS, None)  # older versions did not write it
         super()._load_callback_state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -119,7 +119,7 @@ class AdapterTrainer(CheckpointingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; every log has the seconds of training up to it, without interruptions."""
         self._training_since, self._seconds_before = time.monotonic(), None
-        self._loss_before = 0.0
+        self._total_loss = 0.0
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -243,6 +243,8 @@ class AdapterTrainer(CheckpointingTrainer):
         if not math.isfinite(loss := self._loss.item()):
             super().log({"loss": loss})
             raise Diverged(self.args, self.state.global_step + 1, f"the loss is {loss}")
+        if self._total_loss is not None:
+            self._total_loss += loss
 
     # ------------------------------------------------------------------------------------------------------ logs
 
@@ -255,8 +257,8 @@ class AdapterTrainer(CheckpointingTrainer):
             for name, total in self._loss_parts.items():
                 logs[name] = self.accelerator.gather(total[None] / self._steps).mean().item()
             self._loss_parts, self._steps = {}, 0
-        if "train_loss" in logs and self._loss_before is not None:  # transformers' is of the steps since this start
-            logs["train_loss"] = (self._loss_before + self._total_loss_scalar) / max(self.state.global_step, 1)
+        if "train_loss" in logs and self._total_loss is not None:  # transformers' is of the steps since this start
+            logs["train_loss"] = self.mean_total_loss() / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
