@@ -52,7 +52,7 @@ def atomic_files(parent: Path) -> Iterator[Path]:
     """A new folder in `parent`, made if need be; what is in it is renamed into `parent` when the block ends."""
     with _errors_naming(parent):
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(parent)
+        remove_leftovers(parent, older_than_s=86400)
         folder = Path(tempfile.mkdtemp(".partial", ".lora_nlu-", parent))
         try:
             yield folder
@@ -74,11 +74,11 @@ def _errors_naming(path: Path) -> Iterator[None]:
         raise OSError(number or errno.EIO, reason or first_line(e), str(path)) from e
 
 
-def _remove_leftovers(parent: Path) -> None:
-    """Remove temporary folders of processes that were killed: those that are older than a day."""
+def remove_leftovers(parent: Path, older_than_s: float) -> None:
+    """Remove temporary folders of processes that were killed: those that no process writes to, by their age."""
     for folder in parent.glob(".lora_nlu-*.partial"):
         with suppress(OSError):  # another process may remove it too
-            if folder.lstat().st_mtime < time.time() - 86400:
+            if folder.lstat().st_mtime <= time.time() - older_than_s:
                 shutil.rmtree(folder)
 
 

@@ -63,7 +63,8 @@ STRIKES = {"kill": CHANGES, "full": FULL, "stays": WRITES}
 SECONDS = 300  # a start that takes longer hangs
 CALL = re.compile(r"(\d+ +)?(\w+)\((.*)")  # of strace: the process, if it follows several; the call; what follows
 RANDOM = re.compile(
-    r"(?<=tmp)[a-z0-9_]{8}\b|(?<=\.tmp)[A-Za-z0-9]{6}\b|(?<=cc)[A-Za-z0-9]{6}(?=\.)|#\d+|(?<=[.-])\d{3,}\b|[0-9a-f]{8,}"
+    r"(?<=tmp)[a-z0-9_]{8}\b|(?<=\.lora_nlu-)[a-z0-9_]{8}(?=\.)|(?<=\.tmp)[A-Za-z0-9]{6}\b"
+    r"|(?<=cc)[A-Za-z0-9]{6}(?=\.)|#\d+|(?<=[.-])\d{3,}\b|[0-9a-f]{8,}"
 )
 VARIES = re.compile(
     r"runtime|per_second|seconds|elapsed|_time$|peak|trainer_state\.json"

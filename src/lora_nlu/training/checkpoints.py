@@ -34,6 +34,7 @@ from lora_nlu.files import (
     atomic_write,
     flush_and_rename,
     read_json,
+    remove_leftovers,
     write_json,
     write_text,
 )
@@ -100,7 +101,8 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def clear_leftovers(output_dir: str) -> None:
-    """Remove checkpoints that a killed process was writing or removing."""
+    """Remove what a killed process of this run was writing or removing; the folder must be locked."""
+    remove_leftovers(Path(output_dir), older_than_s=0)
     _remove_saving(Path(output_dir))
     for path in Path(output_dir).glob("checkpoint-*"):
         with suppress(OSError):
@@ -226,7 +228,7 @@ class CheckpointingTrainer(Trainer):
             _remove_saving(output_dir)
         self.accelerator.wait_for_everyone()
         if self._total_loss is not None:
-            self.state.stateful_callbacks[_TOTAL_LOSS] = self.mean_total_loss()
+            self.record_total_loss()
         self._is_saving_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
@@ -250,9 +252,11 @@ class CheckpointingTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.rotate(output_dir)
 
-    def mean_total_loss(self) -> float:
-        """The sum of all steps' losses, a mean over the processes."""
-        return sum(gather_object([self._total_loss])) / self.args.world_size
+    def record_total_loss(self) -> float:
+        """The sum of all steps' losses, a mean over the processes; also in the state, which is saved."""
+        total = sum(gather_object([self._total_loss])) / self.args.world_size
+        self.state.stateful_callbacks[_TOTAL_LOSS] = total
+        return total
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)

@@ -51,6 +51,8 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
         # the first process decides for all
         decided = remaining(trainer) if is_first else (None, False, {})
         checkpoint, is_trained, trainer.metadata = broadcast_object_list([*decided])
+        if is_first:
+            clear_leftovers(args.output_dir)
         if is_trained:
             say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
             trainer._load_from_checkpoint(str(folder))
@@ -65,8 +67,6 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> None:
             if before and before != args.world_size:
                 say(args, f"It was written by {before} process{'es' * (before > 1)}: from here on dropout draws anew.")
         record(trainer)
-        if is_first:
-            clear_leftovers(args.output_dir)
         (text,) = broadcast_object_list([(folder / RUN).read_text() if is_first else None])
         wait_for_file(folder / RUN, text, args)
         with deferred_signals(trainer.signals):

@@ -258,7 +258,7 @@ class AdapterTrainer(CheckpointingTrainer):
                 logs[name] = self.accelerator.gather(total[None] / self._steps).mean().item()
             self._loss_parts, self._steps = {}, 0
         if "train_loss" in logs and self._total_loss is not None:  # transformers' is of the steps since this start
-            logs["train_loss"] = self.mean_total_loss() / max(self.state.global_step, 1)
+            logs["train_loss"] = self.record_total_loss() / max(self.state.global_step, 1)
         super().log(logs, start_time)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
