@@ -1,10 +1,13 @@
 """How a program ends: one message that names what failed, and the right exit code."""
 
+import contextlib
 import errno
+import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 from pathlib import Path
 
@@ -76,3 +79,18 @@ processes.run(main, sys.argv, {"LOCAL_RANK": "1", "RANK": "1"})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("pause, ended_by", [(0.2, None), (3.5, signal.SIGTERM)])
+def test_a_second_signal_ends_the_process_unless_it_is_the_first_one_sent_on(pause, ended_by):
+    if (pid := os.fork()) == 0:
+        with contextlib.suppress(processes.Interrupted), processes.deferred_signals([]):
+            time.sleep(6)
+            raise processes.Interrupted
+        os._exit(0)
+    time.sleep(0.5)
+    for wait in (pause, 0):
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(wait)
+    _, status = os.waitpid(pid, 0)
+    assert (os.WTERMSIG(status) if os.WIFSIGNALED(status) else None) == ended_by
