@@ -89,6 +89,22 @@ def test_tensors_that_are_larger_than_their_file_are_refused_before_they_are_cop
     assert mebibytes < 64
 
 
+class Large:
+    """Pickled as a call of bytearray, which torch.load allows."""
+
+    def __reduce__(self):
+        return bytearray, (2_000_000_000,)
+
+
+@pytest.mark.parametrize("as_archive", [True, False])
+def test_a_call_that_takes_memory_is_refused_before_it_is_made(as_archive, tmp_path):
+    path = tmp_path / "hostile.bin"
+    torch.save({"weight": Large()}, path, _use_new_zipfile_serialization=as_archive)
+    message, mebibytes = read_apart(path)
+    assert message == f"{path}: refused: it calls bytearray, which takes memory that no tensor of it needs."
+    assert mebibytes < 64
+
+
 def test_tied_weights_and_views_of_one_storage_are_read(tmp_path):
     state = trained(lora_model())
     flat, views, place = torch.cat([tensor.reshape(-1) for tensor in state.values()]), {}, 0

@@ -9,6 +9,7 @@ which the reference implementation leaves frozen, and it lacks BitFit, bottlenec
 `peft_type` of such folders is none of PEFT's, so that PEFT refuses them.
 """
 
+import mmap
 import pickle
 import re
 import zipfile
@@ -170,8 +171,12 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 def check_archive(path: Path) -> None:
     """Compare a zip archive, such as `torch.save` writes, with its checksums, which `torch.load` doesn't.
 
-    Raises UserError if a byte differs. Files of the older format, and archives written without checksums, pass.
+    Raises UserError if a byte differs, or if the file calls `bytearray`, which `torch.load` allows and which takes any
+    amount of memory. Files of the older format, and archives without checksums, are only searched for that.
     """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"bytearray") >= 0:
+            raise UserError(f"{path}: refused: it calls bytearray, which takes memory that no tensor of it needs.")
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
