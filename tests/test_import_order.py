@@ -35,8 +35,8 @@ ORDER = {
         "patterns", "adapter", "peft_format", "reading", "writing", "attaching", "model_card", "converting", "__main__",
     ],
     "data": [
-        "tasks", "metrics", "examples", "cache", "lines", "tokenization", "glue",
-        "user_rows", "user_labels", "user_files",
+        "tasks", "metrics", "examples", "cache", "lines", "tokenization", "user_rows", "glue",
+        "user_labels", "user_files",
     ],
     "training": [
         "launch", "torchrun", "processes", "legacy_flags", "arguments", "checks", "parsing", "inputs", "metadata",
