@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from lora_nlu.data.tokenization import digest
-from lora_nlu.errors import UserError
+from lora_nlu.errors import UserError, printable_lines
 from lora_nlu.files import RUN_METADATA, is_training_run, read_json, write_json
 from lora_nlu.labels import label_list
 from lora_nlu.methods.table import METHODS
@@ -22,7 +22,8 @@ from lora_nlu.training.checkpoints import clear_checkpoint, complete_checkpoints
 from lora_nlu.training.file_list import FILE_LIST, RUN, list_files, written_files
 from lora_nlu.training.trainer import AdapterTrainer
 
-_NO_CONTENT = re.compile(rf"\..*\.partial|\.saving|\.removing|{FILE_LIST}")  # what a killed process may leave
+_NO_CONTENT = re.compile(rf"\..*\.partial|\.saving|\.removing|\.lock|{FILE_LIST}")  # what a killed process may leave
+_LOCK = ".lock"  # there while a run trains, and after one that was killed
 _SCORES = ("eval_results.json", "eval_mm_results.json", "predict_results_")  # of a run that trains, after training
 _AFRESH = "Choose another --output_dir, or --overwrite_output_dir to train afresh."
 # What decides a run's result, and which files it was trained on
@@ -101,18 +102,45 @@ def check_all_alike(trainer: AdapterTrainer, tables: dict[str, Any]) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder while a run trains into it. Raises UserError if another process, even an orphan, has it locked."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Lock a folder while a run trains into it. Raises UserError if another process, even an orphan, has it locked.
+
+    Locked is a file in it, open for writing: a network disk locks no folder.
+    """
+    path = folder / _LOCK
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"{folder}: another run trains into it now. Wait for it, or choose another folder.") from e
-        except OSError:
-            pass  # some network disks have no locks
+        while (descriptor := _lock(path)) is None:
+            pass
+    except BlockingIOError as e:
+        raise UserError(f"{folder}: another run trains into it now. Wait for it, or choose another folder.") from e
+    except OSError as e:
+        raise UserError(f"{path}: can't be locked ({e.strerror}). Remove it, or choose another --output_dir.") from e
+    try:
         yield
     finally:
+        with suppress(OSError):
+            path.unlink()
         os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """The descriptor of a file that is now locked, or None if it was removed meanwhile, which ends another's lock.
+
+    Raises BlockingIOError if another process has it locked.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError as e:
+        reason = f"{path.parent}: its disk has no locks ({e.strerror}). Start no second run into it."
+        print(printable_lines(reason), flush=True)
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), path.lstat()):
+            return descriptor
+    os.close(descriptor)
+    return None
 
 
 def clear_earlier_run(args: Any) -> None:
