@@ -4,10 +4,24 @@ Names are compared without regard to case and blanks around them. () stands for 
 recorded names.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lora_nlu.errors import UserError, printable
+
+# Controls, ends of lines, halves of characters, and what reverses the text after it; other invisible characters, such
+# as joiners and the marks U+200E and U+200F, belong to the writing of some languages.
+_NO_LABEL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def check_label(place: object, label: str) -> None:
+    """Raise UserError, naming the place, for a label with a character that could not be told or written as it is."""
+    if found := _NO_LABEL.search(label):
+        raise UserError(
+            f"{place}: the label {printable(label, 40)} contains {printable(found[0])}. Remove it: control characters, "
+            "ends of lines and marks that change the direction of text are not allowed in labels."
+        )
 
 
 def placeholder_labels(count: int) -> tuple[str, ...]:

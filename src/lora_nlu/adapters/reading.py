@@ -34,6 +34,7 @@ from lora_nlu.adapters.adapter import (
 from lora_nlu.adapters.peft_format import LORA_KEY, PEFT_PREFIX, check_peft_config, from_peft_key, peft_fields
 from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, check_json, read_json, weights_file_problem
+from lora_nlu.labels import check_label
 from lora_nlu.ops.tensors import fingerprint
 
 _PICKLED_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
@@ -199,6 +200,8 @@ def _check_run_metadata(path: Path, metadata: dict[str, Any]) -> None:
     scalings = lora.get("scalings", []) if isinstance(lora, dict) else None
     has_numbers = isinstance(metrics, dict) and all(isinstance(value, (int, float)) for value in metrics.values())
     has_scalings = isinstance(scalings, list) and all(is_positive_number(x, (int, float)) for x in scalings)
+    for label in labels if isinstance(labels, list) else ():
+        check_label(path, str(label))
     strings = ("task", "dataset", "base_model", "base_fingerprint", "peft_type", "weights_fingerprint")
     check_json(path, metadata, [
         ("labels", isinstance(labels, list) and all(isinstance(label, str) for label in labels), "a list of names"),

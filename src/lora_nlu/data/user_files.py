@@ -29,7 +29,7 @@ _PAIRS = [("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "
 _PAIRS += [("text", "text_pair")]
 _ROW_NUMBERS = {"idx", "id", "index", ""}
 _TEXTS = ("text", "text_pair")
-_VERSION = 1  # of the tables of parsed files
+_VERSION = 2  # of the tables of parsed files
 
 
 def load_files(

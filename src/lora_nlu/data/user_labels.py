@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from lora_nlu.errors import UserError, printable
-from lora_nlu.labels import label_list, label_number, normalised_label
+from lora_nlu.labels import check_label, label_list, label_number, normalised_label
 
 LABEL_JSON, LINE = "label_json", "line"  # columns of the table of a parsed file
 # What other programs write where there is no label
@@ -51,6 +51,7 @@ def label_json(value: Any, place: str) -> str:
         raise UserError(f"{place}: the label is {value!r:.40}. Give every example one.")
     if not isinstance(value, (str, int, float)):
         raise UserError(f"{place}: the label is a {type(value).__name__}; it must be a string or a number.")
+    check_label(place, str(value))
     return json.dumps(value)
 
 

@@ -14,7 +14,15 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
 from lora_nlu.files import ADAPTER_CONFIG, read_json, weights_file_problem
-from lora_nlu.labels import check_labels, config_labels, label_list, last_head_layer, match_head_rows, set_labels
+from lora_nlu.labels import (
+    check_label,
+    check_labels,
+    config_labels,
+    label_list,
+    last_head_layer,
+    match_head_rows,
+    set_labels,
+)
 from lora_nlu.methods.description import is_added, method_of_config, method_of_tensor, methods_in, set_method
 from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.methods.marking import mark_trainable
@@ -73,6 +81,8 @@ def _check_config(name: str, config: Any) -> None:
     if problem:
         raise UserError(f"--model_name_or_path {name}: its config.json can't be used.\n({problem})")
     config.id2label = {i: str(label) for i, label in config.id2label.items()}
+    for label in config.id2label.values():
+        check_label(f"--model_name_or_path {name}: its config.json", label)
 
 
 def set_task(config: Any, task: str, labels: tuple[str, ...], cls_dropout: float | None) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_nlu.data.tasks import TASKS
-from lora_nlu.errors import UsageError
+from lora_nlu.errors import UsageError, UserError
+from lora_nlu.labels import check_label
 from lora_nlu.methods.description import method_flags
 
 
@@ -96,8 +97,12 @@ def parse_names(flag: str, text: str | None) -> tuple[str, ...] | None:
         return None
     try:
         names = tuple(name.strip() for name in next(csv.reader([text], skipinitialspace=True), []))
+        for name in names if flag == "labels" else ():
+            check_label("--labels", name)
     except csv.Error:  # a line break outside of quotes
         names = ()
+    except UserError as e:
+        raise UsageError(str(e)) from e
     if not names or "" in names or len({*names}) < len(names):
         raise UsageError(f"--{flag} {text}: give different names with commas between them.")
     return names

@@ -14,6 +14,7 @@ from lora_nlu.adapters.model_card import write_card
 from lora_nlu.data.metrics import greater_is_better, predicted
 from lora_nlu.data.tokenization import token_count
 from lora_nlu.errors import UserError
+from lora_nlu.escaping import tsv_cell
 from lora_nlu.files import RUN_METADATA, read_json, write_json, write_text
 from lora_nlu.methods.marking import count_parameters
 from lora_nlu.methods.table import METHODS
@@ -131,7 +132,7 @@ def predict(trainer: AdapterTrainer, tables: dict[str, Any]) -> list[Path]:
     paths, task, labels = [], trainer.metadata["task"], trainer.metadata["labels"]
     for split in [name for name in tables if name.startswith("test")]:
         logits: Any = trainer.predict(tables[split]).predictions  # one row for each example, checked by the trainer
-        answers = [labels[int(x)] if labels else f"{x:.3f}" for x in predicted(logits)]
+        answers = [tsv_cell(labels[int(x)]) if labels else f"{x:.3f}" for x in predicted(logits)]
         name = {"test_mismatched": f"{task}-mm", "test_ax": "ax"}.get(split, task)
         paths.append(Path(trainer.args.output_dir, f"predict_results_{name}.tsv"))
         if trainer.args.process_index == 0:
