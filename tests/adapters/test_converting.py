@@ -282,7 +282,7 @@ def test_a_base_on_an_unreachable_hub_is_recorded_and_a_line_says_that_it_is_not
     )
     assert code == 0 and "--base someone/a-base: recorded, but not available here" in out, err
     assert inspected(capsys, tmp_path / "new")["base model"] == "someone/a-base"
-    assert "base_model: someone/a-base" in (tmp_path / "new" / "README.md").read_text()
+    assert 'base_model: "someone/a-base"' in (tmp_path / "new" / "README.md").read_text()
     for base in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
         code, _, err = run_program(capsys, "convert", adapter, tmp_path / "no", "--to", "peft", "--base", base)
         assert code == 1 and f"--base {base}: neither a folder" in err and not (tmp_path / "no").exists()

@@ -30,7 +30,7 @@ LAYERS = {
     ),
 }
 DEFAULT_MODULES = ["query", "value", "query_proj", "value_proj"]  # those that PEFT adapts without target_modules
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def layer_count(names: Iterable[str]) -> int:
 
 def looks_like_hub_id(base: str) -> bool:
     """Whether the name of a base model is not a local path and could be a Hub id."""
-    return _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
+    return len(base) < 200 and _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
 
 
 def check_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """The README.md of an adapter folder, and the table that `inspect` prints."""
 
+import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -7,21 +9,32 @@ from typing import Any
 from lora_nlu.adapters.adapter import Adapter, encoder_prefix, foreign_layer, layer_count, looks_like_hub_id
 from lora_nlu.adapters.reading import read_adapter, weights_in
 from lora_nlu.errors import printable
+from lora_nlu.escaping import markdown_text, yaml_scalar
 from lora_nlu.files import ADAPTER_CONFIG, RUN_METADATA, write_text
 from lora_nlu.methods.targets import targets_and_layers
 from lora_nlu.ops.tensors import not_finite
 
 CARD = "README.md"
-_OURS = "<!-- written by lora-nlu -->"  # in a card that may be written again
+# In a card that may be written again, with a digest of its text as it was written
+_MARK, _MARKED = "<!-- written by lora-nlu -->", re.compile("<!-- written by lora-nlu( [0-9a-f]{16})? -->")
 _GLUE = "nyu-mll/glue"
 _MODELS = {"roberta": "RoBERTa", "deberta": "DeBERTa-V2"}
 
 
 def write_card(folder: Path) -> None:
-    """Write the README.md of an adapter folder, unless there is one that somebody else wrote."""
+    """Write the README.md of an adapter folder, unless there is one that somebody else wrote or changed."""
     path = folder / CARD
-    if not path.is_file() or _OURS in path.read_text(encoding="utf-8", errors="replace"):
-        write_text(path, card(read_adapter(str(folder))))
+    if os.path.lexists(path):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        if not _MARKED.search(text) or text != _signed(text):
+            return
+    write_text(path, _signed(card(read_adapter(str(folder)))))
+
+
+def _signed(text: str) -> str:
+    """A card with the digest of its text in its mark."""
+    text = _MARKED.sub(_MARK, text)
+    return text.replace(_MARK, f"{_MARK[:-4]} {hashlib.sha256(text.encode()).hexdigest()[:16]} -->")
 
 
 def card(adapter: Adapter) -> str:
@@ -31,15 +44,17 @@ def card(adapter: Adapter) -> str:
     is_hub_id, is_glue = looks_like_hub_id(base), _is_glue(metadata)
     is_in_peft = adapter.row.in_peft and not adapter.frozen_relative_query
     header = ["---", f"library_name: {'peft' if is_in_peft else 'lora-nlu'}"]
-    header += [f"base_model: {base}"] if is_hub_id else []
+    header += [f"base_model: {yaml_scalar(base)}"] if is_hub_id else []
     header += ["datasets:", f"- {_GLUE}"] if is_glue else []
     header += ["tags:", f"- {adapter.method}", "- text-classification", "pipeline_tag: text-classification", "---"]
     # Only the last part of a local path: the card may be published.
     local = f"{printable(Path(base).name)} (a local model)" if base else "an unnamed base model"
     name, method = base if is_hub_id else local, adapter.row.title or adapter.row.label
-    lines = [f"# {method} for {name} on {printable(task or 'an unnamed task')}", ""]
-    cells = {fact: value.replace("|", "\\|") for fact, value in (_facts(adapter) | {"base model": name}).items()}
-    lines += [f"| {fact} | {value} |" for fact, value in [("", ""), ("---", "---"), *cells.items()]]
+    lines = [f"# {method} for {markdown_text(name)} on {markdown_text(printable(task or 'an unnamed task'))}", ""]
+    lines += ["|  |  |", "| --- | --- |"]
+    lines += [
+        f"| {fact} | {markdown_text(value)} |" for fact, value in (_facts(adapter) | {"base model": name}).items()
+    ]
     lines += ["", "Evaluate it with lora-nlu:", "", "```bash", "python examples/text-classification/run_glue.py \\"]
     examples = f"--task_name {task}" if is_glue else "--validation_file FILE"
     flags = f"--model_name_or_path {base if is_hub_id else 'BASE_MODEL'} --{adapter.row.path_flag} THIS_FOLDER"
@@ -51,8 +66,8 @@ def card(adapter: Adapter) -> str:
         lines += [f"PEFT has no {adapter.method} and refuses to load this folder.", ""]
     if metrics:
         lines += ["Measured on the validation set when it was trained:", ""]
-        lines += [f"- {name}: {value}" for name, value in _figures(metrics)]
-    return "\n".join([*header, _OURS, "", *lines, ""])
+        lines += [f"- {markdown_text(name)}: {value}" for name, value in _figures(metrics)]
+    return "\n".join([*header, _MARK, "", *lines, ""])
 
 
 def _is_glue(metadata: dict[str, Any]) -> bool:
