@@ -3,6 +3,7 @@
 multiprocessing's fork server is the parent. `torch_run` starts the processes of one run as torchrun would.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -14,10 +15,15 @@ from pathlib import Path
 from unittest import mock
 
 from runs import Outcome
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 PARENT = multiprocessing.get_context("forkserver")
 IMPORTS = ["peft", "scipy.stats", "sklearn.metrics", "torch.distributed.fsdp", "transformers.trainer"]
 IMPORTS += ["lora_nlu.training.runs", "lora_nlu.training.sharded", "lora_nlu.report.collect", "forked"]
+# The parent imports this file last. What every run would do again, a second each: build transformers' table of all its
+# models' names, and look for garbage among the objects of all modules.
+get_checkpoint_conversion_mapping("roberta")
+gc.freeze()
 
 
 def start_parent(environment: dict[str, str]) -> None:
