@@ -73,7 +73,7 @@ print(loss.item())
 
 def test_a_training_step_from_the_installed_wheel_compiles_the_kernels_and_has_the_same_loss(wheel, tmp_path):
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel)
-    home = {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}  # an empty cache of compiled kernels
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": "", "HF_HUB_OFFLINE": "1"}  # an empty cache of compiled kernels
     file, loss = run("-c", TRAINING_STEP, PYTHONPATH=str(tmp_path / "site"), **home).splitlines()
     assert Path(file) == tmp_path / "site" / "lora_nlu" / "__init__.py"
     if shutil.which("g++"):

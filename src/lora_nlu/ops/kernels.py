@@ -10,14 +10,9 @@ Dim letters: N rows, I in, O out features; H hidden, A heads, D head size, Q que
 """
 
 import ctypes
-import hashlib
 import logging
-import os
 import platform
-import subprocess
-import tempfile
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +20,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from lora_nlu.errors import first_line
+from lora_nlu.ops.compiling import compiled
+
 logger = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("kernels.cpp")
 CPU = torch.device("cpu")
 PLAIN_TENSORS = (Tensor, nn.Parameter)  # subclasses (quantised, DTensor) may keep their data elsewhere
 MAKE_FX, FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE  # modes of `is_traced`
@@ -37,7 +34,6 @@ SIGNATURES = {
     "dropout": "PPIIUII", "add_low_rank": "PPIIPIIPPIIIIFI",
     "attention": _ATTENTION + "PP", "attention_backward": _ATTENTION + "PPPPP",
 }  # fmt: skip
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 
 
 def can_replace(x: Tensor) -> bool:
@@ -210,35 +206,9 @@ def library() -> Any:
             function = getattr(functions, name)
             function.argtypes, function.errcheck = [KINDS[kind] for kind in kinds], _check_memory
         return functions
-    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
-        reason = (str(getattr(e, "stderr", "") or "").strip() or str(e)).splitlines()[0][:150]
-        logger.warning(
-            "Training on the CPU without compiled kernels, which is slower (%s). Install g++ to build them.", reason
-        )
+    except (OSError, RuntimeError) as e:
+        logger.warning("Training on the CPU without compiled kernels, which is slower: %s.", first_line(e))
         return None
-
-
-def compiled() -> Path:
-    """The shared object in the user's cache, named by a hash of what it depends on; compiled unless it is complete."""
-    cpu = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu_flags = [line for line in cpu if line.startswith(("flags", "Features"))]
-    depends_on = [SOURCE.read_text(), *FLAGS, platform.machine(), *cpu_flags[:1]]
-    name = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
-    path = Path.home() / ".cache" / "lora_nlu" / f"kernels-{name}.so"
-    content = path.read_bytes() if path.exists() else b""
-    if len(content) <= 8 or content[-8:] != (len(content) - 8).to_bytes(8, "little"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            compiled_file = Path(folder, path.name)
-            command = ["g++", *FLAGS, str(SOURCE), "-o", str(compiled_file)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-            with compiled_file.open("ab") as file:
-                # the file ends in its length: loading a truncated library would kill the process
-                file.write(file.tell().to_bytes(8, "little"))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(compiled_file, path)  # another process may do the same; each renames a complete file
-    return path
 
 
 def draw_seed() -> int:
