@@ -8,8 +8,9 @@ Prints a Markdown table of the operations' own time, in percent of all of it, ov
 import argparse
 
 from common import draw_lengths
+from sides import Side, build_ours, build_peer, configure, make_batch
 from torch.profiler import ProfilerActivity, profile
-from worker import ANSWERS, Side, build_ours, build_peer, configure, make_batch
+from worker import ANSWERS
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/worker.py SIDE MODEL [LAYERS]     # SIDE: ours, peer, limit or ours-without-LEVER
 
-MODEL is a name in MODELS, LEVER a key of LEVERS.
+MODEL is a name in MODELS of sides.py, LEVER a key of LEVERS.
 
 A request says what to do (`train`, `evaluate` or `memory`), the token counts of a batch's sequences (`lengths`), the
 length they are padded to (`padded`; 0 = the longest) and a seed; the answer holds the seconds it took, or bytes.
@@ -22,54 +22,9 @@ ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
 import torch  # noqa: E402
-from common import XXLARGE  # noqa: E402
+from sides import Side, build_ours, build_peer, configure, make_batch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
-from transformers import DebertaV2Config, RobertaConfig  # noqa: E402
-
-ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-VOCABULARY = {"vocab_size": ROBERTA["vocab_size"]}  # rows that no batch names would only fill memory
-DEBERTA_BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "conv_kernel_size": 0}
-MODELS: dict[str, tuple[type, dict]] = {
-    "roberta-base": (RobertaConfig, ROBERTA),
-    "deberta-base": (DebertaV2Config, XXLARGE | VOCABULARY | DEBERTA_BASE | {"num_hidden_layers": 12}),
-    "deberta-xxlarge-3-layers": (DebertaV2Config, XXLARGE | VOCABULARY | {"num_hidden_layers": 3}),
-}
-LORA_R, LORA_ALPHA, LABELS = 8, 16, 2
-
-
-def configure(name: str, layers: int | None) -> Any:
-    kind, settings = MODELS[name]
-    config = kind(**settings, num_labels=LABELS)
-    if layers:
-        config.num_hidden_layers = layers
-    return config
-
-
-def build_peer(config: Any) -> torch.nn.Module:
-    """transformers' own class with PEFT around it, as their documentation has it."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import DebertaV2ForSequenceClassification, RobertaForSequenceClassification
-
-    is_roberta = isinstance(config, RobertaConfig)
-    model = (RobertaForSequenceClassification if is_roberta else DebertaV2ForSequenceClassification)(config)
-    targets = ["query", "value"] if is_roberta else ["query_proj", "value_proj"]
-    head = None if is_roberta else ["classifier", "pooler"]  # what ours trains too
-    settings = {"r": LORA_R, "lora_alpha": LORA_ALPHA, "target_modules": targets, "modules_to_save": head}
-    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **settings))
-
-
-def build_ours(config: Any) -> torch.nn.Module:
-    from lora_nlu.methods.marking import mark_only_lora_as_trainable
-    from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
-    from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
-
-    config.apply_lora, config.lora_r, config.lora_alpha = True, LORA_R, LORA_ALPHA
-    is_roberta = isinstance(config, RobertaConfig)
-    model = (RobertaForSequenceClassification if is_roberta else DebertaV2ForSequenceClassification)(config)
-    mark_only_lora_as_trainable(model)
-    return model
-
 
 # Which attribute of ours to put back to what stood there before; each is the plain torch expression.
 LEVERS: dict[str, list[tuple[str, Any]]] = {
@@ -90,43 +45,15 @@ def pull(lever: str) -> None:
         setattr(importlib.import_module(f"lora_nlu.{module}"), name, value)
 
 
-def make_batch(lengths: list[int], padded: int, seed: int, pad: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    width = padded or max(lengths)
-    ids = torch.randint(4, 50000, (len(lengths), width), generator=generator)
-    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
-    labels = torch.randint(LABELS, (len(lengths),), generator=generator)
-    return {"input_ids": ids.masked_fill(~mask, pad), "attention_mask": mask.long(), "labels": labels}
-
-
-class Side:
-    """A model and its optimizer; the step is what transformers' Trainer does with both."""
-
-    def __init__(self, model: torch.nn.Module, pad: int) -> None:
-        self.model, self.pad = model, pad
-        self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, fused=True)
-
-    def train(self, batch: dict[str, Tensor]) -> float:
-        self.model.train()
-        start = time.perf_counter()
-        self.model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return time.perf_counter() - start
-
-    def evaluate(self, batch: dict[str, Tensor]) -> float:
-        self.model.eval()
-        start = time.perf_counter()
-        with torch.no_grad():
-            self.model(**batch).logits.sum().item()
-        return time.perf_counter() - start
+class TimedSide(Side):
+    """A side that answers requests."""
 
     def answer(self, request: dict) -> dict:
         batch = make_batch(request["lengths"], request["padded"], request["seed"], self.pad)
         if request["do"] != "memory":
-            return {"seconds": getattr(self, request["do"])(batch)}
+            start = time.perf_counter()
+            getattr(self, request["do"])(batch)
+            return {"seconds": time.perf_counter() - start}
         gc.collect()
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
@@ -216,7 +143,7 @@ def main() -> None:
     if side == "limit":
         worker = Limit(config)
     else:
-        worker = Side(build_peer(config) if side == "peer" else build_ours(config), pad)
+        worker = TimedSide(build_peer(config) if side == "peer" else build_ours(config), pad)
     print(json.dumps({"ready": torch.get_num_threads()}), file=ANSWERS, flush=True)
     for line in sys.stdin:
         print(json.dumps(worker.answer(json.loads(line))), file=ANSWERS, flush=True)
