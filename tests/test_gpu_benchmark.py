@@ -17,7 +17,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_numerics_and_speed_run_on_a_cpu_and_go_on_where_they_stopped(tmp_path):
     output = ["--smoke", "--device", "cpu", "--output", str(tmp_path)]
-    (tmp_path / "numerics.json").write_text('{"rows": {"RoBERTa: lora, fp32": {"ours": {"logits": 0.125}, "ok": true}}}')
+    (tmp_path / "numerics.json").write_text(
+        '{"rows": {"RoBERTa: lora, fp32": {"ours": {"logits": 0.125}, "ok": true}}}'
+    )
     done = run(*output)
     assert done.returncode == 0, done.stdout + done.stderr
     numerics, speed = (json.loads((tmp_path / f"{stage}.json").read_text())["rows"] for stage in ("numerics", "speed"))
