@@ -9,10 +9,8 @@ which the reference implementation leaves frozen, and it lacks BitFit, bottlenec
 `peft_type` of such folders is none of PEFT's, so that PEFT refuses them.
 """
 
-import mmap
 import pickle
 import re
-import zipfile
 from collections.abc import Iterable
 from errno import EINVAL
 from pathlib import Path
@@ -35,7 +33,7 @@ from lora_nlu.adapters.peft_format import LORA_KEY, PEFT_PREFIX, check_peft_conf
 from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, check_json, read_json, weights_file_problem
 from lora_nlu.labels import check_label
-from lora_nlu.ops.tensors import fingerprint
+from lora_nlu.ops.tensors import fingerprint, load_torch_file
 
 _PICKLED_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
 _MODEL_CHECKPOINT = "pytorch_model.bin"  # the reference implementation's checkpoints
@@ -139,8 +137,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
-            check_archive(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_torch_file(path)
     except pickle.UnpicklingError as e:
         raise UserError(
             f"{path}: refused: it is no PyTorch file, or contains more than tensors and could run code.\n"
@@ -157,41 +154,12 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: {problem} ({first_line(e)}).") from e
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) and isinstance(k, str) for k, t in state.items()):
         raise UserError(f"{path}: contains a {type(state).__name__} that is no state dict (names to tensors).")
-    size, bytes_in_file = 0, path.stat().st_size
     for name, tensor in state.items():
         if not name.isprintable() or len(name) > 500:
             raise UserError(f"{path}: {printable(name)} is not a valid tensor name.")
         if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
             raise UserError(f"{path}: {name} is not an ordinary tensor (sparse, quantised, nested or without values).")
-        size += tensor.nbytes
-        if size > 4 * bytes_in_file:  # views may share numbers, as tied weights do, or repeat a few
-            raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, but the file contains fewer numbers.")
     return state
-
-
-def check_archive(path: Path) -> None:
-    """Compare a zip archive, such as `torch.save` writes, with its checksums, which `torch.load` doesn't.
-
-    Raises UserError if a byte differs, or if the file calls `bytearray`, which `torch.load` allows and which takes any
-    amount of memory. Files of the older format, and archives without checksums, are only searched for that.
-    """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(b"bytearray") >= 0:
-            raise UserError(f"{path}: refused: it calls bytearray, which takes memory that no tensor of it needs.")
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        # torch stores uncompressed files. If the directory declares compression or a folder (attribute 0x10), torch
-        # reads other bytes than those that the checksum covers.
-        invalid = [e.filename for e in entries if e.compress_size != e.file_size or e.external_attr & 0x10]
-        if not invalid and sum(e.file_size for e in entries) > path.stat().st_size:
-            raise UserError(f"{path}: refused: its entries overlap, so that they are more than the file.")
-        damaged = invalid[0] if invalid else None
-        if damaged is None and any(entry.CRC for entry in entries):
-            damaged = archive.testzip()
-    if damaged is not None:
-        raise UserError(f"{path}: damaged: {printable(damaged)} in it is not what was saved (checksum or length).")
 
 
 def _check_run_metadata(path: Path, metadata: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from lora_nlu.errors import UserError, printable
+from lora_nlu.files import read_json
 from lora_nlu.methods.description import description_of, flags_that_add, is_added
 from lora_nlu.methods.table import METHODS
 from lora_nlu.ops.tensors import is_loaded
@@ -30,12 +31,23 @@ def weight_files(name: str, config: Any, **hub: Any) -> list[Path]:
     """The files that `from_pretrained` reads the weights of a folder or Hub id from; [] if there are none."""
     names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
     if own := getattr(config, "transformers_weights", None):  # the config of some models names their file
-        names = [own]
+        names = [_plain_name(own, "config.json")]
     for file in names:
         if path := cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub):
+            if file.endswith(".index.json"):
+                shards = read_json(Path(path)).get("weight_map")
+                for shard in {*map(str, shards.values())} if isinstance(shards, dict) else ():
+                    _plain_name(shard, path)
             paths = get_checkpoint_shard_files(name, path, **hub)[0] if file.endswith(".index.json") else [path]
             return [Path(path) for path in paths if Path(path).is_file()]
     return []
+
+
+def _plain_name(file: str, named_in: str) -> str:
+    """The name of a file of weights. Raises UserError for a path, which could lead out of the model's folder."""
+    if Path(file).name != file:
+        raise UserError(f"{named_in}: refused: it names {printable(file)}, which is no file of its own folder.")
+    return file
 
 
 class Checkpoints:

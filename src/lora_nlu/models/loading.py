@@ -29,7 +29,7 @@ from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.checkpoints import refuse_quantised, weight_files
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
-from lora_nlu.ops.tensors import is_loaded, not_finite
+from lora_nlu.ops.tensors import is_loaded, load_torch_file, not_finite
 
 MODELS: dict[str, Any] = {"roberta": RobertaForSequenceClassification, "deberta-v2": DebertaV2ForSequenceClassification}
 _MOST_LABELS, _MOST_LAYERS = 100_000, 1_000  # each takes time before the weights are read
@@ -166,8 +166,11 @@ def load_model(
 
 
 def _check_size(name: str, config: Any, **hub: Any) -> None:
-    """Raise UserError, before it is allocated, for a model that is far larger than the files of its weights."""
+    """Raise UserError, before it is allocated, for a model or tensors far larger than the files of its weights."""
     files = weight_files(name, config, **hub)
+    for file in files:
+        if file.suffix != ".safetensors":
+            load_torch_file(file, "meta")
     if not files:
         return  # transformers says what is missing
     shallow = copy.deepcopy(config)

@@ -23,7 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_pt_utils import safe_globals
 
 from lora_nlu.adapters.attaching import load_adapter
-from lora_nlu.adapters.reading import check_archive, read_adapter
+from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError, first_line, is_out_of_memory
 from lora_nlu.files import (
@@ -40,6 +40,7 @@ from lora_nlu.files import (
 )
 from lora_nlu.methods.description import methods_in
 from lora_nlu.ops.sharding import is_finite
+from lora_nlu.ops.tensors import load_torch_file
 from lora_nlu.training.file_list import FILE_LIST, list_files, listed_files
 from lora_nlu.training.processes import lost_process, say, seed_from
 
@@ -176,7 +177,7 @@ def _damaged_file(checkpoint: Path) -> tuple[Path, Exception] | None:
     for path in sorted([*checkpoint.glob("*.pt*"), *checkpoint.glob("*.safetensors")]):
         try:
             with safe_globals():
-                load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+                load_file(path) if path.suffix == ".safetensors" else load_torch_file(path)
         except Exception as e:
             if not isinstance(e, OSError) or e.errno in (None, EINVAL):  # torch's error for a truncated file
                 return path, e
@@ -385,10 +386,11 @@ class CheckpointingTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with explain_damage(checkpoint):
             for path in Path(checkpoint).glob("*.pt*") if checkpoint else ():
-                check_archive(path)
+                with safe_globals():
+                    load_torch_file(path, "meta")
             self._read_optimizer_and_scheduler(checkpoint)
             if checkpoint and self.after_steps:
-                saved = torch.load(Path(checkpoint, _METHOD_STATE), weights_only=True)
+                saved = load_torch_file(Path(checkpoint, _METHOD_STATE))
                 for name, after_step in self.after_steps.items():
                     after_step.load_state_dict(saved[name])
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_nlu.files import ADAPTER_WEIGHTS
 from lora_nlu.ops.sharding import copy_into, load_optimizer_state, optimizer_state, parameters, writable_parameters
+from lora_nlu.ops.tensors import load_torch_file
 from lora_nlu.training.checkpoints import explain_damage
 from lora_nlu.training.trainer import AdapterTrainer
 
@@ -101,9 +101,8 @@ class ShardedTrainer(AdapterTrainer):
         if not checkpoint or not self.is_fsdp_enabled:
             super()._read_optimizer_and_scheduler(checkpoint)
             return
-        read = partial(torch.load, map_location="cpu", weights_only=True)
-        load_optimizer_state(self.optimizer, read(Path(checkpoint, OPTIMIZER_NAME)))
-        self.lr_scheduler.load_state_dict(read(Path(checkpoint, SCHEDULER_NAME)))
+        load_optimizer_state(self.optimizer, load_torch_file(Path(checkpoint, OPTIMIZER_NAME)))
+        self.lr_scheduler.load_state_dict(load_torch_file(Path(checkpoint, SCHEDULER_NAME)))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_fsdp_enabled and not self.accelerator._models:
