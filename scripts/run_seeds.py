@@ -92,26 +92,40 @@ class Run:
             return None
         with self.log_path.open(encoding="utf-8", errors="replace", newline="\n") as log:
             marks = [line.removeprefix(MARK) for line in log if line.startswith(MARK)]
+        marks = [mark for mark in marks if mark.endswith("]\n")]  # a process that is killed leaves a part of it, no run
         return [shlex.join(launch.hide_tokens(shlex.split(flag))) for flag in json.loads(marks[-1])] if marks else None
 
     def start(self, slot: str | None, settings: dict[str, str]) -> None:
-        """Start the script, its output in the log. Raises UserError while another process writes there."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        if self.log_path.is_symlink():
-            raise UserError(f"{self.log_path} is a link, and a log is written only in its own place. Remove the link.")
-        with open(self.log_path, "a", encoding="utf-8", opener=open_no_link) as log:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run inherits it, and may outlive this process
-            except BlockingIOError as e:
-                raise UserError(f"another command is running it, see {self.log_path}") from e
-            # an interrupted run may have left half a line
-            log.write("\n" * bool(log.tell()) + MARK + json.dumps(self.recorded_flags) + "\n")
-            log.flush()
-            # A session of its own: Ctrl-C reaches only this program, which passes it on once.
-            command, env = ["bash", *self.words, *self.flags], self.environment(**settings)
-            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-            self.process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
-            self.slot, self.state, self.seconds = slot, "running", time.monotonic()
+        """Start the script, its output in the log, unless another process has finished it since this one looked.
+
+        Raises UserError while another process writes to the log, OSError with the log's path for what the system
+        refuses.
+        """
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            if self.log_path.is_symlink():
+                raise UserError(f"{self.log_path} is a link, and a log is written only in place. Remove the link.")
+            with open(self.log_path, "a", encoding="utf-8", opener=open_no_link) as log:
+                self.start_with_log(log, slot, settings)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(self.log_path)) from e
+
+    def start_with_log(self, log: Any, slot: str | None, settings: dict[str, str]) -> None:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run inherits it, and may outlive this process
+        except BlockingIOError as e:
+            raise UserError(f"another command is running it, see {self.log_path}") from e
+        if self.is_done():
+            self.state = "done"
+            return
+        # an interrupted run may have left half a line
+        log.write("\n" * bool(log.tell()) + MARK + json.dumps(self.recorded_flags) + "\n")
+        log.flush()
+        # A session of its own: Ctrl-C reaches only this program, which passes it on once.
+        command, env = ["bash", *self.words, *self.flags], self.environment(**settings)
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
+        self.slot, self.state, self.seconds = slot, "running", time.monotonic()
 
     def finished(self) -> bool:
         if self.process.poll() is None:
@@ -289,8 +303,9 @@ def run_all(runs: list[Run], slots: list[str | None], settings: dict[str, str], 
                 elif free and (run.needs is None or run.needs.state == "done"):
                     try:
                         run.start(free[0], settings | ({"CUDA_VISIBLE_DEVICES": free[0]} if free[0] else {}))
-                        free.pop(0)
-                        show(f"{run.name} starts, log in {run.log_path}")
+                        is_started = run.state == "running"
+                        free = free[is_started:]
+                        show(f"{run.name} " + (f"starts, log in {run.log_path}" if is_started else "is done already"))
                     except UserError as e:
                         run.state = "failed"
                         show(f"{run.name} can't start: {e}")
@@ -338,7 +353,7 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except (UserError, OSError) as e:
         print(f"run_seeds.sh: error: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(e, OSError) else 2)
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on from the last checkpoints.", file=sys.stderr)
         sys.exit(130)

@@ -415,6 +415,35 @@ def test_a_log_contains_every_start_of_its_run_also_after_half_a_line(bench, rte
     assert len(marks) == 2 and re.search("12%\n(.*\n)+100%\n$", bench.log("rte/seed_0"))
 
 
+@pytest.mark.parametrize("left", ["run_seeds: [", 'run_seeds: ["--task_name rte", "--do_tr'])
+def test_half_a_line_of_flags_in_a_log_is_no_start(bench, rte, left):
+    bench.run(rte, "1")
+    with (bench.out / "rte" / "seed_0.log").open("a") as log:
+        log.write(left)
+    assert bench.run(rte, "1").stderr == "1 of 1 are done already\n"
+    refused = bench.run(rte, "1", "--", "--lora_r", "4")
+    assert refused.returncode == 2 and "with other flags: + --lora_r 4." in refused.stderr
+
+
+def test_a_full_disk_ends_the_command_with_the_path_of_the_log(bench, rte):
+    done = bench.run(rte, "2", before="ulimit -f 0;")
+    path = bench.out / "rte" / "seed_0.log"
+    assert done.returncode == 1 and done.stderr == f"run_seeds.sh: error: [Errno 27] File too large: '{path}'\n"
+    assert bench.run(rte, "2").returncode == 0
+
+
+def test_a_run_that_another_command_finished_meanwhile_is_not_repeated(bench, rte, scheduler, machine, monkeypatch):
+    machine(0, **bench.environment)
+    monkeypatch.chdir(bench.folder)
+    runs, _ = scheduler.parse([rte, "2", "--output_dir", "out"])
+    commands = [run.plan() for run in runs]
+    assert len(commands) == 2 and not any(run.is_done() for run in runs)
+    assert bench.run(rte, "1").returncode == 0
+    scheduler.run_all(runs, [None], {"devices": "0"}, [])
+    assert [run.state for run in runs] == ["done", "done"]
+    assert bench.names("start") == ["rte/seed_0", "rte/seed_1"]
+
+
 def test_a_run_that_fails_shows_its_last_lines_the_others_go_on_and_the_same_command_tries_it_again(bench, rte):
     failing = "print('reading', 'first', sep=chr(10), flush=True)\nif seed == 1: sys.exit('out of memory')"
     done = bench.run(rte, "3", BEHAVIOUR=failing)
