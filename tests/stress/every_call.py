@@ -17,7 +17,7 @@ leaves the same files with the same bits as a run that nothing happened to; only
 strace counts the calls of each process by name; after a run its log tells which call was struck. If it was another (the
 numbers can shift by a call), the case is run again, three times at most, then listed as missed. Only the calls of the
 command's own process can be told apart: a case of `compiler` strikes whichever of g++'s processes first makes as many
-writes. Of run_seeds.sh only the scheduler is struck; its runs are like `train`.
+writes. Of run_seeds.sh only the scheduler is struck, and its runs are copies of finished ones: `train` strikes a run.
 The last line sums up; exit code 1 if anything failed, 77 if there is no strace, 2 if a call was missed.
 """
 
@@ -27,6 +27,8 @@ import hashlib
 import json
 import os
 import re
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -60,6 +62,14 @@ FULL = [
 ]
 CHANGES = [*FULL, *"truncate,unlink,unlinkat,rmdir,chmod,fchmod,fchmodat".split(",")]
 STRIKES = {"kill": CHANGES, "full": FULL, "stays": WRITES}
+# Python for the scripts that run_seeds.sh starts; a finished run is copied in the place of run_glue.py
+PYTHON = """#!/bin/bash
+[[ "$1" == */run_glue.py ]] || exec '{python}' "$@"
+folder="$3" seed="${{!#}}"
+rm -rf "$folder" "$folder.copy"
+cp -r '{runs}'/"seed_$seed" "$folder.copy"
+mv "$folder.copy" "$folder"
+"""
 SECONDS = 300  # a start that takes longer hangs
 CALL = re.compile(r"(\d+ +)?(\w+)\((.*)")  # of strace: the process, if it follows several; the call; what follows
 RANDOM = re.compile(
@@ -118,17 +128,12 @@ def commands(work: Path) -> list[Command]:
         pid = forked.start([*flags(runs / f"seed_{seed}", work / "cache"), "--seed", seed], work / "log")
         if code := forked.finish(pid):
             raise SystemExit(f"the run that is to be reported ended with {code}: {printed(work / 'log', 'err')}")
-    words = " ".join(f"'{word}'" for word in flags(Path("FOLDER"), Path("CACHE")))
-    words = words.replace("'--output_dir' 'FOLDER'", "").replace("'CACHE'", '"$CACHE"')
-    script = work / "tiny_rte.sh"
-    script.write_text(
-        f'tuned_for_gpus=1\nsource "{SCRIPTS / "launch.sh"}"\nargs=({words})\nlaunch "${{args[@]}}" "$@"\n'
+    words = [word for before, word in zip(["", *tiny], tiny, strict=False) if "--output_dir" not in (before, word)]
+    (work / "tiny_rte.sh").write_text(
+        f'tuned_for_gpus=1; source "{SCRIPTS / "launch.sh"}"; launch {shlex.join(words)} "$@"\n'
     )
-
-    def seeds(folder: Path) -> None:
-        settings = {"PYTHON": sys.executable, "devices": "0", "CACHE": str(folder / "cache")}
-        argv = ["bash", str(SCRIPTS / "run_seeds.sh"), str(script), "2", "--output_dir", str(folder / "output")]
-        os.execvpe("bash", argv, os.environ | settings)
+    (work / "python").write_text(PYTHON.format(python=sys.executable, runs=runs))
+    (work / "python").chmod(0o755)
 
     def convert(to: str) -> Command:
         def main(folder: Path) -> int:
@@ -145,11 +150,19 @@ def commands(work: Path) -> list[Command]:
         Command("compiler", compile_kernels, prints=True, follows=True),
         Command("report", lambda f: lora_nlu.report.__main__.main(["runs", str(runs), "--out", str(f / "report")])),
         *(convert(to) for to in ("peft", "bin", "merged")),
-        Command("seeds", seeds, strikes=("kill", "full")),  # "stays" would refuse what it prints
+        Command("seeds", lambda folder: run_seeds(work, folder / "output", work / "python")),
     ]
 
 
+def run_seeds(work: Path, output: Path, python: Path) -> None:
+    """run_seeds.py with the script that `commands` wrote, in this process."""
+    os.environ |= {"PYTHON": str(python), "devices": "0"}
+    sys.argv = ["run_seeds.sh", str(work / "tiny_rte.sh"), "2", "--output_dir", str(output)]
+    runpy.run_path(str(SCRIPTS / "run_seeds.py"), run_name="__main__")
+
+
 def compile_kernels(folder: Path) -> None:
+    kernels.FLAGS[kernels.FLAGS.index("-O3")] = "-O0"  # in half of the time
     os.environ["HOME"] = str(folder)
     os.environ.pop("XDG_CACHE_HOME", None)
     torch.manual_seed(0)
@@ -405,6 +418,13 @@ def chosen(titles: dict[tuple[int, str], str], count: int | None, patterns: list
     return [cases[round(i * (len(cases) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
+def in_memory() -> Path | None:
+    """A folder in memory, where fsync takes no time; None if there is none that programs run in."""
+    folder = Path("/dev/shm")
+    is_fit = folder.is_dir() and os.access(folder, os.W_OK) and not os.statvfs(folder).f_flag & os.ST_NOEXEC
+    return folder if is_fit else None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -420,7 +440,7 @@ def main() -> int:
     if not shutil.which("strace"):
         print("there is no strace here, which kills and fails calls")
         return 77
-    work = (args.work or Path(tempfile.mkdtemp(prefix="lora-nlu-calls-"))).resolve()
+    work = (args.work or Path(tempfile.mkdtemp(prefix="lora-nlu-calls-", dir=in_memory()))).resolve()
     begun, outcomes = time.monotonic(), Counter[str]()
     try:
         for command in commands(work):
