@@ -23,7 +23,7 @@ BELOW: dict[str, set[str]] = {
     "adapters": {"errors", "escaping", "files", "labels", "ops", "methods", "models"},
     "data": {"errors", "files", "labels"},
     "training": {"errors", "escaping", "files", "labels", "ops", "methods", "models", "adapters", "data"},
-    "report": {"errors", "escaping", "files", "data", "adapters"},
+    "report": {"errors", "escaping", "files", "labels", "data", "adapters"},
     "similarity": {"report"},  # the earlier spelling of a command
 }
 # The modules of each package from the lowest: each may import those before it.

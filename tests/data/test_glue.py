@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from lora_nlu.data.glue import load_glue, load_glue_folder
 from lora_nlu.data.tasks import TASKS
+from lora_nlu.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 GLUE = Path(os.environ.get("GLUE_DIR") or ROOT.parent / "shared" / "glue")
@@ -198,3 +199,29 @@ def test_an_unreachable_hub_is_reported_within_seconds_with_the_flag_that_helps(
     message = refusal(load_glue, "cola", ["train", "validation"], None, cache_dir=str(tmp_path / "cache"))
     assert "--glue_dir" in message and "CoLA/train.tsv" in message and "nyu-mll/glue" in message
     assert time.monotonic() - start < 10
+
+
+def hub_table(labels: list[str] | None, rows: int = 2) -> Dataset:
+    """RTE's validation set as a mirror of the Hub might have it; labels None: without names."""
+    columns = {"sentence1": ["a"] * rows, "sentence2": ["b"] * rows, "label": [0] * rows}
+    names = datasets.Value("int64") if labels is None else datasets.ClassLabel(names=labels)
+    texts = {"sentence1": datasets.Value("string"), "sentence2": datasets.Value("string")}
+    return Dataset.from_dict(columns, features=datasets.Features(texts | {"label": names}))
+
+
+@pytest.mark.parametrize("labels", [["not_entailment", "entailment"], ["entailment"], None])
+def test_labels_on_the_hub_in_another_order_are_refused(labels, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub_table(labels))
+    with pytest.raises(UserError, match="rte's validation set has .*; expected entailment, not_entailment"):
+        load_glue("rte", ["validation"])
+
+
+def test_another_number_of_rows_on_the_hub_is_said(monkeypatch):
+    warned = []
+    monkeypatch.setattr(datasets.logging.get_logger("lora_nlu.data.glue"), "warning", warned.append)
+    for rows in (2, TASKS["rte"].rows["validation"]):
+        table = hub_table(["entailment", "not_entailment"], rows)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, table=table, **__: table)
+        examples = load_glue("rte", ["validation"])
+        assert examples.columns == {"validation": ("sentence1", "sentence2", "label")}
+    assert warned == ["nyu-mll/glue: rte validation has 2 examples; the published file has 277."]

@@ -446,6 +446,7 @@ BROKEN: dict[str, tuple[str, Callable[[list[str]], list[str]], int, str, str]] =
     "MNLI's second half": ("MNLI-mm.tsv", lambda lines: lines[:9797], 9797, "9,796 rows", "9,847"),
     "AX": ("AX.tsv", replaced(1105, "1103\tmaybe"), 1105, "prediction 'maybe'", "entailment, neutral, contradiction"),
     "nan": ("STS-B.tsv", replaced(4, "2\tnan"), 4, "prediction 'nan'", "a finite number"),
+    "underscore": ("STS-B.tsv", replaced(4, "2\t1_0.5"), 4, "prediction '1_0.5'", "a finite number"),
     "infinite": ("STS-B.tsv", replaced(4, "2\t-inf"), 4, "prediction '-inf'", "a finite number"),
     "word for number": ("STS-B.tsv", replaced(4, "2\tgood"), 4, "prediction 'good'", "a finite number"),
 }

@@ -36,12 +36,21 @@ def changed(folder: Path, kind: str = "roberta", **settings: Any) -> str:
     {"id2label": ["a", "b"]},
     {"id2label": {"0": "a", "1": "b"}, "label2id": ["a", "b"]},
     {"architectures": [1]},
+    {"architectures": 1},
+    {"pad_token_id": None},
 ], ids=str)  # fmt: skip
 def test_a_value_that_no_model_can_have_is_refused_at_once(tmp_path, settings):
     folder, start = changed(tmp_path, **settings), time.monotonic()
     with pytest.raises(UserError, match=r"its config\.json can't be used"):
         load_config(folder)
     assert time.monotonic() - start < 5
+
+
+def test_a_config_of_another_model_is_refused_before_its_values_are_used(tmp_path):
+    folder, start = changed(tmp_path, model_type="clip", text_config={"num_labels": 10**7}), time.monotonic()
+    with pytest.raises(UserError, match="a 'clip' model; supported: roberta, deberta-v2"):
+        load_config(folder)
+    assert time.monotonic() - start < 2
 
 
 def test_labels_that_are_numbers_are_their_text(tmp_path):

@@ -13,6 +13,7 @@ from lora_nlu.errors import UsageError, UserError, printable_lines
 from lora_nlu.report.similarity import compare
 from lora_nlu.training import processes
 from lora_nlu.training.arguments import parse_names
+from lora_nlu.training.parsing import parse_arguments
 
 ESCAPE = "a\x1b[2Jb"
 
@@ -33,6 +34,14 @@ def test_a_glue_header_of_many_columns_is_shortened(tmp_path):
     with pytest.raises(UserError) as error:
         load_glue_folder(str(tmp_path), TASKS["rte"], ["validation"])
     assert len(str(error.value)) < 1000 and "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["--seed", "--max_seq_length", "--lora_r", "--learning_rate", "--lora_alpha"])
+def test_a_flags_number_has_ascii_digits_and_no_underscores(flag, tmp_path):
+    argv = ["--model_name_or_path", "a", "--task_name", "rte", "--output_dir", str(tmp_path), "--do_eval"]
+    for number in ("1_0", "١٠"):
+        with pytest.raises(UsageError, match=f"argument {flag}.*: invalid (int|float) value"):
+            parse_arguments([*argv, flag, number], {})
 
 
 @pytest.mark.parametrize("number", ["1_0.5", "٣.٥"])

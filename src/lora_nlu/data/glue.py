@@ -18,8 +18,8 @@ from lora_nlu.data.examples import LABEL, Examples
 from lora_nlu.data.lines import read_lines
 from lora_nlu.data.tasks import TASKS, Task
 from lora_nlu.data.user_rows import column_list
-from lora_nlu.errors import UserError
-from lora_nlu.labels import label_number
+from lora_nlu.errors import UserError, printable_lines
+from lora_nlu.labels import label_list, label_number
 
 HUB_DATASET = "nyu-mll/glue"
 HUB_TIMEOUT_S = 5
@@ -69,10 +69,15 @@ def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str], cache_dir
         with_labels = not split.startswith("test")
         columns[split] = (*(task.text_columns or task.text), *([task.label_column] if with_labels else []))
         tables[split] = read_glue_file(path, task, columns[split], with_labels, cache_dir)
-        if len(tables[split]) != task.rows[split]:
-            text = f"{path} has {len(tables[split])} examples; the published file has {task.rows[split]}."
-            datasets.logging.get_logger(__name__).warning(text)
+        _compare_rows(str(path), tables[split], task, split)
     return Examples(tables, task.labels, columns)
+
+
+def _compare_rows(source: str, table: Dataset, task: Task, split: str) -> None:
+    """Log a warning unless a split has as many examples as the published file."""
+    if len(table) != task.rows[split]:
+        text = f"{source} has {len(table)} examples; the published file has {task.rows[split]}."
+        datasets.logging.get_logger(__name__).warning(printable_lines(text))
 
 
 def read_glue_file(
@@ -159,7 +164,10 @@ def _label(written: str, ids: dict[str, int], task: Task, place: str) -> int | f
 
 
 def load_glue_hub(task: Task, splits: Sequence[str], cache_dir: str | None, token: str | None) -> Examples:
-    """Load the splits of a task from the Hub's `nyu-mll/glue`, or from the local cache of an earlier download."""
+    """Load the splits of a task from the Hub's `nyu-mll/glue`, or from the local cache of an earlier download.
+
+    Raises UserError if they can't be loaded, or if their class names are not the task's in this order.
+    """
     tables, columns = {}, {}
     for split in splits:
         try:
@@ -169,6 +177,11 @@ def load_glue_hub(task: Task, splits: Sequence[str], cache_dir: str | None, toke
                 f"{task.name}: {HUB_DATASET} could not be downloaded from the Hub ({str(e).splitlines()[0][:140]}).\n"
                 f"Use a local copy: --glue_dir FOLDER with {task.files[split][0]} in it."
             ) from e
+        names = getattr(table.features.get(LABEL), "names", None)
+        if names != ([*task.labels] or None):
+            found, expected = label_list(names), label_list(task.labels)
+            raise UserError(f"{HUB_DATASET}: {task.name}'s {split} set has {found}; expected {expected}.")
+        _compare_rows(f"{HUB_DATASET}: {task.name} {split}", table, task, split)
         columns[split] = (*task.text, *([LABEL] if not split.startswith("test") else []))
         table = table.select_columns([*columns[split]])
         tables[split] = table.rename_columns(dict(zip(task.text, ("text", "text_pair"), strict=False)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
 from lora_nlu.files import ADAPTER_CONFIG, read_json, weights_file_problem
@@ -41,7 +41,11 @@ def load_config(name: str, **hub: Any) -> Any:
         settings, _ = PreTrainedConfig.get_config_dict(name, **hub)
         if isinstance(count := settings.get("num_labels"), int) and count > _MOST_LABELS:  # it would list their names
             raise ValueError(f"num_labels is {count:,}; supported: {_MOST_LABELS:,}")
+        if (kind := settings.get("model_type")) in CONFIG_MAPPING and kind not in MODELS:
+            raise UserError(f"--model_name_or_path {name}: a {kind!r} model; supported: {', '.join(MODELS)}.")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
+    except UserError:
+        raise
     except Exception as e:  # transformers raises errors of many kinds for a config that it can't use
         if Path(name, ADAPTER_CONFIG).is_file() and not Path(name, "config.json").is_file():
             settings = read_json(Path(name, ADAPTER_CONFIG))
@@ -58,8 +62,6 @@ def load_config(name: str, **hub: Any) -> Any:
         if "trust_remote_code" in str(e):
             problem = "its config.json has an auto_map, which asks to run code of the checkpoint; that is refused"
         raise UserError(f"--model_name_or_path {name}: {problem}.\n({first_line(e)})") from e
-    if config.model_type not in MODELS:
-        raise UserError(f"--model_name_or_path {name}: a {config.model_type!r} model; supported: {', '.join(MODELS)}.")
     refuse_quantised(f"--model_name_or_path {name}", getattr(config, "quantization_config", None))
     _check_config(name, config)
     config._attn_implementation = "eager"  # as transformers calls the models' own; the file may ask for another
@@ -76,7 +78,9 @@ def _check_config(name: str, config: Any) -> None:
         problem = f"id2label contains {printable(wrong[0], 40)}; expected names"
     elif not isinstance(label_ids or {}, dict):
         problem = f"label2id is {printable(label_ids, 40)}; expected an object"
-    elif not all(isinstance(model_class, str) for model_class in classes or ()):
+    elif config.model_type == "roberta" and config.pad_token_id is None:
+        problem = "pad_token_id is null; expected a number: positions are counted from it"
+    elif not isinstance(classes, list | None) or not all(isinstance(model_class, str) for model_class in classes or ()):
         problem = f"architectures is {printable(classes, 40)}; expected a list of names"
     if problem:
         raise UserError(f"--model_name_or_path {name}: its config.json can't be used.\n({problem})")
@@ -151,7 +155,8 @@ def load_model(
             "first.\nIts training diverged, or the file is damaged; take another checkpoint."
         )
     if unexpected := sorted(report["unexpected_keys"]):
-        notes.append(f"{name}: {len(unexpected)} weights have no place in the model: {', '.join(unexpected[:3])} ...")
+        first = ", ".join(map(printable, unexpected[:3]))
+        notes.append(f"{name}: {len(unexpected)} weights have no place in the model: {first} ...")
     if new and needs_head:
         raise _no_head(name, config, trained_labels, report)
     if needs_head:

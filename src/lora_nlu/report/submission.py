@@ -10,6 +10,7 @@ from typing import NamedTuple
 from lora_nlu.data.tasks import TASKS, Task
 from lora_nlu.errors import UserError
 from lora_nlu.files import atomic_write, folders_containing, read_json
+from lora_nlu.labels import label_number
 from lora_nlu.report.records import RUN, Figures, Record, read_figures
 
 HEADER = "index\tprediction"
@@ -124,7 +125,7 @@ def choose(runs: list[Run]) -> tuple[dict[str, Run], list[str]]:
 
 def _is_answer(task: Task, answer: str) -> bool:
     try:
-        return math.isfinite(float(answer)) if task.is_regression else answer in task.labels
+        return math.isfinite(label_number(answer)) if task.is_regression else answer in task.labels
     except ValueError:
         return False
 

@@ -14,6 +14,7 @@ from transformers.integrations import is_tensorboard_available
 
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import read_json
+from lora_nlu.labels import label_number
 from lora_nlu.training.arguments import DataArguments, ModelArguments, flag, model_arguments
 from lora_nlu.training.checks import check_arguments
 from lora_nlu.training.launch import hide_tokens
@@ -140,8 +141,18 @@ def parse_arguments(argv: list[str], environ: MutableMapping[str, str]) -> Flags
 
 
 class _Parser(HfArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", int, _integer)  # Python's int and float read 1_0 as 10, and other scripts' digits
+        self.register("type", float, label_number)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+
+def _integer(text: str) -> int:
+    label_number(text)
+    return int(text)
 
 
 def _from_json(path: Path) -> list[str]:
