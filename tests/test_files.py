@@ -154,7 +154,7 @@ def umask() -> int:
 def test_folders_are_found_at_any_depth_the_start_among_them_in_order(tmp_path):
     touch(tmp_path, "run.json", "b/run.json", "a/deep/er/run.json", "a/run.json/other", "c/run.json.txt")
     found = [tmp_path, tmp_path / "a" / "deep" / "er", tmp_path / "b"]
-    assert folders_containing("run.json", tmp_path) == found
+    assert folders_containing("run.json", tmp_path) == (found, [])
 
 
 def test_checkpoints_and_hidden_folders_are_not_looked_into_unless_one_is_the_start(tmp_path):
@@ -166,15 +166,15 @@ def test_checkpoints_and_hidden_folders_are_not_looked_into_unless_one_is_the_st
         ".cache/run.json",
         "checkpoints/run.json",
     )
-    assert folders_containing("run.json", tmp_path) == [tmp_path / "a", tmp_path / "checkpoints"]
-    assert folders_containing("run.json", tmp_path / "a" / "checkpoint-10") == [tmp_path / "a" / "checkpoint-10"]
+    assert folders_containing("run.json", tmp_path)[0] == [tmp_path / "a", tmp_path / "checkpoints"]
+    assert folders_containing("run.json", tmp_path / "a" / "checkpoint-10")[0] == [tmp_path / "a" / "checkpoint-10"]
 
 
 def test_links_to_folders_are_followed_at_the_start_only(tmp_path):
     touch(tmp_path, "there/run.json", "here/x")
     (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
-    assert folders_containing("run.json", tmp_path / "here") == []
-    assert folders_containing("run.json", tmp_path / "here" / "link") == [tmp_path / "here" / "link"]
+    assert folders_containing("run.json", tmp_path / "here")[0] == []
+    assert folders_containing("run.json", tmp_path / "here" / "link")[0] == [tmp_path / "here" / "link"]
 
 
 @pytest.mark.parametrize("name", ["gone", "file"])
@@ -184,7 +184,7 @@ def test_a_start_that_is_no_folder_is_refused(tmp_path, name):
         folders_containing("run.json", tmp_path / name)
 
 
-def test_a_folder_that_can_not_be_listed_is_an_error_not_an_empty_folder(tmp_path, monkeypatch):
+def test_a_folder_that_can_not_be_listed_is_named_and_an_error_if_it_is_the_start(tmp_path, monkeypatch):
     touch(tmp_path, "a/run.json", "b/run.json")
     scan = os.scandir
 
@@ -194,8 +194,10 @@ def test_a_folder_that_can_not_be_listed_is_an_error_not_an_empty_folder(tmp_pat
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
+    found, notes = folders_containing("run.json", tmp_path)
+    assert found == [tmp_path / "a"] and notes == [f"left out: {tmp_path}/b: can't be read (Permission denied)."]
     with pytest.raises(PermissionError, match="Permission denied.*b"):
-        folders_containing("run.json", tmp_path)
+        folders_containing("run.json", tmp_path / "b")
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

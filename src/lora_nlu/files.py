@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections import Counter
@@ -93,27 +94,32 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def folders_containing(name: str, start: Path) -> list[Path]:
+def folders_containing(name: str, start: Path) -> tuple[list[Path], list[str]]:
     """Every folder from `start` down that contains a file of this name, without checkpoints and hidden folders.
 
-    Raises UserError if `start` is no folder, OSError for one that can't be read.
+    Also a line for each folder that can't be read. Raises UserError if `start` is no folder, OSError if it can't be.
     """
+    notes = []
 
-    def fail(error: OSError) -> None:
-        raise error
+    def note(error: OSError) -> None:
+        if Path(error.filename) == start:
+            raise error
+        if not isinstance(error, FileNotFoundError):  # it was removed meanwhile
+            notes.append(f"left out: {error.filename}: can't be read ({error.strerror}).")
 
     if not start.is_dir():
         raise UserError(f"{start}: no such folder. Give an output folder of run_glue.py, or one that contains some.")
     found = []
-    for folder, below, files in os.walk(start, onerror=fail):
+    for folder, below, files in os.walk(start, onerror=note):
         below[:] = [name for name in below if not name.startswith((".", "checkpoint-"))]
         found += [Path(folder)] if name in files else []
-    return sorted(found)
+    return sorted(found), notes
 
 
 def is_training_run(run: dict[str, Any]) -> bool:
     """Whether a run.json is of a run that trained, or began to; evaluations and predictions write one as well."""
-    return bool(run.get("trained") or run.get("hyperparameters", {}).get("train_samples"))
+    settings = run.get("hyperparameters")
+    return bool(run.get("trained") or (isinstance(settings, dict) and settings.get("train_samples")))
 
 
 def weights_file_problem(path: Path, expected: str = "weights") -> str | None:
@@ -169,15 +175,31 @@ def parse_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=unique, parse_int=bounded)
 
 
-def read_json(path: Path, limit: int = 2**30) -> dict[str, Any]:
+def read_text(path: Path, limit: int = 2**28, errors: str = "strict") -> str:
+    """The UTF-8 text of a file of at most `limit` bytes; errors: as of `open`.
+
+    Raises OSError if it can't be read, ValueError if it is larger or no regular file: a pipe would never end.
+    """
+    with open(path, encoding="utf-8", errors=errors, opener=_open_at_once) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        if status.st_size > limit:
+            raise ValueError(f"it has {status.st_size:,} bytes; at most {limit:,} are read")
+        return file.read()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # without it, opening a pipe waits for its writer
+
+
+def read_json(path: Path, limit: int = 2**28) -> dict[str, Any]:
     """Read a JSON object of at most `limit` bytes.
 
     Raises UserError if the file is missing, damaged or larger, or contains something else.
     """
     try:
-        if (size := path.stat().st_size) > limit:
-            raise ValueError(f"it has {size:,} bytes; at most {limit:,} are read")
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path, limit))
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: can't be read ({e}).") from e
     if not isinstance(content, dict):

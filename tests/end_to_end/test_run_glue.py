@@ -372,7 +372,7 @@ def test_the_predictions_of_a_run_are_what_the_submission_reads(mnli_run, rte_ru
         path = folder / f"predict_results_{name}.tsv"
         answers = [line.split("\t")[1] for line in path.read_text().splitlines()[1:]]
         assert read_predictions(path, TASKS[task], rows) == answers
-    (run,) = find_runs([rte_run[0]])
+    (run,), _ = find_runs([rte_run[0]])
     assert run.predicts("rte") and run.figures.last == read(rte_run[0] / "eval_results.json")["eval_accuracy"]
 
 

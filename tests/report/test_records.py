@@ -1,14 +1,18 @@
 """One file of runs' records: reports made from it are those made from the run folders."""
 
 import json
+import multiprocessing
 import shutil
+import time
 from pathlib import Path
 
 import pytest
-from run_folders import BITFIT, HEADINGS, LORA, read, write, write_run, write_seeds, write_sweep
+from run_folders import BITFIT, HEADINGS, LORA, notes_of, read, write, write_run, write_seeds, write_sweep
 
 from lora_nlu.errors import UserError
+from lora_nlu.files import flush_and_rename, read_json, write_json
 from lora_nlu.report.__main__ import main
+from lora_nlu.report.collect import collect
 from lora_nlu.report.records import find_records
 
 
@@ -65,7 +69,7 @@ def test_the_reports_in_results_are_those_of_the_records_beside_them(study, runs
     for name in ("report.md", "report.tex", "report.csv", "runs.jsonl"):
         assert (tmp_path / name).read_text() == (folder / name).read_text(), name
     assert {path.name for path in tmp_path.iterdir()} == {p.name for p in folder.iterdir() if p.suffix != ".sh"}
-    assert len(find_records(folder)) == runs
+    assert len(find_records(folder)[0]) == runs
 
 
 def test_run_folders_come_before_the_file_that_an_earlier_report_wrote_beside_them(tmp_path):
@@ -73,29 +77,32 @@ def test_run_folders_come_before_the_file_that_an_earlier_report_wrote_beside_th
     assert main(["runs", str(tmp_path), "--out", str(tmp_path)]) == 0
     shutil.rmtree(run)
     other = write_run(tmp_path / "b", seed=1)
-    assert [record.folder for record in find_records(tmp_path)] == [other]
+    assert [record.folder for record in find_records(tmp_path)[0]] == [other]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"folder": "a"}', '{"run.json": {}}', '{"folder": 1, "run.json": {}}'])
 def test_a_line_that_is_no_record_is_named(tmp_path, line):
     main(["runs", str(write_run(tmp_path / "a")), "--out", str(tmp_path / "out")])
     path = tmp_path / "out" / "runs.jsonl"
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError) as caught:
+    text = read(path)
+    path.write_text(path.read_text() + line + "\n" + "{\n" * 2)
+    (note,) = {*notes_of(read(path))} - {*notes_of(text)}
+    assert note.startswith(f"left out: {path}:2: not the record of a run") and note.endswith("So are 2 more lines.")
+    path.write_text(line)
+    with pytest.raises(UserError, match=r"runs\.jsonl:1: not the record of a run"):
         read(path)
-    assert str(caught.value).startswith(f"{path}:2: not the record of a run")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"folder": "\x1b[31mred"}, "folder is not printable text"),
-        ({"run.json": [1]}, "'list' object"),
+        ({"run.json": [1]}, "run.json is not an object"),
         ({"run.json": {"task": ["rte"]}}, "task is not printable text"),
         ({"run.json": {"lora": None}}, "lora is not an object"),
-        ({"run.json": {"method": {"label": 5}}}, "label is not printable text"),
+        ({"run.json": {"method": {"label": 5}}}, "label is not text"),
         ({"eval_results.json": [1]}, "eval_results.json is not an object"),
-        ({"trainer_state.json": {"log_history": [5]}}, "log_history is not a list of objects"),
+        ({"trainer_state.json": {"log_history": [5]}}, "an entry of log_history is not an object"),
     ],
 )
 def test_a_record_with_a_value_of_another_type_is_named(tmp_path, changes, message):
@@ -125,3 +132,48 @@ def test_what_a_method_is_called_and_looks_like_divides_no_line(tmp_path):
     look = {"label": "LoRA", "color": "#D55E00", "marker": "s"}
     write_run(tmp_path / "b", seed=1, method=LORA | look)
     assert "2 seeds" in read(tmp_path) and "missing" not in read(tmp_path)
+
+
+def write_again_and_again(folder: Path, seed: int) -> None:
+    """What a run writes, in its order, afresh each time; of the n-th time every figure and time is n / 1000."""
+    write_run(folder / "first", seed=seed)
+    run = read_json(folder / "first" / "run.json")
+    del run["trained"]
+    output = folder / "output"
+    for n in range(1, 999):
+        figure, run["hyperparameters"]["learning_rate"] = n / 1000, n / 1000
+        write_json(output / "run.json", run)
+        for name in ("train_results.json", "trainer_state.json", "eval_results.json"):
+            (output / name).unlink(missing_ok=True)
+        log = [{"step": 10, "epoch": 1, "eval_matthews_correlation": figure}]
+        for step in (8, 9, 10):
+            write_json(output / ".saving" / "trainer_state.json", {"epoch": step / 1, "log_history": log})
+            flush_and_rename(output / ".saving", output / f"checkpoint-{step}")
+            shutil.rmtree(output / f"checkpoint-{step - 1}", ignore_errors=True)
+        write_json(output / "train_results.json", {"train_seconds": figure})
+        write_json(output / "trainer_state.json", {"epoch": 10.0, "log_history": log})
+        write_json(output / "run.json", run | {"trained": True})
+        write_json(output / "eval_results.json", {"eval_matthews_correlation": figure})
+        shutil.rmtree(output / "checkpoint-10")
+
+
+def test_a_report_while_runs_are_written_has_no_error_and_no_half_of_a_run(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    write_run(tmp_path / "complete", seed=9, learning_rate=1.0)
+    writers = [fork.Process(target=write_again_and_again, args=(tmp_path / str(i), i), daemon=True) for i in range(3)]
+    for writer in writers:
+        writer.start()
+    seen, reports, end = set(), 0, time.monotonic() + 2
+    while time.monotonic() < end or not seen:
+        cells, notes = collect([tmp_path])
+        assert not [note for note in notes if "left out" in note or "missing" in note], notes
+        reports += 1
+        for run in (run for cell in cells for run in cell.done if run.folder.name == "output"):
+            rate = dict(run.settings)["learning_rate"]
+            assert run.last == run.best == 100 * float(rate) and run.seconds == float(rate)
+            seen.add(rate)
+        assert all(writer.is_alive() for writer in writers)
+    for writer in writers:
+        writer.kill()
+        writer.join()
+    assert reports > 3 and len(seen) > 1

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from run_folders import BITFIT, LORA, read, refusal, write, write_run
+from run_folders import BITFIT, LORA, notes_of, read, refusal, rows_of, write, write_run
 
 from lora_nlu.report.__main__ import main
 
@@ -41,10 +41,15 @@ def test_an_incomplete_file_ends_the_program_with_1_and_is_named(tmp_path, capsy
     name, content, message = BROKEN[case]
     write_run(tmp_path / "a")
     (tmp_path / "a" / name).write_text(content, errors="surrogateescape")
-    assert main([str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert main([str(tmp_path / "a"), "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
     assert printed.err.startswith(f"lora_nlu.report: error: {tmp_path}/a/") and message in printed.err
     assert not printed.out and not (tmp_path / "out").exists()
+    write_run(tmp_path / "b")
+    good = read(tmp_path / "b")
+    (note,) = {*notes_of(read(tmp_path))} - {*notes_of(good)}
+    assert note.startswith(f"left out: {tmp_path}/a/{name}: ") and message.split(" in it")[0][-20:] in note
+    assert rows_of(read(tmp_path)) == rows_of(good)
 
 
 @pytest.mark.parametrize("key", ["method", "parameters", "lora"])
@@ -53,7 +58,8 @@ def test_a_run_of_an_older_version_is_refused_naming_what_it_lacks(tmp_path, key
     del record[key]
     write(tmp_path / "a" / "run.json", record)
     message = f"{tmp_path}/a/run.json: '{key}' is missing: maybe an older version wrote it."
-    assert refusal(tmp_path) == f"{message} Train the run again, or leave it out."
+    assert refusal(tmp_path / "a") == f"{message} Train the run again, or leave it out."
+    assert f"left out: {message}" in refusal(tmp_path)
 
 
 def test_folders_without_any_run_and_an_out_that_is_a_file_end_the_program_with_1(tmp_path, capsys):

@@ -171,7 +171,7 @@ def test_a_run_that_recorded_that_it_diverged_is_left_out_for_that_reason_of_rep
     assert f"unfinished: {run}, no checkpoint yet" in notes_of(read(tmp_path))
     write(run / "run.json", record | {"diverged": "the loss is nan at step 12"})
     assert f"left out, diverged (the loss is nan at step 12): {run}" in notes_of(read(tmp_path))
-    assert [one.figures.diverged for one in find_runs([run])] == ["the loss is nan at step 12"]
+    assert [one.figures.diverged for one in find_runs([run])[0]] == ["the loss is nan at step 12"]
 
 
 def test_runs_with_other_training_data_share_a_line_and_the_report_says_so(tmp_path):
@@ -192,7 +192,7 @@ def test_the_figure_by_which_a_submission_chooses_is_the_reports_last(tmp_path):
         write_run(tmp_path / str(seed), "mnli", seed, figures, overall=figures[-1] + 0.01)
     cells, _ = collect([tmp_path])
     assert {run.seed: run.last for run in cells[0].done} == {
-        run.seed: 100 * run.figures.last for run in find_runs([tmp_path]) if run.figures.last is not None
+        run.seed: 100 * run.figures.last for run in find_runs([tmp_path])[0] if run.figures.last is not None
     }
     assert "That model makes the predictions, and a submission chooses among seeds by `last`." in read(tmp_path)
 

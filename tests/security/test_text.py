@@ -71,5 +71,5 @@ def test_a_digit_that_is_no_number_in_a_tensors_name_is_written_as_text(tmp_path
 
 def test_similarity_refuses_ranks_whose_square_fills_the_memory(tmp_path):
     adapter = Adapter(tmp_path, lora(5000, "0"))
-    with pytest.raises(UserError, match="rank 5,000; the similarity has rank x rank numbers, up to 4,096"):
+    with pytest.raises(UserError, match="ranks up to 5,000 give 50,000,000 similarities; at most 16,777,216"):
         compare(adapter, adapter)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_nlu.errors import UserError, printable_lines
-from lora_nlu.report.collect import collect, training_records
-from lora_nlu.report.records import RECORDS, write_records
+from lora_nlu.report.collect import cells_of
+from lora_nlu.report.records import RECORDS, training_records, write_records
 from lora_nlu.report.submission import write_submission
 from lora_nlu.report.tables import write_report
 
@@ -98,11 +98,11 @@ def _with_command(words: list[str]) -> list[str]:
 
 
 def _runs(args: argparse.Namespace) -> list[str]:
-    text = write_report(*collect(args.runs), args.out)
+    records, notes = training_records(args.runs)
+    text = write_report(*cells_of(records, notes, args.runs), args.out)
     if not args.out:
         return [text.removesuffix("\n")]
-    records = {record.folder.resolve(): record for start in args.runs for record in training_records(start)}
-    write_records(args.out / RECORDS, records.values())
+    write_records(args.out / RECORDS, records)
     return [text, f"Written to {args.out}."]
 
 

@@ -7,9 +7,18 @@ from typing import Any
 
 from lora_nlu.data.tasks import REPORTED, TASKS
 from lora_nlu.errors import UserError, printable
-from lora_nlu.files import is_training_run
 from lora_nlu.report.paper import LORA_RANKS, PAPER, Published
-from lora_nlu.report.records import EVALUATION, RUN, STATE, TRAINING, Figures, Record, find_records, read_figures
+from lora_nlu.report.records import (
+    EVALUATION,
+    RUN,
+    STATE,
+    TRAINING,
+    Figures,
+    Record,
+    leave_out,
+    read_figures,
+    training_records,
+)
 
 FROM_MNLI = ("mrpc", "rte", "stsb")  # the paper's LoRA starts them from its MNLI adapter, except on one line
 MNLI_START, NO_START = "lora", "lora, no MNLI start"
@@ -26,6 +35,7 @@ LABELS = {
 class Run:
     """What a report shows of one run; figures in percent.
 
+    place:      where its record was read: its folder, or a line of a file.
     base:       the base model's fingerprint; another model may have the same name, `model`.
     look:       the method's recorded colour and marker in plots; None in records of earlier versions.
     trains_all: whether every parameter trains.
@@ -37,6 +47,7 @@ class Run:
     """
 
     folder: Path
+    place: str
     model: str
     base: str | None
     method: str
@@ -56,6 +67,7 @@ class Run:
     rank: int | None
     targets: str
     train_data: str | None
+    eval_data: str | None
 
 
 @dataclass(frozen=True)
@@ -76,31 +88,33 @@ class Cell:
         return [figure for run in self.done if (figure := getattr(run, protocol)) is not None]
 
 
-def training_records(start: Path) -> list[Record]:
-    """The records of training runs at a path that the command line names."""
-    return [record for record in find_records(start) if is_training_run(record.run)]
-
-
 def collect(paths: Sequence[Path]) -> tuple[list[Cell], list[str]]:
-    """The cells of all tables, in the paper's order of tasks, and notes on what is not in them. Raises UserError."""
-    runs: dict[Path, Run] = {}
-    notes: list[str] = []
-    for start in paths:
-        records = training_records(start)
-        if not records:
-            notes.append(f"missing: {start}" + ", no training run in it" * start.exists())
-        for record in records:
-            if record.run.get("task") not in TASKS:
-                notes.append(f"left out, not a GLUE task: {record.folder}")
-            elif (figures := read_figures(record)).diverged:
-                notes.append(f"left out, diverged ({figures.diverged}): {record.folder}")
-            else:
-                runs[record.folder.resolve()] = read_run(record, figures)
+    """The cells of the runs at these paths, and notes on what is not in them, as `cells_of`. Raises UserError."""
+    return cells_of(*training_records(paths), paths)
+
+
+def cells_of(records: list[Record], notes: list[str], paths: Sequence[Path]) -> tuple[list[Cell], list[str]]:
+    """The cells of all tables, in the paper's order of tasks, and notes on what is not in them. Raises UserError.
+
+    notes: of reading the records at these paths; they are among those returned.
+    """
+    runs = []
+    for record in records:
+        if record.run.get("task") not in TASKS:
+            notes.append(f"left out, not a GLUE task: {record.folder}")
+        elif (figures := read_figures(record)).diverged:
+            notes.append(f"left out, diverged ({figures.diverged}): {record.folder}")
+        else:
+            notes += [figures.left_out] if figures.left_out else []
+            try:
+                runs.append(read_run(record, figures))
+            except UserError as e:
+                notes.append(leave_out(e, record.folder, paths))
     if not runs:
         reasons = "".join(f"\n{note}" for note in notes)
         raise UserError(f"no training run on a GLUE task. Give output folders of run_glue.py.{reasons}")
     groups: dict[tuple[str, str, str], list[Run]] = {}
-    for run in compare_runs(list(runs.values())):
+    for run in compare_runs(runs):
         groups.setdefault((run.model, run.method, run.task), []).append(run)
     cells = []
     for (model, method, task), members in groups.items():
@@ -108,15 +122,17 @@ def collect(paths: Sequence[Path]) -> tuple[list[Cell], list[str]]:
             same = sorted((run for run in members if run.settings == settings), key=lambda run: run.seed)
             for one, other in zip(same, same[1:], strict=False):
                 if one.seed == other.seed:
-                    text = f"{one.folder} and {other.folder} are the same run with the same seed."
+                    text = f"{one.place} and {other.place} are the same run with the same seed."
                     raise UserError(f"{text} Name only one of them.")
             done = tuple(run for run in same if run.last is not None)
             unfinished = tuple(run for run in same if run.last is None)
             name = printable(f"{method} ({difference})" if difference else method, 2000)
             cells.append(Cell(model, name, task, done, unfinished))
-            folders = {run.train_data: run.folder for run in same if run.train_data}  # older versions recorded none
-            if len(folders) > 1:
-                notes.append(f"in one line, but trained on different examples: {', '.join(map(str, folders.values()))}")
+            for name, verb in (("train_data", "trained"), ("eval_data", "evaluated")):
+                folders = {x: run.folder for run in same if (x := getattr(run, name))}  # older versions recorded none
+                if len(folders) > 1:
+                    text = ", ".join(map(str, folders.values()))
+                    notes.append(f"in one line, but {verb} on different examples: {text}")
     cells.sort(key=lambda cell: (cell.model, TASK_ORDER.index(cell.task)))
     return cells, notes
 
@@ -129,43 +145,45 @@ def read_run(record: Record, figures: Figures) -> Run:
         seed, parameters, lora = hyper["seed"], run["parameters"], run["lora"]
         label, paper_method = name_method(method, lora, hyper)
         trainable, epochs = parameters["encoder"], hyper["num_train_epochs"]
+        all_ranks, scalings, relative_query = lora["ranks"], lora["scalings"], lora["lora_relative_query"]
     except KeyError as e:
         text = f"{folder}/{RUN}: {e} is missing: maybe an older version wrote it."
         raise UserError(f"{text} Train the run again, or leave it out.") from e
-    is_trained, state = bool(run.get("trained")), record.read(STATE) or {}
+    is_trained, state, evaluated = bool(run.get("trained")), record.files.get(STATE, {}), record.files.get(EVALUATION)
     history = [(step, 100 * figure) for step, _, figure in figures.history]
     best = last = None
-    if is_trained and record.read(EVALUATION) is not None:
+    if is_trained and evaluated is not None and not figures.left_out:
         if figures.last is None or figures.first_set is None:
             text = f"{folder}/{EVALUATION}: no eval_{task.metrics[0]} in it."
             raise UserError(f"{text} Evaluate the run again, or leave it out.")
         best, last = max([100 * figures.first_set, *(figure for _, figure in history)]), 100 * figures.last
-    measured = record.read(TRAINING) if is_trained else {}
+    measured = record.files.get(TRAINING) if is_trained else {}
     if measured is None:
         raise UserError(f"{folder}/{TRAINING}: missing. Train the run again, or leave it out.")
-    model = printable(Path(str(run.get("base_model") or "unknown")).name, 200)  # it is in the names of pictures too
+    model = printable(Path(str(run.get("base_model") or "unknown")).name, 200)
+    model = model.encode()[:200].decode(errors="ignore")  # it is in the names of pictures too, of 255 bytes at most
     starts_from_adapter = run.get("started_from") is not None
     not_compared = {"seed", "data_seed", "train_data", "eval_data", *run.get("left_at_default", ())}
     settings = {name: value for name, value in hyper.items() if name not in not_compared} | {
-        "scaling": ", ".join(f"{scaling:g}" for scaling in lora["scalings"]),
-        "lora_relative_query": lora["lora_relative_query"],
+        "scaling": ", ".join(f"{scaling:g}" for scaling in scalings),
+        "lora_relative_query": relative_query,
         "started from": "an adapter" if starts_from_adapter else "the base model",
     }
     settings |= {key: value for key, value in method.items() if key not in ("name", "label", *LOOK, "targets")}
     epoch = state.get("epoch", 0)
     reached = f"its last checkpoint at epoch {epoch:.4g} of {epochs:g}" if state else "no checkpoint yet"
-    ranks = lora["ranks"] if "targets" in method else []
+    ranks = all_ranks if "targets" in method else []
     return Run(
-        folder=folder, model=model, base=run.get("base_fingerprint"), method=label,
+        folder=folder, place=record.place, model=model, base=run.get("base_fingerprint"), method=label,
         look=(method["color"], method["marker"]) if {*LOOK} <= {*method} else None, task=task.name, seed=seed,
         settings=tuple((name, str(value)) for name, value in settings.items()),
-        paper=_paper_line(paper_method, task.name, model, lora["ranks"], starts_from_adapter),
+        paper=_paper_line(paper_method, task.name, model, all_ranks, starts_from_adapter),
         trainable=trainable, trains_all=parameters.get("trainable") == parameters.get("total"),
         history=tuple(history), best=best, last=last, progress="trained, not evaluated" if is_trained else reached,
         seconds=measured.get("train_seconds"),
         memory_gib=measured.get("peak_gpu_memory_gib", measured.get("peak_memory_gib")),
         rank=ranks[0] if len(ranks) == 1 else None, targets=", ".join(method.get("targets", [])),
-        train_data=hyper.get("train_data"),
+        train_data=hyper.get("train_data"), eval_data=(evaluated or {}).get("eval_data"),
     )  # fmt: skip
 
 

@@ -8,7 +8,9 @@ from statistics import median, stdev
 from typing import Any
 
 import matplotlib
+from matplotlib.colors import is_color_like
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 from scipy.optimize import isotonic_regression
@@ -167,7 +169,8 @@ def looks(cells: Sequence[Cell], methods: Sequence[str]) -> dict[str, dict[str, 
     look_of: dict[str, dict[str, Any]] = {}
     for method in (method for method in methods if method in recorded):
         color, marker = recorded[method]
-        if (color, marker) not in {(look["color"], look["marker"]) for look in look_of.values()}:
+        used_pairs = {(look["color"], look["marker"]) for look in look_of.values()}
+        if is_color_like(color) and marker in Line2D.markers and (color, marker) not in used_pairs:
             look_of[method] = _look(color, marker, LINES[COLORS.index(color)] if color in COLORS else LINES[0])
     for method in (method for method in methods if method not in look_of):
         used_colors = {look["color"] for look in look_of.values()}

@@ -21,7 +21,7 @@ from lora_nlu.errors import UserError
 from lora_nlu.escaping import csv_cell
 from lora_nlu.files import atomic_write
 
-_MOST_RANKS = 4096
+_MOST_NUMBERS = 2**24  # of the similarities of all layers; LoRA of rank 64 on 144 layers has 2**19
 
 
 def write_similarity(paths: list[str], layers: str | None, modules: str | None, out: Path | None) -> str:
@@ -73,6 +73,12 @@ def compare(one: Adapter, two: Adapter, modules: str | None = None) -> list[Pair
             f"{one.source} and {two.source} have no layer in common.\nTheir first layers: {', '.join(names)}."
         )
     chosen = _choose("--modules", modules, sorted({module for _, module in places.values()}))
+    ranks = [(one.ranks[name], two.ranks[name]) for name, (_, module) in places.items() if module in chosen]
+    if (numbers := sum(r1 * r2 for r1, r2 in ranks)) > _MOST_NUMBERS:
+        raise UserError(
+            f"{one.source} and {two.source}: {len(ranks)} layers with ranks up to {max(map(max, ranks)):,} give "
+            f"{numbers:,} similarities; at most {_MOST_NUMBERS:,} are computed.\nChoose fewer layers with --modules."
+        )
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for name, (layer, module) in sorted(places.items(), key=lambda item: (item[1][1], int(item[1][0] or -1))):
@@ -84,8 +90,6 @@ def compare(one: Adapter, two: Adapter, modules: str | None = None) -> list[Pair
                 f"{name}.lora_A is {list(A1.shape)} in {one.source}, {list(A2.shape)} in {two.source}.\n"
                 "Compare adapters of base models of the same size."
             )
-        if (rank := max(len(A1), len(A2))) > _MOST_RANKS:
-            raise UserError(f"{name}: rank {rank:,}; the similarity has rank x rank numbers, up to {_MOST_RANKS:,}.")
         noise = [torch.randn(A.shape, generator=generator, dtype=torch.float64) for A in (A1, A2)]
         pairs.append(Pair(layer, module, subspace_similarity(A1, A2), subspace_similarity(*noise)))
     return pairs

@@ -1,19 +1,21 @@
 """The zip file that the GLUE test server accepts, made of the predictions in run folders."""
 
 import math
+import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_nlu.data.tasks import TASKS, Task
 from lora_nlu.errors import UserError
-from lora_nlu.files import atomic_write, folders_containing, read_json
+from lora_nlu.files import atomic_write, read_json, read_text
 from lora_nlu.labels import label_number
-from lora_nlu.report.records import RUN, Figures, Record, read_figures
+from lora_nlu.report.records import RUN, Figures, is_other_model, leave_out, read_figures, read_folders
 
 HEADER = "index\tprediction"
+PREDICTIONS = "predict_results.json"  # what each file of predictions is of
 
 
 class _File(NamedTuple):
@@ -43,32 +45,56 @@ _TITLES = {file.task: TASKS[file.task].title for file in FILES}
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, with what its files record."""
+    """A run folder, with what its files record; other_models: names of predictions in it that are not of its model."""
 
     folder: Path
     task: str
     seed: int | None
     base_model: str
     figures: Figures
+    other_models: frozenset[str] = frozenset()
 
     def predicts(self, task: str) -> bool:
-        """Whether all of the task's prediction files are there."""
-        return all(file.source(self.folder).is_file() for file in FILES if file.task == task)
+        """Whether all of the task's prediction files are there, of the run's model."""
+        sources = [file.source(self.folder) for file in FILES if file.task == task]
+        return all(source.is_file() and source.name not in self.other_models for source in sources)
 
 
-def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """Every run on a GLUE task at or under these folders, each once. Raises UserError for a folder without a run."""
-    found: dict[Path, Run] = {}
+def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """Every run on a GLUE task at or under these folders, each once, and lines on what is left out of them.
+
+    Raises UserError for a folder without a run, or a damaged run folder.
+    """
+    found: dict[str, Run] = {}
+    notes: list[str] = []
     for start in paths:
-        folders = folders_containing(RUN, start)
-        if not folders:
-            raise UserError(f"{start}: no run in it (no {RUN}). Give an output folder of run_glue.py.")
-        for path in folders:
-            record = Record(path, run := read_json(path / RUN))
-            if run.get("task") in TASKS:
-                seed, base = (run.get("hyperparameters") or {}).get("seed"), str(run.get("base_model", "unknown"))
-                found.setdefault(path.resolve(), Run(path, run["task"], seed, base, read_figures(record)))
-    return list(found.values())
+        records, damaged = read_folders(start)
+        if not records:
+            reasons = "; ".join(damaged) or f"no {RUN}"
+            raise UserError(f"{start}: no run in it ({reasons}). Give an output folder of run_glue.py.")
+        notes += damaged
+        for record in records:
+            run, folder = record.run, record.folder
+            if run.get("task") not in TASKS or (key := os.path.realpath(folder)) in found:
+                continue
+            try:
+                other_models = frozenset(_predictions_of_others(folder, run))
+            except UserError as e:
+                notes.append(leave_out(e, folder, [start]))
+                continue
+            figures, seed = read_figures(record), run.get("hyperparameters", {}).get("seed")
+            notes += [figures.left_out] if figures.left_out else []
+            notes += [f"left out: {folder / name}: of another model than the run's" for name in sorted(other_models)]
+            found[key] = Run(folder, run["task"], seed, str(run.get("base_model", "unknown")), figures, other_models)
+    return list(found.values()), notes
+
+
+def _predictions_of_others(folder: Path, run: dict[str, Any]) -> list[str]:
+    """Names of the predictions in a folder that record another model than its run; older versions recorded none."""
+    if not (folder / PREDICTIONS).is_file():
+        return []
+    recorded = read_json(folder / PREDICTIONS)
+    return [name for name, of in recorded.items() if not isinstance(of, dict) or is_other_model(run, of)]
 
 
 def _best(task: str, runs: list[Run]) -> tuple[Run, list[str]]:
@@ -140,7 +166,7 @@ def read_predictions(path: Path, task: Task, rows: int) -> list[str]:
         )
 
     # bytes that are not UTF-8 become a character that occurs in no header, index or label
-    header, *lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
+    header, *lines = read_text(path, errors="replace").removesuffix("\n").split("\n")
     if header != HEADER:
         raise wrong(1, f"header {header!r}", repr(HEADER))
     answers = []
@@ -189,10 +215,10 @@ def write_submission(runs: Sequence[Path], out: Path, partial: bool = False) -> 
     """
     if out.exists():
         raise UserError(f"{out}: exists already and is not overwritten. Give another --out.")
-    found = find_runs(runs)
+    found, notes = find_runs(runs)
     diverged = [f"left out, diverged ({run.figures.diverged}): {run.folder}" for run in found if run.figures.diverged]
     chosen, lines = choose([run for run in found if not run.figures.diverged])
-    lines += diverged
+    lines += diverged + notes
     if diverged and not chosen:
         raise UserError("no run with predictions:\n" + "; ".join(diverged))
     untrained = {"wnli"} - {run.task for run in found}

@@ -60,11 +60,10 @@ def complete_checkpoints(output_dir: str) -> list[Path]:
     for path in Path(output_dir).glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
         try:
-            files = json.loads((path / FILE_LIST).read_text())
-            state = TrainerState.load_from_json(str(path / STATE))
+            files, state = read_json(path / FILE_LIST), TrainerState(**read_json(path / STATE))
             lengths = {name: (path / name).stat().st_size for name in files}
             complete = step.isdigit() and state.global_step == int(step) and lengths == files
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             complete = False
         if complete:
             found.append((int(step), path))

@@ -1,11 +1,18 @@
 """files.json in an output folder and in each checkpoint: which files the program wrote there. It removes no others."""
 
-import json
 from contextlib import suppress
 from pathlib import Path
 
 from lora_nlu.errors import UserError
-from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, read_json, write_json
+from lora_nlu.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    RUN_METADATA,
+    parse_json,
+    read_json,
+    read_text,
+    write_json,
+)
 
 RUN = "run.json"  # marks an output folder as one of run_glue.py
 FILE_LIST = "files.json"
@@ -20,7 +27,7 @@ _RESULTS = {
 def listed_files(folder: Path, file_list: str = FILE_LIST) -> list[Path] | None:
     """The paths that a folder's list names, without those outside of the folder; None if no list can be read."""
     try:
-        names = json.loads((folder / file_list).read_text(encoding="utf-8"))
+        names = parse_json(read_text(folder / file_list))
         paths = [folder / name for name in names if ".." not in Path(name).parts and "\0" not in name]
         return [path for path in paths if path.parent.resolve().is_relative_to(folder.resolve())]
     except (OSError, ValueError, TypeError, RecursionError):
