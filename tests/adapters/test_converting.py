@@ -159,11 +159,31 @@ def test_a_published_file_becomes_a_folder_with_the_same_logits_which_peft_loads
         assert_close(logits(PeftModel.from_pretrained(fresh(base, theirs=True), str(tmp_path / "peft"))), logits(model))
 
 
+@pytest.mark.parametrize("form", ["peft", "bin", "merged"])
+def test_a_conversion_repeated_leaves_what_is_there_and_succeeds_only_if_it_is_the_same(form, tmp_path, capsys):
+    *_, adapter = written("roberta", tmp_path, False)
+    command = ["convert", adapter, tmp_path / "new", "--to", form]
+    code, out, err = run_program(capsys, *command)
+    assert code == 0, err
+    others = {*tmp_path.iterdir()}
+    files = [path for path in [tmp_path / "new", *(tmp_path / "new").rglob("*")] if path.is_file()]
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    code, again, err = run_program(capsys, *command)
+    assert code == 0 and again.splitlines()[0] == out.splitlines()[0], err
+    assert "new: was there already, with the same content." in again
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files} == before
+    with max(files, key=lambda path: path.stat().st_size).open("ab") as file:
+        file.write(b" ")
+    code, _, err = run_program(capsys, *command)
+    assert code == 1 and "new: is there already. Give another destination" in err
+    assert {*tmp_path.iterdir()} == others
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["convert", "{adapter}", "{adapter}", "--to", "peft"], "is there already"),
-        (["convert", "{adapter}", "{file}", "--to", "bin"], "is there already"),
+        (["convert", "{adapter}", "{adapter}", "--to", "bin"], "is there already"),
         (["convert", "{file}", "{new}", "--to", "peft"], "Give --lora_alpha"),
         (["convert", "{file}", "{new}", "--to", "merged", "--lora_alpha", "6"], "give --base"),
         (["convert", "{adapter}", "{new}", "--to", "bin", "--lora_alpha", "7"], "lora_alpha 6, not 7"),

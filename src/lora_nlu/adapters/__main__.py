@@ -22,7 +22,7 @@ whether all its numbers are finite.
 
 example: python -m lora_nlu.adapters inspect output/roberta_base_rte
 """
-CONVERT = """Write an adapter in another form. Nothing is written over.
+CONVERT = """Write an adapter in another form. Nothing is written over; repeated, it leaves what is there.
 
   --to peft    a folder with a model card, ready for the Hub; peft.PeftModel.from_pretrained loads it (LoRA)
   --to bin     one file in the layout of microsoft/LoRA's published files (LoRA on query and value)

@@ -1,5 +1,8 @@
 """An adapter in another form: a PEFT folder, one file in the published layout, or merged into its base model."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -14,12 +17,14 @@ from lora_nlu.adapters.attaching import attach_adapter
 from lora_nlu.adapters.model_card import write_card
 from lora_nlu.adapters.writing import write_adapter
 from lora_nlu.errors import UsageError, UserError
-from lora_nlu.files import atomic_write
+from lora_nlu.files import ADAPTER_WEIGHTS, atomic_write, sha256_of
 from lora_nlu.labels import placeholder_labels, set_labels
 from lora_nlu.methods.description import is_added, methods_in, set_method
 from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.models.loading import base_fingerprint, load_config, load_model
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
+
+MODEL_WEIGHTS = "model.safetensors"  # of a plain model
 
 
 def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | None, base: str | None) -> str:
@@ -29,6 +34,8 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
     """
     _check_request(adapter, destination, to, lora_alpha, base)
     notes = _assumptions(adapter, to, base)
+    if _is_there(destination):
+        notes.append(f"{destination}: was there already, with the same content.")
     if adapter.lora_alpha is None:
         adapter = replace(adapter, lora_alpha=lora_alpha)
     if to == "bin":
@@ -41,7 +48,7 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
         if base:
             adapter, base_notes = with_base(adapter, base)
             notes += base_notes
-        with atomic_write(destination) as partial:
+        with _written_once(destination) as partial:
             write_adapter(adapter, partial)
             write_card(partial)
         line = f"{destination}: {'PEFT' if adapter.row.has_alpha else adapter.method} folder with a model card."
@@ -51,8 +58,9 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
 def _check_request(adapter: Adapter, destination: Path, to: str, lora_alpha: float | None, base: str | None) -> None:
     """Raise UserError or UsageError as `convert`."""
     source = adapter.source
-    if destination.exists() and (destination.is_file() or any(destination.iterdir())):
-        raise UserError(f"{destination}: is there already. Give another destination; nothing is written over.")
+    weights = {"bin": "", "peft": ADAPTER_WEIGHTS, "merged": MODEL_WEIGHTS}[to]
+    if _is_there(destination) and not (destination / weights).is_file():
+        raise _other_content(destination)
     if base and to == "bin":
         raise UsageError("--base: a .bin records no base model; leave it out, or write --to peft.")
     if lora_alpha is not None and not adapter.row.has_alpha:
@@ -67,6 +75,33 @@ def _check_request(adapter: Adapter, destination: Path, to: str, lora_alpha: flo
     adapter.check_values()
     if adapter.row.has_alpha and (to != "bin" or lora_alpha is not None):
         adapter.layers(lora_alpha)  # raises if neither records the alpha, or if they differ
+
+
+def _is_there(destination: Path) -> bool:
+    return destination.is_file() or (destination.is_dir() and any(destination.iterdir()))
+
+
+def _other_content(destination: Path) -> UserError:
+    return UserError(f"{destination}: is there already. Give another destination; nothing is written over.")
+
+
+@contextmanager
+def _written_once(destination: Path) -> Iterator[Path]:
+    """As `atomic_write`, but what is there already stays. Raises UserError if it differs from what was to be written.
+
+    It is the same after a command that was killed when it had finished.
+    """
+    with atomic_write(destination) as partial:
+        yield partial
+        if _is_there(destination):
+            if _digests(partial) != _digests(destination):
+                raise _other_content(destination)
+            partial.unlink() if partial.is_file() else shutil.rmtree(partial)
+
+
+def _digests(path: Path) -> dict[str, str]:
+    """The SHA-256 of a file, or of each file under a folder, by its path there."""
+    return {str(file.relative_to(path)): sha256_of(file) for file in [path, *path.rglob("*")] if file.is_file()}
 
 
 def _assumptions(adapter: Adapter, to: str, base: str | None) -> list[str]:
@@ -99,7 +134,7 @@ def write_published(adapter: Adapter, path: Path) -> str:
         raise UserError(f"{source}: a .bin has LoRA on query and value, this adapter on {', '.join(names)}.")
     if others := [name for name in adapter.state if name.startswith(f"{prefix}.") and ".lora_" not in name]:
         raise UserError(f"{source}: a .bin can't store {others[0]}, which was trained too: use --to peft.")
-    with atomic_write(path) as partial:
+    with _written_once(path) as partial:
         torch.save({name: adapter.state[name].float() for name in sorted(adapter.state, key=_published_place)}, partial)
     return f"{alphas.pop():g}" if alphas else "ALPHA"
 
@@ -165,10 +200,10 @@ def write_merged(adapter: Adapter, base: str | None, folder: Path) -> list[str]:
     tokenizer, _ = load_tokenizer(base, config)
     remedy = "Give --base a copy of the base model with the tokenizer that it was trained with."
     check_tokenizer(str(adapter.source), adapter.metadata, tokenizer_fingerprint(tokenizer), remedy)
-    with atomic_write(folder) as partial:
+    with _written_once(folder) as partial:
         config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        weights = partial / "model.safetensors"
+        weights = partial / MODEL_WEIGHTS
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights, {"format": "pt"})
         weights.chmod(0o644)  # save_file makes it unreadable for other users
     return notes
