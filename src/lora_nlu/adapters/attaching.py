@@ -1,8 +1,10 @@
 """An adapter put into a model: its layers are made, its tensors checked and copied, its head matched by labels."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +174,9 @@ def _check_base_model(model: Any, adapter: Adapter) -> list[str]:
         )
     if recorded is not None or not name or not model_name or Path(name).name == Path(model_name).name:
         return []
-    if "\0" not in name and Path(name).resolve() == Path(model_name).resolve():
-        return []
+    with suppress(OSError, ValueError):  # of a name that no file can have, or that has none
+        if os.path.samefile(name, model_name):
+            return []
     return [f"{source}: names the base model {printable(name)}, but no fingerprint; it is loaded into {model_name}."]
 
 

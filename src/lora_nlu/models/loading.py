@@ -131,7 +131,7 @@ def load_model(
         raise
     except Exception as e:  # torch raises errors of many kinds for a damaged file
         for path in sorted(Path(name).glob("*.safetensors")) or sorted(Path(name).glob("pytorch_model*.bin")):
-            if text := weights_file_problem(path):
+            if path.is_file() and (text := weights_file_problem(path)):
                 raise UserError(f"--model_name_or_path {name}: {path.name}: {text}") from e
         problem = "there is not enough memory for its weights" if is_out_of_memory(e) else "its weights can't be loaded"
         raise UserError(f"--model_name_or_path {name}: {problem} ({first_line(e)}).") from e
