@@ -7,10 +7,11 @@ the code uses one that is not listed here. Owner (a module or class): name: reas
 PRIVATE_NAMES: dict[str, dict[str, str]] = {
     "transformers.trainer.Trainer": {
         "_evaluate": "an evaluation while training first checks that what trains is finite",
-        "_finalize_training": "the last logged loss is averaged over all processes",
+        "_finalize_training": "the last logged loss is averaged over processes; checkpoints are removed by their lists",
         "_get_dataloader": "evaluations read every row once, in order; errors of --dataloader_... flags name them",
         "_get_output_dir": "checkpoints are written under a temporary name",
         "_get_train_sampler": "group_by_length draws from seed and epoch, so that resumed runs and processes agree",
+        "_init_training_state": "the best checkpoint is found where the one that is resumed from is",
         "_initial_num_input_tokens_seen": "tokens per second of a resumed run",
         "_load_best_model": "the best adapter is read as an adapter",
         "_load_callback_state": "a resumed run continues the sum of its losses",
@@ -19,6 +20,7 @@ PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_load_rng_state": "dropout is drawn anew in another number of processes",
         "_load_scaler": "errors name the damaged file",
         "_prepare_for_training": "DeepSpeed loads a checkpoint without frozen parameters",
+        "_push_from_checkpoint": "a checkpoint is uploaded once it has its name",
         "_run_epoch": "a run that stopped or took its last step does not train on; the length-grouped order is set",
         "_save": "only what trains is saved",
         "_save_checkpoint": "checkpoints are written completely, then renamed",

@@ -378,7 +378,7 @@ def test_a_folder_that_a_run_trains_into_is_refused_to_another_until_it_ends(cal
     with locked(tmp_path / "o"):
         outcome = call(*flags)
         assert outcome.code == 1 and "another run trains into it now" in outcome.err
-        assert [*(tmp_path / "o").iterdir()] == [tmp_path / "o" / ".lock"]
+        assert [*(tmp_path / "o").iterdir()] == [tmp_path / "o" / "_lock"]
     succeeded(call(*flags))
 
 

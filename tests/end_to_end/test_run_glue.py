@@ -513,7 +513,7 @@ def test_an_interrupted_run_says_how_to_resume_and_its_re_run_ends_bit_equal(
     assert process.returncode == 1 and "Traceback" not in err, err[-3000:]
     assert "run_glue.py: error: interrupted" in err and "same command resumes" in err
     checkpoints = list(output.glob("checkpoint-*"))
-    assert checkpoints and not (output / "adapter_model.safetensors").exists() and not (output / ".saving").exists()
+    assert checkpoints and not (output / "adapter_model.safetensors").exists() and not (output / "_saving").exists()
     for checkpoint in checkpoints:
         assert read(checkpoint / "trainer_state.json")["global_step"] == int(checkpoint.name.split("-")[1])
         assert len(trained_flat(checkpoint)) == 12

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lora_nlu.training.checkpoints import clear_leftovers, remove_checkpoint
-from lora_nlu.training.file_list import list_files, listed_files, written_files
+from lora_nlu.training.checkpoints import clear_leftovers
+from lora_nlu.training.file_list import list_files, listed_files, remove_checkpoint, written_files
 
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "version_0_1" / "runs" / "roberta_lora"
 

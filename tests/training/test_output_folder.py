@@ -1,13 +1,17 @@
-"""An output folder: the lock of the run that trains into it."""
+"""An output folder: the lock of the run that trains into it, what of it a new start may take up."""
 
 import fcntl
+import json
 import os
 from errno import EBADF, ENOLCK
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from lora_nlu.errors import UserError
-from lora_nlu.training.output_folder import locked, prepare_output_dir
+from lora_nlu.training.output_folder import locked, prepare_output_dir, remaining
 
 
 def flock_of_nfs(descriptor: int, operation: int, flock=fcntl.flock) -> None:
@@ -23,7 +27,7 @@ def test_a_folder_on_a_network_disk_is_locked_as_any_other(tmp_path, monkeypatch
         with locked(tmp_path):
             with pytest.raises(UserError, match="another run trains into it now"), locked(tmp_path):
                 pass
-            assert [*tmp_path.iterdir()] == [tmp_path / ".lock"]
+            assert [*tmp_path.iterdir()] == [tmp_path / "_lock"]
         assert not [*tmp_path.iterdir()] and capsys.readouterr().out == ""
 
 
@@ -47,7 +51,7 @@ def test_a_lock_that_another_run_removes_meanwhile_is_taken_anew(tmp_path, monke
         flock(descriptor, operation)
         calls.append(descriptor)
         if len(calls) == 1:
-            (tmp_path / ".lock").unlink()
+            (tmp_path / "_lock").unlink()
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with locked(tmp_path):
@@ -57,7 +61,7 @@ def test_a_lock_that_another_run_removes_meanwhile_is_taken_anew(tmp_path, monke
 
 
 def test_what_a_killed_run_left_is_locked_again_and_is_no_content(tmp_path):
-    (tmp_path / ".lock").touch()
+    (tmp_path / "_lock").touch()
     prepare_output_dir(str(tmp_path), overwrite=False)
     with locked(tmp_path):
         pass
@@ -68,7 +72,45 @@ def test_what_a_killed_run_left_is_locked_again_and_is_no_content(tmp_path):
 def test_no_file_elsewhere_is_made_or_removed_for_a_lock(kind, tmp_path):
     output = tmp_path / "output"
     output.mkdir()
-    (output / ".lock").symlink_to(tmp_path / "other") if kind == "link" else (output / ".lock").mkdir()
-    with pytest.raises(UserError, match=r"\.lock: can't be locked .* Remove it"), locked(output):
+    (output / "_lock").symlink_to(tmp_path / "other") if kind == "link" else (output / "_lock").mkdir()
+    with pytest.raises(UserError, match=r"_lock: can't be locked .* Remove it"), locked(output):
         pass
-    assert not (tmp_path / "other").exists() and os.path.lexists(output / ".lock")
+    assert not (tmp_path / "other").exists() and os.path.lexists(output / "_lock")
+
+
+def checkpoint(path: Path) -> Path:
+    """As little of a complete checkpoint of a full model as counts for one."""
+    path.mkdir(parents=True)
+    state = json.dumps({"global_step": int(path.name.removeprefix("checkpoint-"))})
+    (path / "trainer_state.json").write_text(state)
+    (path / "files.json").write_text(json.dumps({"trainer_state.json": len(state)}))
+    return path
+
+
+def start(folder: Path, resume: object) -> Any:
+    args = SimpleNamespace(
+        output_dir=str(folder), resume_from_checkpoint=resume and str(resume), metric_for_best_model=0
+    )
+    return SimpleNamespace(args=args, metadata={"hyperparameters": {"seed": 0}}, check_backend=lambda checkpoint: None)
+
+
+def test_a_run_does_not_start_afresh_among_the_checkpoints_of_another(tmp_path):
+    """The highest steps would be kept and resumed, which are the earlier run's."""
+    left = checkpoint(tmp_path / "checkpoint-9")
+    (tmp_path / "run.json").write_text(json.dumps({"hyperparameters": {"seed": 0}}))
+    assert remaining(start(tmp_path, None))[0] == str(left)
+    with pytest.raises(UserError, match="checkpoint-9 is there, of an earlier run"):
+        remaining(start(tmp_path, "false"))
+
+
+def test_a_checkpoint_is_compared_with_the_run_or_refused(tmp_path):
+    """A full model's has no record of its run in it; the folder that it is in may have."""
+    other = checkpoint(tmp_path / "other" / "checkpoint-5")
+    with pytest.raises(UserError, match="no run.json is beside it"):
+        remaining(start(tmp_path / "o", other))
+    for seed in (1, 0):
+        (tmp_path / "other" / "run.json").write_text(json.dumps({"hyperparameters": {"seed": seed}}))
+        if seed:
+            with pytest.raises(UserError, match="other settings: seed 1, now 0"):
+                remaining(start(tmp_path / "o", other))
+    assert remaining(start(tmp_path / "o", other))[0] == str(other)

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from helpers import assert_same_gradients, ragged_batch, randomise_, tiny_config, tiny_deberta_config, twins
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
@@ -21,6 +23,7 @@ from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.methods.marking import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.training.checkpoints import complete_checkpoints
+from lora_nlu.training.output_folder import locked
 from lora_nlu.training.trainer import AdapterTrainer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "roberta_cls3.json").read_text())
@@ -119,7 +122,7 @@ def test_only_checkpoints_with_a_readable_state_of_their_own_step_count_as_compl
     checkpoint("checkpoint-500", "{}")
     checkpoint("checkpoint-600", "[]")
     checkpoint("checkpoint-best", json.dumps({"global_step": 700}))
-    checkpoint(".saving/checkpoint-800", json.dumps({"global_step": 800}))
+    checkpoint("_saving/checkpoint-800", json.dumps({"global_step": 800}))
     (tmp_path / "checkpoint-900").write_text("a file")
     checkpoint("checkpoint-1000", json.dumps({"global_step": 1000}))
     (tmp_path / "checkpoint-1000" / "files.json").write_text('{"trainer_state.json": 21, "optimizer.pt": 9}')
@@ -132,7 +135,7 @@ def test_only_checkpoints_with_a_readable_state_of_their_own_step_count_as_compl
 def test_a_checkpoint_contains_the_trained_parameters_and_no_base_weights(uninterrupted):
     folder, final = uninterrupted
     assert names(complete_checkpoints(str(folder))) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
-    assert not (folder / ".saving").exists()
+    assert not (folder / "_saving").exists()
     last = folder / "checkpoint-12"
     tensors = load_file(last / ADAPTER_WEIGHTS)
     trained = {n: t for n, t in final.items() if "lora_" in n or n.startswith("classifier.")}
@@ -214,6 +217,39 @@ def test_the_error_of_a_first_save_that_fails_says_that_there_is_no_earlier_chec
     assert list(tmp_path.iterdir()) == []
 
 
+class IsKilledInAnEvaluation(AdapterTrainer):
+    step = 0
+
+    def evaluate(self, *args, **kwargs):
+        if self.state.global_step == self.step:
+            raise KeyboardInterrupt
+        return super().evaluate(*args, **kwargs)
+
+
+PLATEAU = {"patience": 0, "factor": 0.1, "mode": "max"}
+
+
+@pytest.mark.parametrize(("step", "save_steps"), [(5, 1), (10, 5), (12, 4)], ids=["first", "second", "inside an epoch"])
+def test_a_run_killed_in_the_evaluation_at_an_epochs_end_evaluates_there_when_it_resumes(step, save_steps, tmp_path):
+    """The learning rate falls by what the evaluation finds; early stopping and the best model count on it as well."""
+    settings = {"eval_strategy": "epoch", "lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"}
+    settings |= {"lr_scheduler_kwargs": PLATEAU, "greater_is_better": True, "save_steps": save_steps}
+    complete = new_trainer(tmp_path / "complete", **settings)
+    complete.train()
+    killed = new_trainer(tmp_path / "killed", kind=IsKilledInAnEvaluation, **settings)
+    killed.step = step
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = new_trainer(tmp_path / "killed", **settings)
+    resumed.train(resume_from_checkpoint=str(complete_checkpoints(str(tmp_path / "killed"))[-1]))
+    evaluations = [
+        [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
+        for trainer in (complete, resumed)
+    ]
+    assert [step for step, _ in evaluations[0]] == [5, 10, 12] and evaluations[0] == evaluations[1]
+    assert_equal_bits(parameters(resumed), parameters(complete))
+
+
 @pytest.mark.parametrize("steps", [9, 10], ids=["inside an epoch", "at its end"])
 def test_a_run_resumed_from_its_last_checkpoint_takes_no_further_step(steps, tmp_path):
     settings = {"max_steps": steps, "lr_scheduler_type": "constant"}
@@ -241,15 +277,15 @@ def test_the_train_loss_of_a_resumed_run_is_the_mean_over_all_its_steps(resumed_
 def test_what_a_killed_process_left_behind_is_never_resumed_from_and_cleared_by_the_next_save(uninterrupted, tmp_path):
     folder, final = uninterrupted
     shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
-    shutil.copytree(folder / "checkpoint-8", tmp_path / ".saving" / "checkpoint-8")
-    (tmp_path / ".saving" / "checkpoint-8" / "trainer_state.json").unlink()
+    shutil.copytree(folder / "checkpoint-8", tmp_path / "_saving" / "checkpoint-8")
+    (tmp_path / "_saving" / "checkpoint-8" / "trainer_state.json").unlink()
     (tmp_path / "checkpoint-8").mkdir()  # half a checkpoint of some other program
     assert names(complete_checkpoints(str(tmp_path))) == ["checkpoint-4"]
     trainer = new_trainer(tmp_path)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_equal_bits(parameters(trainer), final)
     assert names(complete_checkpoints(str(tmp_path))) == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
-    assert not (tmp_path / ".saving").exists()
+    assert not (tmp_path / "_saving").exists()
 
 
 @pytest.mark.parametrize("kind", ["link", "read-only"])
@@ -291,10 +327,10 @@ def test_a_folder_of_somebody_elses_under_a_checkpoints_name_is_renamed_not_remo
 def test_a_checkpoint_is_not_written_through_a_link_that_waits_under_its_temporary_name(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".saving").symlink_to(tmp_path / "mine")
+    (tmp_path / "run" / "_saving").symlink_to(tmp_path / "mine")
     new_trainer(tmp_path / "run", max_steps=4).train()
     assert names(complete_checkpoints(str(tmp_path / "run"))) == ["checkpoint-4"]
-    assert not [*(tmp_path / "mine").iterdir()] and not (tmp_path / "run" / ".saving").is_symlink()
+    assert not [*(tmp_path / "mine").iterdir()] and not (tmp_path / "run" / "_saving").is_symlink()
 
 
 @pytest.mark.parametrize(
@@ -388,6 +424,65 @@ def test_save_total_limit_keeps_the_last_checkpoints_and_the_best(limit, tmp_pat
     assert best != "checkpoint-12"
     assert best in names(complete_checkpoints(str(tmp_path / "best")))
     assert len(complete_checkpoints(str(tmp_path / "best"))) == limit
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+BEST["greater_is_better"] = True  # so that the best one isn't the last one
+
+
+def test_the_best_checkpoint_is_found_where_the_run_was_moved_to(tmp_path):
+    complete = new_trainer(tmp_path / "o", **BEST)
+    complete.train()
+    best = Path(complete.state.best_model_checkpoint).name
+    assert best != "checkpoint-12"
+    (tmp_path / "o").rename(tmp_path / "moved")
+    new_trainer(tmp_path / "o", seed=1, **BEST).train()  # another run where it was
+    moved = new_trainer(tmp_path / "moved", **BEST)
+    moved.train(resume_from_checkpoint=str(tmp_path / "moved" / "checkpoint-12"))
+    assert_equal_bits(parameters(moved), parameters(complete))
+    assert moved.state.best_model_checkpoint == str(tmp_path / "moved" / best)
+    shutil.rmtree(tmp_path / "moved" / best)
+    with pytest.raises(UserError, match=f"moved/{best}: the best checkpoint so far isn't there"):
+        new_trainer(tmp_path / "moved", **BEST).train(resume_from_checkpoint=str(tmp_path / "moved" / "checkpoint-12"))
+
+
+def test_at_the_end_no_folder_is_removed_that_the_run_did_not_write(tmp_path):
+    (tmp_path / "checkpoint-9000").mkdir()
+    (tmp_path / "checkpoint-9000" / "model.bin").write_text("mine")
+    trainer = new_trainer(tmp_path, save_total_limit=1, **BEST)
+    trainer.train()
+    assert complete_checkpoints(str(tmp_path)) == [Path(trainer.state.best_model_checkpoint)]
+    assert (tmp_path / "checkpoint-9000" / "model.bin").read_text() == "mine"
+
+
+def test_what_is_uploaded_while_training_is_complete(tmp_path, monkeypatch):
+    """The upload runs in the background and may list the folder at any time, such as while the next one is saved."""
+    uploads = []
+
+    class Hub:
+        def upload_folder(self, folder_path: str, ignore_patterns=None, **kwargs) -> Future:
+            uploads.append((Path(folder_path), ignore_patterns))
+            assert names(complete_checkpoints(folder_path))[-1] == f"checkpoint-{trainer.state.global_step}"
+            (done := Future()).set_result(None)
+            return done
+
+    class Looks(AdapterTrainer):
+        def init_hf_repo(self, *args, **kwargs) -> None:
+            self.hub_model_id, self.push_in_progress = "me/tiny", None
+
+        def _save_rng_state(self, output_dir: str) -> None:
+            super()._save_rng_state(output_dir)
+            for folder, ignored in uploads:
+                files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+                assert {*filter_repo_objects(files, ignore_patterns=ignored)} == {
+                    "adapter_config.json", "adapter_model.safetensors", "training_args.bin"
+                }  # fmt: skip
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    trainer = new_trainer(tmp_path, kind=Looks, push_to_hub=True, hub_strategy="every_save")
+    with locked(tmp_path):
+        trainer.train()
+    assert len(uploads) == 3
 
 
 def test_an_optimizer_state_in_another_order_of_the_parameters_is_refused(uninterrupted, tmp_path):

@@ -81,3 +81,13 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
     """Names of the tensors that contain NaN, infinity or numbers too large for fp32."""
     numbers = ((name, x.float() if x.is_floating_point() else x) for name, x in state.items())
     return [name for name, x in numbers if not x.sum().isfinite() and not x.isfinite().all()]  # the sum alone is faster
+
+
+def check_moments(optimizer: Any) -> None:
+    """Raise ValueError where Adam's moments have other shapes than its parameters: a file has them by number."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps torch's
+    is_adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)  # fused, it would write beyond the tensor
+    for parameter, moments in optimizer.state.items() if is_adam else ():
+        for name, moment in moments.items():
+            if isinstance(moment, Tensor) and moment.dim() and moment.shape != parameter.shape:
+                raise ValueError(f"{name} is {list(moment.shape)} for a parameter {list(parameter.shape)}")

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from errno import EINVAL, ELOOP, ENOENT
+from errno import EINVAL
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,14 @@ from lora_nlu.files import (
 )
 from lora_nlu.methods.description import methods_in
 from lora_nlu.ops.sharding import is_finite
-from lora_nlu.ops.tensors import load_torch_file
-from lora_nlu.training.file_list import FILE_LIST, list_files, listed_files
+from lora_nlu.ops.tensors import check_moments, load_torch_file
+from lora_nlu.training.file_list import FILE_LIST, REMOVING, list_files, remove_checkpoint
 from lora_nlu.training.processes import lost_process, say, seed_from
 
 STATE = "trainer_state.json"
 _METHOD_STATE = "method_state.pt"  # in a checkpoint: what the methods' `after_step` keeps
 _TOTAL_LOSS = "total_loss"  # among a checkpoint's states of callbacks: the sum of the losses of all steps
-SAVING = ".saving"  # a checkpoint being written; resuming never reads it
-_REMOVING = ".removing"  # the list of files of a checkpoint being removed
+SAVING = "_saving"  # a checkpoint being written: never resumed from, nor uploaded, as transformers leaves out "_*"
 # transformers before 5.20 loads an optimizer in one of several CPU processes to "cpu:0", which torch does not know
 torch.serialization.register_package(0, lambda storage: None, lambda x, location: x if location == "cpu:0" else None)
 _FULL_DISK = re.compile("inline_container|StreamWriter|iostream")  # in torch.save's RuntimeError for it
@@ -58,15 +57,11 @@ def complete_checkpoints(output_dir: str) -> list[Path]:
     """A run's checkpoints by step, oldest first, of which every file is there with the length that was written."""
     found = []
     for path in Path(output_dir).glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        try:
-            files, state = read_json(path / FILE_LIST), TrainerState(**read_json(path / STATE))
+        with suppress(UserError, OSError, ValueError, TypeError):  # it is none, or damaged
+            files, step = read_json(path / FILE_LIST), TrainerState(**read_json(path / STATE)).global_step
             lengths = {name: (path / name).stat().st_size for name in files}
-            complete = step.isdigit() and state.global_step == int(step) and lengths == files
-        except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            complete = False
-        if complete:
-            found.append((int(step), path))
+            if path.name == f"checkpoint-{step}" and lengths == files:
+                found.append((step, path))
     return [path for _, path in sorted(found)]
 
 
@@ -80,43 +75,23 @@ def seconds_trained(log_history: list[dict[str, Any]]) -> float:
     return next((entry["elapsed_s"] for entry in reversed(log_history) if "elapsed_s" in entry), 0.0)
 
 
-def remove_checkpoint(path: Path) -> None:
-    """Remove the files that a checkpoint lists, and its folders that are then empty. Raises OSError if it can't.
-
-    The list is renamed first: a half-removed checkpoint is none, and `clear_leftovers` removes what is left of it.
-    """
-    if path.is_symlink():
-        raise OSError(ELOOP, "it is a link", str(path))
-    if (files := listed_files(path, _REMOVING)) is None:
-        if (files := listed_files(path)) is None:
-            raise OSError(ENOENT, f"no {FILE_LIST} in it", str(path))
-        os.replace(path / FILE_LIST, path / _REMOVING)
-    for file in files:
-        file.unlink(missing_ok=True)
-    (path / _REMOVING).unlink()
-    for folder in sorted({path, *(parent for file in files for parent in file.parents)}, reverse=True):
-        if folder.is_relative_to(path):
-            with suppress(OSError):  # somebody else's files are in it
-                folder.rmdir()
-
-
 def clear_leftovers(output_dir: str) -> None:
     """Remove what a killed process of this run was writing or removing; the folder must be locked."""
     remove_leftovers(Path(output_dir), older_than_s=0)
     _remove_saving(Path(output_dir))
     for path in Path(output_dir).glob("checkpoint-*"):
         with suppress(OSError):
-            if (path / _REMOVING).is_file():
+            if (path / REMOVING).is_file():
                 remove_checkpoint(path)
             elif path.name.removeprefix("checkpoint-").isdigit():
                 path.rmdir()  # if it is empty
 
 
 def _remove_saving(output_dir: Path) -> None:
-    saving = output_dir / SAVING
-    if saving.is_symlink():
-        saving.unlink()
-    shutil.rmtree(saving, ignore_errors=True)
+    for saving in (output_dir / SAVING, output_dir / ".saving"):  # earlier versions' name
+        if saving.is_symlink():
+            saving.unlink()
+        shutil.rmtree(saving, ignore_errors=True)
 
 
 def clear_checkpoint(path: Path, args: Any) -> None:
@@ -183,16 +158,6 @@ def _damaged_file(checkpoint: Path) -> tuple[Path, Exception] | None:
     return None
 
 
-def check_moments(optimizer: Any) -> None:
-    """Raise ValueError where Adam's moments have other shapes than its parameters: a file has them by number."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wraps torch's
-    is_adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)  # fused, it would write beyond the tensor
-    for parameter, moments in optimizer.state.items() if is_adam else ():
-        for name, moment in moments.items():
-            if isinstance(moment, Tensor) and moment.dim() and moment.shape != parameter.shape:
-                raise ValueError(f"{name} is {list(moment.shape)} for a parameter {list(parameter.shape)}")
-
-
 class CheckpointingTrainer(Trainer):
     """transformers' Trainer whose checkpoints contain only what trains, unless the complete encoder trains."""
 
@@ -223,7 +188,6 @@ class CheckpointingTrainer(Trainer):
         """Write the checkpoint under a temporary name, then rename it: an interruption leaves the others complete."""
         output_dir = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        saving = output_dir / SAVING
         if self.args.should_save:
             _remove_saving(output_dir)
         self.accelerator.wait_for_everyone()
@@ -237,7 +201,7 @@ class CheckpointingTrainer(Trainer):
             if best.name == name or best.is_dir():  # the best evaluation may have had no checkpoint
                 self.state.best_model_checkpoint = str(best)
             if self.args.should_save:
-                self._publish(saving / name, output_dir / name)
+                self._publish(output_dir / SAVING / name, output_dir / name)
         except (OSError, SafetensorError, RuntimeError) as e:
             if isinstance(e, RuntimeError) and not _FULL_DISK.search(str(e)):
                 raise
@@ -250,7 +214,13 @@ class CheckpointingTrainer(Trainer):
                 _remove_saving(output_dir)
         self._saved = self.state.global_step, len(self.state.log_history)
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(output_dir / name))
         self.rotate(output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_saving_checkpoint:  # an upload runs while training goes on, and would not find it again
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def record_total_loss(self) -> float:
         """The sum of all steps' losses, a mean over the processes; also in the state, which is saved."""
@@ -272,16 +242,16 @@ class CheckpointingTrainer(Trainer):
         clear_checkpoint(checkpoint, self.args)  # a damaged one of the same step
         flush_and_rename(written, checkpoint)
 
-    def rotate(self, output_dir: Path) -> None:
-        """Keep the last --save_total_limit checkpoints, the best among them; as transformers, one more if that is 1."""
+    def rotate(self, output_dir: Path, has_ended: bool = False) -> None:
+        """Keep the last --save_total_limit checkpoints, the best among them; until the end one more if that is 1."""
         limit = self.args.save_total_limit
         if not limit or not self.args.should_save or not (kept := complete_checkpoints(str(output_dir))):
             return
         best = next((path for path in kept if path.name == Path(self.state.best_model_checkpoint or "").name), None)
         if best is not None and best != kept[-1]:
             kept.remove(best)
-            kept.insert(-1, best)
-            limit = max(limit, 2)
+            kept.insert(len(kept) if has_ended else -1, best)
+            limit = limit if has_ended else max(limit, 2)
         for path in kept[:-limit]:
             try:
                 remove_checkpoint(path)
@@ -370,6 +340,15 @@ class CheckpointingTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         self.model.config.pad_token_id = self._pad_token_id
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        done, checkpoint = super()._init_training_state(*args), args[3]
+        if checkpoint and (recorded := read_json(Path(checkpoint, STATE)).get("best_model_checkpoint")):
+            best = Path(checkpoint).parent / Path(recorded).name  # the folder may have been moved
+            if self.args.load_best_model_at_end and not best.is_dir():
+                raise UserError(f"{best}: the best checkpoint so far isn't there; --load_best_model_at_end needs it.")
+            self.state.best_model_checkpoint = str(best)
+        return done
 
     def _load_callback_state(self) -> None:
         self._total_loss = self.state.stateful_callbacks.pop(_TOTAL_LOSS, None)  # older versions did not write it

@@ -1,6 +1,8 @@
 """files.json in an output folder and in each checkpoint: which files the program wrote there. It removes no others."""
 
+import os
 from contextlib import suppress
+from errno import ELOOP, ENOENT
 from pathlib import Path
 
 from lora_nlu.errors import UserError
@@ -16,6 +18,7 @@ from lora_nlu.files import (
 
 RUN = "run.json"  # marks an output folder as one of run_glue.py
 FILE_LIST = "files.json"
+REMOVING = ".removing"  # the list of files of a checkpoint being removed
 # Results of versions that kept no list, each with a key that it has
 _RESULTS = {
     "trainer_state.json": "log_history", "train_results.json": "train_runtime", "eval_results.json": "eval_runtime",
@@ -56,3 +59,23 @@ def written_files(folder: Path) -> list[Path]:
         with suppress(OSError), path.open("rb") as file:
             found += [path] if file.readline(20) == b"index\tprediction\n" else []
     return found
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove the files that a checkpoint lists, and its folders that are then empty. Raises OSError if it can't.
+
+    The list is renamed first: a half-removed checkpoint is none, and `clear_leftovers` removes what is left of it.
+    """
+    if path.is_symlink():
+        raise OSError(ELOOP, "it is a link", str(path))
+    if (files := listed_files(path, REMOVING)) is None:
+        if (files := listed_files(path)) is None:
+            raise OSError(ENOENT, f"no {FILE_LIST} in it", str(path))
+        os.replace(path / FILE_LIST, path / REMOVING)
+    for file in files:
+        file.unlink(missing_ok=True)
+    (path / REMOVING).unlink()
+    for folder in sorted({path, *(parent for file in files for parent in file.parents)}, reverse=True):
+        if folder.is_relative_to(path):
+            with suppress(OSError):  # somebody else's files are in it
+                folder.rmdir()

@@ -18,12 +18,12 @@ from lora_nlu.errors import UserError, printable_lines
 from lora_nlu.files import RUN_METADATA, is_training_run, read_json, write_json
 from lora_nlu.labels import label_list
 from lora_nlu.methods.table import METHODS
-from lora_nlu.training.checkpoints import clear_checkpoint, complete_checkpoints, remove_checkpoint
-from lora_nlu.training.file_list import FILE_LIST, RUN, list_files, written_files
+from lora_nlu.training.checkpoints import clear_checkpoint, complete_checkpoints
+from lora_nlu.training.file_list import FILE_LIST, RUN, list_files, remove_checkpoint, written_files
 from lora_nlu.training.trainer import AdapterTrainer
 
-_NO_CONTENT = re.compile(rf"\..*\.partial|\.saving|\.removing|\.lock|{FILE_LIST}")  # what a killed process may leave
-_LOCK = ".lock"  # there while a run trains, and after one that was killed
+_NO_CONTENT = re.compile(rf"\..*\.partial|[._]saving|\.removing|_lock|{FILE_LIST}")  # what a killed process may leave
+_LOCK = "_lock"  # there while a run trains, and after one that was killed; uploads leave out "_*"
 _SCORES = ("eval_results.json", "eval_mm_results.json", "predict_results_")  # of a run that trains, after training
 _AFRESH = "Choose another --output_dir, or --overwrite_output_dir to train afresh."
 # What decides a run's result, and which files it was trained on
@@ -167,6 +167,11 @@ def remaining(trainer: AdapterTrainer) -> tuple[str | None, bool, dict[str, Any]
     checkpoint = find_checkpoint(trainer.args.output_dir, trainer.args.resume_from_checkpoint)
     if checkpoint or "trained" in earlier:
         _check_same_run(folder, earlier, now)
+    elif left := complete_checkpoints(trainer.args.output_dir):
+        raise UserError(
+            f"--resume_from_checkpoint false: {left[-1]} is there, of an earlier run, to be taken for this one's.\n"
+            "Leave the flag out to resume, or --overwrite_output_dir to train afresh."
+        )
     elif results := [p.name for p in written_files(folder) if p.name.startswith(_SCORES) and p.is_file()]:
         raise UserError(
             f"--output_dir {folder} contains results of another model ({results[0]}), to be taken for this run's.\n"
@@ -175,6 +180,8 @@ def remaining(trainer: AdapterTrainer) -> tuple[str | None, bool, dict[str, Any]
     if checkpoint:  # --resume_from_checkpoint may be of another folder
         of_adapter = Path(checkpoint, RUN_METADATA)
         first = read_json(of_adapter) if of_adapter.is_file() else recorded(Path(checkpoint).parent)
+        if not first:
+            raise UserError(f"{checkpoint}: no {RUN} is beside it, so it can't be compared with this run.")
         _check_same_run(checkpoint, first, now)
         now = now | {name: first[name] for name in (*_DECIDING, *_FILES) if name in first}
     if checkpoint and "trained" not in earlier:

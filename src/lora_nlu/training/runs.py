@@ -100,7 +100,6 @@ def _train_from(checkpoint: str | None, trainer: AdapterTrainer) -> dict[str, fl
 
 def _save(trainer: AdapterTrainer, metrics: dict[str, float]) -> None:
     """Write the trained model, its metrics and the record that it is trained."""
-    trainer.rotate(Path(trainer.args.output_dir))  # a run killed after its last save did not
     trainer.save_model(_internal_call=True)
     seconds, samples = seconds_trained(trainer.state.log_history), len(trainer.train_dataset)
     measured = {"train_seconds": seconds, "train_samples": samples, **peak_memory_gib()}

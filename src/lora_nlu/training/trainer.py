@@ -83,6 +83,21 @@ class _StopAfterSignal(TrainerCallback):
             control.should_log = control.should_evaluate = control.should_save = False
 
 
+class _SaveAfterEpoch(TrainerCallback):
+    """A checkpoint due at an epoch's last step is saved after its evaluation, which a resumed run would lack."""
+
+    is_due = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        is_last = state.global_step >= state.max_steps or float(state.epoch).is_integer()
+        self.is_due = control.should_save and is_last
+        control.should_save = control.should_save and not is_last
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = control.should_save or self.is_due
+        self.is_due = False
+
+
 class _ByLength(LengthGroupedSampler):
     """As transformers', but drawn from seed and epoch: the same order in all processes and on resuming."""
 
@@ -102,6 +117,7 @@ class AdapterTrainer(CheckpointingTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(_DropoutOfProcess)
+        self.add_callback(_SaveAfterEpoch)
         if self.after_steps:
             self.add_callback(_AfterStep(self.after_steps))
         if (patience := getattr(self.args, "early_stopping_patience", None)) is not None:
@@ -263,7 +279,10 @@ class AdapterTrainer(CheckpointingTrainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._tr_loss = self.accelerator.gather(self._tr_loss[None]).mean()  # of the steps since the last log
-        return super()._finalize_training(*args, **kwargs)
+        with _replaced(self.args, save_total_limit=None):  # it would remove folders by their names
+            output = super()._finalize_training(*args, **kwargs)
+        self.rotate(Path(self.args.output_dir), has_ended=True)
+        return output
 
     # ----------------------------------------------------------------------------------------------- evaluation
 
