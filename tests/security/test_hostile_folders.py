@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters.conversions import written
 from adapters.small_models import METADATA_OF_RUN, lora_model
 from helpers import tiny_config
 from safetensors.torch import save_file
@@ -190,6 +191,21 @@ def test_values_of_a_models_config_are_printed_as_text_and_shortened(key, base):
             assert is_printable("".join(notes)) and len("".join(notes)) < 1500
         except UserError as e:
             assert is_printable(str(e)) and len(str(e)) < 1500
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("token", [{"content": "a", "\x1b[2J": 1}, {"x": "y"}, {"content": None}], ids=ascii)
+def test_a_token_of_another_form_is_refused_and_its_names_are_not_printed(token, name, tmp_path, capfd):
+    folder = written("roberta", tmp_path, reading=False)[1]
+    config = load_config(str(folder))
+    load_tokenizer(str(folder), config)
+    path = folder / name
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(settings | {"unk_token": token}))
+    with pytest.raises(UserError, match="No tokenizer in .* that can be read") as error:
+        load_tokenizer(str(folder), config)
+    out, err = capfd.readouterr()
+    assert is_printable(str(error.value)) and is_printable((out + err).replace("\r", ""))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])

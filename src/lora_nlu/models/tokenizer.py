@@ -1,12 +1,14 @@
 """The tokenizer of a checkpoint, and a fingerprint of what it does."""
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+from transformers.utils.hub import cached_file
 
 from lora_nlu.errors import UserError, first_line, printable
 from lora_nlu.files import weights_file_problem
@@ -33,6 +35,13 @@ def _keep_files(tokenizer: Any) -> None:
     tokenizer.save_vocabulary = save_vocabulary
 
 
+def _check_names(pairs: list[tuple[str, Any]]) -> None:
+    """Raise ValueError for a name in a JSON object that the tokenizers library would print as it is."""
+    for name, _ in pairs:
+        if not name.isprintable():
+            raise ValueError(f"the name {printable(name)}")
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """A hash of the tokens by id and of the ids of a pair of texts: tens of ms for 128k tokens."""
     tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
@@ -57,7 +66,11 @@ def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
     none, if it has more tokens than the model, or no token to pad with.
     """
     try:
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            if path := cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub):
+                json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_check_names)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
+        is_empty = len(tokenizer) <= len(set(tokenizer.all_special_ids))
     except Exception as e:  # transformers raises errors of many kinds for missing or damaged files
         for path in sorted(Path(name).glob("*.model")):  # SentencePiece's
             if text := weights_file_problem(path, "tokens"):
@@ -71,7 +84,7 @@ def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
         raise UserError(
             f"No tokenizer in {name} that can be read ({kind}{first_line(e)}). Give --tokenizer_name."
         ) from e
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up where the files are missing
+    if is_empty:  # transformers makes one up where the files are missing
         raise UserError(f"No tokenizer in {name} (it has no vocabulary). Give --tokenizer_name.")
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"The tokenizer of {name} has {len(tokenizer)} tokens, the model only {config.vocab_size}.")
