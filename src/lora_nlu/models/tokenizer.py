@@ -67,8 +67,8 @@ def load_tokenizer(name: str, config: Any, **hub: Any) -> tuple[Any, list[str]]:
     """
     try:
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            if path := cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub):
-                json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_check_names)
+            if found := cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub):
+                json.loads(Path(found).read_text(encoding="utf-8"), object_pairs_hook=_check_names)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
         is_empty = len(tokenizer) <= len(set(tokenizer.all_special_ids))
     except Exception as e:  # transformers raises errors of many kinds for missing or damaged files
