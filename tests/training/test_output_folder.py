@@ -114,3 +114,13 @@ def test_a_checkpoint_is_compared_with_the_run_or_refused(tmp_path):
             with pytest.raises(UserError, match="other settings: seed 1, now 0"):
                 remaining(start(tmp_path / "o", other))
     assert remaining(start(tmp_path / "o", other))[0] == str(other)
+
+
+def test_what_a_record_of_a_run_contains_is_printed_as_text_and_cut(tmp_path):
+    checkpoint(tmp_path / "checkpoint-9")
+    text = "\x1b[2J\nforged: " + "x" * 100_000
+    (tmp_path / "run.json").write_text(json.dumps({"task": text, "hyperparameters": {"seed": text, "\n": 1}}))
+    with pytest.raises(UserError, match="contains a run with other settings") as error:
+        remaining(start(tmp_path, None))
+    lines = str(error.value).split("\n")
+    assert len(lines) == 2 and len(lines[0]) < 4000 and all(map(str.isprintable, lines))

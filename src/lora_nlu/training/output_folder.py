@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from lora_nlu.data.tokenization import digest
-from lora_nlu.errors import UserError, printable_lines
+from lora_nlu.errors import UserError, printable, printable_lines
 from lora_nlu.files import RUN_METADATA, is_training_run, read_json, write_json
 from lora_nlu.labels import label_list
 from lora_nlu.methods.table import METHODS
@@ -230,7 +230,7 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
         elif before != after:
             before, after = (label_list(value) if key == "labels" else value for value in (before, after))
             differences.append(f"{key} {before}, now {after}")
-    return differences
+    return [printable(difference, 1000) for difference in differences]
 
 
 def wait_for_file(path: Path, content: str, args: Any) -> None:
