@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -22,10 +23,10 @@ def tokens_of_own_file(folder: Path) -> Dataset:
     return tokenize(own(folder, "a.csv", content), BertTokenizer(vocab=VOCABULARY), 16)[0]["train"]
 
 
-def rows_of_a_task(folder: Path) -> Dataset:
+def rows_of_a_task(folder: Path, **settings: Any) -> Dataset:
     lines = ["sentence | label", *(f"{'dog ' * (i % 7 + 1)}| {i % 2}" for i in range(ROWS))]
     write(folder / "SST-2" / "train.tsv", tsv(*lines))
-    return load_glue("sst2", ["train"], str(folder)).splits["train"]
+    return load_glue("sst2", ["train"], str(folder), **settings).splits["train"]
 
 
 def cut_after_a_batch(content: bytes) -> bytes:
@@ -67,6 +68,13 @@ def test_a_second_start_parses_no_file_and_tokenises_nothing(tmp_path, monkeypat
         monkeypatch.setattr(module, "_batches", lambda *arguments: 1 / 0)
     monkeypatch.setattr("lora_nlu.data.tokenization._encoded", lambda *arguments: 1 / 0)
     assert [tokens_of_own_file(tmp_path).to_dict(), rows_of_a_task(tmp_path).to_dict()] == first
+
+
+def test_overwrite_cache_reads_a_glue_folder_again(tmp_path, monkeypatch):
+    rows_of_a_task(tmp_path)
+    monkeypatch.setattr(glue, "_batches", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        rows_of_a_task(tmp_path, overwrite_cache=True)
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused_and_not_cached(tmp_path, monkeypatch, cache):

@@ -125,7 +125,9 @@ def test_a_second_call_reads_the_cached_file_and_overwrite_cache_makes_it_anew(t
     assert remade.keys() == made.keys() and remade != made and third.to_dict() == first.to_dict()
 
 
-def test_changed_text_length_rows_or_tokenizer_make_another_cache(tmp_path, roberta, deberta):
+def test_changed_text_length_rows_tokenizer_or_a_new_version_make_another_cache(
+    tmp_path, roberta, deberta, monkeypatch
+):
     def files_after(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
         encoded = tokenize(examples, tokenizer, max_length, str(tmp_path))["train"]
         row = tokenizer(examples.splits["train"][0]["text"], truncation=True, max_length=max_length)
@@ -137,6 +139,9 @@ def test_changed_text_length_rows_or_tokenizer_make_another_cache(tmp_path, robe
     assert files_after(own_file(tmp_path, "a cat"), roberta, 4) == 3
     assert files_after(own_file(tmp_path, "a cat"), deberta, 4) == 4
     assert files_after(choose_rows(own_file(tmp_path, "a cat"), {"train": 2}), deberta, 4) == 5
+    for number, library in enumerate(("transformers", "tokenizers"), start=6):
+        monkeypatch.setattr(f"{library}.__version__", "99.0")
+        assert files_after(choose_rows(own_file(tmp_path, "a cat"), {"train": 2}), deberta, 4) == number
 
 
 def test_the_digest_of_training_data_is_of_every_id_token_type_and_label_in_order(tmp_path, deberta):

@@ -26,7 +26,12 @@ HUB_TIMEOUT_S = 5
 
 
 def load_glue(
-    name: str, kinds: Sequence[str], glue_dir: str | None = None, cache_dir: str | None = None, token: str | None = None
+    name: str,
+    kinds: Sequence[str],
+    glue_dir: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+    overwrite_cache: bool = False,
 ) -> Examples:
     """A GLUE task's splits of these kinds (train, validation, test) from `glue_dir` or the Hub. Raises UserError."""
     task = TASKS[name]
@@ -35,15 +40,15 @@ def load_glue(
             raise UserError(f"{name} has no {kind} set. It is for --do_predict with an adapter trained on mnli.")
     splits = [split for kind in kinds for split in task.splits[kind]]
     if glue_dir is not None:
-        return load_glue_folder(glue_dir, task, splits, cache_dir)
+        return load_glue_folder(glue_dir, task, splits, cache_dir, overwrite_cache)
     return load_glue_hub(task, splits, cache_dir, token)
 
 
-def with_diagnostics(examples: Examples, *source: str | None) -> tuple[Examples, str]:
+def with_diagnostics(examples: Examples, *source: Any) -> tuple[Examples, str]:
     """MNLI's examples with GLUE's diagnostic set (AX), which an MNLI model predicts, as split `test_ax`.
 
-    source: glue_dir, cache_dir and token as in `load_glue`. If the set can't be loaded, the examples are returned
-    unchanged, with the reason; otherwise the reason is "".
+    source: as in `load_glue`, from glue_dir on. If the set can't be loaded, the examples are returned unchanged, with
+    the reason; otherwise the reason is "".
     """
     try:
         ax = load_glue("ax", ["test"], *source)
@@ -53,7 +58,9 @@ def with_diagnostics(examples: Examples, *source: str | None) -> tuple[Examples,
     return replace(examples, splits=splits, columns=examples.columns | {"test_ax": ax.columns["test"]}), ""
 
 
-def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str], cache_dir: str | None = None) -> Examples:
+def load_glue_folder(
+    glue_dir: str, task: Task, splits: Sequence[str], cache_dir: str | None = None, overwrite_cache: bool = False
+) -> Examples:
     """Read the splits (Hub names) of a task from the standard GLUE folders under `glue_dir`."""
     if not Path(glue_dir).is_dir():
         raise UserError(f"--glue_dir {glue_dir}: no such folder. It must hold {next(iter(task.files.values()))[0]}.")
@@ -68,7 +75,7 @@ def load_glue_folder(glue_dir: str, task: Task, splits: Sequence[str], cache_dir
             )
         with_labels = not split.startswith("test")
         columns[split] = (*(task.text_columns or task.text), *([task.label_column] if with_labels else []))
-        tables[split] = read_glue_file(path, task, columns[split], with_labels, cache_dir)
+        tables[split] = read_glue_file(path, task, columns[split], with_labels, cache_dir, overwrite_cache)
         _compare_rows(str(path), tables[split], task, split)
     return Examples(tables, task.labels, columns)
 
@@ -81,7 +88,12 @@ def _compare_rows(source: str, table: Dataset, task: Task, split: str) -> None:
 
 
 def read_glue_file(
-    path: Path, task: Task, columns_read: Sequence[str], with_labels: bool, cache_dir: str | None = None
+    path: Path,
+    task: Task,
+    columns_read: Sequence[str],
+    with_labels: bool,
+    cache_dir: str | None = None,
+    overwrite_cache: bool = False,
 ) -> Dataset:
     """Read the columns of the text, or of a pair, and then of the label, of one file of the standard GLUE download.
 
@@ -89,7 +101,7 @@ def read_glue_file(
     another width or without a newline, and a label outside the task's set.
     """
     next(read_lines(path, newline="\n"))  # raises UserError for a file that can't be read
-    cached = partial(cached_table, f"{task.name}_rows", cache_dir=cache_dir)
+    cached = partial(cached_table, f"{task.name}_rows", cache_dir=cache_dir, overwrite=overwrite_cache)
     batches = partial(_batches, path, task, columns_read, with_labels)
     return cached_file(path, f"{task.name} {with_labels}", batches, cached)[0]
 

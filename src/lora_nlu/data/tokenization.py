@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import tokenizers
+import transformers
 from datasets import Dataset
 from datasets.utils import tqdm
 
@@ -27,10 +29,11 @@ def tokenize(
     """Encode text to input_ids (and token_type_ids, attention_mask, label), truncated to `max_length`, unpadded.
 
     Returns the tables, and a line for each split of which examples were truncated. Cached in `cache_dir` (or the
-    datasets library's cache) under a name made of text, tokenizer and length, as `cached_table` says. Raises UserError
-    if most words are unknown to the tokenizer.
+    datasets library's cache) under a name made of text, tokenizer, its libraries' versions and length, as
+    `cached_table` says. Raises UserError if most words are unknown to the tokenizer.
     """
-    settings = f"{tokenizer.__class__.__name__} {tokenizer.truncation_side} {tokenizer.model_input_names}"
+    versions = f"{transformers.__version__} {tokenizers.__version__}"
+    settings = f"{versions} {type(tokenizer).__name__} {tokenizer.truncation_side} {tokenizer.model_input_names}"
     identity = f"{settings} {_tokenizer_identity(tokenizer)} {max_length} {_LENGTH}"
     encoded, notes = {}, []
     for split, table in examples.splits.items():

@@ -69,7 +69,7 @@ class DataArguments:
     task_name: str | None = flag("GLUE task", choices=[*TASKS])
     glue_dir: str | None = flag("Folder with the standard GLUE download (CoLA/train.tsv, ...) instead of the Hub")
     max_seq_length: int = flag("Longer inputs are truncated to this many tokens", 128)
-    overwrite_cache: bool = flag("Tokenise again, and parse files of your own again", False)
+    overwrite_cache: bool = flag("Tokenise again, and parse your files and GLUE folders again", False)
     pad_to_max_length: bool = flag("Pad every batch to max_seq_length; results are the same", False)
     max_train_samples: int | None = flag("Train on the first so many examples")
     max_eval_samples: int | None = flag("Evaluate on the first so many examples (of each set)")

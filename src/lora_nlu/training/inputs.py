@@ -109,7 +109,7 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
     named_by = head.source if flag_labels is None else "--labels"
     if names is None and not task and splits == ["test"]:
         head.check_ids(None)
-    glue_source = data_args.glue_dir, model_args.cache_dir, model_args.token
+    glue_source = data_args.glue_dir, model_args.cache_dir, model_args.token, data_args.overwrite_cache
     text_columns = parse_names("text_columns", data_args.text_columns)
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
     limits["test"] = data_args.max_predict_samples
