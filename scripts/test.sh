@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1   # two test processes, a 
 # in the order of the files: end_to_end/, whose few tests are the longest, starts first
 "$venv/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -ra "$@"
 [[ -n "$all" ]] || exit 0
-for long in "stress/every_call.py --cases 40 --jobs 2" \
+for long in "stress/every_call.py --cases 100 --jobs 2" "stress/at_once.py" "stress/at_once.py --train --rounds 2" \
   "stress/fuzz.py --mutations 100000" "stress/compare.py --cases 5000" "stress/distributed_methods.py" \
   "foreign/run.py"; do
   echo "== tests/$long"

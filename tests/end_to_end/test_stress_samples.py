@@ -43,6 +43,11 @@ def test_a_run_killed_or_out_of_disk_space_at_a_call_ends_by_the_same_command_wi
     assert done.stdout.splitlines()[-1].startswith(f"{len(STRUCK)} calls struck, 0 missed"), done.stdout
 
 
+def test_two_commands_of_run_seeds_over_one_folder_leave_what_one_leaves_and_start_no_run_twice():
+    done = stress("at_once.py", "--schedulers", 2, "--rounds", 2)
+    assert done.returncode == 0 and re.search("2 rounds of 2 at once, .* 0 failures", done.stdout), done.stdout
+
+
 def test_random_models_batches_and_masks_have_transformers_outputs_and_gradients():
     worst, failures, judged = compare.compare_cases(0, range(60))
     assert not failures and judged <= 1

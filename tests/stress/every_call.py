@@ -183,6 +183,7 @@ def traced_calls(trace: Path, folder: Path) -> Iterator[tuple[str, Call, str]]:
         process, name, rest = match.groups(default="")
         first = process if first is None else first
         count[process, name] += 1
+        rest = re.sub(r"\) += \d+<.*", ")", rest)  # not the result, which a call that is struck does not have
         paths = [at + (f"/{path}" if path else "") for at, path in re.findall(r'<(/[^>]*)>(?:, "([^/"][^"]*)")?', rest)]
         paths += re.findall(r'"(/[^"]*)"', rest)
         inside = [path.removeprefix(f"{folder}/") for path in paths if path.startswith(f"{folder}/")]
@@ -252,10 +253,15 @@ def run(command: Command, folder: Path, trace: Path | None = None, injections: l
             break
     if tracer:
         tracer.wait()
-    for log in folder.rglob("*.log"):  # locked by a run that outlives the run_seeds.sh that started it
+    wait_for_runs(folder)
+    return os.waitstatus_to_exitcode(done[1])
+
+
+def wait_for_runs(folder: Path) -> None:
+    """Wait for runs that outlive the run_seeds.sh that started them: they have locked their logs."""
+    for log in folder.rglob("*.log"):
         with log.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-    return os.waitstatus_to_exitcode(done[1])
 
 
 def printed(log: Path, kind: str) -> str:
