@@ -6,6 +6,7 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import DataCollatorWithPadding
@@ -18,10 +19,18 @@ from lora_nlu.training.checks import choose_metrics
 from lora_nlu.training.inputs import read_examples, starting_head, tokenize_examples
 from lora_nlu.training.metadata import run_metadata
 from lora_nlu.training.model import load_adapter, prepare_model
-from lora_nlu.training.output_folder import check_all_alike, prepare_output_dir, record_evaluation
+from lora_nlu.training.output_folder import check_all_alike, locked, prepare_output_dir, record_evaluation
 from lora_nlu.training.parsing import parse_arguments
 from lora_nlu.training.processes import say
-from lora_nlu.training.runs import closing_table, describe_run, evaluate, predict, train, trainer_class
+from lora_nlu.training.runs import (
+    closing_table,
+    describe_run,
+    evaluate,
+    loaded_weights,
+    predict,
+    train,
+    trainer_class,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -56,14 +65,16 @@ def main(argv: list[str]) -> None:
     check_all_alike(trainer, tables)
 
     # Train, score, report
-    if args.do_train:
-        train(trainer, args.overwrite_output_dir)
-    else:
-        record_evaluation(trainer, start or name)
-    scores = evaluate(trainer, tables, metrics[0]) if args.do_eval else {}
-    if args.do_train:
-        describe_run(trainer, scores, metrics[0])
-    files = predict(trainer, tables) if args.do_predict else []
+    with locked(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
+        if args.do_train:
+            weights = train(trainer, args.overwrite_output_dir)
+        else:
+            weights = loaded_weights(trainer)
+            record_evaluation(trainer, start or name, weights)
+        scores = evaluate(trainer, tables, examples.rows, metrics[0], weights) if args.do_eval else {}
+        if args.do_train:
+            describe_run(trainer, scores, metrics[0])
+        files = predict(trainer, tables, examples.rows, weights) if args.do_predict else []
     say(args, closing_table(trainer, scores, metrics[0], tables), *(f"  predictions: {path}" for path in files))
 
 

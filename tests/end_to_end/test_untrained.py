@@ -10,11 +10,14 @@ import torch
 from helpers import flags_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import contents
+from safetensors.torch import load_file, save_file
 from test_run_glue import read, rte, scores, succeeded
 from transformers import RobertaForSequenceClassification, RobertaModel
 
 from lora_nlu.adapters.reading import read_adapter
+from lora_nlu.errors import UserError
 from lora_nlu.methods.table import METHODS
+from lora_nlu.training.output_folder import locked
 
 SHORT = ["--max_seq_length", "64", "--learning_rate", "1e-2"]
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
@@ -114,6 +117,100 @@ def test_training_does_not_start_among_results_that_another_model_gave(trained, 
     assert outcome.code == 1 and "eval_results.json" in outcome.err and "--overwrite_output_dir" in outcome.err
     succeeded(call(*train, "--overwrite_output_dir"))
     assert not (tmp_path / "o" / "eval_results.json").exists()
+
+
+def flags_again(method: str, folder: Path) -> list[object]:
+    """Those that evaluate what a run trained."""
+    name = METHODS[method].path_flag if METHODS[method].freezes else "model_name_or_path"
+    return [f"--{name}", folder, *SHORT]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_trained_runs_results_are_replaced_by_those_of_fewer_examples_or_other_weights_in_no_way(
+    method, trained, call, glue, tmp_path
+):
+    folder = shutil.copytree(trained(method), tmp_path / "run")
+    before, again = contents(folder), flags_again(method, folder)
+    train = [*flags_of(METHODS[method]), *SHORT, "--max_steps", "3", "--do_train"]
+    for flags in (again, train):
+        for name, count, few in (
+            ("eval_results.json", 24, "--do_eval"),
+            ("predict_results_rte.tsv", 10, "--do_predict"),
+        ):
+            limit = few.replace("do", "max") + "_samples"
+            outcome = call(*on_rte(glue, folder, *flags, few, limit, 8, "--sample_seed", 0))
+            assert outcome.code == 1 and f"{name} is of {count} examples; results of 8 would take" in outcome.err, (
+                outcome
+            )
+            assert "Choose another --output_dir" in outcome.err
+    assert contents(folder) == before
+    weights = folder / ("adapter_model.safetensors" if METHODS[method].freezes else "model.safetensors")
+    save_file({name: 1.1 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    if METHODS[method].freezes:  # all files of another adapter
+        metadata = read(folder / "run_metadata.json")
+        del metadata["weights_fingerprint"]
+        (folder / "run_metadata.json").write_text(json.dumps(metadata))
+    before = contents(folder)
+    for work in ("--do_eval", "--do_predict"):
+        outcome = call(*on_rte(glue, folder, *again, work))
+        assert outcome.code == 1 and "the weights are not those that its run trained" in outcome.err, outcome
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_results_record_the_weights_the_examples_and_their_number(method, trained, call, glue, tmp_path):
+    run = read(trained(method) / "run.json")
+    flags = [*flags_again(method, trained(method)), "--do_eval", "--do_predict", "--max_eval_samples", 8]
+    succeeded(call(*on_rte(glue, tmp_path / "o", *flags, "--sample_seed", 0)))
+    for folder, samples in ((trained(method), 24), (tmp_path / "o", 8)):
+        of = read(folder / "eval_results.json")
+        assert (
+            of["weights_fingerprint"] == run["weights_fingerprint"] == read(folder / "run.json")["weights_fingerprint"]
+        )
+        assert (of["eval_samples"], of["eval_set_samples"], len(of["eval_data"])) == (samples, 24, 16)
+        (entry,) = read(folder / "predict_results.json").items()
+        assert entry[0] == "predict_results_rte.tsv" and entry[1].pop("data") != of["eval_data"]
+        assert entry[1] == {"weights_fingerprint": run["weights_fingerprint"], "samples": 10, "set_samples": 10}
+        assert "predict_results.json" in read_list(folder)
+    assert read(trained(method) / "eval_results.json")["eval_data"] != of["eval_data"]
+    assert (
+        trained("bitfit") and read(trained("bitfit") / "run.json")["weights_fingerprint"] != run["weights_fingerprint"]
+    )
+
+
+def read_list(folder: Path) -> list[str]:
+    return json.loads((folder / "files.json").read_text())
+
+
+def test_a_folder_is_locked_until_a_runs_last_result_is_written(trained, call, run_glue, glue, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained("lora"), tmp_path / "run")
+    train = [*flags_of(METHODS["lora"]), *SHORT, "--max_steps", "3", "--do_train", "--do_eval", "--do_predict"]
+    evaluate = [*flags_again("lora", folder), "--do_eval", "--do_predict"]
+    before = contents(folder)
+    with locked(folder):
+        for flags in (train, [*train, "--overwrite_output_dir"], evaluate):
+            outcome = call(*on_rte(glue, folder, *flags))
+            assert outcome.code == 1 and "another run" in outcome.err, outcome
+    assert contents(folder) == before
+    inside = []
+
+    def checked(name: str) -> Any:
+        step = getattr(run_glue, name)
+
+        def run(*args: Any) -> Any:
+            result = step(*args)
+            with pytest.raises(UserError, match="another run"), locked(folder):
+                pass
+            inside.append(name)
+            return result
+
+        return run
+
+    for name in ("evaluate", "describe_run", "predict"):
+        monkeypatch.setattr(run_glue, name, checked(name))
+    for flags in (train, evaluate):
+        succeeded(call(*on_rte(glue, folder, *flags)))
+    assert inside == ["evaluate", "describe_run", "predict", "evaluate", "predict"]
 
 
 # ------------------------------------------------------------------------------------- a file given by the wrong flag

@@ -1,5 +1,9 @@
 """What is one line of a table, which line of the paper belongs to it, what is missing."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 from run_folders import (
     BITFIT,
@@ -285,3 +289,43 @@ def test_runs_on_files_of_ones_own_are_left_out_and_listed(tmp_path):
     write_run(tmp_path / "own", "custom")
     assert notes_of(read(tmp_path)) == [f"left out, not a GLUE task: {tmp_path}/own"]
     assert "no training run on a GLUE task" in refusal(tmp_path / "own")
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+THIS_MODELS = {"weights_fingerprint": "ab", "eval_samples": 9, "eval_set_samples": 9, "eval_data": "cd"}
+
+
+@pytest.mark.parametrize(
+    "results, reason",
+    [
+        ({"weights_fingerprint": "ac"}, "of another model"),
+        ({"eval_samples": 8}, "on 8 of 9 examples"),
+        ({"eval_samples": 8, "eval_set_samples": None}, "on 8 of more examples"),
+        ({"eval_samples_mm": 5, "eval_set_samples_mm": 9}, "on 5 of 9 examples"),
+    ],
+)
+def test_an_evaluation_of_another_model_or_of_a_part_of_the_set_is_left_out_and_named(tmp_path, results, reason):
+    for seed in (0, 1):
+        folder = write_run(tmp_path / str(seed), seed=seed)
+        change(folder / "run.json", weights_fingerprint="ab")
+        change(folder / "eval_results.json", **THIS_MODELS | (results if seed else {}))
+    (cell,), notes = collect([tmp_path])
+    assert notes == [f"left out: {tmp_path}/1, eval_results.json: {reason}"]
+    assert [run.seed for run in cell.done] == [0]
+    assert [(run.seed, run.progress) for run in cell.unfinished] == [(1, "trained, not evaluated")]
+
+
+def test_evaluations_of_a_part_while_training_are_no_best_epoch_and_other_examples_are_named(tmp_path):
+    for seed in (0, 1):
+        folder = write_run(tmp_path / str(seed), seed=seed, figures=(0.9, 0.6, 0.5))
+        change(folder / "eval_results.json", **THIS_MODELS | {"eval_data": f"c{seed}"})
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        for entry, samples in zip(log[1:], (8, 9, 9), strict=True):
+            entry["eval_samples"] = samples
+        change(folder / "trainer_state.json", log_history=log)
+    (cell,), notes = collect([tmp_path])
+    assert [(run.best, run.last) for run in cell.done] == [(60.0, 50.0)] * 2
+    assert notes == [f"in one line, but evaluated on different examples: {tmp_path}/0, {tmp_path}/1"]

@@ -319,6 +319,27 @@ def test_a_step_that_the_loss_scaler_of_fp16_left_out_is_no_divergence(tmp_path)
     assert not about(write_submission([run], tmp_path / "glue.zip", partial=True), "left out")
 
 
+def test_results_of_another_model_than_the_runs_are_neither_chosen_by_nor_sent(tmp_path):
+    """In a folder of evaluations: the earlier adapter's figure, or its predictions, beside the later one's."""
+    for name, evaluated, predicted in (("a", "aa", "aa"), ("b", "bb", "aa"), ("c", "aa", "cc")):
+        folder = make_run(tmp_path / name, "rte", figures={"eval_accuracy": 0.9, "weights_fingerprint": evaluated})
+        run = json.loads((folder / "run.json").read_text()) | {"weights_fingerprint": name * 2}
+        (folder / "run.json").write_text(json.dumps(run))
+        of = {"predict_results_rte.tsv": {"weights_fingerprint": predicted}}
+        (folder / "predict_results.json").write_text(json.dumps(of))
+    lines = write_submission([tmp_path / "a", tmp_path / "b"], tmp_path / "glue.zip", partial=True)
+    assert f"left out: {tmp_path}/b/predict_results_rte.tsv: of another model than the run's" in lines
+    assert about(lines, "RTE:") == [f"RTE: seed 0, the only run, dev accuracy 0.900 of its final model: {tmp_path}/a"]
+    message = refusal([tmp_path], tmp_path / "other.zip")
+    assert f"2 runs predict it, and {tmp_path}/c has no dev accuracy" in message
+    lines = write_submission([tmp_path / "c"], tmp_path / "c.zip", partial=True)
+    assert f"left out: {tmp_path}/c, eval_results.json: of another model" in lines
+    assert "not evaluated" in about(lines, "RTE:")[0]
+    (tmp_path / "a" / "predict_results.json").write_text("{")
+    lines = write_submission([tmp_path], tmp_path / "rest.zip", partial=True)
+    assert about(lines, f"left out: {tmp_path}/a/predict_results.json: can't be read")
+
+
 @pytest.mark.parametrize("bases, listed", [(("b", "b"), []), (("b", "l"), ["b (CoLA); l (RTE)"])])
 def test_different_base_models_are_allowed_and_listed(tmp_path, bases, listed):
     for task, base in zip(("cola", "rte"), bases, strict=True):

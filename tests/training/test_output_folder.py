@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lora_nlu.errors import UserError
-from lora_nlu.training.output_folder import locked, prepare_output_dir, remaining
+from lora_nlu.training.output_folder import locked, prepare_output_dir, recorded, remaining
 
 
 def flock_of_nfs(descriptor: int, operation: int, flock=fcntl.flock) -> None:
@@ -124,3 +124,10 @@ def test_what_a_record_of_a_run_contains_is_printed_as_text_and_cut(tmp_path):
         remaining(start(tmp_path, None))
     lines = str(error.value).split("\n")
     assert len(lines) == 2 and len(lines[0]) < 4000 and all(map(str.isprintable, lines))
+
+
+@pytest.mark.parametrize("run", [{"hyperparameters": []}, {"method": 5}, {"labels": "yes"}])
+def test_a_record_with_a_value_of_another_type_is_refused_by_name(tmp_path, run):
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(UserError, match=rf"run\.json: {next(iter(run))} is .*; expected"):
+        recorded(tmp_path)

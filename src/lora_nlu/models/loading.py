@@ -283,12 +283,17 @@ def base_fingerprint(model: Any) -> str:
 
     The same in fp32 and bf16, merged or not. It tells checkpoints apart, but not a copy with a few numbers changed.
     """
+    return sampled_fingerprint({n: p for n, p in unmerged_parameters(model.base_model).items() if not is_added(n)})
+
+
+@torch.no_grad()
+def sampled_fingerprint(state: dict[str, Any]) -> str:
+    """A hash of tensors with their names and shapes, from up to 64 numbers of each."""
     samples, names = [], []
-    for name, parameter in sorted(unmerged_parameters(model.base_model).items()):
-        if not is_added(name):
-            numbers = parameter.reshape(-1)
-            samples.append(numbers[:: max(1, numbers.numel() // 64)][:64].to(torch.bfloat16))
-            names.append(f"{name} {list(parameter.shape)}")
+    for name, parameter in sorted(state.items()):
+        numbers = parameter.reshape(-1)
+        samples.append(numbers[:: max(1, numbers.numel() // 64)][:64].to(torch.bfloat16))
+        names.append(f"{name} {list(parameter.shape)}")
     sampled = torch.cat(samples).view(torch.int16).cpu().numpy().tobytes()
     return hashlib.sha256("\n".join(names).encode() + sampled).hexdigest()[:16]
 

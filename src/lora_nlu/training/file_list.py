@@ -17,8 +17,10 @@ from lora_nlu.files import (
 )
 
 RUN = "run.json"  # marks an output folder as one of run_glue.py
+WEIGHTS = "weights_fingerprint"  # in the records of a run and of results: the model that was trained, or gave them
 FILE_LIST = "files.json"
 REMOVING = ".removing"  # the list of files of a checkpoint being removed
+EVALUATION, PREDICTIONS = "eval_results.json", "predict_results.json"  # the latter: what each .tsv was made of
 # Results of versions that kept no list, each with a key that it has
 _RESULTS = {
     "trainer_state.json": "log_history", "train_results.json": "train_runtime", "eval_results.json": "eval_runtime",

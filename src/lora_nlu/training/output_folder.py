@@ -15,11 +15,11 @@ from accelerate.utils import broadcast_object_list
 
 from lora_nlu.data.tokenization import digest
 from lora_nlu.errors import UserError, printable, printable_lines
-from lora_nlu.files import RUN_METADATA, is_training_run, read_json, write_json
+from lora_nlu.files import RUN_METADATA, check_json, is_training_run, read_json, write_json
 from lora_nlu.labels import label_list
 from lora_nlu.methods.table import METHODS
 from lora_nlu.training.checkpoints import clear_checkpoint, complete_checkpoints
-from lora_nlu.training.file_list import FILE_LIST, RUN, list_files, remove_checkpoint, written_files
+from lora_nlu.training.file_list import FILE_LIST, RUN, WEIGHTS, list_files, remove_checkpoint, written_files
 from lora_nlu.training.trainer import AdapterTrainer
 
 _NO_CONTENT = re.compile(rf"\..*\.partial|[._]saving|\.removing|_lock|{FILE_LIST}")  # what a killed process may leave
@@ -54,8 +54,12 @@ def prepare_output_dir(output_dir: str, overwrite: bool) -> None:
 
 
 def recorded(folder: Path) -> dict[str, Any]:
-    """The record of the run in a folder (run.json); empty if there is none."""
-    return read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    """The record of the run in a folder (run.json); empty if there is none. Raises UserError for a damaged one."""
+    path = folder / RUN
+    run = read_json(path) if path.is_file() else {}
+    check_json(path, run, [(n, isinstance(run.get(n, {}), dict), "an object") for n in ("method", "hyperparameters")])
+    check_json(path, run, [("labels", isinstance(run.get("labels", []), list), "a list")])
+    return run
 
 
 def record(trainer: AdapterTrainer, **more: Any) -> None:
@@ -65,16 +69,16 @@ def record(trainer: AdapterTrainer, **more: Any) -> None:
         write_json(Path(trainer.args.output_dir, RUN), trainer.metadata | more)
 
 
-def record_evaluation(trainer: AdapterTrainer, evaluated: str) -> None:
+def record_evaluation(trainer: AdapterTrainer, evaluated: str, weights: str) -> None:
     """Record an evaluation or prediction, unless the folder already has the record of a training run, which stays.
 
-    evaluated: the adapter, or else the model. Raises UserError in the folder of a training run if that run trained
-    something else, or on another task: readers would take the new results for that run's.
+    evaluated: the adapter, or else the model; weights: its fingerprint. Raises UserError in a training run's folder if
+    that run trained something else, or on another task: readers would take the new results for that run's.
     """
     folder, now = Path(trainer.args.output_dir), trainer.metadata
     (earlier,) = broadcast_object_list([recorded(folder)])
     if not is_training_run(earlier):
-        record(trainer)
+        record(trainer, weights_fingerprint=weights)
         return
     task, method = earlier.get("task"), earlier.get("method", {}).get("name")
     if folder.resolve() != Path(evaluated).resolve() or task != now["task"]:
@@ -82,6 +86,29 @@ def record_evaluation(trainer: AdapterTrainer, evaluated: str) -> None:
         raise UserError(
             f"--output_dir {folder} is of a run that trained on {task}; the results of {evaluated} on {now['task']} "
             f"would be taken for that run's.\nChoose another --output_dir; what was trained there is --{flag} {folder}."
+        )
+
+
+def check_results(
+    trainer: AdapterTrainer, weights: str | None, samples: int, earlier: dict[str, Any], name: str
+) -> None:
+    """Raise UserError if results would, in a training run's folder, replace those of more examples or of other weights.
+
+    weights, samples: what the results are of; earlier: what those in the folder record; name: of their file.
+    """
+    folder, run = Path(trainer.args.output_dir), recorded(Path(trainer.args.output_dir))
+    if not is_training_run(run):
+        return
+    if None not in (weights, run.get(WEIGHTS)) and weights != run[WEIGHTS]:
+        raise UserError(
+            f"--output_dir {folder}: the weights are not those that its run trained, as {RUN} records; their results "
+            "would be taken for that run's.\nChoose another --output_dir."
+        )
+    before = earlier.get("eval_samples", earlier.get("samples"))
+    if isinstance(before, int) and before > samples:
+        raise UserError(
+            f"{folder / name} is of {before:,} examples; results of {samples:,} would take its place.\n"
+            "Choose another --output_dir, or evaluate all (no --max_eval_samples, no --max_predict_samples)."
         )
 
 

@@ -2,22 +2,26 @@
 
 import resource
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_nlu.adapters.model_card import write_card
 from lora_nlu.data.metrics import greater_is_better, predicted
-from lora_nlu.data.tokenization import token_count
+from lora_nlu.data.tokenization import digest, token_count
 from lora_nlu.errors import UserError
 from lora_nlu.escaping import tsv_cell
 from lora_nlu.files import RUN_METADATA, read_json, write_json, write_text
+from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.methods.marking import count_parameters
 from lora_nlu.methods.table import METHODS
+from lora_nlu.models.loading import sampled_fingerprint
 from lora_nlu.training.checkpoints import (
     STATE,
     Diverged,
@@ -26,8 +30,8 @@ from lora_nlu.training.checkpoints import (
     processes_of,
     seconds_trained,
 )
-from lora_nlu.training.file_list import RUN, list_files
-from lora_nlu.training.output_folder import clear_earlier_run, locked, record, remaining, wait_for_file
+from lora_nlu.training.file_list import EVALUATION, PREDICTIONS, RUN, WEIGHTS, list_files
+from lora_nlu.training.output_folder import check_results, clear_earlier_run, record, remaining, wait_for_file
 from lora_nlu.training.processes import Interrupted, deferred_signals, say
 from lora_nlu.training.trainer import AdapterTrainer
 
@@ -41,42 +45,45 @@ def trainer_class(args: Any) -> type[AdapterTrainer]:
     return AdapterTrainer
 
 
-def train(trainer: AdapterTrainer, overwrite: bool) -> None:
-    """Train or resume the run, and save the trained model; a run that has trained is only loaded."""
+def train(trainer: AdapterTrainer, overwrite: bool) -> str | None:
+    """Train or resume the run, and save the trained model; a run that has trained is only loaded.
+
+    The output folder must be locked. Returns the fingerprint of the trained weights, in the first process.
+    """
     args, is_first = trainer.args, trainer.args.process_index == 0
     folder = Path(args.output_dir)
-    with locked(folder) if is_first else nullcontext():
-        if overwrite and is_first:
-            record(trainer)  # first: from here on the folder contains no finished run
-            clear_earlier_run(args)
-        # the first process decides for all
-        decided = remaining(trainer) if is_first else (None, False, {})
-        checkpoint, is_trained, trainer.metadata = broadcast_object_list([*decided])
-        if is_first:
-            clear_leftovers(args.output_dir)
-        if is_trained:
-            say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
-            trainer._load_from_checkpoint(str(folder))
-            with suppress(UserError, KeyError):  # what an evaluation writes with its scores
-                ended = read_json(folder / STATE)
-                trainer.state.epoch = ended["epoch"]
-                trainer.state.num_input_tokens_seen = ended["num_input_tokens_seen"]
-            return
-        if checkpoint:
-            say(args, f"Resuming from {checkpoint}.")
-            before = processes_of(checkpoint)
-            if before and before != args.world_size:
-                say(args, f"It was written by {before} process{'es' * (before > 1)}: from here on dropout draws anew.")
-        record(trainer)
-        (text,) = broadcast_object_list([(folder / RUN).read_text() if is_first else None])
-        wait_for_file(folder / RUN, text, args)
-        with deferred_signals(trainer.signals):
-            metrics = _train_from(checkpoint, trainer)
-            if trainer.state.global_step < trainer.state.max_steps:
-                say(args, f"Stopped early, at step {trainer.state.global_step} of {trainer.state.max_steps}.")
-            _save(trainer, metrics)
+    if overwrite and is_first:
+        record(trainer)  # first: from here on the folder contains no finished run
+        clear_earlier_run(args)
+    # the first process decides for all
+    decided = remaining(trainer) if is_first else (None, False, {})
+    checkpoint, is_trained, trainer.metadata = broadcast_object_list([*decided])
+    if is_first:
+        clear_leftovers(args.output_dir)
+    if is_trained:
+        say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
+        trainer._load_from_checkpoint(str(folder))
+        with suppress(UserError, KeyError):  # what an evaluation writes with its scores
+            ended = read_json(folder / STATE)
+            trainer.state.epoch = ended["epoch"]
+            trainer.state.num_input_tokens_seen = ended["num_input_tokens_seen"]
+        return _saved_weights(trainer)
+    if checkpoint:
+        say(args, f"Resuming from {checkpoint}.")
+        before = processes_of(checkpoint)
+        if before and before != args.world_size:
+            say(args, f"It was written by {before} process{'es' * (before > 1)}: from here on dropout draws anew.")
+    record(trainer)
+    (text,) = broadcast_object_list([(folder / RUN).read_text() if is_first else None])
+    wait_for_file(folder / RUN, text, args)
+    with deferred_signals(trainer.signals):
+        metrics = _train_from(checkpoint, trainer)
+        if trainer.state.global_step < trainer.state.max_steps:
+            say(args, f"Stopped early, at step {trainer.state.global_step} of {trainer.state.max_steps}.")
+        weights = _save(trainer, metrics)
     if args.push_to_hub:  # last, for it may fail
         trainer.push_to_hub(commit_message="Model save", revision=args.hub_revision)
+    return weights
 
 
 def _train_from(checkpoint: str | None, trainer: AdapterTrainer) -> dict[str, float]:
@@ -98,22 +105,51 @@ def _train_from(checkpoint: str | None, trainer: AdapterTrainer) -> dict[str, fl
         raise
 
 
-def _save(trainer: AdapterTrainer, metrics: dict[str, float]) -> None:
-    """Write the trained model, its metrics and the record that it is trained."""
+def _save(trainer: AdapterTrainer, metrics: dict[str, float]) -> str | None:
+    """Write the trained model, its metrics and the record that it is trained; returns its `_saved_weights`."""
     trainer.save_model(_internal_call=True)
     seconds, samples = seconds_trained(trainer.state.log_history), len(trainer.train_dataset)
     measured = {"train_seconds": seconds, "train_samples": samples, **peak_memory_gib()}
     trainer.save_metrics("train", metrics | measured)
     trainer.save_state()
-    record(trainer, trained=True)
+    weights = _saved_weights(trainer)
+    record(trainer, trained=True, **{WEIGHTS: weights})
+    return weights
 
 
-def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> dict[str, float]:
-    """The metrics of every validation set; those of MNLI's second one end in _mm, of both together in _overall."""
+def _saved_weights(trainer: AdapterTrainer) -> str | None:
+    """The fingerprint of the trained model in the output folder; None in all but the first process, and if unknown."""
+    folder = Path(trainer.args.output_dir)
+    if trainer.args.process_index != 0:
+        return None
+    if trainer.saves_part:
+        return read_json(folder / RUN_METADATA).get(WEIGHTS)  # older versions recorded none
+    path = folder / SAFE_WEIGHTS_NAME  # a larger model is in several files
+    return sampled_fingerprint(load_file(path)) if path.is_file() else None
+
+
+def loaded_weights(trainer: AdapterTrainer) -> str:
+    """The fingerprint of the weights that an evaluation or prediction has loaded."""
+    of_adapter = trainer.metadata["started_from_fingerprint"]
+    return of_adapter or sampled_fingerprint(unmerged_parameters(trainer.model))
+
+
+def evaluate(
+    trainer: AdapterTrainer, tables: dict[str, Any], rows: dict[str, int | None], metric: str, weights: str | None
+) -> dict[str, Any]:
+    """The metrics of every validation set; those of MNLI's second one end in _mm, of both together in _overall.
+
+    rows: of each set before some were chosen, None if unknown; weights: the model's fingerprint. Both are recorded, and
+    the digest of the examples. Raises UserError rather than replace a run's results by those of fewer examples.
+    """
     sets = [name for name in tables if name.startswith("validation")]
-    combined: dict[str, float] = {}
+    if trainer.args.process_index == 0:
+        earlier = _results(Path(trainer.args.output_dir, EVALUATION))
+        check_results(trainer, weights, len(tables[sets[0]]), earlier, EVALUATION)
+    combined: dict[str, Any] = {WEIGHTS: weights}
     for name in sets:
-        metrics = trainer.evaluate(tables[name]) | {"eval_samples": len(tables[name])}
+        of_set = {"eval_set_samples": rows.get(name), "eval_data": digest(tables[name])}
+        metrics: dict[str, Any] = trainer.evaluate(tables[name]) | of_set
         if name.endswith("mismatched"):
             metrics = {f"{key}_mm": value for key, value in metrics.items() if key.startswith("eval_")}
             trainer.save_metrics("eval_mm", metrics, combined=False)
@@ -126,18 +162,37 @@ def evaluate(trainer: AdapterTrainer, tables: dict[str, Any], metric: str) -> di
     return combined
 
 
-def predict(trainer: AdapterTrainer, tables: dict[str, Any]) -> list[Path]:
-    """Write predict_results_<task>.tsv (index, label name or number) for every test set; MNLI has three of them."""
+def _results(path: Path) -> dict[str, Any]:
+    """The content of a file of results; empty if there is none, or a damaged one."""
+    with suppress(UserError):
+        return read_json(path)
+    return {}
+
+
+def predict(
+    trainer: AdapterTrainer, tables: dict[str, Any], rows: dict[str, int | None], weights: str | None
+) -> list[Path]:
+    """Write predict_results_<task>.tsv (index, label name or number) for every test set; MNLI has three of them.
+
+    predict_results.json then records of each what `evaluate` does, which see.
+    """
+    folder = Path(trainer.args.output_dir)
     paths, task, labels = [], trainer.metadata["task"], trainer.metadata["labels"]
     for split in [name for name in tables if name.startswith("test")]:
+        name = {"test_mismatched": f"{task}-mm", "test_ax": "ax"}.get(split, task)
+        paths.append(folder / f"predict_results_{name}.tsv")
+        made_of, samples = _results(folder / PREDICTIONS), len(tables[split])
+        if trainer.args.process_index == 0:
+            earlier = made_of.get(paths[-1].name)
+            check_results(trainer, weights, samples, earlier if isinstance(earlier, dict) else {}, paths[-1].name)
         logits: Any = trainer.predict(tables[split]).predictions  # one row for each example, checked by the trainer
         answers = [tsv_cell(labels[int(x)]) if labels else f"{x:.3f}" for x in predicted(logits)]
-        name = {"test_mismatched": f"{task}-mm", "test_ax": "ax"}.get(split, task)
-        paths.append(Path(trainer.args.output_dir, f"predict_results_{name}.tsv"))
         if trainer.args.process_index == 0:
-            list_files(paths[-1].parent, paths[-1].name)
+            list_files(folder, paths[-1].name, PREDICTIONS)
             lines = ["index\tprediction", *(f"{index}\t{answer}" for index, answer in enumerate(answers))]
             write_text(paths[-1], "\n".join(lines) + "\n")
+            of_set = {"samples": samples, "set_samples": rows.get(split), "data": digest(tables[split])}
+            write_json(folder / PREDICTIONS, made_of | {paths[-1].name: {WEIGHTS: weights} | of_set})
     return paths
 
 

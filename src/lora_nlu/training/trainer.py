@@ -305,7 +305,7 @@ class AdapterTrainer(CheckpointingTrainer):
             output: Any = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         logits, labels = output.predictions, output.label_ids
         _check_logits(logits, len(dataloader.dataset))
-        scores: dict[str, float] = {}
+        scores: dict[str, float] = {"samples": len(logits)}
         if labels is not None:
             problem_type = self.model.config.problem_type
             loss = classification_loss(torch.as_tensor(logits).float(), torch.as_tensor(labels), problem_type)
