@@ -216,6 +216,10 @@ def test_full_fine_tuning_under_fsdp2_ends_in_one_models_file_and_resumes_in_one
         )
         assert scores(tmp_path / name / "eval_results.json") == pytest.approx(want, rel=1e-4)
         assert (tmp_path / name / "model.safetensors").is_file()
+    evaluate = ["--task_name", "rte", "--glue_dir", glue, "--model_name_or_path", tmp_path / "two", *EVAL]
+    succeeded(call(*evaluate, "--max_seq_length", 64, "--output_dir", tmp_path / "two"))  # refused for other weights
+    weights = read(tmp_path / "two" / "run.json")["weights_fingerprint"]
+    assert weights == read(tmp_path / "two" / "eval_results.json")["weights_fingerprint"] is not None
 
 
 def test_fsdp2_in_bf16_saves_fp32_after_an_evaluation_and_loads_the_best(steady, fork, glue, tmp_path):
