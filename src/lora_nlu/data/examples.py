@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
 from lora_nlu.errors import UserError, printable
@@ -41,6 +42,11 @@ class Examples:
         return self.columns[split][: 1 + ("text_pair" in table.column_names)]
 
 
+def column(table: Dataset, name: str) -> pa.ChunkedArray:
+    """A column of a table's rows; mapped, not copied, where these are all of a file."""
+    return table.select_columns(name).with_format("arrow")[:][name]
+
+
 def choose_rows(examples: Examples, limits: dict[str, int | None], seed: int | None = None) -> Examples:
     """The first examples of each split, at most as many as `limits` gives its kind; None or no entry keeps all.
 
@@ -76,7 +82,7 @@ def _check_labels_vary(examples: Examples, split: str, chosen: Dataset, is_drawn
 
 def _label_counts(table: Dataset, examples: Examples) -> dict[str, int]:
     """The number of rows with each label that occurs in a table: classes by name in id order, or numbers."""
-    values, counts = np.unique(table.with_format("numpy")[LABEL][:], return_counts=True)
+    values, counts = np.unique(column(table, LABEL).to_numpy(), return_counts=True)
     names = map("{:g}".format, values) if examples.is_regression else (examples.labels[i] for i in values)
     return dict(zip(names, counts.tolist(), strict=True))
 
@@ -110,7 +116,7 @@ def describe_examples(examples: Examples, seed: int | None = None) -> list[str]:
 
 def _describe_labels(table: Dataset, examples: Examples) -> str:
     if examples.is_regression:
-        numbers = table.with_format("numpy")[LABEL][:]
+        numbers = column(table, LABEL).to_numpy()
         hint = " (for two classes write 0 and 1)" if np.isin(numbers, (0, 1)).all() else ""
         return f", a regression: numbers from {numbers.min():g} to {numbers.max():g}{hint}"
     counts = _label_counts(table, examples)

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import tokenizers
 import transformers
 from datasets import Dataset
 from datasets.utils import tqdm
 
 from lora_nlu.data.cache import cached_table
-from lora_nlu.data.examples import LABEL, Examples
+from lora_nlu.data.examples import LABEL, Examples, column
 from lora_nlu.errors import UserError
 
 _LENGTH = "tokens_uncut"  # column of the cached tables: the number of tokens before truncation
@@ -94,7 +95,7 @@ def _check_vocabulary(table: Dataset, tokenizer: Any, split: str) -> None:
 
 def token_count(table: Dataset) -> int:
     """The number of tokens in a tokenised table, which has no padding."""
-    return sum(len(row) for row in table["input_ids"])
+    return pc.sum(pc.list_value_length(column(table, "input_ids"))).as_py()
 
 
 def digest(table: Dataset) -> str:
@@ -104,7 +105,7 @@ def digest(table: Dataset) -> str:
     """
     sha = hashlib.sha256()
     for name in (name for name in ("input_ids", "token_type_ids", LABEL) if name in table.column_names):
-        chunks = table.select_columns(name).with_format("arrow")[:][name].chunks
+        chunks = column(table, name).chunks
         if name != LABEL:  # lists of ids: all ids, then the lengths
             chunks = [chunk.flatten() for chunk in chunks] + [chunk.value_lengths() for chunk in chunks]
         dtype = np.float32 if name == LABEL else np.int32
