@@ -57,23 +57,25 @@ def test_random_models_batches_and_masks_have_transformers_outputs_and_gradients
 
 @pytest.fixture(scope="module")
 def fuzzed() -> dict[str, dict[str, int]]:
-    """Outcomes of 2,000 damaged files by format."""
-    done = stress("fuzz.py", "--mutations", 2000)
-    reports = re.findall(r"^([a-z ]+): (\d+) mutations: (.*); \d+ s$", done.stdout, re.MULTILINE)
+    """Outcomes of 2,100 damaged files by format."""
+    done = stress("fuzz.py", "--mutations", 2100)
+    reports = re.findall(r"^([a-z_. ]+): (\d+) mutations: (.*); \d+ s$", done.stdout, re.MULTILINE)
     outcomes = {
         kind: {name: int(count) for name, count in re.findall(r"([^,]+?) (\d+)(?:, |$)", counts)}
         for kind, _, counts in reports
     }
     assert {kind: sum(counts.values()) for kind, counts in outcomes.items()} == {kind: int(n) for kind, n, _ in reports}
-    assert len(outcomes) == 5 and sum(int(n) for _, n, _ in reports) == 2000, done.stdout + done.stderr[-3000:]
+    assert len(outcomes) == 7 and sum(int(n) for _, n, _ in reports) == 2100, done.stdout + done.stderr[-3000:]
     return outcomes
 
 
-@pytest.mark.parametrize("kind", ["zip", "pickle in zip", "legacy", "safetensors", "run"])
+@pytest.mark.parametrize(
+    "kind", ["zip", "repacked zip", "legacy", "safetensors", "run", "adapter_config.json", "run_metadata.json"]
+)
 def test_a_damaged_adapter_file_is_refused_or_read_and_values_change_only_where_there_is_no_checksum(kind, fuzzed):
-    fine = {"refused", "same"} | ({"changed"} if kind not in ("zip", "run") else set())
+    fine = {"refused", "same"} | ({"changed"} if kind in ("repacked zip", "legacy", "safetensors") else set())
     assert {name: n for name, n in fuzzed[kind].items() if name not in fine} == {}
-    assert fuzzed[kind]["refused"] > 200 and fuzzed[kind]["same"] > 0
+    assert fuzzed[kind]["refused"] > 150 and fuzzed[kind]["same"] > 0
 
 
 def test_a_case_recorded_twice_is_equal_and_with_another_seed_its_losses_and_weights_differ(tmp_path):

@@ -1,30 +1,37 @@
-"""Damage small adapter files at random and read them: a refusal or the right tensors, never anything else.
+"""Damage small adapter files and read them: a refusal or the right tensors, never anything else.
 
     OMP_NUM_THREADS=1 nice python tests/stress/fuzz.py --mutations 100000 [--seed 0] [--keep DIR] [--formats zip,legacy]
 
-Formats, in turn: `zip` (what torch.save writes: a zip archive with a CRC-32 of each entry), `pickle in zip` (the pickle
-inside is damaged, and the archive packed again with right checksums), `legacy` (torch.save before 1.6: pickles and raw
-storages, no checksum), `safetensors` (in an adapter folder as PEFT writes it; no checksum) and `run` (the same in a
-folder of ours, whose metadata has a hash of the tensors). Each case is read by `read_adapter` and, where that succeeds,
-`load_adapter` into a tiny model.
+Formats, in turn: `zip` (what torch.save writes: a zip archive with a CRC-32 of each entry), `repacked zip` (the pickle
+inside or the list of entries is damaged, and packed again with right checksums), `legacy` (torch.save before 1.6:
+pickles and raw storages, no checksum), `safetensors` (in an adapter folder as PEFT writes it; no checksum), `run` (the
+same in a folder of ours, whose metadata has a hash of the tensors), and that folder's `adapter_config.json` and
+`run_metadata.json`.
+Each case is read by `read_adapter` and, where that succeeds, `load_adapter` into a tiny model.
+
+Half of the damages are random bytes (all of those of `zip`). The other half keep the form and change what it holds: a
+value, a name or an order in JSON (that of safetensors' header too, with the right length before it), an instruction or
+its argument in a pickle, an entry of an archive, with the right checksums.
 
     refused   a UserError of three lines at most that names the file; the model is as it was
     same      every tensor is bit-equal to the original: the damage was in padding or in what isn't read
     changed   right names and shapes, other values. Allowed only where nothing in the format could tell.
     UNSEEN    the same for `zip` and `run`, whose checksums do tell
     anything else (another exception, no memory, a message that is no good, a model changed by a refusal, a crash, a
-    hang of 10 s) is a failure; exit code 1 if there are any, or any UNSEEN
+    read of over 2 s of computing) is a failure; exit code 1 if there are any, or any UNSEEN
 
-Cases run in a forked process under a limit of 2 GiB more memory than it starts with; if it dies, the next case goes on
-in a new one. Case N of a seed and a format is always the same, but for the addresses that `legacy` has as names of its
-storages; --keep writes the first file of each kind of failure.
+Cases run in a forked process under a limit of 256 MiB more memory than it starts with; if it dies, the next case goes
+on in a new one. Case N of a seed and a format is always the same, but for the addresses that `legacy` has as names of
+its storages; --keep writes the first file of each kind of failure.
 """
 
 import argparse
 import io
 import json
+import math
 import mmap
 import os
+import pickletools
 import random
 import resource
 import signal
@@ -49,12 +56,12 @@ from lora_nlu.adapters.attaching import load_adapter
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
-from lora_nlu.files import ADAPTER_WEIGHTS, RUN_METADATA
+from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.methods.marking import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 
-FORMATS = ("zip", "pickle in zip", "legacy", "safetensors", "run")
-SECONDS, MEMORY = 10, 2**31
+FORMATS = ("zip", "repacked zip", "legacy", "safetensors", "run", ADAPTER_CONFIG, RUN_METADATA)
+SECONDS, MEMORY = 2, 2**28  # of computing, of more memory
 FINE = {"refused", "same", "changed"}
 LENGTHS = (0, 1, 2, 3, 7, 8, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1)
 
@@ -74,11 +81,11 @@ def original(kind: str, folder: Path) -> tuple[Path, Path, dict[str, torch.Tenso
     model = tiny_model()
     state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     folder.mkdir(parents=True, exist_ok=True)
-    if kind in ("safetensors", "run"):
+    if kind in ("safetensors", "run", ADAPTER_CONFIG, RUN_METADATA):
         save_adapter(model, folder, {"task": "custom", "labels": ["a", "b", "c"]})
         if kind == "safetensors":
             (folder / RUN_METADATA).unlink()
-        return folder, folder / ADAPTER_WEIGHTS, state
+        return folder, folder / (kind if kind.endswith(".json") else ADAPTER_WEIGHTS), state
     path = folder / "adapter.bin"
     torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
     return path, path, state
@@ -165,18 +172,167 @@ def copy(content: bytes, rng: random.Random) -> tuple[bytes, str]:
 CHANGES = (flip, flip, flip, overwrite, overwrite, length, length, digit, truncate, insert, delete, swap, copy)
 
 
-def mutant(kind: str, content: bytes, rng: random.Random) -> tuple[bytes, str]:
-    if kind != "pickle in zip":
-        return damage(content, rng)
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 2**31, 2**63, 2**64, -(2**63), 10**29, 10**400, 0.5, -0.0, 1e308, math.inf, math.nan,
+    "", " ", "query", "../../etc/passwd", "\0", "\x1b[31m", "a\nb", "\ud800", "(a+)+$", "([a-z.0-9]+)+!", ".*",
+    "(?<=a)b", "(a)\\1", "[", "x" * 10_000, "LORA", "F64", "BF16", "U8", "float8", [], {}, [[]], [None], [0], [-1],
+    [2**40, 2**40], [1] * 1000, {"a": 1}, {"": {}}, {"([a-z.0-9]+)+!": 4}, {"query": 2**40}, [["query"]] * 3,
+    ["query", "query"],
+)  # fmt: skip
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every list or dict in a JSON value with every index or key."""
+    inner = [*enumerate(value)] if isinstance(value, list) else [*value.items()] if isinstance(value, dict) else []
+    return [place for key, item in inner for place in [(value, key), *places(item)]]
+
+
+def change_json(content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    """One to three changes of values, names or order in JSON; sometimes a name twice, or lists in lists in lists."""
+    value, done = json.loads(content), []
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        at, key = rng.choice(places(value) or [([value], 0)])
+        other, other_key = rng.choice(places(value) or [([value], 0)])
+        kind = rng.choice(("set", "set", "set", "delete", "rename", "swap", "copy", "text"))
+        new = rng.choice(VALUES)
+        if kind == "delete":
+            del at[key]
+        elif kind == "rename" and isinstance(at, dict):
+            at[rng.choice((str(new)[:200], f"{key}x", str(key).upper(), str(other_key)))] = at.pop(key)
+        elif kind == "swap":
+            at[key], other[other_key] = other[other_key], at[key]
+        elif kind == "copy":
+            at[key] = json.loads(json.dumps(other[other_key], default=str)) if not cyclic(other[other_key]) else None
+        elif kind == "text" and isinstance(at[key], str):
+            at[key] = damage(at[key].encode(), rng)[0].decode(errors="replace")
+        else:
+            at[key] = json.loads(json.dumps(new))
+        if cyclic(value):
+            return change_json(content, rng)
+        done.append(f"{kind} {str(key)[:40]!r}")
+    text = json.dumps(value)
+    if rng.random() < 0.05 and text.startswith("{") and len(text) > 2:
+        text = "{" + text[1:-1] + ", " + text[1:]
+        done.append("every name twice")
+    if rng.random() < 0.02:
+        text = "[" * 100_000
+        done.append("100,000 lists")
+    return text.encode(), "; ".join(done)
+
+
+def cyclic(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except ValueError:
+        return True
+    return False
+
+
+def change_header(content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    """Safetensors with a changed header and its right length."""
+    size = struct.unpack("<Q", content[:8])[0]
+    header, what = change_json(content[8 : 8 + size], rng)
+    return struct.pack("<Q", len(header)) + header + content[8 + size :], f"header: {what}"
+
+
+def change_pickle(content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    """A pickle with one to three instructions left out, repeated, swapped, or with another argument."""
+    starts = [place for _, _, place in pickletools.genops(content)]
+    parts = [content[one:two] for one, two in zip(starts, [*starts[1:], len(content)], strict=True)]
+    done = []
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        one, two = rng.randrange(len(parts)), rng.randrange(len(parts))
+        kind = rng.choice(("argument", "argument", "argument", "delete", "repeat", "swap", "copy"))
+        if kind == "argument":
+            parts[one] = argument(parts[one], rng)
+        elif kind == "swap":
+            parts[one], parts[two] = parts[two], parts[one]
+        else:
+            new = {"delete": b"", "repeat": parts[one] * rng.choice((2, 100)), "copy": parts[two]}[kind]
+            parts[one] = new
+        done.append(f"{kind} at {one}")
+    return b"".join(parts), f"pickle: {'; '.join(done)}"
+
+
+def argument(part: bytes, rng: random.Random) -> bytes:
+    """An instruction of a pickle with another number, text or name."""
+    code, number = part[:1], rng.choice(LENGTHS)
+    if not part:
+        return part
+    if code in b"KMJ":
+        new = {b"K": "<B", b"M": "<H", b"J": "<i"}[code]
+        size = 8 * struct.calcsize(new)
+        return code + (number % 2**size).to_bytes(size // 8, "little")
+    if code == b"X":
+        names = (b"cpu", b"cuda", b"meta", b"0", b"", b"x" * 5000, damage(part[5:], rng)[0])
+        text = rng.choice(names)
+        return code + struct.pack("<I", len(text)) + text
+    if code == b"c":
+        names = ("torch FloatStorage", "torch DoubleStorage", "torch._utils _rebuild_tensor_v2", "builtins bytearray")
+        names += (
+            "collections OrderedDict",
+            "os system",
+            "torch._utils _rebuild_parameter",
+            "numpy ndarray",
+            "builtins eval",
+        )
+        return b"c" + rng.choice(names).replace(" ", "\n").encode() + b"\n"
+    if len(part) == 1:
+        return bytes([rng.choice(b"K0)]}(tRQusbhqjN\x88\x89\x85\x86\x87.")]) + b"\x01" * rng.randint(0, 1)
+    return code + damage(part[1:], rng)[0]
+
+
+def change_legacy(content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    """A file of before torch 1.6 with one of its five pickles changed."""
+    file, ends = io.BytesIO(content), [0]
+    for _ in range(5):
+        for _ in pickletools.genops(file):
+            pass
+        ends.append(file.tell())
+    number = rng.randrange(5)
+    changed, what = change_pickle(content[ends[number] : ends[number + 1]], rng)
+    return content[: ends[number]] + changed + content[ends[number + 1] :], f"{number}: {what}"
+
+
+def change_archive(content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    """An archive packed again with right checksums, its pickle changed (at random or by instruction) or its entries."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = [(name, archive.read(name)) for name in archive.namelist()]
+    if change := rng.choice((damage, damage, damage, change_pickle, change_pickle, None)):
+        changed = {name: change(entry, rng) for name, entry in entries if name.endswith("/data.pkl")}
+        entries = [(name, changed[name][0] if name in changed else entry) for name, entry in entries]
+        what = "; ".join(what for _, what in changed.values())
+    else:
+        one, two = rng.randrange(len(entries)), rng.randrange(len(entries))
+        what = rng.choice(("delete", "twice", "rename", "cut", "lengthen"))
+        name, entry = entries[one]
+        if what == "delete":
+            del entries[one]
+        elif what == "twice":
+            entries.append((name, entries[two][1]))
+        elif what == "rename":
+            entries[one] = (
+                rng.choice((entries[two][0], f"../{name}", f"/{name}", name.upper(), name + "x", "a\n")),
+                entry,
+            )
+        else:
+            size = rng.choice(LENGTHS[:12])
+            entries[one] = (name, entry[:size] if what == "cut" else entry + bytes(size))
+        what = f"entry {one}: {what}"
     packed = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(packed, "w") as new:
-        what = ""
-        for name in archive.namelist():
-            entry = archive.read(name)
-            if name.endswith("/data.pkl"):
-                entry, what = damage(entry, rng)
+    with zipfile.ZipFile(packed, "w") as new:
+        for name, entry in entries:
             new.writestr(zipfile.ZipInfo(name), entry)
-    return packed.getvalue(), f"data.pkl: {what}"
+    return packed.getvalue(), what
+
+
+def mutant(kind: str, content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    if kind == "repacked zip":
+        return change_archive(content, rng)
+    if kind == "zip" or rng.random() < 0.5:
+        return damage(content, rng)
+    change = {"legacy": change_legacy, ADAPTER_CONFIG: change_json, RUN_METADATA: change_json}
+    return change.get(kind, change_header)(content, rng)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -252,15 +408,18 @@ def _work(kind: str, seed: int, first: int, count: int, folder: Path, shared: mm
     pages = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     resource.setrlimit(resource.RLIMIT_AS, (pages + MEMORY, pages + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, in C as well
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, signal.SIG_DFL)  # ends the process, in C as well
     with os.fdopen(tell, "w", buffering=1) as out:
         for case in range(first, count):
             bytes_, what = mutant(kind, content, random.Random(f"{seed} {kind} {case}"))
             file.write_bytes(bytes_)
             shared[:8] = struct.pack("<Q", case)
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.alarm(60)
             outcome = reader.outcome()
             signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             if not reader.untouched():
                 raise RuntimeError("the model can't be put back")
             out.write(json.dumps([case, outcome, what]) + "\n")
@@ -301,7 +460,8 @@ def fuzz(kind: str, seed: int, count: int, folder: Path, keep: Path | None) -> t
         if code == 0:
             break
         case = struct.unpack("<Q", shared[:8])[0]
-        outcome = f"a hang of {SECONDS} s" if code == -signal.SIGALRM else f"a crash (exit code {code})"
+        is_slow = code in (-signal.SIGALRM, -signal.SIGPROF)
+        outcome = f"a read of over {SECONDS} s" if is_slow else f"a crash (exit code {code})"
         counts[outcome] += 1
         firsts.setdefault(outcome, f"case {case}: seed {seed}")
         _keep(kind, seed, case, outcome, folder, keep)
@@ -315,7 +475,7 @@ def _keep(kind: str, seed: int, case: int, outcome: str, folder: Path, keep: Pat
         content, _ = mutant(kind, (folder / "whole").read_bytes(), random.Random(f"{seed} {kind} {case}"))
         keep.mkdir(parents=True, exist_ok=True)
         name = "".join(c if c.isalnum() else "-" for c in f"{kind} {outcome[:60]} {case}")
-        (keep / f"{name}{'.safetensors' if kind == 'safetensors' else '.bin'}").write_bytes(content)
+        (keep / name).write_bytes(content)
 
 
 def main() -> int:
