@@ -51,7 +51,8 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("make", [tokens_of_own_file, rows_of_a_task])
-def test_a_cached_table_that_is_damaged_is_made_again(make, damage, tmp_path, cache):
+def test_a_cached_table_that_is_damaged_is_made_again(make, damage, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr("lora_nlu.data.cache._BLOCK_BYTES", 5000)  # several a file
     right = make(tmp_path).to_dict()
     files = {path: path.read_bytes() for path in cache.rglob("*.arrow")}
     assert len(files) == (2 if make is tokens_of_own_file else 1)

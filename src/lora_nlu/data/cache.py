@@ -1,7 +1,9 @@
-"""Tables cached as Arrow files that are memory-mapped and end in the SHA-256 of what precedes it."""
+"""Tables cached as Arrow files that are memory-mapped and end in a digest of what precedes it."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ import pyarrow as pa
 from datasets import Dataset
 
 from lora_nlu.errors import UserError
-from lora_nlu.files import atomic_write, sha256_of
+from lora_nlu.files import atomic_write
 
 _DIGEST_BYTES = 32
+_BLOCK_BYTES = 2**21
 
 
 def key_digest(key: str) -> str:
@@ -46,15 +49,15 @@ def cached_table(
 def cached_file(
     path: Path, settings: str, batches: Callable[[], Iterable[pa.RecordBatch]], cached: Callable[..., Dataset]
 ) -> tuple[Dataset, str]:
-    """The table of a file that `batches()` parses, and the SHA-256 of the file, whose table is cached.
+    """The table of a file that `batches()` parses, and a digest of the file, whose table is cached.
 
     settings: what else decides the table; cached: `cached_table` without key and batches. Raises UserError.
     """
-    digest = sha256_of(path)
+    digest = _file_digest(path)
 
     def batches_of_this_file() -> Iterator[pa.RecordBatch]:
         yield from batches()
-        if sha256_of(path) != digest:
+        if _file_digest(path) != digest:
             raise UserError(f"{path}: was changed while it was read. Start again.")
 
     return cached(f"{settings} {digest}", batches_of_this_file), digest
@@ -70,7 +73,7 @@ def _write(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
             assert writer is not None  # every table has rows
             writer.close()
         with partial.open("ab") as file:
-            file.write(bytes.fromhex(sha256_of(partial)))
+            file.write(bytes.fromhex(_file_digest(partial)))
 
 
 def _is_intact(path: Path) -> bool:
@@ -78,7 +81,18 @@ def _is_intact(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         file.seek(size)
-        return file.read() == bytes.fromhex(sha256_of(path, size))
+        return file.read() == bytes.fromhex(_file_digest(path, size))
+
+
+def _file_digest(path: Path, size: int | None = None) -> str:
+    """The SHA-256 of the SHA-256s of a file's blocks, or of those of its first `size` bytes; several threads read."""
+    size = path.stat().st_size if size is None else size
+    with path.open("rb") as file, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+
+        def of_block(start: int) -> bytes:
+            return hashlib.sha256(os.pread(file.fileno(), min(_BLOCK_BYTES, size - start), start)).digest()
+
+        return hashlib.sha256(b"".join(pool.map(of_block, range(0, size, _BLOCK_BYTES)))).hexdigest()
 
 
 def record_batches(rows: Iterable[Any], types: Mapping[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
