@@ -15,7 +15,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, env=environment)
 
 
-def test_numerics_and_speed_run_on_a_cpu_and_go_on_where_they_stopped(tmp_path):
+def test_the_stages_run_on_a_cpu_and_go_on_where_they_stopped(tmp_path):
     output = ["--smoke", "--device", "cpu", "--output", str(tmp_path)]
     (tmp_path / "numerics.json").write_text(
         '{"rows": {"RoBERTa: lora, fp32": {"ours": {"logits": 0.125}, "ok": true}}}'
@@ -28,5 +28,7 @@ def test_numerics_and_speed_run_on_a_cpu_and_go_on_where_they_stopped(tmp_path):
     assert 0 < numerics["DeBERTa-v2: lora, bf16"]["peer"]["gradients"] < 0.01
     assert speed["time tiny deberta mnli-like B2 fp32"]["times_as_fast"]["median"] > 0
     assert speed["counts tiny roberta sst2 B4 bf16"]["ours"]["waits"] == 0
+    same = json.loads((tmp_path / "graphs.json").read_text())["rows"]["same tiny deberta sst2 B4 fp32 dropout 0"]
+    assert same["fixed"] == {"loss": 0.0, "parameters": 0.0} and same["plain"]["parameters"] < 1e-6
     table = (tmp_path / "gpu.md").read_text()
     assert "| RoBERTa: lora, fp32 | 1.2e-01 |" in table and "| tiny deberta | mnli-like | 2 | fp32 |" in table

@@ -444,7 +444,7 @@ def test_attention_on_tensors_that_do_not_belong_together_is_an_error(wrong):
 def test_sequences_that_are_not_the_rows_are_an_error(wrong):
     *places, longest = wrong
     packed = SimpleNamespace(
-        key_mask=None, length=longest, starts=lambda *_: tuple(map(torch.tensor, places)), batch=2, groups=()
+        key_mask=None, real=None, length=longest, starts=lambda *_: tuple(map(torch.tensor, places)), batch=2, groups=()
     )
     with pytest.raises(ValueError, match="expected|sequences"):
         kernels.attention(noise(7, 24), noise(7, 24), noise(7, 24), packed, 3, 0.5, 0.0)

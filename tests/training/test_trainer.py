@@ -23,6 +23,7 @@ from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.methods.marking import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.training.checkpoints import complete_checkpoints
+from lora_nlu.training.graphs import GraphedSteps
 from lora_nlu.training.output_folder import locked
 from lora_nlu.training.trainer import AdapterTrainer
 
@@ -80,6 +81,29 @@ def new_trainer(
         compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(1) == p.label_ids).mean())},
         metadata={"task": "custom", "labels": ["even", "odd"]},
     )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_steps_of_fixed_size_as_on_a_gpu_train_like_plain_ones(tmp_path, monkeypatch, smoothing):
+    trained = {}
+    for is_fixed in (False, True):
+        folder = tmp_path / str(is_fixed)
+        trainer = new_trainer(folder, gradient_accumulation_steps=2, label_smoothing_factor=smoothing, max_steps=4)
+        for module in trainer.model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        steps = []
+        with monkeypatch.context() as patch:
+            patch.setattr("lora_nlu.training.trainer.can_record", lambda *_: is_fixed)  # noqa: B023
+            patch.setattr(GraphedSteps, "_run", counted(GraphedSteps._run, steps))
+            trainer.train()
+        assert len(steps) == 7 * is_fixed  # of 5 micro-batches an epoch
+        trained[is_fixed] = parameters(trainer)
+    torch.testing.assert_close(trained[True], trained[False], rtol=1e-4, atol=1e-6)
+
+
+def counted(function, calls: list):
+    return lambda *arguments: calls.append(None) or function(*arguments)
 
 
 def parameters(trainer: AdapterTrainer) -> dict[str, Tensor]:

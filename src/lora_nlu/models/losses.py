@@ -34,7 +34,7 @@ def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None
         return F.mse_loss(logits.reshape(-1), labels.to(logits.dtype).reshape(-1))
     if problem_type == "single_label_classification":
         labels = labels.reshape(-1).long()
-        total = F.cross_entropy(logits, labels.where(labels >= 0, -100), reduction="sum")
+        total = F.cross_entropy(logits, labels.masked_fill(labels < 0, -100), reduction="sum")
         return total / (labels >= 0).sum().clamp(min=1)
     if problem_type == "soft_label_classification":
         return F.cross_entropy(logits, labels.to(logits.dtype))
@@ -139,7 +139,8 @@ def cutoff(
 ) -> Tensor:
     """Ids [B, S] in which each attended token that is not among `special_ids` is `unk_id` with that probability."""
     chosen = _draw(input_ids, masking_prob)
-    chosen &= ~torch.isin(input_ids, torch.tensor(special_ids, device=input_ids.device))
+    for special in special_ids:  # torch.isin would have to wait for the GPU to receive them
+        chosen &= input_ids != special
     if attention_mask is not None:
         chosen &= attention_mask != 0
     return input_ids.masked_fill(chosen, unk_id)

@@ -58,6 +58,20 @@ def table_rows(longest: int, buckets: int, reach: int) -> tuple[int, ...]:
     return tuple(rows)
 
 
+def distances_on(device: torch.device, longest: int, buckets: int, reach: int) -> Tensor:
+    """`table_rows`, counted from its first, as a tensor; to a GPU it is sent once, because that waits for it."""
+    settings = (device, longest, buckets, reach)
+    return _sent_once(*settings) if device.type == "cuda" and not is_traced() else _sent(*settings)
+
+
+def _sent(device: torch.device, longest: int, buckets: int, reach: int) -> Tensor:
+    rows = table_rows(longest, buckets, reach)
+    return torch.tensor(rows, device=device) - rows[0]
+
+
+_sent_once = lru_cache(maxsize=None)(_sent)  # a CUDA graph reads it where it is: none may be dropped
+
+
 def shifted(products: Tensor) -> Tensor:
     """[..., L, 2 L - 1] to [..., L, L]: row i starts L - 1 - i places later than the last row, which starts at 0.
 
@@ -292,10 +306,9 @@ class ConvLayer(nn.Module):
         """embedded, residual [N, H] to [N, H]."""
         # One long stream, `margin` zeros between sequences: a single convolution, however many lengths there are.
         (rows, size), device = embedded.shape, embedded.device
-        lengths = torch.tensor(packed.lengths, device=device)
-        sequence = torch.arange(packed.batch, device=device).repeat_interleave(lengths, output_size=rows)  # [N]
+        sequence, count = packed.sequences(rows)
         places = torch.arange(rows, device=device) + self.margin * sequence  # [N]
-        stream = embedded.new_zeros(rows + self.margin * (packed.batch - 1), size)
+        stream = embedded.new_zeros(rows + self.margin * (count - 1), size)
         stream = stream.index_copy(0, places, embedded)
         convolved = self.conv(stream.t()[None])[0].t().index_select(0, places)  # [N, H]
         return only_real(self.LayerNorm(residual + self.activation(self.dropout(convolved))), packed)
@@ -329,7 +342,7 @@ class DebertaV2Encoder(nn.Module):
             table = self.LayerNorm(table)
         if not self.training:
             views = 1  # without dropout all views have the same table
-        return table.repeat(views, 1, 1), torch.tensor(rows, device=table.device) - first
+        return table.repeat(views, 1, 1), distances_on(table.device, packed.length, self.buckets, self.reach)
 
     def forward(
         self, rows: Tensor, packed: PackedBatch, first_only: bool, with_hidden: bool, with_probs: bool, views: int
@@ -428,7 +441,8 @@ class DebertaV2Model(DebertaV2PreTrainedModel):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-        return_dict: bool | None = None, first_token_only: bool = False, views: int = 1, **keywords: object,
+        return_dict: bool | None = None, first_token_only: bool = False, views: int = 1,
+        packed: PackedBatch | None = None, **keywords: object,
     ) -> BaseModelOutput | tuple:  # fmt: skip
         """Encode a batch; arguments, results and errors as of `RobertaModel.forward`, without a pooler.
 
@@ -442,7 +456,8 @@ class DebertaV2Model(DebertaV2PreTrainedModel):
         first_token_only = first_token_only and not with_probs and not with_hidden
         batch, length, device = layers.input_shape(input_ids, inputs_embeds)
 
-        packed = PackedBatch.from_mask(attention_mask, batch, length, device, keep_distances=True)
+        if packed is None:
+            packed = PackedBatch.from_mask(attention_mask, batch, length, device, keep_distances=True)
         rows = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, packed)  # [N, H]
         encoded = self.encoder(rows, packed, first_token_only, with_hidden, with_probs, views)
         output = BaseModelOutput(

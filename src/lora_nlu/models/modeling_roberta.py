@@ -123,7 +123,7 @@ def attend(
                 hidden = torch.zeros_like(packed.key_mask, dtype=scores.dtype)
                 scores = scores + hidden.masked_fill(~packed.key_mask, torch.finfo(scores.dtype).min)
             probs = F.dropout(scores.softmax(-1), dropout_p)  # with_probs: of all sequences, in one padded group
-            if packed.is_padded:
+            if with_probs and packed.is_padded:
                 probs = probs * packed.key_mask.transpose(-1, -2)  # type: ignore[union-attr]
             context = probs @ v  # [n, A, L, D]
         else:
@@ -199,13 +199,15 @@ class RobertaModel(RobertaPreTrainedModel):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None, output_hidden_states: bool | int | Sequence[int] | None = None,
-        return_dict: bool | None = None, first_token_only: bool = False, **keywords: object,
+        return_dict: bool | None = None, first_token_only: bool = False, packed: PackedBatch | None = None,
+        **keywords: object,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:  # fmt: skip
         """Encode a batch.
 
         Args:    input_ids [B, S] int64 or inputs_embeds [B, S, H], one of them; attention_mask [B, S], 0 = padding;
                  token_type_ids and position_ids [B, S] int64. `first_token_only` computes and returns just the first
-                 token of each sequence, exactly, unless attentions or hidden states are requested.
+                 token of each sequence, exactly, unless attentions or hidden states are requested. `packed`: the
+                 plan of the batch, which is made from attention_mask without it.
         Returns: last_hidden_state [B, S, H] ([B, 1, H] for first tokens only), 0 where the mask is 0; pooler_output
                  [B, H], if there is a pooler; hidden_states ([B, S, H] each; where output_hidden_states is a number or
                  numbers, those of other numbers are None) and attentions ([B, A, S, S] a layer) on request. In the
@@ -220,7 +222,8 @@ class RobertaModel(RobertaPreTrainedModel):
         first_token_only = first_token_only and not with_probs and not with_hidden
         batch, length, device = layers.input_shape(input_ids, inputs_embeds)
 
-        packed = PackedBatch.from_mask(attention_mask, batch, length, device)
+        if packed is None:
+            packed = PackedBatch.from_mask(attention_mask, batch, length, device)
         rows = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, packed)  # [N, H]
         encoded = self.encoder(rows, packed, first_token_only, with_hidden, with_probs)
         last = encoded.first_tokens() if first_token_only else encoded.all_tokens()  # [B, 1, H] or [B, S, H]

@@ -422,7 +422,13 @@ def attention(
     """
     relative = (relative_key, relative_query)
     trains = any(x is not None and x.requires_grad and torch.is_grad_enabled() for x in relative)
-    if trains or packed.key_mask is not None or not 0 <= threshold(p) < 65536 or not kernels_for(query):
+    if (
+        trains
+        or packed.key_mask is not None
+        or packed.real is not None
+        or not 0 <= threshold(p) < 65536
+        or not kernels_for(query)
+    ):
         return None
     seed = draw_seed() if p else 0
     starts = packed.starts(query.shape[0] != key.shape[0], count_views(relative))

@@ -8,7 +8,7 @@ view [count, L, ...] of its rows: attention needs no mask and no padding.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -26,6 +26,13 @@ def is_batched(x: Tensor) -> bool:
     return False
 
 
+def _real_first(real: Tensor, places: Tensor) -> Tensor:
+    """`places` [M], those where `real` [M] is True before the others, both in order; never waits for the GPU."""
+    count = real.cumsum(0)
+    rows = torch.where(real, count - 1, count[-1] + (~real).cumsum(0) - 1)  # [M]
+    return torch.empty_like(places).scatter_(0, rows, places)
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Where the real tokens of one padded batch are in the packed rows.
@@ -36,6 +43,7 @@ class PackedBatch:
     groups:      (count, length) of each run of equally long sequences, in packed order.
     key_mask:    [B, 1, 1, S] bool, True for keys that attention may see; None but in the fallback and in `padded`.
     is_padded:   True in `padded`, whose masked rows are not read; False in the fallback, where callers may.
+    real:        [B, S] bool, True for tokens; of plans by `of_size` alone, which have no groups.
 
     Fallback: a batch keeps all of its B * S tokens as rows, in one group with a `key_mask`, where a sequence's first
     position is masked (left padding), because callers read that position, as transformers does; and where distances
@@ -50,6 +58,7 @@ class PackedBatch:
     groups: tuple[tuple[int, int], ...]
     key_mask: Tensor | None = None
     is_padded: bool = False
+    real: Tensor | None = None
 
     @classmethod
     def from_mask(
@@ -95,13 +104,33 @@ class PackedBatch:
             return replace(dense, key_mask=real[:, None, None, :])
         if all(n == length for n in lengths):
             return dense
-        order = sorted(range(batch), key=lengths.__getitem__)
-        starts = [0, *accumulate(lengths[i] for i in order)][:-1]
-        order_of = torch.tensor(order, device=device)
-        sequence_of, place_of = real[order_of].nonzero(as_tuple=True)  # [N], [N]
-        slots = order_of[sequence_of] * length + place_of
-        groups = tuple((len(list(run)), n) for n, run in groupby(lengths[i] for i in order))
-        return cls(batch, length, slots, torch.tensor(starts, device=device), torch.argsort(order_of), groups)
+        order = values[0].argsort(stable=True)  # [B]
+        starts = values[0][order]
+        places = (order[:, None] * length + torch.arange(length, device=device)).flatten()  # [B * S]
+        slots = _real_first(real[order].flatten(), places)[: sum(lengths)]
+        groups = tuple((len(list(run)), n) for n, run in groupby(sorted(lengths)))
+        return cls(batch, length, slots, starts.cumsum(0) - starts, order.argsort(), groups)
+
+    @classmethod
+    def of_size(cls, mask: Tensor, rows: int) -> "PackedBatch":
+        """Plan a batch, padded on the right, as this many rows: its tokens, in order, and padding to fill them up.
+
+        mask: [B, S], 0 = padding, each sequence with a token; rows: at least its tokens, at most B * S, more than B.
+        Shapes depend on no value, and nothing waits for the GPU. Attention is the masked one on the padded grid, so
+        that no token sees a row of padding, and no loss reads one.
+        """
+        batch, length = mask.shape
+        real = mask != 0
+        slots = _real_first(real.flatten(), torch.arange(batch * length, device=mask.device))[:rows]
+        lengths = real.sum(1)
+        return cls(batch, length, slots, lengths.cumsum(0) - lengths, unsort=None, groups=(), real=real)
+
+    def sequences(self, rows: int) -> tuple[Tensor, int]:
+        """[N] int64, the sequence in packed order of each of the N rows, and their number; padding counts as one."""
+        starts = self.first_rows
+        if self.real is not None:
+            starts = torch.cat([starts, self.real.sum()[None]])
+        return torch.searchsorted(starts, torch.arange(rows, device=starts.device), right=True) - 1, len(starts)
 
     @property
     def lengths(self) -> list[int]:
@@ -148,12 +177,16 @@ class PackedBatch:
 
         On a GPU, padding costs less than many small products; probabilities to return need it for their gradient.
         """
+        if self.real is not None:
+            return True
         return self.slots is not None and (with_probs or (len(self.groups) > 1 and device.type != "cpu"))
 
     @cached_property
     def padded(self) -> "PackedBatch":
         """The same batch with all of its B * S tokens as rows, in one group, under a key mask."""
-        real = self.unpack(torch.ones(len(self.slots), dtype=torch.bool, device=self.slots.device))  # type: ignore
+        real = self.real
+        if real is None:
+            real = self.unpack(torch.ones(len(self.slots), dtype=torch.bool, device=self.slots.device))  # type: ignore
         every_place = PackedBatch.from_mask(None, self.batch, self.length, real.device)
         return replace(every_place, key_mask=real[:, None, None, :], is_padded=True)
 
@@ -165,7 +198,7 @@ class PackedBatch:
         """The inverse of `to_padded`."""
         if len(rows) == self.batch * self.length:
             return rows.index_select(0, self.slots)  # type: ignore
-        return torch.zeros_like(rows).index_copy(0, self.unsort, rows)  # type: ignore
+        return rows if self.unsort is None else torch.zeros_like(rows).index_copy(0, self.unsort, rows)
 
     def in_batch_order(self, sequences: Tensor) -> Tensor:
         """[B, ...], one row a sequence, from packed order to the batch's."""

@@ -26,7 +26,8 @@ WITHOUT_EFFECT = frozenset(
     output_dir overwrite_output_dir logging_dir do_train do_eval do_predict resume_from_checkpoint local_rank
     per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size average_tokens_across_devices
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
-    torch_compile torch_compile_backend torch_compile_mode use_cache torch_empty_cache_steps full_determinism use_cpu
+    cuda_graphs torch_compile torch_compile_backend torch_compile_mode use_cache torch_empty_cache_steps
+    full_determinism use_cpu
     logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
     log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug

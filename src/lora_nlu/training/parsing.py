@@ -38,6 +38,7 @@ class RunArguments(TrainingArguments):
     )
     early_stopping_threshold: float = flag("Smallest change of the metric that counts as an improvement", 0.0)
     logging_nan_inf_filter: bool = flag("Ignored: training stops at a loss that is not finite, and logs it", False)
+    cuda_graphs: bool = flag("On a GPU, record training steps once for each shape and replay them", True)
     environ: InitVar[MutableMapping[str, str] | None] = None
 
     def __post_init__(self, environ: MutableMapping[str, str] | None) -> None:  # type: ignore[override]

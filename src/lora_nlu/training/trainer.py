@@ -19,8 +19,10 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 
 from lora_nlu.errors import UserError, first_line
 from lora_nlu.files import atomic_files
+from lora_nlu.models.checkpoints import Checkpoints
 from lora_nlu.models.losses import classification_loss
 from lora_nlu.training.checkpoints import CheckpointingTrainer, Diverged, seconds_trained
+from lora_nlu.training.graphs import GraphedSteps
 from lora_nlu.training.processes import Interrupted, ignore_signals, lost_process, seed_from
 
 # An evaluation scores every row once, in order and all of them together, whatever the flags of training's batches are;
@@ -129,17 +131,18 @@ class AdapterTrainer(CheckpointingTrainer):
         self._by_length: _ByLength | None = None
         self._loss_parts: dict[str, Tensor] = {}  # sums over the steps since the last log
         self._steps = 0
+        self._graphs: GraphedSteps | None = None  # made in the first step, where a step can be recorded
         self._training_since: float | None = None
         self._seconds_before: float | None = None  # of training before this process started, once read
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; every log has the seconds of training up to it, without interruptions."""
         self._training_since, self._seconds_before = time.monotonic(), None
-        self._total_loss = 0.0
+        self._total_loss, self._graphs = 0.0, None
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._training_since = None
+            self._training_since = self._graphs = None
 
     # --------------------------------------------------------------------------------------------------- a step
 
@@ -245,10 +248,31 @@ class AdapterTrainer(CheckpointingTrainer):
                     self._loss_parts[name] = self._loss_parts.get(name, 0.0) + share * outputs[name].detach()
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = self._recorded_step(model, inputs, num_items_in_batch)
+        if loss is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._loss = loss.to("cpu", non_blocking=loss.is_cuda)
         return loss
+
+    def _recorded_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Tensor | None:
+        """A step by `GraphedSteps`; None, and nothing is done, where there can be none."""
+        if not can_record(self, model):
+            return None
+        if self._graphs is None:
+            config = self.model.config
+            limit = config.max_position_embeddings - (config.pad_token_id or 0) - 1
+            half = torch.bfloat16 if self.args.bf16 else None
+            self._graphs = GraphedSteps(model, partial(self._loss_of, model), limit, config.pad_token_id or 0, half)
+        if not model.training:
+            model.train()
+        return self._graphs.step(self._prepare_inputs(inputs) | {"num_items_in_batch": num_items_in_batch})
+
+    def _loss_of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        count = inputs.pop("num_items_in_batch")
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=count)
+        return loss if hasattr(Trainer, "loss_is_scaled_for_ga") else loss / self.current_gradient_accumulation_steps
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         """Count tokens, as transformers does; raise UserError if the loss of this micro-batch is not finite."""
@@ -374,6 +398,20 @@ class AdapterTrainer(CheckpointingTrainer):
                 f"--push_to_hub: the upload to the Hub failed ({first_line(e)}).\nThe run is complete in "
                 f"{self.args.output_dir}. Upload it later: hf upload {self.hub_model_id} {self.args.output_dir}"
             ) from e
+
+
+def can_record(trainer: Any, model: Any) -> bool:
+    """Whether a step of this trainer, of a model as it is passed to `training_step`, may be a CUDA graph's."""
+    args = trainer.args
+    if args.device.type != "cuda" or not getattr(args, "cuda_graphs", True) or args.world_size * args.n_gpu > 1:
+        return False
+    if model is not trainer.model or not isinstance(trainer.model, Checkpoints):  # compiled, or wrapped by a backend
+        return False
+    if args.fp16 or args.gradient_checkpointing or args.neftune_noise_alpha or hasattr(trainer.optimizer, "train"):
+        return False
+    if any(row.loss_term for row in trainer.methods) or trainer.after_steps or getattr(model.config, "reg_loss_wgt", 0):
+        return False  # what these do besides is the host's work
+    return not any(p._post_accumulate_grad_hooks or p._backward_hooks for p in model.parameters() if p.requires_grad)
 
 
 def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
