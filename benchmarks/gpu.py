@@ -1,6 +1,6 @@
 """Ours on a GPU beside transformers + PEFT: numbers against float64, milliseconds and memory of a training step.
 
-    bash benchmarks/gpu.sh [numerics] [speed] [--output DIR] [--seconds N] [--only TEXT] [--smoke]
+    bash benchmarks/gpu.sh [STAGE ...] [--output DIR] [--seconds N] [--only TEXT] [--smoke] [--data DIR]
 
 Writes each row to DIR/STAGE.json as soon as it is measured, and the tables of all rows to DIR/gpu.md. A row that is in
 the file already is not measured again, so an interrupted stage goes on with the next one. Exits with 1 if a row of
@@ -25,16 +25,19 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
 import torch  # noqa: E402
 from common import RESULTS, machine  # noqa: E402
 
-STAGES = {"numerics": 200, "speed": 400}  # seconds that a stage may take
+STAGES = {"numerics": 200, "speed": 400, "graphs": 400, "finetune": 400}  # seconds that a stage may take
 MARGIN = 5.0  # seconds before the limit after which no row starts
 
 
 class Stage:
     """The rows of one stage by name, in a file, and how much time is left for more."""
 
-    def __init__(self, name: str, output: Path, seconds: float, only: str, device: torch.device) -> None:
+    def __init__(
+        self, name: str, output: Path, seconds: float, only: str, device: torch.device, data: Path | None
+    ) -> None:
         self.module: Any = import_module(f"gpu_{name}")
         self.path, self.only, self.device = output / f"{name}.json", only, device
+        self.data = data  # of `finetune`
         self.end = time.monotonic() + seconds
         self.rows: dict[str, Any] = {}
         self.load()
@@ -130,6 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu", help="folder of the results")
     parser.add_argument("--seconds", type=float, help="how long a stage may take; its other rows are then listed")
     parser.add_argument("--only", default="", help="measure only rows whose name contains this text")
+    parser.add_argument("--data", type=Path, help="of finetune: a folder with encoder/, train.csv and dev.csv")
     parser.add_argument("--smoke", action="store_true", help="tiny models, few rows: whether the code runs")
     parser.add_argument("--device", help="default: cuda; with --smoke: cuda where there is one, else cpu")
     args = parser.parse_args(arguments)
@@ -143,10 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
     # products in fp32 are of fp32 numbers; torch's convolution would round them to TF32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     has_failed = False
-    for name in args.stages or STAGES:
+    for name in args.stages or [name for name in STAGES if name != "finetune" or args.data]:
         start = time.monotonic()
         print(f"== {name} on {device}", flush=True)
-        stage = Stage(name, args.output, args.seconds or STAGES[name], args.only, device)
+        stage = Stage(name, args.output, args.seconds or STAGES[name], args.only, device, args.data)
         stage.run(stage.module.work(stage, args.smoke))
         print(f"== {name} took {time.monotonic() - start:.0f} s\n\n{stage.module.summary(stage.rows)}", flush=True)
         for line in stage.module.failures(stage.rows):
