@@ -7,6 +7,7 @@ with recording, and then over the same stream again, when every shape that came 
 
 import copy
 import json
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from sides import Side, make_batch
 from torch import Tensor
 from transformers import RobertaConfig
 
-from lora_nlu.training.graphs import GraphedSteps
+from lora_nlu.training.graphs import GraphedSteps, logger
 
 STREAM = 200  # steps
 STEPS = 20  # of a `same` row
@@ -105,6 +106,8 @@ class Graphed(Side):
 def work(stage: Any, smoke: bool) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     measures = {"time": timed_row, "same": same_row, "failure": failure_row}
     rows = SMOKE if smoke else WORKS
+    logging.basicConfig()
+    logger.setLevel(logging.DEBUG)  # with the traceback of a step that can't be recorded
     return [(row.name, partial(measures[row.do], row, stage.device, 12 if smoke else STREAM)) for row in rows]
 
 

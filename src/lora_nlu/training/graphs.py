@@ -113,7 +113,9 @@ class GraphedSteps:
                 loss, trained, gradients = self._compute(own, rows)
                 torch._foreach_add_([self.gradients[i] for i in trained], gradients)
         except (RuntimeError, KeyError) as e:
-            logger.warning("Training without CUDA graphs, which is slower: %s.", first_line(e))
+            reason = first_line(e.__context__ or e)  # the end of recording fails after what fails in it
+            logger.warning("Training without CUDA graphs, which is slower: %s.", reason)
+            logger.debug("recording", exc_info=True)
             self.has_failed = True
             self.recorded.clear()
             torch.cuda.set_stream(current)
