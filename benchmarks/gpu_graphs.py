@@ -11,7 +11,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -83,6 +83,9 @@ class Graphed(Side):
             start = time.perf_counter()
             recorded = record_step(*arguments)
             self.recording += time.perf_counter() - start
+            if recorded is None:  # torch's memory is left as if it were still recording
+                with suppress(Exception):
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self.steps.pool)
             return recorded
 
         self.steps._record = timed  # type: ignore[method-assign]

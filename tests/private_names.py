@@ -20,6 +20,7 @@ PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_load_rng_state": "dropout is drawn anew in another number of processes",
         "_load_scaler": "errors name the damaged file",
         "_prepare_for_training": "DeepSpeed loads a checkpoint without frozen parameters",
+        "_prepare_inputs": "a recorded step reads the batch where it is computed",
         "_push_from_checkpoint": "a checkpoint is uploaded once it has its name",
         "_run_epoch": "a run that stopped or took its last step does not train on; the length-grouped order is set",
         "_save": "only what trains is saved",
@@ -92,7 +93,15 @@ PRIVATE_NAMES: dict[str, dict[str, str]] = {
     "torch.distributed.run": {"parse_args": "the launcher's options", "run": "the launcher without its traceback"},
     "torch.ops.mkldnn": {"_linear_pointwise": "oneDNN's product with a bias, faster than addmm on CPUs"},
     "torch.utils._pytree": {"tree_map": "optimizer states are nested"},
-    "torch.Tensor": {"_version": "whether a merged weight was changed since"},
+    "torch": {
+        "_foreach_add_": "the gradients of a recorded step are added by a few kernels",
+        "_foreach_zero_": "as above",
+    },
+    "torch.Tensor": {
+        "_backward_hooks": "a step is not recorded where something watches a gradient",
+        "_post_accumulate_grad_hooks": "as above",
+        "_version": "whether a merged weight was changed since",
+    },
     "torch.nn.Module": {
         "_forward_hooks": "the embedding is called where someone watches it",
         "_forward_pre_hooks": "PEFT's hook for an adapter per example is refused",

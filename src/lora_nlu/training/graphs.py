@@ -7,7 +7,7 @@ rounding. Dropout draws anew in every replay.
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,9 +119,7 @@ class GraphedSteps:
             self.has_failed = True
             self.recorded.clear()
             torch.cuda.set_stream(current)
-            # torch leaves its memory and its generator as if it were still recording
-            with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(current.device.index, self.pool)
+            # torch leaves its generator as if it were still recording
             fresh = torch.Generator(current.device).manual_seed(torch.cuda.initial_seed() + self.replays + 1)
             torch.cuda.default_generators[current.device.index].graphsafe_set_state(fresh.graphsafe_get_state())
             return None
