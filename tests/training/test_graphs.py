@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from helpers import randomise_, tiny_config, tiny_deberta_config
 from torch._subclasses import FakeTensorMode
 
@@ -110,6 +111,22 @@ def test_gradients_add_up_over_the_batches_of_a_step_and_with_those_of_other_ste
     model(**second).loss.backward()
     for name, gradient in gradients(model).items():  # those of earlier steps are gone
         torch.testing.assert_close(gradient, once[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_gradients_are_those_of_the_loss_that_a_gradient_scaler_has_scaled():
+    model, batch = new_model("roberta"), batch_of(5, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    steps = GraphedSteps(model, lambda inputs: model(**inputs).loss, 64, 1, scale=scaler.scale)
+    for factor in (8.0, 4.0):  # the factor that the scaler has at the time
+        loss = steps.step(batch)
+        found, plain = gradients(model), model(**batch).loss
+        model.zero_grad()
+        plain.backward()
+        torch.testing.assert_close(loss, plain.detach(), rtol=1e-6, atol=1e-6)
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(found[name], factor * gradient, rtol=1e-5, atol=1e-5, msg=name)
+        model.zero_grad()
+        scaler.update(4.0)
 
 
 @pytest.mark.parametrize(
@@ -223,10 +240,11 @@ def test_a_step_that_cannot_be_recorded_ends_recording_with_one_line_and_trains(
 
 
 def trainer_on(device: str, **settings):
-    flags = {"fp16": False, "gradient_checkpointing": False, "neftune_noise_alpha": None, "world_size": 1, "n_gpu": 1}
+    flags = {"gradient_checkpointing": False, "neftune_noise_alpha": None, "world_size": 1, "n_gpu": 1}
     args = SimpleNamespace(**flags | {"device": torch.device(device)} | settings)
-    trainer = SimpleNamespace(args=args, methods=(), after_steps={}, optimizer=None)
-    trainer.model = new_model("roberta")
+    trainer = SimpleNamespace(args=args, methods=(), after_steps={}, model=new_model("roberta"))
+    trainer.optimizer = AcceleratedOptimizer.__new__(AcceleratedOptimizer)  # as in a run, without its global state
+    trainer.optimizer.optimizer = torch.optim.AdamW(trainer.model.parameters())
     return trainer
 
 
@@ -234,7 +252,7 @@ def test_graphs_are_of_plain_steps_on_one_gpu():
     trainer = trainer_on("cuda")
     assert can_record(trainer, trainer.model)
     assert not can_record(trainer, torch.nn.DataParallel(trainer.model))
-    others = [{"fp16": True}, {"gradient_checkpointing": True}, {"neftune_noise_alpha": 5.0}, {"world_size": 2}]
+    others = [{"gradient_checkpointing": True}, {"neftune_noise_alpha": 5.0}, {"world_size": 2}]
     for settings in [*others, {"cuda_graphs": False}]:
         trainer = trainer_on("cuda", **settings)
         assert not can_record(trainer, trainer.model), settings
@@ -242,6 +260,9 @@ def test_graphs_are_of_plain_steps_on_one_gpu():
     assert not can_record(trainer, trainer.model)
     trainer = trainer_on("cuda")
     trainer.model.config.reg_loss_wgt = 1.0
+    assert not can_record(trainer, trainer.model)
+    trainer = trainer_on("cuda")
+    trainer.optimizer.optimizer.train = lambda: None  # an optimizer without a schedule of its own
     assert not can_record(trainer, trainer.model)
 
 

@@ -41,15 +41,16 @@ class GraphedSteps:
     batch's inputs on the GPU, and nothing in it may wait for the GPU or do other work: a replay repeats only what the
     GPU does. `longest`: up to this length a batch may be padded; `pad_id`: with what. `half`: the dtype of the autocast
     in `loss_of`, to which frozen weights are then converted once instead of in every step, with the same rounding.
+    `scale`: of fp16's gradient scaler, which keeps its factor in a tensor; the gradients are those of the scaled loss.
     """
 
     def __init__(
         self, model: nn.Module, loss_of: Callable[[dict[str, Any]], Tensor], longest: int, pad_id: int,
-        half: torch.dtype | None = None,
+        half: torch.dtype | None = None, scale: Callable[[Any], Any] | None = None,
     ) -> None:  # fmt: skip
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.halves = [(p, p.detach().to(half)) for p in frozen_parameters(model)] if half else []
-        self.loss_of, self.longest, self.pad_id = loss_of, longest, pad_id
+        self.loss_of, self.longest, self.pad_id, self.scale = loss_of, longest, pad_id, scale
         self.gradients: dict[int, Tensor] = {}  # what graphs add to, by the parameter's number
         self.recorded: dict[tuple, Recorded] = {}
         self.seen: set[tuple] = set()
@@ -87,7 +88,8 @@ class GraphedSteps:
             inputs = inputs | {"packed": PackedBatch.of_size(inputs["attention_mask"], rows)}
         with converted(self.halves):
             loss = self.loss_of(dict(inputs))
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            scaled = self.scale(loss) if self.scale else loss
+            gradients = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         trained = [i for i, gradient in enumerate(gradients) if gradient is not None]
         return loss.detach(), trained, [gradients[i] for i in trained]
 

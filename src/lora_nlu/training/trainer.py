@@ -262,8 +262,10 @@ class AdapterTrainer(CheckpointingTrainer):
         if self._graphs is None:
             config = self.model.config
             limit = config.max_position_embeddings - (config.pad_token_id or 0) - 1
-            half = torch.bfloat16 if self.args.bf16 else None
-            self._graphs = GraphedSteps(model, partial(self._loss_of, model), limit, config.pad_token_id or 0, half)
+            half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+            scale = self.accelerator.scaler.scale if self.accelerator.scaler else None
+            loss_of = partial(self._loss_of, model)
+            self._graphs = GraphedSteps(model, loss_of, limit, config.pad_token_id or 0, half, scale)
         if not model.training:
             model.train()
         return self._graphs.step(self._prepare_inputs(inputs) | {"num_items_in_batch": num_items_in_batch})
@@ -407,7 +409,8 @@ def can_record(trainer: Any, model: Any) -> bool:
         return False
     if model is not trainer.model or not isinstance(trainer.model, Checkpoints):  # compiled, or wrapped by a backend
         return False
-    if args.fp16 or args.gradient_checkpointing or args.neftune_noise_alpha or hasattr(trainer.optimizer, "train"):
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate's wrapper of any has a `train`
+    if args.gradient_checkpointing or args.neftune_noise_alpha or hasattr(optimizer, "train"):
         return False
     if any(row.loss_term for row in trainer.methods) or trainer.after_steps or getattr(model.config, "reg_loss_wgt", 0):
         return False  # what these do besides is the host's work
