@@ -260,3 +260,46 @@ def test_a_file_given_by_the_wrong_flag_is_refused_with_the_right_flag(trained, 
     train = on_rte(glue, tmp_path / "o", *SHORT, "--do_train", "--max_steps", "1")
     assert "its keys lack 'roberta.'" in call(*train, path_flag, tmp_path / "encoder").err
     succeeded(call(*train, path_flag, tmp_path / "headless.bin", *alpha))
+
+
+def test_another_file_of_ones_own_may_have_fewer_examples(call, glue, tmp_path):
+    """Its results are not compared with those of the file before it; the run's command works again afterwards."""
+    header, *rows = (glue / "RTE" / "dev.tsv").read_text().splitlines()
+    (tmp_path / "few.tsv").write_text("\n".join([header, *rows[:9]]) + "\n")
+    train = ["--train_file", glue / "RTE" / "train.tsv", *flags_of(METHODS["lora"]), *SHORT, "--max_steps", "1"]
+    train += ["--do_train", "--do_eval", "--do_predict", "--output_dir", tmp_path / "o"]
+    for file in (glue / "RTE" / "dev.tsv", tmp_path / "few.tsv", glue / "RTE" / "dev.tsv"):
+        succeeded(call(*train, "--validation_file", file, "--test_file", file))
+        samples = len(file.read_text().splitlines()) - 1
+        assert read(tmp_path / "o" / "eval_results.json")["eval_samples"] == samples
+        assert read(tmp_path / "o" / "predict_results.json")["predict_results_custom.tsv"]["samples"] == samples
+    files = ["--validation_file", glue / "RTE" / "dev.tsv", "--test_file", glue / "RTE" / "dev.tsv"]
+    outcome = call(*train, *files, "--max_eval_samples", 9)
+    assert outcome.code == 1 and "is of 24 examples; results of 9 would take its place" in outcome.err
+
+
+@pytest.mark.parametrize("file", ["dev_matched.tsv", "dev_mismatched.tsv"])
+def test_a_glue_folder_with_fewer_rows_does_not_replace_a_runs_results(file, call, glue, tmp_path):
+    few = shutil.copytree(glue, tmp_path / "glue")
+    lines = (few / "MNLI" / file).read_text().splitlines()
+    (few / "MNLI" / file).write_text("\n".join(lines[:9]) + "\n")
+    train = ["--task_name", "mnli", *flags_of(METHODS["lora"]), *SHORT, "--max_steps", "1", "--do_train", "--do_eval"]
+    train += ["--output_dir", tmp_path / "o", "--glue_dir"]
+    succeeded(call(*train, glue))
+    outcome = call(*train, few)
+    assert outcome.code == 1 and outcome.err.endswith("would take its place.\nChoose another --output_dir."), outcome
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_a_trained_run_without_its_weights_says_so_and_its_folder_is_not_to_be_removed(
+    method, damage, trained, call, glue, tmp_path
+):
+    folder = shutil.copytree(trained(method), tmp_path / "run")
+    weights = folder / ("adapter_model.safetensors" if METHODS[method].freezes else "model.safetensors")
+    weights.unlink() if damage == "missing" else weights.write_bytes(weights.read_bytes()[:-9])
+    flags = [*flags_of(METHODS[method]), *SHORT, "--max_steps", "3", "--do_train", "--do_eval"]
+    outcome = call(*on_rte(glue, folder, *flags))
+    assert outcome.code == 1 and str(folder if damage == "missing" else weights) in outcome.err
+    assert "optimizer" not in outcome.err and "Remove the folder" not in outcome.err, outcome.err
+    assert "what was trained isn't there" in outcome.err or "damaged" in outcome.err

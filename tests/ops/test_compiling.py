@@ -149,6 +149,14 @@ def test_where_no_library_can_be_kept_one_is_compiled_for_the_process_alone(cach
     assert not [*(tmp_path / "temporary").iterdir()]
 
 
+def test_a_user_without_a_home_folder_compiles_for_the_process_alone(cache, monkeypatch, caplog):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does for a user without one
+    assert answer() == 42
+    (record,) = caplog.records
+    assert record.getMessage().startswith("~/.cache/lora_nlu: there is no home folder. The kernels are compiled for")
+
+
 def test_processes_that_compile_at_once_all_have_the_library(cache):
     code = f"""import ctypes; from lora_nlu.ops import compiling; from pathlib import Path
 compiling.SOURCE = Path({str(compiling.SOURCE)!r}); assert ctypes.CDLL(str(compiling.compiled())).answer() == 42"""

@@ -126,6 +126,16 @@ def test_a_run_in_a_file_and_in_its_folder_counts_once(tmp_path):
     assert read(run, tmp_path / "out") == read(run)
 
 
+def test_a_folders_name_may_have_spaces_and_joiners_of_any_script(tmp_path):
+    for seed, name in enumerate(
+        ("\u5b9f\u9a13\u3000\u4e00", "a\u00a0b", "\U0001f468\u200d\U0001f469", "\u0645\u06cc\u200c\u0631")
+    ):
+        write_run(tmp_path / "runs" / name, seed=seed)
+    assert main(["runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    records, notes = find_records(tmp_path / "out" / "runs.jsonl")
+    assert len(records) == 4 and not notes
+
+
 def test_what_a_method_is_called_and_looks_like_divides_no_line(tmp_path):
     """Runs of an earlier version, which recorded neither, and of this one are seeds of one line."""
     write_run(tmp_path / "a", seed=0)

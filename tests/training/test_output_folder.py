@@ -31,6 +31,13 @@ def test_a_folder_on_a_network_disk_is_locked_as_any_other(tmp_path, monkeypatch
         assert not [*tmp_path.iterdir()] and capsys.readouterr().out == ""
 
 
+def test_somebodys_file_under_the_name_of_the_lock_stays(tmp_path):
+    (tmp_path / "_lock").write_text("a key")
+    with locked(tmp_path), pytest.raises(UserError, match="or evaluates"), locked(tmp_path):
+        pass
+    assert (tmp_path / "_lock").read_text() == "a key"
+
+
 def test_a_disk_without_locks_is_named_in_a_line(tmp_path, monkeypatch, capsys):
     def no_locks(descriptor: int, operation: int) -> None:
         raise OSError(ENOLCK, "No locks available")

@@ -32,9 +32,12 @@ def compiled() -> Path:
     Raises OSError if no folder can be written, RuntimeError if it can't be compiled.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = (cache if cache.is_absolute() else Path.home() / ".cache") / "lora_nlu"
+    folder = (cache if cache.is_absolute() else Path(os.path.expanduser("~/.cache"))) / "lora_nlu"
     try:
+        if not folder.is_absolute():  # a user without an entry in /etc/passwd, as in containers, and without HOME
+            raise FileNotFoundError(errno.ENOENT, "there is no home folder", str(folder))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _close_to_others(folder)
         return _compiled_in(folder)
     except OSError as e:
         logger.warning(
@@ -75,6 +78,19 @@ def _compiled_in(folder: Path) -> Path:
 
 def _digest(*content: object) -> str:
     return hashlib.sha256("\n".join(map(str, content)).encode()).hexdigest()[:16]
+
+
+def _close_to_others(folder: Path) -> None:
+    """Take a folder of this user's that others may write to, as earlier versions made it under umask 002, from them.
+
+    Its libraries, which they may have changed, are removed. A folder that contains others' files is left as it is.
+    """
+    status, user = folder.lstat(), os.geteuid()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == user and status.st_mode & 0o022:
+        if all(path.lstat().st_uid == user for path in folder.iterdir()):
+            folder.chmod(0o700)
+            for library in folder.glob("kernels-*.so"):
+                library.unlink()
 
 
 def _check_own(path: Path, status: os.stat_result) -> None:

@@ -20,6 +20,8 @@ WEIGHTS = "weights_fingerprint"  # of the model that a run trained, or that gave
 Form = tuple[str, Callable[[Any], bool]]  # of a value: in words, and whether one is of it
 _TEXT: Form = ("text", lambda x: isinstance(x, str))
 _PRINTABLE: Form = ("printable text", lambda x: isinstance(x, str) and x.isprintable())
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # spaces and joiners are none
+_FOLDER: Form = ("printable text", lambda x: isinstance(x, str) and not _CONTROLS.search(x))
 _DIGEST: Form = ("a digest", lambda x: x is None or (isinstance(x, str) and bool(re.fullmatch("[0-9a-f]+", x))))
 _COUNT: Form = ("a count", lambda x: type(x) is int and 0 <= x < 2**63)
 _COUNT_OR_NONE: Form = ("a count", lambda x: x is None or _COUNT[1](x))
@@ -168,7 +170,7 @@ def _read_lines(path: Path) -> tuple[list[Record], list[str]]:
         place = f"{path}:{number}"
         try:
             files = parse_json(line)
-            _check_form(files, {"folder": _PRINTABLE} | _FORMS, "the line")
+            _check_form(files, {"folder": _FOLDER} | _FORMS, "the line")
             records.append(Record(Path(files.pop("folder")), files.pop(RUN), _shortened(files), place))
         except (ValueError, KeyError, RecursionError) as e:
             errors.append(f"{place}: not the record of a run ({e}). `report runs --out` writes it.")

@@ -134,9 +134,13 @@ def explain_damage(checkpoint: str | None) -> Iterator[None]:
         if not checkpoint or isinstance(e, torch.OutOfMemoryError) or is_out_of_memory(e) or lost_process(e):
             raise  # these, and errors of a disk or of permissions, are reported as they are
         if damaged := _damaged_file(Path(checkpoint)):
-            raise UserError(
-                f"{damaged[0]}: damaged, can't be resumed from ({first_line(damaged[1])}).\n"
+            remedy = (
                 f"Remove the folder {checkpoint}; the same command then resumes from the one before it, or starts anew."
+            )
+            if not Path(checkpoint).name.startswith("checkpoint-"):  # the folder of a run that has trained
+                remedy = "Put a copy of it there, or --overwrite_output_dir to train afresh."
+            raise UserError(
+                f"{damaged[0]}: damaged, can't be resumed from ({first_line(damaged[1])}).\n{remedy}"
             ) from e
         if isinstance(e, ValueError | KeyError):
             raise UserError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from lora_nlu.data.tasks import TASKS
 from lora_nlu.data.tokenization import digest
 from lora_nlu.errors import UserError, printable, printable_lines
 from lora_nlu.files import RUN_METADATA, check_json, is_training_run, read_json, write_json
@@ -90,11 +91,13 @@ def record_evaluation(trainer: AdapterTrainer, evaluated: str, weights: str) -> 
 
 
 def check_results(
-    trainer: AdapterTrainer, weights: str | None, samples: int, earlier: dict[str, Any], name: str
+    trainer: AdapterTrainer, weights: str | None, samples: int, set_samples: int | None, before: Any, name: str
 ) -> None:
     """Raise UserError if results would, in a training run's folder, replace those of more examples or of other weights.
 
-    weights, samples: what the results are of; earlier: what those in the folder record; name: of their file.
+    Another file of the user's own may have fewer examples; GLUE's sets are always the same.
+    weights, samples, set_samples: what the results are of, how many examples of how many; before: the number of
+    examples of those in the folder, as recorded; name: of their file.
     """
     folder, run = Path(trainer.args.output_dir), recorded(Path(trainer.args.output_dir))
     if not is_training_run(run):
@@ -104,11 +107,12 @@ def check_results(
             f"--output_dir {folder}: the weights are not those that its run trained, as {RUN} records; their results "
             "would be taken for that run's.\nChoose another --output_dir."
         )
-    before = earlier.get("eval_samples", earlier.get("samples"))
-    if isinstance(before, int) and before > samples:
+    is_part = samples != set_samples
+    if isinstance(before, int) and before > samples and (is_part or run.get("task") in TASKS):
+        remedy = ", or evaluate all (no --max_eval_samples, no --max_predict_samples)" * is_part
         raise UserError(
             f"{folder / name} is of {before:,} examples; results of {samples:,} would take its place.\n"
-            "Choose another --output_dir, or evaluate all (no --max_eval_samples, no --max_predict_samples)."
+            f"Choose another --output_dir{remedy}."
         )
 
 
@@ -138,14 +142,17 @@ def locked(folder: Path) -> Iterator[None]:
         while (descriptor := _lock(path)) is None:
             pass
     except BlockingIOError as e:
-        raise UserError(f"{folder}: another run trains into it now. Wait for it, or choose another folder.") from e
+        raise UserError(
+            f"{folder}: another run trains into it now, or evaluates. Wait for it, or choose another folder."
+        ) from e
     except OSError as e:
         raise UserError(f"{path}: can't be locked ({e.strerror}). Remove it, or choose another --output_dir.") from e
     try:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()
+            if not path.stat().st_size:  # somebody's file of this name stays
+                path.unlink()
         os.close(descriptor)
 
 

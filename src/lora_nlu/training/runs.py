@@ -62,6 +62,8 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> str | None:
         clear_leftovers(args.output_dir)
     if is_trained:
         say(args, f"{folder}: already trained; --overwrite_output_dir trains afresh.")
+        if not any(folder.glob("*model*.safetensors")):  # an adapter's, or a model's in one file or several
+            raise UserError(f"{folder}: what was trained isn't there.\nPut it back, or --overwrite_output_dir.")
         trainer._load_from_checkpoint(str(folder))
         with suppress(UserError, KeyError):  # what an evaluation writes with its scores
             ended = read_json(folder / STATE)
@@ -145,7 +147,9 @@ def evaluate(
     sets = [name for name in tables if name.startswith("validation")]
     if trainer.args.process_index == 0:
         earlier = _results(Path(trainer.args.output_dir, EVALUATION))
-        check_results(trainer, weights, len(tables[sets[0]]), earlier, EVALUATION)
+        for name in sets:
+            before = earlier.get("eval_samples" + "_mm" * name.endswith("mismatched"))
+            check_results(trainer, weights, len(tables[name]), rows.get(name), before, EVALUATION)
     combined: dict[str, Any] = {WEIGHTS: weights}
     for name in sets:
         of_set = {"eval_set_samples": rows.get(name), "eval_data": digest(tables[name])}
@@ -184,7 +188,8 @@ def predict(
         made_of, samples = _results(folder / PREDICTIONS), len(tables[split])
         if trainer.args.process_index == 0:
             earlier = made_of.get(paths[-1].name)
-            check_results(trainer, weights, samples, earlier if isinstance(earlier, dict) else {}, paths[-1].name)
+            before = earlier.get("samples") if isinstance(earlier, dict) else None
+            check_results(trainer, weights, samples, rows.get(split), before, paths[-1].name)
         logits: Any = trainer.predict(tables[split]).predictions  # one row for each example, checked by the trainer
         answers = [tsv_cell(labels[int(x)]) if labels else f"{x:.3f}" for x in predicted(logits)]
         if trainer.args.process_index == 0:
