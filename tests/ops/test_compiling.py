@@ -135,12 +135,14 @@ def test_a_full_disk_is_not_called_a_missing_compiler(cache, compiler, caplog):
     assert "install" not in caplog.text.lower() and not [*cache.iterdir()]
 
 
-@pytest.mark.parametrize("kind", ["a file in its place", "full"])
+@pytest.mark.parametrize("kind", ["a file in its place", "full", "full at the linker's last write"])
 def test_where_no_library_can_be_kept_one_is_compiled_for_the_process_alone(cache, compiler, tmp_path, caplog, kind):
     if kind == "full":
         becomes(
             compiler, f'case "$*" in *{cache}*) echo No space left on device >&2; exit 1; esac; exec {COMPILER} "$@"'
         )
+    elif kind == "full at the linker's last write":
+        becomes(compiler, f'{COMPILER} "$@"; for o; do :; done; case "$*" in *{cache}*) truncate -s -99 "$o"; esac')
     else:
         cache.parent.write_text("a file where a folder should be")
     assert answer() == 42

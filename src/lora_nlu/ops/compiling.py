@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -124,6 +125,9 @@ def _compile(compiler: str, library: Path) -> None:
         if full := [line for line in lines if _FULL.search(line)]:
             raise OSError(errno.ENOSPC, f"g++: {printable(full[0], 150)}")
         raise RuntimeError(f"g++ can't compile kernels.cpp: {printable(lines[0], 150)}")
+    sections, size, count = struct.unpack_from("<Q10xHH", library.read_bytes(), 40)  # of the header: a table at the end
+    if library.stat().st_size < sections + size * count:  # the linker exits with 0 if its last write fails
+        raise OSError(errno.ENOSPC, "g++: its last write failed, as on a full disk")
     with library.open("ab") as file:  # it ends in its length: loading a truncated library would kill the process
         file.write(file.tell().to_bytes(8, "little"))
     library.chmod(0o700)  # whatever the umask
