@@ -204,7 +204,7 @@ def change_json(content: bytes, rng: random.Random) -> tuple[bytes, str]:
         elif kind == "copy":
             at[key] = json.loads(json.dumps(other[other_key], default=str)) if not cyclic(other[other_key]) else None
         elif kind == "text" and isinstance(at[key], str):
-            at[key] = damage(at[key].encode(), rng)[0].decode(errors="replace")
+            at[key] = damage(at[key].encode(errors="replace"), rng)[0].decode(errors="replace")
         else:
             at[key] = json.loads(json.dumps(new))
         if cyclic(value):
