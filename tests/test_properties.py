@@ -196,12 +196,15 @@ def test_checkpoints_with_any_bytes_for_a_trainer_state_never_stop_the_listing_o
     for name in (*names, "checkpoint-2"):
         write_checkpoint(tmp_path / name)
     (tmp_path / "checkpoint-2" / STATE).write_text(json.dumps({"global_step": 2, "log_history": []}))
-    states = json_values | st.fixed_dictionaries({"global_step": json_values | st.sampled_from([5, 5, 5, 3, 5.0, "5"])})
+    states = json_values | st.fixed_dictionaries(
+        {"global_step": json_values | st.sampled_from([5, 5, 5, 5, 5, 3, 5.0, "5"])}
+    )
     seen: Counter[bool] = Counter()
 
     @many
     @given(st.sampled_from(names), anything | states.map(lambda value: json.dumps(value).encode()))
     @example("checkpoint-5", b'{"global_step": 5}')
+    @example("checkpoint-5", b'{"global_step": "5"}')
     @example("checkpoint-5", DEEP.encode())
     @example("checkpoint-5", b'{"global_step": ' + b"9" * 5000 + b"}")
     @example("checkpoint-5", '{"global_step": 5}'.encode("utf-16"))

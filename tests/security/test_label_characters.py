@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from adapters.small_models import lora_model
+from datasets import Dataset
 from helpers import tiny_config
 
 from lora_nlu.adapters.reading import read_adapter
@@ -85,5 +86,6 @@ def test_an_older_runs_label_with_a_line_break_makes_one_line_of_predictions(tmp
     predictions = SimpleNamespace(predictions=np.array([[1.0, 0.0], [0.0, 1.0]]))
     args = SimpleNamespace(output_dir=str(tmp_path), process_index=0)
     metadata = {"task": "custom", "labels": ["a\nb\tc", "no"]}
-    (path,) = predict(SimpleNamespace(metadata=metadata, args=args, predict=lambda _: predictions), {"test": None})
+    trainer = SimpleNamespace(metadata=metadata, args=args, predict=lambda _: predictions)
+    (path,) = predict(trainer, {"test": Dataset.from_dict({"input_ids": [[1], [2]]})}, {"test": 2}, None)
     assert path.read_text() == "index\tprediction\n0\ta\\nb\\tc\n1\tno\n"

@@ -60,7 +60,7 @@ def complete_checkpoints(output_dir: str) -> list[Path]:
         with suppress(UserError, OSError, ValueError, TypeError):  # it is none, or damaged
             files, step = read_json(path / FILE_LIST), TrainerState(**read_json(path / STATE)).global_step
             lengths = {name: (path / name).stat().st_size for name in files}
-            if path.name == f"checkpoint-{step}" and lengths == files:
+            if type(step) is int and path.name == f"checkpoint-{step}" and lengths == files:
                 found.append((step, path))
     return [path for _, path in sorted(found)]
 
