@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import gpu_speed
 import torch
 from common import draw_lengths, spread
 from gpu_speed import BLOCK, DTYPES, MODELS, D, L, R, X, build, counts, held, wait
@@ -30,20 +31,14 @@ STEPS = 20  # of a `same` row
 
 
 @dataclass(frozen=True)
-class Work:
+class Work(gpu_speed.Work):
     """One row; `do` is "time", "same" or "failure"."""
 
-    do: str
-    model: str
-    task: str
-    batch: int
-    precision: str = "bf16"
     dropout: float = 0.1
 
     @property
     def name(self) -> str:
-        dropout = "" if self.do == "time" else f" dropout {self.dropout:g}"
-        return f"{self.do} {self.model} {self.task} B{self.batch} {self.precision}{dropout}"
+        return super().name + ("" if self.do == "time" else f" dropout {self.dropout:g}")
 
 
 WORKS = [

@@ -135,7 +135,7 @@ def check_all_alike(trainer: AdapterTrainer, tables: dict[str, Any]) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Lock a folder while a run trains into it. Raises UserError if another process, even an orphan, has it locked.
 
-    Locked is a file in it, open for writing: a network disk locks no folder.
+    The lock is on a file in the folder, open for writing, since a network disk can't lock a folder.
     """
     path = folder / _LOCK
     try:

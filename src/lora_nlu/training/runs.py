@@ -178,7 +178,7 @@ def predict(
 ) -> list[Path]:
     """Write predict_results_<task>.tsv (index, label name or number) for every test set; MNLI has three of them.
 
-    predict_results.json then records of each what `evaluate` does, which see.
+    predict_results.json then records the same of each file as `evaluate` does of a set.
     """
     folder = Path(trainer.args.output_dir)
     paths, task, labels = [], trainer.metadata["task"], trainer.metadata["labels"]
