@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
+from lora_nlu.files import write_json
 from lora_nlu.training import processes
 
 
@@ -32,6 +33,13 @@ def raising(error: OSError):
         raise error
 
     return main
+
+
+def test_a_folder_in_the_place_of_a_file_is_to_be_moved_away(tmp_path, capsys):
+    (tmp_path / "run.json").mkdir()
+    message = message_of(lambda _: write_json(tmp_path / "run.json", {}), capsys)
+    assert str(tmp_path / "run.json") in message and "Move that folder away" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path, capsys):

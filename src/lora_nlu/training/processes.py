@@ -98,7 +98,8 @@ def _message(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted. Earlier checkpoints are complete; the same command resumes from the last."
     if isinstance(error, OSError):
-        return f"{_failed(error)}. What was saved before is untouched."
+        remedy = " Move that folder away: a file belongs in its place." * isinstance(error, IsADirectoryError)
+        return f"{_failed(error)}. What was saved before is untouched.{remedy}"
     on_gpu = isinstance(error, torch.OutOfMemoryError)
     if on_gpu or is_out_of_memory(error):
         memory = "the GPU's memory is full" if on_gpu else "there is not enough memory"
