@@ -144,12 +144,11 @@ def test_what_a_method_is_called_and_looks_like_divides_no_line(tmp_path):
     assert "2 seeds" in read(tmp_path) and "missing" not in read(tmp_path)
 
 
-def write_again_and_again(folder: Path, seed: int) -> None:
+def write_again_and_again(output: Path, complete: Path, seed: int) -> None:
     """What a run writes, in its order, afresh each time; of the n-th time every figure and time is n / 1000."""
-    write_run(folder / "first", seed=seed)
-    run = read_json(folder / "first" / "run.json")
+    run = read_json(complete / "run.json")
+    run["hyperparameters"]["seed"] = seed
     del run["trained"]
-    output = folder / "output"
     for n in range(1, 999):
         figure, run["hyperparameters"]["learning_rate"] = n / 1000, n / 1000
         write_json(output / "run.json", run)
@@ -169,10 +168,12 @@ def write_again_and_again(folder: Path, seed: int) -> None:
 
 def test_a_report_while_runs_are_written_has_no_error_and_no_half_of_a_run(tmp_path):
     fork = multiprocessing.get_context("fork")
-    write_run(tmp_path / "complete", seed=9, learning_rate=1.0)
-    writers = [fork.Process(target=write_again_and_again, args=(tmp_path / str(i), i), daemon=True) for i in range(3)]
-    for writer in writers:
-        writer.start()
+    complete = write_run(tmp_path / "complete", seed=9, learning_rate=1.0)
+    writers = []
+    for seed in range(3):
+        arguments = (tmp_path / str(seed) / "output", complete, seed)
+        writers.append(fork.Process(target=write_again_and_again, args=arguments, daemon=True))
+        writers[-1].start()
     seen, reports, end = set(), 0, time.monotonic() + 2
     while time.monotonic() < end or not seen:
         cells, notes = collect([tmp_path])
