@@ -1,4 +1,5 @@
-// Dropout, the low-rank update and attention of a training step: fp32, CPU, any SIMD width.
+// Dropout, the low-rank update and attention of a training step: CPU, any SIMD width; fp32 inside, while tensors are
+// fp32 or bf16 (`half`).
 // kernels.py compiles this file, calls these functions with plain pointers and holds the expressions they stand for.
 //
 // Dropout stores no mask. Element (row, column) is kept by 16 bits of a counter-based hash (SplitMix64, Steele et al.
@@ -10,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <type_traits>
 
 namespace {
 
@@ -28,6 +30,30 @@ using ivec = int32_t __attribute__((vector_size(W * 4), aligned(4), may_alias));
 inline vec& at(float* p) { return *reinterpret_cast<vec*>(p); }
 inline const vec& at(const float* p) { return *reinterpret_cast<const vec*>(p); }
 inline i64 padded(i64 n) { return (n + W - 1) / W * W; }
+
+struct half {  // bf16
+  uint16_t bits;
+};
+
+inline float read(float x) { return x; }
+inline float read(half x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+inline void write(float* p, float x) { *p = x; }
+inline void write(half* p, float x) {  // to the nearest, ties to even
+  const uint32_t u = __builtin_bit_cast(uint32_t, x);
+  const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  p->bits = static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);  // NaN stays NaN
+}
+
+// f with a null pointer of each element type that the flags choose
+template <class F>
+auto with_types(F f) {
+  return f();
+}
+template <class F, class... Flags>
+auto with_types(F f, i64 is_half, Flags... flags) {
+  return is_half ? with_types([&](auto... rest) { return f(static_cast<half*>(nullptr), rest...); }, flags...)
+                 : with_types([&](auto... rest) { return f(static_cast<float*>(nullptr), rest...); }, flags...);
+}
 
 // ------------------------------------------------------------------------------------------------------ dropout
 
@@ -53,13 +79,20 @@ struct Dropout {
   Dropout(u64 seed, i64 columns, i64 threshold)
       : seed(seed), columns(columns), threshold(threshold), scale(65536.0f / (65536.0f - threshold)) {}
 
-  // to[i] = from[i] / (1 - p) where kept, else 0, for the first n columns of a row
-  void apply(i64 row, i64 n, const float* from, float* to, uint16_t* bits) const {
+  // to[i] = from[i] / (1 - p) where kept, else 0, for the first n columns of a row; plus `residual`, if any
+  template <class From, class To>
+  void apply(i64 row, i64 n, const From* from, To* to, uint16_t* bits, const float* residual = nullptr) const {
     random_bits(seed, row, columns, n, bits);
     const int32_t t = threshold;
     const float s = scale;
+    if (residual) {
 #pragma omp simd
-    for (i64 i = 0; i < n; i++) to[i] = static_cast<int32_t>(bits[i]) >= t ? from[i] * s : 0.0f;
+      for (i64 i = 0; i < n; i++)
+        write(to + i, residual[i] + (static_cast<int32_t>(bits[i]) >= t ? read(from[i]) * s : 0.0f));
+    } else {
+#pragma omp simd
+      for (i64 i = 0; i < n; i++) write(to + i, static_cast<int32_t>(bits[i]) >= t ? read(from[i]) * s : 0.0f);
+    }
   }
 };
 
@@ -127,9 +160,10 @@ void multiply(i64 m, i64 n, i64 k, const float* a, i64 a_row, i64 a_k, const flo
 }
 
 // Rows of D floats, `stride` apart, to rows [n, Dp], padded with 0, times `scale`.
-void take_rows(const float* from, i64 stride, i64 n, i64 D, i64 Dp, float scale, float* to) {
+template <class T>
+void take_rows(const T* from, i64 stride, i64 n, i64 D, i64 Dp, float scale, float* to) {
   for (i64 i = 0; i < n; i++) {
-    for (i64 d = 0; d < D; d++) to[i * Dp + d] = from[i * stride + d] * scale;
+    for (i64 d = 0; d < D; d++) to[i * Dp + d] = read(from[i * stride + d]) * scale;
     for (i64 d = D; d < Dp; d++) to[i * Dp + d] = 0;
   }
 }
@@ -172,8 +206,9 @@ inline float sum_of(vec x) {
 // --------------------------------------------------------------------------------------------------- attention
 
 // Relative positions (DeBERTa): score(i, j) gets q_i . key[S - 1 - i + j] + k_j . query[S - 1 + i - j].
+template <class T>
 struct Attention {
-  const float *q, *k, *v;                     // [rows, stride]
+  const T *q, *k, *v;                         // [rows, stride]
   i64 q_stride, k_stride, v_stride;
   const float *relative_key, *relative_query;  // [A, V, R, Dp], R = 2 S - 1 rows by descending, ascending distance
   const float *relative_key_t, *relative_query_t;  // the same as [A, V, Dp, Rp]
@@ -187,11 +222,12 @@ struct Attention {
 
 constexpr i64 BAND = 48;  // rows whose products with the table are formed together
 
+template <class T>
 struct Sequence {  // one head of one sequence
-  const Attention& a;
+  const Attention<T>& a;
   i64 M, L, D, Dp, Lp, R, Rp, q_row, k_row, head, table;
 
-  Sequence(const Attention& a, i64 b, i64 head)
+  Sequence(const Attention<T>& a, i64 b, i64 head)
       : a(a), M(a.q_starts[b + 1] - a.q_starts[b]), L(a.k_starts[b + 1] - a.k_starts[b]), D(a.head_size),
         Dp(padded(D)), Lp(padded(L)), R(2 * a.longest - 1), Rp(padded(R + W)), q_row(a.q_starts[b]),
         k_row(a.k_starts[b]), head(head), table(head * a.views + a.view_of[b]) {}
@@ -270,7 +306,13 @@ struct Sequence {  // one head of one sequence
   i64 band_columns() const { return a.relative_key || a.relative_query ? padded(BAND + std::max(L, M)) : 0; }
   i64 dropout_row(i64 i) const { return (q_row + i) * a.heads + head; }
 
-  size_t forward(char* memory, float* out, float* lse) const {
+  // `scale` times rows [n, Dp] into this head's columns
+  void put_rows(const float* from, i64 n, float scale, T* to) const {
+    for (i64 i = 0; i < n; i++)
+      for (i64 d = 0; d < D; d++) write(to + i * a.heads * D + d, scale * from[i * Dp + d]);
+  }
+
+  size_t forward(char* memory, T* out, float* lse) const {
     Slices slices{memory};
     float *q = slices.floats(M, Dp), *k = slices.floats(L, Dp), *v = slices.floats(L, Dp);
     float *kt = slices.floats(Dp, Lp), *s = slices.floats(M, Lp), *o = slices.floats(M, Dp);
@@ -298,12 +340,11 @@ struct Sequence {  // one head of one sequence
       if (a.threshold) dropout.apply(dropout_row(i), L, row, row, bits);
     }
     multiply(M, Dp, L, s, Lp, 1, v, Dp, o, Dp, false);
-    for (i64 i = 0; i < M; i++) std::copy(o + i * Dp, o + i * Dp + D, out + (q_row + i) * H + head * D);
+    put_rows(o, M, 1, out + q_row * H + head * D);
     return slices.used;
   }
 
-  size_t backward(char* memory, const float* lse, const float* grad, float* grad_q, float* grad_k,
-                  float* grad_v) const {
+  size_t backward(char* memory, const float* lse, const T* grad, T* grad_q, T* grad_k, T* grad_v) const {
     Slices slices{memory};
     float *q = slices.floats(M, Dp), *k = slices.floats(L, Dp), *v = slices.floats(L, Dp);
     float *kt = slices.floats(Dp, Lp), *vt = slices.floats(Dp, Lp), *g = slices.floats(M, Dp);
@@ -347,12 +388,9 @@ struct Sequence {  // one head of one sequence
     multiply(M, Dp, L, ds, Lp, 1, k, Dp, dq, Dp, false);
     multiply(L, Dp, M, ds, 1, Lp, q, Dp, dk, Dp, false);
     add_relative_gradients(ds, dq, dk, band);
-    for (i64 i = 0; i < M; i++)
-      for (i64 d = 0; d < D; d++) grad_q[(q_row + i) * H + head * D + d] = a.scale * dq[i * Dp + d];
-    for (i64 i = 0; i < L; i++) {
-      std::copy(dk + i * Dp, dk + i * Dp + D, grad_k + (k_row + i) * H + head * D);
-      std::copy(dv + i * Dp, dv + i * Dp + D, grad_v + (k_row + i) * H + head * D);
-    }
+    put_rows(dq, M, a.scale, grad_q + q_row * H + head * D);
+    put_rows(dk, L, 1, grad_k + k_row * H + head * D);
+    put_rows(dv, L, 1, grad_v + k_row * H + head * D);
     return slices.used;
   }
 };
@@ -361,7 +399,8 @@ struct Tables {  // the relative tables of all heads and views: rows padded to D
   Buffer memory;
   float *rows[2], *columns[2];
 
-  Tables(Attention& a, const float* key, const float* query, int threads)
+  template <class T>
+  Tables(Attention<T>& a, const float* key, const float* query, int threads)
       : memory(key || query ? 2 * size(a) : 0) {
     const float* from[2] = {key, query};
     const i64 D = a.head_size, Dp = padded(D), R = 2 * a.longest - 1, Rp = padded(R + W), n = a.heads * a.views;
@@ -387,19 +426,20 @@ struct Tables {  // the relative tables of all heads and views: rows padded to D
     a.relative_key_t = columns[0], a.relative_query_t = columns[1];
   }
 
-  static size_t size(const Attention& a) {
+  template <class T>
+  static size_t size(const Attention<T>& a) {
     const i64 Dp = padded(a.head_size), R = 2 * a.longest - 1;
     return bytes_of(a.heads * a.views * Dp, R + padded(R + W)) + bytes_of(W, 1);
   }
 };
 
 // run(sequence, memory) for each head of each sequence; without memory it returns how many bytes it needs.
-template <class Run>
-int for_each_head(Attention& a, const float* relative_key, const float* relative_query, i64 threads, Run run) {
+template <class T, class Run>
+int for_each_head(Attention<T>& a, const float* relative_key, const float* relative_query, i64 threads, Run run) {
   Tables tables(a, relative_key, relative_query, threads);
   if (!tables.memory.data) return 1;
   size_t bytes = 0;
-  for (i64 b = 0; b < a.sequences; b++) bytes = std::max(bytes, run(Sequence(a, b, 0), nullptr));
+  for (i64 b = 0; b < a.sequences; b++) bytes = std::max(bytes, run(Sequence<T>(a, b, 0), nullptr));
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
@@ -407,36 +447,22 @@ int for_each_head(Attention& a, const float* relative_key, const float* relative
     failed = !memory.data;
 #pragma omp for schedule(dynamic)
     for (i64 i = a.sequences * a.heads - 1; i >= 0; i--)
-      if (!failed) run(Sequence(a, i / a.heads, i % a.heads), memory.data);
+      if (!failed) run(Sequence<T>(a, i / a.heads, i % a.heads), memory.data);
   }
   return failed;
 }
 
-}  // namespace
-
-extern "C" {
-
-// Each returns 0, or 1 where there is not enough memory; the results are then not to be read.
-
-// y [N, H] = dropout(x)
-int dropout(const float* x, float* y, i64 N, i64 H, u64 seed, i64 threshold, i64 threads) {
-  const Dropout dropout(seed, H, threshold);
-  int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-  {
-    Buffer bits(bytes_of(H / 2 + 2, 1));
-    failed = !bits.data;
-#pragma omp for
-    for (i64 i = 0; i < N; i++)
-      if (!failed) dropout.apply(i, H, x + i * H, y + i * H, reinterpret_cast<uint16_t*>(bits.data));
-  }
-  return failed;
+// n numbers of x in fp32: x itself, or a copy in `buffer`.
+inline const float* as_floats(const float* x, i64, float*) { return x; }
+inline const float* as_floats(const half* x, i64 n, float* buffer) {
+  for (i64 i = 0; i < n; i++) buffer[i] = read(x[i]);
+  return buffer;
 }
 
-// y [N, O] += s u up with u [N, R] = x down; x [N, I]; down [I, R] and up [R, O] by strides (row, column); O a multiple
-// of W.
-int add_low_rank(const float* x, const float* down, i64 down_row, i64 down_column, const float* up, i64 up_row,
-                 i64 up_column, float* y, float* u, i64 N, i64 I, i64 O, i64 R, float s, i64 threads) {
+// z = y + s u up with u = x down, as `add_low_rank` below
+template <class X, class Y, class Z>
+int add_update(const X* x, const float* down, i64 down_row, i64 down_column, const float* up, i64 up_row, i64 up_column,
+               const Y* y, Z* z, float* u, i64 N, i64 I, i64 O, i64 R, float s, i64 threads) {
   const i64 Rp = padded(R);
   constexpr i64 BLOCK = 4 * ROWS;
   Buffer memory(bytes_of(I, Rp) + bytes_of(R, O));
@@ -449,42 +475,145 @@ int add_low_rank(const float* x, const float* down, i64 down_row, i64 down_colum
     for (i64 o = 0; o < O; o++) v[r * O + o] = s * up[r * up_row + o * up_column];
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    Buffer block(bytes_of(BLOCK, Rp));
+    constexpr bool in_place = std::is_same_v<Z, float> && std::is_same_v<Y, float>;
+    Buffer block(bytes_of(BLOCK, Rp) + (std::is_same_v<X, half> ? bytes_of(BLOCK, I) : 0) +
+                 (in_place ? 0 : bytes_of(BLOCK, O)));
     float* t = reinterpret_cast<float*>(block.data);
     failed = !t;
 #pragma omp for
     for (i64 i = 0; i < N; i += BLOCK) {
       if (failed) continue;
       const i64 rows = std::min(BLOCK, N - i);
-      multiply(rows, Rp, I, x + i * I, I, 1, d, Rp, t, Rp, false);
-      multiply(rows, O, R, t, Rp, 1, v, O, y + i * O, O, true);
+      float* sum = t + BLOCK * Rp;
+      multiply(rows, Rp, I, as_floats(x + i * I, rows * I, sum + (in_place ? 0 : BLOCK * O)), I, 1, d, Rp, t, Rp, false);
+      if constexpr (in_place) {
+        sum = z + i * O;
+        if (y != z) std::copy(y + i * O, y + (i + rows) * O, sum);
+      } else {
+        for (i64 j = 0; j < rows * O; j++) sum[j] = read(y[i * O + j]);
+      }
+      multiply(rows, O, R, t, Rp, 1, v, O, sum, O, true);
+      if constexpr (!in_place)
+        for (i64 j = 0; j < rows * O; j++) write(z + i * O + j, sum[j]);
       for (i64 r = 0; r < rows; r++) std::copy(t + r * Rp, t + r * Rp + R, u + (i + r) * R);
     }
   }
   return failed;
 }
 
-// out [Q, A D] and lse [Q, A]; q [Q, ...], k and v [N, ...] by their strides; relative tables [V, 2 S - 1, A, D] or null.
-int attention(const float* q, i64 q_stride, const float* k, i64 k_stride, const float* v, i64 v_stride,
-              const float* relative_key, const float* relative_query, i64 views, const i64* q_starts,
-              const i64* k_starts, const i64* view_of, i64 sequences, i64 heads, i64 head_size, i64 longest,
-              float scale, u64 seed, i64 threshold, i64 threads, float* out, float* lse) {
-  Attention a{q, k, v, q_stride, k_stride, v_stride, nullptr, nullptr, nullptr, nullptr, views, q_starts, k_starts,
-              view_of, sequences, heads, head_size, longest, scale, seed, threshold};
-  return for_each_head(a, relative_key, relative_query, threads,
-                       [&](const Sequence& s, char* memory) { return s.forward(memory, out, lse); });
+// out [R, I] = s u^T x, as `low_rank_gradient` below: columns are shared among threads, so that sums have one order
+template <class X>
+int sum_outer(const float* u, const X* x, float* out, i64 N, i64 I, i64 R, float s, i64 threads) {
+  constexpr i64 BLOCK = 256, WIDTH = COLS * W;
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    Buffer memory(bytes_of(BLOCK, WIDTH) + bytes_of(R, WIDTH));
+    float *block = reinterpret_cast<float*>(memory.data), *sum = block + BLOCK * WIDTH;
+    failed = !block;
+#pragma omp for
+    for (i64 j = 0; j < I; j += WIDTH) {
+      if (failed) continue;
+      const i64 n = std::min(WIDTH, I - j);
+      std::fill(sum, sum + R * WIDTH, 0.0f);
+      for (i64 i = 0; i < N; i += BLOCK) {
+        const i64 rows = std::min(BLOCK, N - i);
+        for (i64 k = 0; k < rows; k++)
+          for (i64 c = 0; c < WIDTH; c++) block[k * WIDTH + c] = c < n ? read(x[(i + k) * I + j + c]) : 0.0f;
+        multiply(R, WIDTH, rows, u + i * R, 1, R, block, WIDTH, sum, WIDTH, true);
+      }
+      for (i64 r = 0; r < R; r++)
+        for (i64 c = 0; c < n; c++) out[r * I + j + c] = s * sum[r * WIDTH + c];
+    }
+  }
+  return failed;
 }
 
-int attention_backward(const float* q, i64 q_stride, const float* k, i64 k_stride, const float* v, i64 v_stride,
+}  // namespace
+
+extern "C" {
+
+// Each returns 0, or 1 where there is not enough memory; the results are then not to be read. Pointers to void are to
+// bf16 where the flag of their name is not 0, else to fp32.
+
+// y [N, H] = dropout(x), plus `residual` unless it is null
+int dropout(const void* x, void* y, const float* residual, i64 N, i64 H, u64 seed, i64 threshold, i64 half_x,
+            i64 half_y, i64 threads) {
+  const Dropout dropout(seed, H, threshold);
+  const auto run = [&](auto* x_type, auto* y_type) {
+    const auto* from = static_cast<decltype(x_type)>(const_cast<void*>(x));
+    auto* to = static_cast<decltype(y_type)>(y);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+      Buffer bits(bytes_of(H / 2 + 2, 1));
+      failed = !bits.data;
+#pragma omp for
+      for (i64 i = 0; i < N; i++)
+        if (!failed)
+          dropout.apply(i, H, from + i * H, to + i * H, reinterpret_cast<uint16_t*>(bits.data),
+                        residual ? residual + i * H : nullptr);
+    }
+    return failed;
+  };
+  return with_types(run, half_x, half_y);
+}
+
+// z [N, O] = y + s u up with u [N, R] = x down; x [N, I], y [N, O], which may be z; down [I, R] and up [R, O] by strides
+// (row, column); O a multiple of W.
+int add_low_rank(const void* x, const float* down, i64 down_row, i64 down_column, const float* up, i64 up_row,
+                 i64 up_column, const void* y, void* z, float* u, i64 N, i64 I, i64 O, i64 R, float s, i64 half_x,
+                 i64 half_y, i64 half_z, i64 threads) {
+  const auto run = [&](auto* x_type, auto* y_type, auto* z_type) {
+    return add_update(static_cast<decltype(x_type)>(const_cast<void*>(x)), down, down_row, down_column, up, up_row,
+                      up_column, static_cast<decltype(y_type)>(const_cast<void*>(y)), static_cast<decltype(z_type)>(z),
+                      u, N, I, O, R, s, threads);
+  };
+  return with_types(run, half_x, half_y, half_z);
+}
+
+// out [R, I] = s u^T x with u [N, R], x [N, I]
+int low_rank_gradient(const float* u, const void* x, float* out, i64 N, i64 I, i64 R, float s, i64 half_x,
+                      i64 threads) {
+  const auto run = [&](auto* type) {
+    return sum_outer(u, static_cast<decltype(type)>(const_cast<void*>(x)), out, N, I, R, s, threads);
+  };
+  return with_types(run, half_x);
+}
+
+// out [Q, A D] and lse [Q, A]; q [Q, ...], k and v [N, ...] by their strides; relative tables [V, 2 S - 1, A, D] or null.
+int attention(const void* q, i64 q_stride, const void* k, i64 k_stride, const void* v, i64 v_stride,
+              const float* relative_key, const float* relative_query, i64 views, const i64* q_starts,
+              const i64* k_starts, const i64* view_of, i64 sequences, i64 heads, i64 head_size, i64 longest,
+              float scale, u64 seed, i64 threshold, i64 half, i64 threads, void* out, float* lse) {
+  const auto run = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Attention<T> a{static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v), q_stride, k_stride,
+                   v_stride, nullptr, nullptr, nullptr, nullptr, views, q_starts, k_starts, view_of, sequences, heads,
+                   head_size, longest, scale, seed, threshold};
+    return for_each_head(a, relative_key, relative_query, threads, [&](const Sequence<T>& s, char* memory) {
+      return s.forward(memory, static_cast<T*>(out), lse);
+    });
+  };
+  return with_types(run, half);
+}
+
+int attention_backward(const void* q, i64 q_stride, const void* k, i64 k_stride, const void* v, i64 v_stride,
                        const float* relative_key, const float* relative_query, i64 views, const i64* q_starts,
                        const i64* k_starts, const i64* view_of, i64 sequences, i64 heads, i64 head_size, i64 longest,
-                       float scale, u64 seed, i64 threshold, i64 threads, const float* lse,
-                       const float* grad, float* grad_q, float* grad_k, float* grad_v) {
-  Attention a{q, k, v, q_stride, k_stride, v_stride, nullptr, nullptr, nullptr, nullptr, views, q_starts, k_starts,
-              view_of, sequences, heads, head_size, longest, scale, seed, threshold};
-  return for_each_head(a, relative_key, relative_query, threads, [&](const Sequence& s, char* memory) {
-    return s.backward(memory, lse, grad, grad_q, grad_k, grad_v);
-  });
+                       float scale, u64 seed, i64 threshold, i64 half, i64 threads, const float* lse,
+                       const void* grad, void* grad_q, void* grad_k, void* grad_v) {
+  const auto run = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    Attention<T> a{static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v), q_stride, k_stride,
+                   v_stride, nullptr, nullptr, nullptr, nullptr, views, q_starts, k_starts, view_of, sequences, heads,
+                   head_size, longest, scale, seed, threshold};
+    return for_each_head(a, relative_key, relative_query, threads, [&](const Sequence<T>& s, char* memory) {
+      return s.backward(memory, lse, static_cast<const T*>(grad), static_cast<T*>(grad_q), static_cast<T*>(grad_k),
+                        static_cast<T*>(grad_v));
+    });
+  };
+  return with_types(run, half);
 }
 
 i64 vector_width() { return W; }

@@ -25,20 +25,22 @@ from lora_nlu.ops.compiling import compiled
 
 logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
+FP32, BF16 = (torch.float32,), torch.bfloat16
+FP32_OR_BF16 = (torch.float32, torch.bfloat16)
 PLAIN_TENSORS = (Tensor, nn.Parameter)  # subclasses (quantised, DTensor) may keep their data elsewhere
 MAKE_FX, FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE  # modes of `is_traced`
 # Of the functions in kernels.cpp: P memory of a tensor or None, I an integer, U a seed, F a float
 KINDS = {"P": ctypes.c_void_p, "I": ctypes.c_int64, "U": ctypes.c_uint64, "F": ctypes.c_float}
-_ATTENTION = "PIPIPI" + "PPI" + "PPP" + "IIII" + "FUII"
+_ATTENTION = "PIPIPI" + "PPI" + "PPP" + "IIII" + "FUIII"
 SIGNATURES = {
-    "dropout": "PPIIUII", "add_low_rank": "PPIIPIIPPIIIIFI",
+    "dropout": "PPPIIUIIII", "add_low_rank": "PPIIPIIPPPIIIIFIIII", "low_rank_gradient": "PPPIIIFII",
     "attention": _ATTENTION + "PP", "attention_backward": _ATTENTION + "PPPPP",
 }  # fmt: skip
 
 
-def can_replace(x: Tensor) -> bool:
-    """Whether the functions of this file may replace torch's on `x`: plain fp32 on a CPU, no autocast, no trace."""
-    if x.dtype is not torch.float32 or not x.is_cpu or type(x) not in PLAIN_TENSORS:
+def can_replace(x: Tensor, dtypes: tuple[torch.dtype, ...] = FP32) -> bool:
+    """Whether the functions of this file may replace torch's on `x`: plain, on a CPU, no autocast, no trace."""
+    if x.dtype not in dtypes or not x.is_cpu or type(x) not in PLAIN_TENSORS:
         return False
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or is_traced():
         return False
@@ -165,10 +167,16 @@ def as_grid(rows: Tensor, x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, computed as by `linear`."""
+    """`nn.Linear`, computed as by `linear`; with a `frozen` weight (frozen.py) by that."""
+
+    frozen: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
+        if self.frozen is not None:
+            return self.frozen.product(x, bias)
+        if x.dtype is torch.bfloat16 and weight.dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
+            x = x.float()  # what a layer with a frozen weight in bf16 returns
         if can_use_onednn(x, weight, bias):
             return as_grid(OneDNNLinear.apply(as_rows(x), weight, bias), x)
         return F.linear(x, weight, bias)
@@ -191,8 +199,8 @@ class Linear(nn.Linear):
 
 
 def kernels_for(x: Tensor) -> Any:
-    """The compiled kernels if they can work on tensors like `x`, else None."""
-    return library() if can_replace(x) else None
+    """The compiled kernels if they can work on tensors like `x`, in fp32 or bf16, else None."""
+    return library() if can_replace(x, FP32_OR_BF16) else None
 
 
 @lru_cache(maxsize=1)
@@ -233,22 +241,28 @@ def _check_memory(result: int, function: Any, _: tuple) -> None:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
-        ctx.p, ctx.seed = p, seed
-        return _Dropout.run(x, p, seed)
+    def forward(ctx: Any, x: Tensor, p: float, seed: int, residual: Tensor | None) -> Tensor:
+        ctx.p, ctx.seed, ctx.dtype = p, seed, x.dtype
+        return _Dropout.run(x, p, seed, x.dtype if residual is None else residual.dtype, residual)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        to_residual = grad if ctx.needs_input_grad[3] else None
         if needs_torch_operations(grad):
-            return grad * _Dropout.run(torch.ones(grad.shape, dtype=torch.float32), ctx.p, ctx.seed), None, None
-        return _Dropout.run(grad, ctx.p, ctx.seed), None, None
+            kept = _Dropout.run(torch.ones(grad.shape, dtype=torch.float32), ctx.p, ctx.seed, torch.float32)
+            return grad * kept, None, None, to_residual
+        return _Dropout.run(grad, ctx.p, ctx.seed, ctx.dtype), None, None, to_residual
 
     @staticmethod
-    def run(x: Tensor, p: float, seed: int) -> Tensor:
-        x = kernel_input("dropout's input", x, *x.shape)
-        y, width = torch.empty_like(x), x.shape[-1]
-        draws = (seed, threshold(p), torch.get_num_threads())
-        library().dropout(_address(x), _address(y), x.numel() // width, width, *draws)
+    def run(x: Tensor, p: float, seed: int, dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
+        x = kernel_input("dropout's input", x, *x.shape, dtype=x.dtype)
+        y, width = torch.empty_like(x, dtype=dtype), x.shape[-1]
+        if residual is not None:
+            residual = kernel_input("dropout's residual", residual, *x.shape)
+        sizes, draws = (x.numel() // width, width), (seed, threshold(p))
+        types = (x.dtype is BF16, y.dtype is BF16)
+        addresses = map(_address, (x, y, residual))
+        library().dropout(*addresses, *sizes, *draws, *types, torch.get_num_threads())
         return y
 
 
@@ -257,8 +271,16 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if not training or p == 0:
         return x
     if 0 < threshold(p) < 65536 and x.dim() and x.numel() and kernels_for(x):
-        return _Dropout.apply(x, p, draw_seed())
+        return _Dropout.apply(x, p, draw_seed(), None)
     return F.dropout(x, p)
+
+
+def add_dropout(x: Tensor, residual: Tensor, p: float, training: bool) -> Tensor:
+    """dropout(x) + residual; of x in bf16 and a residual in fp32, in one pass and fp32."""
+    is_mixed = x.dtype is BF16 and residual.dtype is torch.float32 and x.shape == residual.shape
+    if is_mixed and training and 0 < threshold(p) < 65536 and x.numel() and can_replace(residual) and kernels_for(x):
+        return _Dropout.apply(x, p, draw_seed(), residual)
+    return dropout(x, p, training) + residual
 
 
 class Dropout(nn.Dropout):
@@ -293,13 +315,33 @@ def can_add_update(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> bool:
 
 def add_update_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, s: float) -> tuple[Tensor, Tensor]:
     """y [N, O] + s x down up, in place if y is contiguous, and x down [N, R]. Raises MemoryError."""
-    (rows, size), (rank, out) = x.shape, up.shape
-    x, y, u = kernel_input("x", x, rows, size), kernel_input("product", y, rows, out), x.new_empty(rows, rank)
-    down, up = kernel_input("down", down, size, rank, strided=True), kernel_input("up", up, rank, out, strided=True)
+    y = kernel_input("product", y, x.shape[0], up.shape[1], dtype=y.dtype)
+    return add_update(y, x, down, up, s, y)
+
+
+def add_update(y: Tensor, x: Tensor, down: Tensor, up: Tensor, s: float, out: Tensor) -> tuple[Tensor, Tensor]:
+    """y [N, O] + s x down up into `out` [N, O], and x down [N, R] in fp32; x, y, out in fp32 or bf16."""
+    (rows, size), (rank, width) = x.shape, up.shape
+    x = kernel_input("x", x, rows, size, dtype=x.dtype)
+    y, u = kernel_input("product", y, rows, width, dtype=y.dtype), x.new_empty(rows, rank, dtype=torch.float32)
+    down, up = kernel_input("down", down, size, rank, strided=True), kernel_input("up", up, rank, width, strided=True)
     strided = [part for w in (down, up) for part in (_address(w), *w.stride())]
-    sizes = (rows, size, out, rank, s, torch.get_num_threads())
-    library().add_low_rank(_address(x), *strided, _address(y), _address(u), *sizes)
-    return y, u
+    types = (x.dtype is BF16, y.dtype is BF16, out.dtype is BF16)
+    sizes = (rows, size, width, rank, s, *types, torch.get_num_threads())
+    library().add_low_rank(_address(x), *strided, _address(y), _address(out), _address(u), *sizes)
+    return out, u
+
+
+def low_rank_gradient(u: Tensor, x: Tensor, s: float) -> Tensor:
+    """s u^T x: u [N, R] in fp32, x [N, I] in fp32 or bf16, to [R, I] in fp32."""
+    if not kernels_for(x):
+        return s * product(u.t(), x.float().t())
+    (rows, rank), size = u.shape, x.shape[1]
+    u, x = kernel_input("u", u, rows, rank), kernel_input("x", x, rows, size, dtype=x.dtype)
+    out = u.new_empty(rank, size)
+    sizes = (rows, size, rank, s, x.dtype is BF16, torch.get_num_threads())
+    library().low_rank_gradient(_address(u), _address(x), _address(out), *sizes)
+    return out
 
 
 def count_views(relative: tuple[Tensor | None, ...]) -> int:
@@ -315,14 +357,15 @@ class _Attention(torch.autograd.Function):
         rows, width = key.shape[0], query.shape[-1]
         if heads < 1 or width % heads:
             raise ValueError(f"attention: expected a width divisible by {heads} heads, got {width}.")
-        inputs = query, key, value
-        query = kernel_input("query", query, query.shape[0], width)
-        key, value = kernel_input("key", key, rows, width), kernel_input("value", value, rows, width)
+        inputs, dtype = (query, key, value), query.dtype
+        query = kernel_input("query", query, query.shape[0], width, dtype=dtype)
+        key, value = (kernel_input(n, x, rows, width, dtype=dtype) for n, x in (("key", key), ("value", value)))
         views = count_views(relative)
         shape = (views, 2 * longest - 1, width)
-        tables = tuple(None if x is None else kernel_input("relative table", x.detach(), *shape) for x in relative)
+        tables = tuple(None if x is None else x.detach().float() for x in relative)
+        tables = tuple(None if x is None else kernel_input("relative table", x, *shape) for x in tables)
         starts = _Attention.checked_starts(starts, query.shape[0], rows, longest, views)
-        out, lse = torch.empty_like(query), query.new_empty(query.shape[0], heads)
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[0], heads, dtype=torch.float32)
         ctx.settings = (tables, starts, longest, heads, scale, p, seed)
         arguments = _Attention.arguments((query, key, value), ctx.settings)
         library().attention(*arguments, _address(out), _address(lse))
@@ -335,8 +378,9 @@ class _Attention(torch.autograd.Function):
         if needs_torch_operations(grad):
             return *_Attention.differentiable_gradients(ctx, inputs, grad), *[None] * 7
         names = ("query", "key", "value")
-        inputs = tuple(kernel_input(name, x, *x.shape) for name, x in zip(names, inputs, strict=True))
-        grad = kernel_input("attention's gradient", grad, *inputs[0].shape)
+        dtype = inputs[0].dtype
+        inputs = tuple(kernel_input(name, x, *x.shape, dtype=dtype) for name, x in zip(names, inputs, strict=True))
+        grad = kernel_input("attention's gradient", grad, *inputs[0].shape, dtype=dtype)
         grads = [torch.empty_like(x) for x in inputs]
         arguments = _Attention.arguments(inputs, ctx.settings)
         library().attention_backward(*arguments, *map(_address, (lse, grad, *grads)))
@@ -379,7 +423,7 @@ class _Attention(torch.autograd.Function):
         (relative, starts, longest, heads, scale, p, seed), width = settings, inputs[0].shape[1]
         strided = [part for x in inputs for part in (_address(x), width)]
         sizes = (starts[2].numel(), heads, width // heads, longest)
-        draws = (scale, seed, threshold(p), torch.get_num_threads())
+        draws = (scale, seed, threshold(p), inputs[0].dtype is BF16, torch.get_num_threads())
         return [*strided, *map(_address, relative), count_views(relative), *map(_address, starts), *sizes, *draws]
 
 
@@ -387,9 +431,10 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor, settings: tuple[A
     """The compiled attention as torch operations, sequence by sequence: [Q, H]. For derivatives of its backward."""
     (relative_key, relative_query), starts, longest, heads, scale, p, seed = settings
     query_starts, key_starts, views = (x.tolist() for x in starts)
-    query, key, value = (x.unflatten(1, (heads, -1)).transpose(0, 1) for x in (query, key, value))  # [A, N, D]
+    dtype = query.dtype
+    query, key, value = (x.float().unflatten(1, (heads, -1)).transpose(0, 1) for x in (query, key, value))  # [A, N, D]
     ones = torch.ones(query.shape[1] * heads, longest, dtype=torch.float32)  # whatever the default dtype is
-    kept = _Dropout.run(ones, p, seed).view(-1, heads, longest) if p else None
+    kept = _Dropout.run(ones, p, seed, torch.float32).view(-1, heads, longest) if p else None
     contexts = []
     for i, view in enumerate(views):
         rows, columns = slice(*query_starts[i : i + 2]), slice(*key_starts[i : i + 2])
@@ -407,7 +452,7 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor, settings: tuple[A
         if kept is not None:
             probs = probs * kept[rows, :, : k.shape[1]].transpose(0, 1)
         contexts.append((probs @ v).transpose(0, 1).flatten(1))
-    return torch.cat(contexts)
+    return torch.cat(contexts).to(dtype)
 
 
 def attention(
@@ -429,6 +474,8 @@ def attention(
         or not 0 <= threshold(p) < 65536
         or not kernels_for(query)
     ):
+        return None
+    if not query.dtype is key.dtype is value.dtype:
         return None
     seed = draw_seed() if p else 0
     starts = packed.starts(query.shape[0] != key.shape[0], count_views(relative))
