@@ -15,6 +15,12 @@ from lora_nlu.ops.kernels import Linear
 from lora_nlu.ops.tensors import is_same
 
 
+_HELD_IN_BF16 = (
+    "The weight of this layer is held in bf16, for products alone. Call the model's restore_weights(), which reads it from "
+    "the checkpoint again."
+)
+
+
 def _version(x: Tensor) -> int:
     """How often a tensor was written to in place; -1 where torch doesn't count."""
     return -1 if x.is_inference() else x._version
@@ -88,6 +94,8 @@ class UpdatedLinear(Linear):
 
     def _check_writable(self) -> None:
         """Raise ValueError if what is written to `weight` would be lost."""
+        if self.frozen is not None:
+            raise ValueError(_HELD_IN_BF16)
         if not isinstance(self.weight, nn.Parameter):
             raise ValueError(
                 f"The weight of a {type(self).__name__} is made of other parameters (torch.nn.utils.parametrize, "
@@ -191,6 +199,8 @@ def check_not_quantised(model: nn.Module, names: Iterable[str] | None = None) ->
         layer: Any = modules.get(name)
         if not hasattr(layer, "in_features"):
             continue
+        if getattr(layer, "frozen", None) is not None:
+            raise ValueError(f"{name}: {_HELD_IN_BF16}")
         weight, subject = layer.weight, ""
         if type(layer) not in (nn.Linear, Linear) and getattr(layer, "method", None) not in METHODS:
             subject = f"{name} is a {type(layer).__module__}.{type(layer).__qualname__}"
@@ -204,13 +214,28 @@ def check_not_quantised(model: nn.Module, names: Iterable[str] | None = None) ->
             )
 
 
+def can_hold_in_bf16(layer: Any) -> bool:
+    """Whether a module is a linear layer whose forward knows `frozen`, with a frozen, unmerged fp32 weight on a CPU."""
+    if type(layer) is not Linear and not vars(type(layer)).get("multiplies_frozen"):
+        return False
+    weight, is_merged = layer.weight, getattr(layer, "merged", False)
+    is_plain = type(weight) is nn.Parameter and weight.is_cpu and weight.dtype is torch.float32
+    return is_plain and not weight.requires_grad and not is_merged and layer.frozen is None
+
+
 def updated_layers(model: nn.Module) -> list[UpdatedLinear]:
     """The layers with an update in a model, or in what PEFT or another library put around one."""
     return [module for module in model.modules() if isinstance(module, UpdatedLinear)]
 
 
 def merge_lora_(model: nn.Module) -> None:
-    """Merge every update of a linear layer of `model` in place; idempotent."""
+    """Merge every update of a linear layer of `model` in place; idempotent.
+
+    Weights that are held in bf16 are read from the checkpoint again first: `Checkpoints.restore_weights`.
+    """
+    for module in model.modules():
+        if hasattr(module, "restore_weights"):
+            module.restore_weights()
     for layer in updated_layers(model):
         layer.merge()
 

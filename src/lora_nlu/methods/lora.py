@@ -71,6 +71,7 @@ class LoRALinear(UpdatedLinear):
     """
 
     method = "lora"
+    multiplies_frozen = True
     update_names = ("lora_A", "lora_B")
 
     def __init__(

@@ -1,10 +1,14 @@
 """Saving and loading of both models: no tensor of LoRA or of a bottleneck is lost, no quantised weight is read."""
 
 import re
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
@@ -12,7 +16,11 @@ from lora_nlu.errors import UserError, printable
 from lora_nlu.files import read_json
 from lora_nlu.methods.description import description_of, flags_that_add, is_added
 from lora_nlu.methods.table import METHODS
-from lora_nlu.ops.tensors import is_loaded
+from lora_nlu.methods.linear import can_hold_in_bf16
+from lora_nlu.ops.frozen import FrozenWeight, plain
+from lora_nlu.ops.tensors import is_loaded, is_same, load_torch_file
+
+_HUB = ("cache_dir", "token", "revision", "subfolder", "local_files_only")  # arguments that say where files are
 
 
 def refuse_quantised(name: Any, setting: Any) -> None:
@@ -50,10 +58,29 @@ def _plain_name(file: str, named_in: str) -> str:
     return file
 
 
+@contextmanager
+def checkpoint_tensors(path: Path) -> Iterator[tuple[Iterable[str], Callable[[str], Tensor]]]:
+    """The names of the tensors in a file of weights, and a function that reads one of them."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            yield file.keys(), file.get_tensor
+    else:
+        state = load_torch_file(path)
+        yield state, state.__getitem__
+
+
+def _named(module: str, modules: Container[str]) -> str | None:
+    """A checkpoint's module among a model's: one of the two may have the encoder's prefix before its names."""
+    prefix, _, rest = module.partition(".")
+    of_model = [f"{p}.{module}" for p in ("roberta", "deberta")]
+    return next((name for name in (module, rest, *of_model) if name in modules), None)
+
+
 class Checkpoints:
     """Saving and loading of both models, with checks that no tensor of LoRA or of a bottleneck gets lost."""
 
     config_class: Any
+    _hub: dict[str, Any] = {}  # how `from_pretrained` was told to find the files
     supports_gradient_checkpointing = True
     _no_split_modules: Any = ["EncoderLayer"]
     _input_embed_layer = "word_embeddings"  # where transformers looks for the input embeddings, in `embeddings`
@@ -69,8 +96,61 @@ class Checkpoints:
         """True, so that `set_attn_implementation` works; transformers would search the source of our module for it."""
         return True
 
+    def hold_in_bf16(self, trains: bool) -> int:
+        """Replace the frozen weights of the encoder's linear layers by bf16, packed for their products on a CPU.
+
+        Returns of how many layers: 0 where all train, or no file can give the exact weights back (`restore_weights`).
+        Without `trains` the weights are packed for evaluation alone. What multiplies them returns bf16, summed in fp32.
+        """
+        model: Any = self
+        encoder = getattr(model.base_model, "encoder", None)
+        held = [layer for layer in encoder.modules() if can_hold_in_bf16(layer)] if encoder is not None else []
+        if not held or not weight_files(model.name_or_path, model.config, **self._hub):
+            return 0
+        for layer in held:
+            layer.frozen = FrozenWeight(layer.weight.detach(), trains)
+            layer.weight = nn.Parameter(layer.frozen.weight, requires_grad=False)
+        # DistributedDataParallel copies the first process's weights to the others; all have read the same file
+        names = [f"{name}.weight" for name, m in model.named_modules() if getattr(m, "frozen", None) is not None]
+        model._ddp_params_and_buffers_to_ignore = names
+        return len(names)
+
+    @torch.no_grad()
+    def restore_weights(self) -> None:
+        """Read the weights that `hold_in_bf16` replaced from the checkpoint again, in fp32.
+
+        Raises UserError if it has other weights now, or is gone.
+        """
+        model: Any = self
+        held = {name: m for name, m in model.named_modules() if getattr(m, "frozen", None) is not None}
+        missing, name = dict(held), model.name_or_path
+        for path in weight_files(name, model.config, **self._hub) if held else ():
+            with checkpoint_tensors(path) as (keys, read):
+                for key in keys:
+                    module = _named(key.removesuffix(".weight"), missing) if key.endswith(".weight") else None
+                    if module is None:
+                        continue
+                    layer, weight = missing[module], read(key).float()
+                    if not is_same(plain(layer.frozen.weight), weight.bfloat16()):
+                        raise UserError(
+                            f"{name}: {key} is not what this model was loaded from: the files have changed.\nLoad the "
+                            "model again."
+                        )
+                    layer.weight, layer.frozen = nn.Parameter(weight, requires_grad=False), None
+                    del missing[module]
+        if missing:
+            raise UserError(
+                f"{name}: {[*missing][0]}.weight and {len(missing) - 1} more weights, which this model holds in bf16, "
+                "can't be read again: the files have changed or are gone.\nLoad the model again."
+            )
+        model._ddp_params_and_buffers_to_ignore = []
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', with the method's settings in the config. Raises UserError as `lora.write_settings`."""
+        """As transformers', with the method's settings in the config. Raises UserError as `lora.write_settings`.
+
+        Weights that are held in bf16 are restored first.
+        """
+        self.restore_weights()
         for row in METHODS.values():
             if row.to_config:
                 row.to_config(self)
@@ -81,6 +161,7 @@ class Checkpoints:
         """As transformers'. Raises UserError if LoRA or bottlenecks would be lost or are incomplete; if quantised."""
         cls._check_quantisation(*args, **kwargs)
         model, report = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        model._hub = {key: kwargs[key] for key in _HUB if key in kwargs}
         name = model.name_or_path
         if unused := sorted(key for key in report["unexpected_keys"] if is_added(key)):
             raise UserError(

@@ -67,6 +67,11 @@ def embed_types(embedding: nn.Embedding, token_type_ids: Tensor | None, packed: 
     return embedding(packed.pack(token_type_ids.expand(packed.batch, packed.length)))
 
 
+def in_dtype_of(hidden_states: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    """On a CPU, rows in the dtype of the residual stream: what layers with weights held in bf16 return is narrower."""
+    return tuple(x.to(hidden_states.dtype) if x.is_cpu else x for x in rows)
+
+
 def activation(name: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The activation of this name, or the function itself."""
     return ACT2FN[name] if isinstance(name, str) else name

@@ -29,6 +29,7 @@ from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.checkpoints import refuse_quantised, weight_files
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
+from lora_nlu.ops.frozen import plain
 from lora_nlu.ops.tensors import is_loaded, load_torch_file, not_finite
 
 MODELS: dict[str, Any] = {"roberta": RobertaForSequenceClassification, "deberta-v2": DebertaV2ForSequenceClassification}
@@ -291,7 +292,7 @@ def sampled_fingerprint(state: dict[str, Any]) -> str:
     """A hash of tensors with their names and shapes, from up to 64 numbers of each."""
     samples, names = [], []
     for name, parameter in sorted(state.items()):
-        numbers = parameter.reshape(-1)
+        numbers = plain(parameter).reshape(-1)
         samples.append(numbers[:: max(1, numbers.numel() // 64)][:64].to(torch.bfloat16))
         names.append(f"{name} {list(parameter.shape)}")
     sampled = torch.cat(samples).view(torch.int16).cpu().numpy().tobytes()

@@ -180,6 +180,10 @@ class DisentangledSelfAttention(nn.Module):
             fused = attention(query, key, value, packed, self.heads, 1 / self.scale, p, relative_key, relative_query)
             if fused is not None:
                 return fused, None
+        query, key, value = layers.in_dtype_of(hidden_states, query, key, value)
+        relative_key, relative_query = (
+            None if x is None else layers.in_dtype_of(hidden_states, x)[0] for x in (relative_key, relative_query)
+        )
         query, relative_key = query / self.scale, self.by_head(relative_key)
         relative_query = self.by_head(None if relative_query is None else relative_query / self.scale)
         if packed.attends_padded(query.device, with_probs):

@@ -97,6 +97,7 @@ class RobertaSelfAttention(nn.Module):
             context = attention(query, key, value, packed, self.heads, scale, dropout_p)  # [Q, H]
             if context is not None:
                 return context, None
+        query, key, value = layers.in_dtype_of(hidden_states, query, key, value)
         return attend(query, key, value, packed, self.heads, dropout_p, with_probs)
 
 

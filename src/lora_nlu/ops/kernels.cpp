@@ -82,9 +82,13 @@ struct Dropout {
   // to[i] = from[i] / (1 - p) where kept, else 0, for the first n columns of a row; plus `residual`, if any
   template <class From, class To>
   void apply(i64 row, i64 n, const From* from, To* to, uint16_t* bits, const float* residual = nullptr) const {
-    random_bits(seed, row, columns, n, bits);
     const int32_t t = threshold;
     const float s = scale;
+    if (residual && !t) {
+      for (i64 i = 0; i < n; i++) write(to + i, residual[i] + read(from[i]));
+      return;
+    }
+    random_bits(seed, row, columns, n, bits);
     if (residual) {
 #pragma omp simd
       for (i64 i = 0; i < n; i++)

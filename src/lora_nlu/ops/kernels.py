@@ -171,6 +171,14 @@ class Linear(nn.Linear):
 
     frozen: Any = None
 
+    def _save_to_state_dict(self, *args: Any) -> None:
+        if self.frozen is not None:
+            raise RuntimeError(
+                "This model holds frozen weights in bf16, for products alone: they are not saved. Save the adapter "
+                "(lora_nlu.save_adapter), or call the model's restore_weights() first."
+            )
+        super()._save_to_state_dict(*args)
+
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
         if self.frozen is not None:
@@ -277,9 +285,10 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 def add_dropout(x: Tensor, residual: Tensor, p: float, training: bool) -> Tensor:
     """dropout(x) + residual; of x in bf16 and a residual in fp32, in one pass and fp32."""
+    p = p if training else 0.0
     is_mixed = x.dtype is BF16 and residual.dtype is torch.float32 and x.shape == residual.shape
-    if is_mixed and training and 0 < threshold(p) < 65536 and x.numel() and can_replace(residual) and kernels_for(x):
-        return _Dropout.apply(x, p, draw_seed(), residual)
+    if is_mixed and threshold(p) < 65536 and x.numel() and can_replace(residual) and kernels_for(x):
+        return _Dropout.apply(x, p, draw_seed() if p else 0, residual)
     return dropout(x, p, training) + residual
 
 
