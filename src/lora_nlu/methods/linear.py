@@ -4,7 +4,7 @@ Dim letters: I in_features, O out_features.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,9 @@ from lora_nlu.methods.targets import TARGETS, target_of
 from lora_nlu.ops.kernels import Linear
 from lora_nlu.ops.tensors import is_same
 
-
 _HELD_IN_BF16 = (
-    "The weight of this layer is held in bf16, for products alone. Call the model's restore_weights(), which reads it from "
-    "the checkpoint again."
+    "The weight of this layer is held in bf16, for products alone. Call the model's restore_weights(), which reads it "
+    "from the checkpoint again."
 )
 
 
@@ -214,13 +213,18 @@ def check_not_quantised(model: nn.Module, names: Iterable[str] | None = None) ->
             )
 
 
-def can_hold_in_bf16(layer: Any) -> bool:
-    """Whether a module is a linear layer whose forward knows `frozen`, with a frozen, unmerged fp32 weight on a CPU."""
-    if type(layer) is not Linear and not vars(type(layer)).get("multiplies_frozen"):
-        return False
-    weight, is_merged = layer.weight, getattr(layer, "merged", False)
-    is_plain = type(weight) is nn.Parameter and weight.is_cpu and weight.dtype is torch.float32
-    return is_plain and not weight.requires_grad and not is_merged and layer.frozen is None
+def layers_to_hold_in_bf16(model: nn.Module) -> list[Any]:
+    """The linear layers whose forward knows `frozen` and whose weights are plain fp32, unmerged, on a CPU.
+
+    None in a model with another kind of `UpdatedLinear`, whose forward reads the weight itself.
+    """
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, Linear)]
+    if not all(type(layer) is Linear or vars(type(layer)).get("multiplies_frozen") for layer in layers):
+        return []
+    layers = [layer for layer in layers if layer.frozen is None and not getattr(layer, "merged", False)]
+    weights = [layer.weight for layer in layers]
+    is_plain = [type(w) is nn.Parameter and w.is_cpu and w.dtype is torch.float32 for w in weights]
+    return [layer for layer, plain in zip(layers, is_plain, strict=True) if plain]
 
 
 def updated_layers(model: nn.Module) -> list[UpdatedLinear]:
@@ -235,7 +239,7 @@ def merge_lora_(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "restore_weights"):
-            module.restore_weights()
+            cast(Any, module).restore_weights()
     for layer in updated_layers(model):
         layer.merge()
 

@@ -116,8 +116,9 @@ class LoRALinear(UpdatedLinear):
         Raises RuntimeError for a merged layer that is to train or whose matrices changed, ValueError for other shapes.
         """
         weight, bias, update = self.weight, self.bias, None
-        if self.frozen is not None and not apply_update:
-            return self.frozen.product(x, bias)
+        frozen = self.frozen
+        if frozen is None:
+            x = kernels.widened(x, weight)
         if not apply_update:
             weight = self.frozen_weight()
         elif self.merged:
@@ -128,11 +129,14 @@ class LoRALinear(UpdatedLinear):
         else:
             self.check_shapes()
             dropped, A, B = self.dropout(x), self.lora_A, self.lora_B
-            if self.frozen is not None:
-                return self.frozen.product_with_update(x, bias, A, B, self.scaling)
+            if dropped is x and frozen is not None:
+                return frozen.product_with_update(x, bias, A, B, self.scaling)
             if dropped is x and x.numel() and self._can_fuse(x, weight, bias, A, B):
                 return kernels.as_grid(_LoRALinear.apply(kernels.as_rows(x), weight, bias, A, B, self.scaling), x)
-            update = F.linear(F.linear(dropped, A), B)
+            update = F.linear(F.linear(kernels.widened(dropped, A), A), B)
+        if frozen is not None:
+            y = frozen.product(x, bias)
+            return y if update is None else (y + self.scaling * update).to(y.dtype)
         if kernels.can_use_onednn(x, weight, bias):
             y = kernels.as_grid(kernels.OneDNNLinear.apply(kernels.as_rows(x), weight, bias), x)
         else:

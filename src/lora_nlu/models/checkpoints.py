@@ -15,8 +15,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from lora_nlu.errors import UserError, printable
 from lora_nlu.files import read_json
 from lora_nlu.methods.description import description_of, flags_that_add, is_added
+from lora_nlu.methods.linear import layers_to_hold_in_bf16
 from lora_nlu.methods.table import METHODS
-from lora_nlu.methods.linear import can_hold_in_bf16
 from lora_nlu.ops.frozen import FrozenWeight, plain
 from lora_nlu.ops.tensors import is_loaded, is_same, load_torch_file
 
@@ -97,23 +97,31 @@ class Checkpoints:
         return True
 
     def hold_in_bf16(self, trains: bool) -> int:
-        """Replace the frozen weights of the encoder's linear layers by bf16, packed for their products on a CPU.
+        """Replace weights of the encoder's linear layers by bf16, packed for their products on a CPU.
 
-        Returns of how many layers: 0 where all train, or no file can give the exact weights back (`restore_weights`).
-        Without `trains` the weights are packed for evaluation alone. What multiplies them returns bf16, summed in fp32.
+        trains: leave those that are marked to train. Returns the number of layers that hold theirs so: 0 if all train,
+        or if no file can give the exact weights back (`restore_weights`). What they multiply is summed in fp32 and
+        returned in bf16.
         """
         model: Any = self
         encoder = getattr(model.base_model, "encoder", None)
-        held = [layer for layer in encoder.modules() if can_hold_in_bf16(layer)] if encoder is not None else []
-        if not held or not weight_files(model.name_or_path, model.config, **self._hub):
+        layers = [] if encoder is None else layers_to_hold_in_bf16(encoder)
+        layers = [layer for layer in layers if not (trains and layer.weight.requires_grad)]
+        if layers and not (model.name_or_path and weight_files(model.name_or_path, model.config, **self._hub)):
             return 0
-        for layer in held:
-            layer.frozen = FrozenWeight(layer.weight.detach(), trains)
-            layer.weight = nn.Parameter(layer.frozen.weight, requires_grad=False)
+        for layer in layers:
+            layer.frozen = FrozenWeight(layer.weight.detach())
+            layer.weight = nn.Parameter(layer.frozen.weight, layer.weight.requires_grad)
         # DistributedDataParallel copies the first process's weights to the others; all have read the same file
         names = [f"{name}.weight" for name, m in model.named_modules() if getattr(m, "frozen", None) is not None]
         model._ddp_params_and_buffers_to_ignore = names
         return len(names)
+
+    @property
+    def is_held_in_bf16(self) -> bool:
+        """Whether `hold_in_bf16` replaced weights."""
+        model: Any = self
+        return any(getattr(module, "frozen", None) is not None for module in model.modules())
 
     @torch.no_grad()
     def restore_weights(self) -> None:
@@ -136,7 +144,7 @@ class Checkpoints:
                             f"{name}: {key} is not what this model was loaded from: the files have changed.\nLoad the "
                             "model again."
                         )
-                    layer.weight, layer.frozen = nn.Parameter(weight, requires_grad=False), None
+                    layer.weight, layer.frozen = nn.Parameter(weight, layer.weight.requires_grad), None
                     del missing[module]
         if missing:
             raise UserError(

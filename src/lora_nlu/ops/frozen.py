@@ -22,11 +22,11 @@ _ROWS = 512  # for which oneDNN chooses the layout; it serves any other number a
 
 
 class FrozenWeight:
-    """W [O, I] in bf16 for y = x W^T + b, packed where the processor can; without `trains` for evaluation alone."""
+    """W [O, I] in bf16 for y = x W^T + b, packed where the processor can."""
 
-    def __init__(self, weight: Tensor, trains: bool) -> None:
+    def __init__(self, weight: Tensor) -> None:
         self.weight = _packed(weight)  # [O, I]
-        self.transposed = _packed(weight.t()) if trains else None  # [I, O]
+        self.transposed: Tensor | None = None  # [I, O], from the first backward on
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I] in fp32 or bf16, b [O] in fp32, to [..., O] in bf16; differentiable once in x and b."""
@@ -41,7 +41,7 @@ class FrozenWeight:
 
     def backward(self, grad: Tensor) -> Tensor:
         """grad [N, O] W to [N, I], in bf16."""
-        if self.transposed is None:  # made for evaluation, and a gradient asked for all the same
+        if self.transposed is None:
             self.transposed = _packed(plain(self.weight).t())
         return _multiply(grad, self.transposed, None)
 

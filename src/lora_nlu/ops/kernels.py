@@ -72,10 +72,11 @@ def check_tensor(name: str, x: Tensor, device: torch.device, *shape: int) -> Non
         raise ValueError(f"{name}: expected {list(shape)} on {device}, got {list(x.shape)} on {x.device}.")
 
 
-def kernel_input(name: str, x: Tensor, *shape: int, dtype: Any = torch.float32, strided: bool = False) -> Tensor:
+def kernel_input(name: str, x: Tensor, *shape: int, dtypes: tuple[Any, ...] = FP32, strided: bool = False) -> Tensor:
     """x, contiguous unless `strided`, for compiled code. Raises ValueError for another shape, dtype, type or device."""
-    if x.dtype is not dtype or type(x) not in PLAIN_TENSORS:
-        raise ValueError(f"{name}: expected a plain {dtype} tensor, got {type(x).__name__}, {x.dtype}.")
+    if x.dtype not in dtypes or type(x) not in PLAIN_TENSORS:
+        expected = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name}: expected a plain {expected} tensor, got {type(x).__name__}, {x.dtype}.")
     check_tensor(name, x, CPU, *shape)
     x = x.resolve_neg()  # after a lazy negation the numbers in memory are not negated yet
     x = x if strided else x.contiguous()
@@ -156,6 +157,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def widened(x: Tensor, weight: Tensor) -> Tensor:
+    """x, in fp32 where the weight is and another layer, whose weight is held in bf16, has returned x."""
+    is_narrow = x.dtype is BF16 and weight.dtype is torch.float32 and x.is_cpu
+    return x.float() if is_narrow and not torch.is_autocast_enabled("cpu") else x
+
+
 def as_rows(x: Tensor) -> Tensor:
     """[..., I] to [N, I]."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -183,8 +190,7 @@ class Linear(nn.Linear):
         weight, bias = self.weight, self.bias
         if self.frozen is not None:
             return self.frozen.product(x, bias)
-        if x.dtype is torch.bfloat16 and weight.dtype is torch.float32 and not torch.is_autocast_enabled("cpu"):
-            x = x.float()  # what a layer with a frozen weight in bf16 returns
+        x = widened(x, weight)
         if can_use_onednn(x, weight, bias):
             return as_grid(OneDNNLinear.apply(as_rows(x), weight, bias), x)
         return F.linear(x, weight, bias)
@@ -257,13 +263,13 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_residual = grad if ctx.needs_input_grad[3] else None
         if needs_torch_operations(grad):
-            kept = _Dropout.run(torch.ones(grad.shape, dtype=torch.float32), ctx.p, ctx.seed, torch.float32)
+            kept = _Dropout.run(torch.ones(grad.shape, dtype=torch.float32), ctx.p, ctx.seed)
             return grad * kept, None, None, to_residual
         return _Dropout.run(grad, ctx.p, ctx.seed, ctx.dtype), None, None, to_residual
 
     @staticmethod
-    def run(x: Tensor, p: float, seed: int, dtype: torch.dtype, residual: Tensor | None = None) -> Tensor:
-        x = kernel_input("dropout's input", x, *x.shape, dtype=x.dtype)
+    def run(x: Tensor, p: float, seed: int, dtype: Any = torch.float32, residual: Tensor | None = None) -> Tensor:
+        x = kernel_input("dropout's input", x, *x.shape, dtypes=FP32_OR_BF16)
         y, width = torch.empty_like(x, dtype=dtype), x.shape[-1]
         if residual is not None:
             residual = kernel_input("dropout's residual", residual, *x.shape)
@@ -324,15 +330,15 @@ def can_add_update(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> bool:
 
 def add_update_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, s: float) -> tuple[Tensor, Tensor]:
     """y [N, O] + s x down up, in place if y is contiguous, and x down [N, R]. Raises MemoryError."""
-    y = kernel_input("product", y, x.shape[0], up.shape[1], dtype=y.dtype)
+    y = kernel_input("product", y, x.shape[0], up.shape[1], dtypes=FP32_OR_BF16)
     return add_update(y, x, down, up, s, y)
 
 
 def add_update(y: Tensor, x: Tensor, down: Tensor, up: Tensor, s: float, out: Tensor) -> tuple[Tensor, Tensor]:
     """y [N, O] + s x down up into `out` [N, O], and x down [N, R] in fp32; x, y, out in fp32 or bf16."""
     (rows, size), (rank, width) = x.shape, up.shape
-    x = kernel_input("x", x, rows, size, dtype=x.dtype)
-    y, u = kernel_input("product", y, rows, width, dtype=y.dtype), x.new_empty(rows, rank, dtype=torch.float32)
+    x = kernel_input("x", x, rows, size, dtypes=FP32_OR_BF16)
+    y, u = kernel_input("product", y, rows, width, dtypes=FP32_OR_BF16), x.new_empty(rows, rank, dtype=torch.float32)
     down, up = kernel_input("down", down, size, rank, strided=True), kernel_input("up", up, rank, width, strided=True)
     strided = [part for w in (down, up) for part in (_address(w), *w.stride())]
     types = (x.dtype is BF16, y.dtype is BF16, out.dtype is BF16)
@@ -346,7 +352,7 @@ def low_rank_gradient(u: Tensor, x: Tensor, s: float) -> Tensor:
     if not kernels_for(x):
         return s * product(u.t(), x.float().t())
     (rows, rank), size = u.shape, x.shape[1]
-    u, x = kernel_input("u", u, rows, rank), kernel_input("x", x, rows, size, dtype=x.dtype)
+    u, x = kernel_input("u", u, rows, rank), kernel_input("x", x, rows, size, dtypes=FP32_OR_BF16)
     out = u.new_empty(rank, size)
     sizes = (rows, size, rank, s, x.dtype is BF16, torch.get_num_threads())
     library().low_rank_gradient(_address(u), _address(x), _address(out), *sizes)
@@ -367,11 +373,13 @@ class _Attention(torch.autograd.Function):
         if heads < 1 or width % heads:
             raise ValueError(f"attention: expected a width divisible by {heads} heads, got {width}.")
         inputs, dtype = (query, key, value), query.dtype
-        query = kernel_input("query", query, query.shape[0], width, dtype=dtype)
-        key, value = (kernel_input(n, x, rows, width, dtype=dtype) for n, x in (("key", key), ("value", value)))
+        query = kernel_input("query", query, query.shape[0], width, dtypes=FP32_OR_BF16)
+        key, value = (kernel_input(n, x, rows, width, dtypes=(dtype,)) for n, x in (("key", key), ("value", value)))
         views = count_views(relative)
         shape = (views, 2 * longest - 1, width)
-        tables = tuple(None if x is None else x.detach().float() for x in relative)
+        tables = tuple(
+            None if x is None else x.detach().to(torch.float32 if x.dtype is dtype else x.dtype) for x in relative
+        )
         tables = tuple(None if x is None else kernel_input("relative table", x, *shape) for x in tables)
         starts = _Attention.checked_starts(starts, query.shape[0], rows, longest, views)
         out, lse = torch.empty_like(query), query.new_empty(query.shape[0], heads, dtype=torch.float32)
@@ -388,8 +396,8 @@ class _Attention(torch.autograd.Function):
             return *_Attention.differentiable_gradients(ctx, inputs, grad), *[None] * 7
         names = ("query", "key", "value")
         dtype = inputs[0].dtype
-        inputs = tuple(kernel_input(name, x, *x.shape, dtype=dtype) for name, x in zip(names, inputs, strict=True))
-        grad = kernel_input("attention's gradient", grad, *inputs[0].shape, dtype=dtype)
+        inputs = tuple(kernel_input(name, x, *x.shape, dtypes=(dtype,)) for name, x in zip(names, inputs, strict=True))
+        grad = kernel_input("attention's gradient", grad, *inputs[0].shape, dtypes=(dtype,))
         grads = [torch.empty_like(x) for x in inputs]
         arguments = _Attention.arguments(inputs, ctx.settings)
         library().attention_backward(*arguments, *map(_address, (lse, grad, *grads)))
@@ -415,7 +423,7 @@ class _Attention(torch.autograd.Function):
         """
         count = starts[2].numel()
         sizes = (count + 1, count + 1, count)
-        starts = tuple(kernel_input("starts", x, n, dtype=torch.int64) for x, n in zip(starts, sizes, strict=True))
+        starts = tuple(kernel_input("starts", x, n, dtypes=(torch.int64,)) for x, n in zip(starts, sizes, strict=True))
         q, k, view_of = (x.tolist() for x in starts)
         lengths = zip(q, q[1:], k, k[1:], strict=False)
         fit = all(0 < n - m <= longest and b - a in (1, n - m) for a, b, m, n in lengths)
@@ -443,7 +451,7 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor, settings: tuple[A
     dtype = query.dtype
     query, key, value = (x.float().unflatten(1, (heads, -1)).transpose(0, 1) for x in (query, key, value))  # [A, N, D]
     ones = torch.ones(query.shape[1] * heads, longest, dtype=torch.float32)  # whatever the default dtype is
-    kept = _Dropout.run(ones, p, seed, torch.float32).view(-1, heads, longest) if p else None
+    kept = _Dropout.run(ones, p, seed).view(-1, heads, longest) if p else None
     contexts = []
     for i, view in enumerate(views):
         rows, columns = slice(*query_starts[i : i + 2]), slice(*key_starts[i : i + 2])
@@ -483,8 +491,6 @@ def attention(
         or not 0 <= threshold(p) < 65536
         or not kernels_for(query)
     ):
-        return None
-    if not query.dtype is key.dtype is value.dtype:
         return None
     seed = draw_seed() if p else 0
     starts = packed.starts(query.shape[0] != key.shape[0], count_views(relative))

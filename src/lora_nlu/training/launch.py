@@ -71,8 +71,14 @@ def plan(script: Script, settings: Mapping[str, str]) -> Command:
     flags, batch_flags, note = share_step(flags, tuned_for_gpus, nnodes, devices)
     notes.append(note)
     if devices == 0 and (fp32_flags := without(flags, "--fp16")) != flags:  # a CPU only emulates it, slowly
+        is_off = str(last_value(flags, "--fp16")).lower() in ("false", "no", "0")
+        is_sharded = last_value(flags, "--fsdp") or last_value(flags, "--deepspeed")
         flags = fp32_flags
-        notes.append("no GPU: --fp16 is dropped, computing in fp32")
+        if is_off or is_sharded or last_value(flags, "--bf16") is not None or not has_bf16_instructions():
+            notes.append("no GPU: --fp16 is dropped, computing in fp32")
+        else:
+            flags = [*flags, "--bf16"]
+            notes.append("no GPU: --fp16 is replaced by --bf16, for which this processor has instructions")
     if devices == 0 or processes == 1:
         # a single process that saw several GPUs would spread over them (DataParallel) and multiply the batch
         visible = settings.get("CUDA_VISIBLE_DEVICES", "0") if devices else ""
@@ -86,6 +92,14 @@ def plan(script: Script, settings: Mapping[str, str]) -> Command:
     if settings.get("GLUE_DIR"):
         folders += ["--glue_dir", settings["GLUE_DIR"]]
     return Command(environment, [*program, str(root / PROGRAM)], [*folders, *batch_flags, *flags], notes)
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this processor multiplies in bf16: AVX512-BF16 or AMX, by the flags in /proc/cpuinfo."""
+    try:
+        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+    except OSError:
+        return False
 
 
 def default_folder(script: Script, settings: Mapping[str, str]) -> str:

@@ -52,6 +52,10 @@ class RunArguments(TrainingArguments):
             self.overwrite_output_dir = False
         self.best_metric_flags = self.metric_for_best_model, self.greater_is_better  # transformers fills in its own
         super().__post_init__()
+        # On a CPU without sharding the model holds its frozen weights in bf16 itself (trainer.py), without autocast
+        self.bf16_in_model = self.use_cpu and not (self.is_sharded or self.torch_compile)
+        if self.bf16 and self.bf16_in_model:
+            self.mixed_precision = "no"
         if self.fsdp and self.fsdp_plugin_args["fsdp_version"] != 2:
             raise ValueError("--fsdp_config: version 1 is not supported, and torch drops it. Use version 2.")
         self._n_gpu = min(self.n_gpu, 1)  # one process would use all GPUs that it sees and multiply the batch

@@ -162,6 +162,8 @@ def evaluate(
         sizes = [len(tables[name]) for name in sets]
         scores = [combined[f"eval_{metric}"], combined[f"eval_{metric}_mm"]]
         combined[f"eval_{metric}_overall"] = sum(s * n for s, n in zip(scores, sizes, strict=True)) / sum(sizes)
+    if combined:
+        combined["eval_precision"] = trainer.precision
     trainer.save_metrics("eval", combined)
     return combined
 
@@ -216,7 +218,8 @@ def describe_run(trainer: AdapterTrainer, metrics: dict[str, float], metric: str
     if trainer.saves_part and trainer.args.process_index == 0:
         reported = {key: value for key, value in metrics.items() if metric in key or key.startswith("eval_loss")}
         if reported:  # without --do_eval the metrics of an earlier start remain
-            write_json(folder / RUN_METADATA, read_json(folder / RUN_METADATA) | {"metrics": reported})
+            scored = {"metrics": reported, "precision": metrics["eval_precision"]}
+            write_json(folder / RUN_METADATA, read_json(folder / RUN_METADATA) | scored)
         write_card(folder)
 
 
@@ -239,7 +242,7 @@ def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: d
         rows.append(("training", f"{runtime:.1f} s, {tokens / runtime:,.0f} real tokens/s"))
     if seconds := sum(value for key, value in metrics.items() if key.startswith("eval_runtime")):
         tokens = sum(token_count(table) for name, table in tables.items() if name.startswith("validation"))
-        rows.append(("evaluation", f"{seconds:.1f} s, {tokens / seconds:,.0f} real tokens/s"))
+        rows.append(("evaluation", f"{seconds:.1f} s, {tokens / seconds:,.0f} real tokens/s, {trainer.precision}"))
     for name, peak in reversed(peak_memory_gib().items()):
         rows.append((name.removesuffix("_gib").replace("_", " ").replace("gpu", "GPU"), f"{peak:.2f} GiB"))
     rows.append(("files", str(Path(args.output_dir).resolve())))

@@ -23,7 +23,8 @@ from lora_nlu.models.checkpoints import Checkpoints
 from lora_nlu.models.losses import classification_loss
 from lora_nlu.training.checkpoints import CheckpointingTrainer, Diverged, seconds_trained
 from lora_nlu.training.graphs import GraphedSteps
-from lora_nlu.training.processes import Interrupted, ignore_signals, lost_process, seed_from
+from lora_nlu.training.launch import has_bf16_instructions
+from lora_nlu.training.processes import Interrupted, ignore_signals, lost_process, say, seed_from
 
 # An evaluation scores every row once, in order and all of them together, whatever the flags of training's batches are;
 # with group_by_length transformers would sort its rows too.
@@ -134,6 +135,27 @@ class AdapterTrainer(CheckpointingTrainer):
         self._graphs: GraphedSteps | None = None  # made in the first step, where a step can be recorded
         self._training_since: float | None = None
         self._seconds_before: float | None = None  # of training before this process started, once read
+        if self.args.bf16:
+            self._hold_in_bf16()
+
+    def _hold_in_bf16(self) -> None:
+        """Let the model hold weights in bf16, where this run computes so without autocast, and say it."""
+        if not getattr(self.args, "bf16_in_model", False) or self.model.is_held_in_bf16:
+            return
+        count = self.model.hold_in_bf16(trains=self.args.do_train)
+        note = f"the weights of {count} linear layers are held in bf16, and products summed in fp32; the rest is fp32"
+        say(self.args, f"bf16: {note if count else 'no weight is frozen, or in a file: all is computed in fp32'}.")
+        if count and not has_bf16_instructions():
+            say(self.args, "bf16: this processor has no instructions for it, and emulates them slowly. Remove --bf16.")
+
+    @property
+    def precision(self) -> str:
+        """In which precision the model multiplies now: fp32, bf16 or fp16."""
+        args: Any = self.args
+        full = "bf16" if args.bf16_full_eval else "fp16" if args.fp16_full_eval else ""
+        if getattr(args, "bf16_in_model", False) and full != "fp16":
+            return "bf16" if self.model.is_held_in_bf16 else "fp32"
+        return full or {"no": "fp32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; every log has the seconds of training up to it, without interruptions."""
@@ -326,7 +348,12 @@ class AdapterTrainer(CheckpointingTrainer):
         labels as in training. Raises UserError for logits that are not finite, or are not as many as the examples.
         """
         without = {"compute_metrics": None, "label_smoother": None}
-        with _replaced(self.args, **_EVALUATION), _replaced(self, **without):
+        evaluation = dict(_EVALUATION)
+        if self.args.bf16_full_eval and getattr(self.args, "bf16_in_model", False):
+            evaluation["bf16_full_eval"] = False  # transformers would cast the model
+            if not self.is_in_train:
+                self._hold_in_bf16()
+        with _replaced(self.args, **evaluation), _replaced(self, **without):
             self.gather_function = self.accelerator.gather_for_metrics
             output: Any = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         logits, labels = output.predictions, output.label_ids
