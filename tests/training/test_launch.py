@@ -223,13 +223,24 @@ def test_devices_that_cannot_share_a_step_equally_are_refused_naming_how_many_ca
 
 
 @pytest.mark.parametrize("written", [["--fp16"], ["--fp16", "True"], ["--fp16=true"]])
-def test_without_a_gpu_fp16_is_dropped_with_a_line_and_nothing_else_is(written):
+def test_without_a_gpu_or_bf16_instructions_fp16_is_dropped_with_a_line_and_nothing_else_is(written, monkeypatch):
+    monkeypatch.setattr(launch, "has_bf16_instructions", lambda: False)
     on_cpu, plain = plan(*written, "--seed", "3", devices="0"), plan("--seed", "3", devices="0")
     assert on_cpu.notes == [*plain.notes, "no GPU: --fp16 is dropped, computing in fp32"]
     assert on_cpu.flags == plain.flags
     assert plan(*written, devices="1").flags[-len(written) :] == written
     kept = plan("--fp16_full_eval", "--bf16", "true", devices="0")
     assert kept.flags[-3:] == ["--fp16_full_eval", "--bf16", "true"] and len(kept.notes) == 1
+
+
+@pytest.mark.parametrize("written", [["--fp16"], ["--fp16", "True"], ["--fp16=true"]])
+def test_a_processor_with_bf16_instructions_gets_bf16_in_place_of_fp16(written, monkeypatch):
+    monkeypatch.setattr(launch, "has_bf16_instructions", lambda: True)
+    on_cpu, plain = plan(*written, "--seed", "3", devices="0"), plan("--seed", "3", devices="0")
+    assert on_cpu.flags == [*plain.flags, "--bf16"] and "--fp16 is replaced by --bf16" in on_cpu.notes[-1]
+    for more in (["--fp16", "false"], ["--bf16"], ["--bf16", "false"], ["--fsdp", "full_shard"], ["--deepspeed=x"]):
+        flags = plan(*written, *more, devices="0").flags
+        assert "--fp16" not in flags and flags.count("--bf16") == more.count("--bf16")
 
 
 # --------------------------------------------------------------------------------------------- processes on one machine
