@@ -91,7 +91,13 @@ PRIVATE_NAMES: dict[str, dict[str, str]] = {
     "torch._dynamo": {"list_backends": "an unknown --torch_compile_backend is refused with the known ones"},
     "torch.autograd.forward_ad": {"_current_level": "the compiled kernels stand back under forward-mode derivatives"},
     "torch.distributed.run": {"parse_args": "the launcher's options", "run": "the launcher without its traceback"},
-    "torch.ops.mkldnn": {"_linear_pointwise": "oneDNN's product with a bias, faster than addmm on CPUs"},
+    "torch.nn.parallel.DistributedDataParallel": {
+        "_set_params_and_buffers_to_ignore_for_model": "packed weights are not copied between processes",
+    },
+    "torch.ops.mkldnn": {
+        "_linear_pointwise": "oneDNN's product with a bias, faster than addmm on CPUs",
+        "_reorder_linear_weight": "a frozen weight in the layout that oneDNN multiplies fastest",
+    },
     "torch.utils._pytree": {"tree_map": "optimizer states are nested"},
     "torch": {
         "_foreach_add_": "the gradients of a recorded step are added by a few kernels",
@@ -103,6 +109,7 @@ PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_version": "whether a merged weight was changed since",
     },
     "torch.nn.Module": {
+        "_apply": "a packed weight stays as it is when a model is moved to the CPU that it is on",
         "_forward_hooks": "the embedding is called where someone watches it",
         "_forward_pre_hooks": "PEFT's hook for an adapter per example is refused",
         "_load_from_state_dict": "a merged layer is unmerged before other tensors are loaded",

@@ -161,6 +161,10 @@ def test_a_held_model_saves_its_adapter_and_reads_its_exact_weights_to_merge_or_
     with pytest.raises(RuntimeError, match="restore_weights"):
         model.state_dict()
     layer = next(module for module in model.modules() if isinstance(module, LoRALinear))
+    assert model.to("cpu:0") is model
+    for move in (layer.double, layer.bfloat16, lambda: layer.to("meta")):
+        with pytest.raises(RuntimeError, match="can't be moved or converted"):
+            move()
     with pytest.raises(ValueError, match="restore_weights"):
         layer.merge()
     merge_lora_(model)

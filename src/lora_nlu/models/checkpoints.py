@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
@@ -114,7 +115,7 @@ class Checkpoints:
             layer.weight = nn.Parameter(layer.frozen.weight, layer.weight.requires_grad)
         # DistributedDataParallel copies the first process's weights to the others; all have read the same file
         names = [f"{name}.weight" for name, m in model.named_modules() if getattr(m, "frozen", None) is not None]
-        model._ddp_params_and_buffers_to_ignore = names
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         return len(names)
 
     @property
@@ -151,7 +152,7 @@ class Checkpoints:
                 f"{name}: {[*missing][0]}.weight and {len(missing) - 1} more weights, which this model holds in bf16, "
                 "can't be read again: the files have changed or are gone.\nLoad the model again."
             )
-        model._ddp_params_and_buffers_to_ignore = []
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [])
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', with the method's settings in the config. Raises UserError as `lora.write_settings`.

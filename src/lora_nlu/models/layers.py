@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_nlu.methods.description import Description
 from lora_nlu.methods.marking import new_block, new_linear
-from lora_nlu.ops.kernels import Dropout, add_dropout
+from lora_nlu.ops.kernels import Dropout
 from lora_nlu.ops.packing import PackedBatch
 
 Config = RobertaConfig | DebertaV2Config
@@ -103,8 +103,8 @@ class DenseAddNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """x [Q, inputs], residual [Q, H] to [Q, H]."""
         rows = self.dense(x)
-        if self.adapter is None and type(self.dropout) is Dropout:
-            return self.LayerNorm(add_dropout(rows, residual, self.dropout.p, self.dropout.training))
+        if self.adapter is None and rows.dtype is not residual.dtype and type(self.dropout) is Dropout:
+            return self.LayerNorm(self.dropout(rows, residual))  # of rows in bf16, in one pass
         rows = self.dropout(rows)
         if self.adapter is not None:
             adapter_input = self.LayerNorm(rows + residual) if self.adapter.reads_norm else rows

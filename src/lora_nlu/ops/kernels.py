@@ -178,13 +178,28 @@ class Linear(nn.Linear):
 
     frozen: Any = None
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _refuse_if_held(self, done: str) -> None:
         if self.frozen is not None:
             raise RuntimeError(
-                "This model holds frozen weights in bf16, for products alone: they are not saved. Save the adapter "
-                "(lora_nlu.save_adapter), or call the model's restore_weights() first."
+                f"This model holds frozen weights in bf16, for products on a CPU alone: they can't be {done}. Save the "
+                "adapter (lora_nlu.save_adapter), or call the model's restore_weights() first."
             )
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._refuse_if_held("saved")
         super()._save_to_state_dict(*args)
+
+    def _apply(self, fn: Any, *args: Any) -> Any:
+        if self.frozen is None:
+            return super()._apply(fn, *args)
+        moved = fn(torch.empty(0, dtype=torch.float32))
+        if not moved.is_cpu or moved.dtype is not torch.float32:
+            self._refuse_if_held("moved or converted")
+        weight = self.weight
+        setattr(self, "weight", None)  # noqa: B010
+        super()._apply(fn, *args)
+        self.weight = weight
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
@@ -299,9 +314,11 @@ def add_dropout(x: Tensor, residual: Tensor, p: float, training: bool) -> Tensor
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` that keeps no mask."""
+    """`nn.Dropout` that keeps no mask; with a residual, the sum of both."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None:
+            return add_dropout(x, residual, self.p, self.training)
         return dropout(x, self.p, self.training)
 
 
