@@ -16,7 +16,7 @@ from runs import LORA, Outcome, Run, contents, cut_off, sentence, write_deberta,
 from test_run_glue import read, scores, succeeded, trained_flat
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config
 
-from lora_nlu.training.launch import has_bf16_instructions
+from lora_nlu.training.launch import has_fast_bf16
 
 ROOT = Path(__file__).parents[2]
 GLUE = Path(os.environ.get("GLUE_DIR") or ROOT.parent / "shared" / "glue")
@@ -114,7 +114,7 @@ def test_a_script_trains_on_real_sentences_resumes_and_its_adapter_evaluates_to_
 
     first = script if name == "mnli.rdrop.sh" else printed_command
     outcome = succeeded(first(name, *few, output_dir=str(tmp_path / "complete")))
-    assert f"no GPU: --fp16 is {'replaced by --bf16' if has_bf16_instructions() else 'dropped'}" in outcome.err
+    assert f"no GPU: --fp16 is {'replaced by --bf16' if has_fast_bf16() else 'dropped'}" in outcome.err
     state = read(tmp_path / "complete" / "trainer_state.json")
     assert state["global_step"] == 8 and len([e for e in state["log_history"] if "eval_loss" in e]) == 2
     assert any("consistency_loss" in entry for entry in state["log_history"]) == name.startswith("mnli.")

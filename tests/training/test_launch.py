@@ -223,8 +223,8 @@ def test_devices_that_cannot_share_a_step_equally_are_refused_naming_how_many_ca
 
 
 @pytest.mark.parametrize("written", [["--fp16"], ["--fp16", "True"], ["--fp16=true"]])
-def test_without_a_gpu_or_bf16_instructions_fp16_is_dropped_with_a_line_and_nothing_else_is(written, monkeypatch):
-    monkeypatch.setattr(launch, "has_bf16_instructions", lambda: False)
+def test_without_a_gpu_or_fast_bf16_fp16_is_dropped_with_a_line_and_nothing_else_is(written, monkeypatch):
+    monkeypatch.setattr(launch, "has_fast_bf16", lambda: False)
     on_cpu, plain = plan(*written, "--seed", "3", devices="0"), plan("--seed", "3", devices="0")
     assert on_cpu.notes == [*plain.notes, "no GPU: --fp16 is dropped, computing in fp32"]
     assert on_cpu.flags == plain.flags
@@ -234,13 +234,30 @@ def test_without_a_gpu_or_bf16_instructions_fp16_is_dropped_with_a_line_and_noth
 
 
 @pytest.mark.parametrize("written", [["--fp16"], ["--fp16", "True"], ["--fp16=true"]])
-def test_a_processor_with_bf16_instructions_gets_bf16_in_place_of_fp16(written, monkeypatch):
-    monkeypatch.setattr(launch, "has_bf16_instructions", lambda: True)
+def test_a_processor_that_is_faster_in_bf16_gets_it_in_place_of_fp16(written, monkeypatch):
+    monkeypatch.setattr(launch, "has_fast_bf16", lambda: True)
     on_cpu, plain = plan(*written, "--seed", "3", devices="0"), plan("--seed", "3", devices="0")
     assert on_cpu.flags == [*plain.flags, "--bf16"] and "--fp16 is replaced by --bf16" in on_cpu.notes[-1]
     for more in (["--fp16", "false"], ["--bf16"], ["--bf16", "false"], ["--fsdp", "full_shard"], ["--deepspeed=x"]):
         flags = plan(*written, *more, devices="0").flags
         assert "--fp16" not in flags and flags.count("--bf16") == more.count("--bf16")
+
+
+@pytest.mark.parametrize(
+    "vendor, flags, is_fast",
+    [
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("GenuineIntel", "avx512f avx512_bf16", False),
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx2 fma", False),
+        ("GenuineIntel", "avx512f avx512_vnni", False),
+    ],
+)
+def test_bf16_is_fast_with_amx_or_on_amd_with_its_avx512_instructions(tmp_path, vendor, flags, is_fast):
+    cpuinfo = tmp_path / "cpuinfo"
+    assert not launch.has_fast_bf16(cpuinfo)  # as where there is no /proc
+    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} arat\n")
+    assert launch.has_fast_bf16(cpuinfo) == is_fast
 
 
 # --------------------------------------------------------------------------------------------- processes on one machine

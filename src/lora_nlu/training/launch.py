@@ -74,11 +74,11 @@ def plan(script: Script, settings: Mapping[str, str]) -> Command:
         is_off = str(last_value(flags, "--fp16")).lower() in ("false", "no", "0")
         is_sharded = last_value(flags, "--fsdp") or last_value(flags, "--deepspeed")
         flags = fp32_flags
-        if is_off or is_sharded or last_value(flags, "--bf16") is not None or not has_bf16_instructions():
+        if is_off or is_sharded or last_value(flags, "--bf16") is not None or not has_fast_bf16():
             notes.append("no GPU: --fp16 is dropped, computing in fp32")
         else:
             flags = [*flags, "--bf16"]
-            notes.append("no GPU: --fp16 is replaced by --bf16, for which this processor has instructions")
+            notes.append("no GPU: --fp16 is replaced by --bf16, which is faster on this processor")
     if devices == 0 or processes == 1:
         # a single process that saw several GPUs would spread over them (DataParallel) and multiply the batch
         visible = settings.get("CUDA_VISIBLE_DEVICES", "0") if devices else ""
@@ -94,12 +94,16 @@ def plan(script: Script, settings: Mapping[str, str]) -> Command:
     return Command(environment, [*program, str(root / PROGRAM)], [*folders, *batch_flags, *flags], notes)
 
 
-def has_bf16_instructions() -> bool:
-    """Whether this processor multiplies in bf16: AVX512-BF16 or AMX, by the flags in /proc/cpuinfo."""
+def has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:  # noqa: B008
+    """Whether this processor multiplies faster in bf16 than in fp32: by AMX, or by AVX512-BF16 if it is AMD's.
+
+    Intel's AVX512-BF16 without AMX is slower than fp32.
+    """
     try:
-        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+        words = set(cpuinfo.read_text().split())
     except OSError:
         return False
+    return "amx_bf16" in words or {"avx512_bf16", "AuthenticAMD"} <= words
 
 
 def default_folder(script: Script, settings: Mapping[str, str]) -> str:

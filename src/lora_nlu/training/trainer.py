@@ -23,7 +23,7 @@ from lora_nlu.models.checkpoints import Checkpoints
 from lora_nlu.models.losses import classification_loss
 from lora_nlu.training.checkpoints import CheckpointingTrainer, Diverged, seconds_trained
 from lora_nlu.training.graphs import GraphedSteps
-from lora_nlu.training.launch import has_bf16_instructions
+from lora_nlu.training.launch import has_fast_bf16
 from lora_nlu.training.processes import Interrupted, ignore_signals, lost_process, say, seed_from
 
 # An evaluation scores every row once, in order and all of them together, whatever the flags of training's batches are;
@@ -145,8 +145,8 @@ class AdapterTrainer(CheckpointingTrainer):
         count = self.model.hold_in_bf16(trains=self.args.do_train)
         note = f"the weights of {count} linear layers are held in bf16, and products summed in fp32; the rest is fp32"
         say(self.args, f"bf16: {note if count else 'no weight is frozen, or in a file: all is computed in fp32'}.")
-        if count and not has_bf16_instructions():
-            say(self.args, "bf16: this processor has no instructions for it, and emulates them slowly. Remove --bf16.")
+        if count and not has_fast_bf16():
+            say(self.args, "bf16: this processor multiplies more slowly in bf16 than in fp32. Remove --bf16.")
 
     @property
     def precision(self) -> str:
