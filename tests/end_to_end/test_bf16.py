@@ -36,11 +36,14 @@ def test_a_run_in_bf16_trains_an_fp32_adapter_without_autocast_and_its_scores_sa
 
     losses = {}
     for flags, precision in (([], "fp32"), (["--bf16"], "bf16"), (["--bf16_full_eval"], "bf16")):
-        again = rte(glue, "--do_eval", "--max_eval_samples", 16, *LORA, "--lora_path", folder, *flags)
+        again = rte(glue, "--do_eval", "--do_predict", "--max_eval_samples", 16, "--max_predict_samples", 8, *LORA)
+        again += ["--lora_path", folder, *flags]
         outcome = call(*again, "--output_dir", evaluated / "".join(flags), "--overwrite_output_dir")
         assert outcome.code == 0, outcome.err
         results = json.loads((evaluated / "".join(flags) / "eval_results.json").read_text())
         assert results["eval_precision"] == precision and (HELD in outcome.out) == (precision == "bf16")
+        predicted = json.loads((evaluated / "".join(flags) / "predict_results.json").read_text())
+        assert [entry["precision"] for entry in predicted.values()] == [precision]
         losses["".join(flags)] = results["eval_loss"]
     assert losses["--bf16"] == losses["--bf16_full_eval"] != losses[""]
     assert losses["--bf16"] == pytest.approx(losses[""], abs=0.01)

@@ -170,7 +170,8 @@ def test_results_record_the_weights_the_examples_and_their_number(method, traine
         assert (of["eval_samples"], of["eval_set_samples"], len(of["eval_data"])) == (samples, 24, 16)
         (entry,) = read(folder / "predict_results.json").items()
         assert entry[0] == "predict_results_rte.tsv" and entry[1].pop("data") != of["eval_data"]
-        assert entry[1] == {"weights_fingerprint": run["weights_fingerprint"], "samples": 10, "set_samples": 10}
+        counted = {"samples": 10, "set_samples": 10, "precision": "fp32"}
+        assert entry[1] == {"weights_fingerprint": run["weights_fingerprint"], **counted}
         assert "predict_results.json" in read_list(folder)
     assert read(trained(method) / "eval_results.json")["eval_data"] != of["eval_data"]
     assert (

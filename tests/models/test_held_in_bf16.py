@@ -15,6 +15,7 @@ from lora_nlu.methods.lora import LoRALinear
 from lora_nlu.models.loading import base_fingerprint
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
+from lora_nlu.ops.packing import PackedBatch
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 60,
@@ -132,6 +133,14 @@ def test_every_mode_computes_in_bf16_what_it_computes_in_fp32(base, mode):
         torch.manual_seed(5)
         results.append(step(model, **inputs))
     (logits, grads), (exact_logits, exact_grads) = results
+    assert (logits - exact_logits).abs().max() < 0.03 and distance(grads, exact_grads) < 0.05
+
+
+def test_a_plan_of_fixed_size_computes_in_bf16_what_it_computes_in_fp32(base):
+    held, plain, inputs = load(base, **LORA), load(base, **LORA), batch()
+    held.hold_in_bf16(trains=True)
+    inputs["packed"] = PackedBatch.of_size(inputs["attention_mask"], 96)  # 86 tokens
+    (logits, grads), (exact_logits, exact_grads) = step(held, **inputs), step(plain, **inputs)
     assert (logits - exact_logits).abs().max() < 0.03 and distance(grads, exact_grads) < 0.05
 
 

@@ -162,8 +162,7 @@ def evaluate(
         sizes = [len(tables[name]) for name in sets]
         scores = [combined[f"eval_{metric}"], combined[f"eval_{metric}_mm"]]
         combined[f"eval_{metric}_overall"] = sum(s * n for s, n in zip(scores, sizes, strict=True)) / sum(sizes)
-    if combined:
-        combined["eval_precision"] = trainer.precision
+    combined["eval_precision"] = trainer.precision
     trainer.save_metrics("eval", combined)
     return combined
 
@@ -199,6 +198,7 @@ def predict(
             lines = ["index\tprediction", *(f"{index}\t{answer}" for index, answer in enumerate(answers))]
             write_text(paths[-1], "\n".join(lines) + "\n")
             of_set = {"samples": samples, "set_samples": rows.get(split), "data": digest(tables[split])}
+            of_set["precision"] = trainer.precision
             write_json(folder / PREDICTIONS, made_of | {paths[-1].name: {WEIGHTS: weights} | of_set})
     return paths
 
