@@ -13,7 +13,7 @@ args=(
   --cls_dropout 0.15                        # before the classifier
   --apply_lora --lora_r 16 --lora_alpha 32  # W + (32 / 16) B A on query and value of each layer
   --eval_strategy steps --eval_steps 500 --save_strategy steps --save_steps 500 # the best step is a checkpoint
-  --fp16 --full_determinism                 # mixed precision; launch.sh drops it where there is no GPU
+  --fp16 --full_determinism                 # mixed precision; on a CPU launch.sh makes it --bf16, or drops it
   --logging_steps 10 --seed 0
 )
 launch "${args[@]}" "$@"

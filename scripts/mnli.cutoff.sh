@@ -16,7 +16,7 @@ args=(
   --reg_loss_wgt 1.0                        # weight of the distance between the two passes
   --masking_prob 0.1                        # share of the tokens masked in the second pass
   --eval_strategy steps --eval_steps 500 --save_strategy steps --save_steps 500 # the best step is a checkpoint
-  --fp16 --full_determinism                 # mixed precision; launch.sh drops it where there is no GPU
+  --fp16 --full_determinism                 # mixed precision; on a CPU launch.sh makes it --bf16, or drops it
   --logging_steps 10 --seed 42
 )
 launch "${args[@]}" "$@"

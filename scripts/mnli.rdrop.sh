@@ -14,7 +14,7 @@ args=(
   --apply_lora --lora_r 16 --lora_alpha 32  # W + (32 / 16) B A on query and value of each layer
   --reg_loss_wgt 1.0                        # weight of the distance between the two passes
   --eval_strategy steps --eval_steps 500 --save_strategy steps --save_steps 500 # the best step is a checkpoint
-  --fp16 --full_determinism                 # mixed precision; launch.sh drops it where there is no GPU
+  --fp16 --full_determinism                 # mixed precision; on a CPU launch.sh makes it --bf16, or drops it
   --logging_steps 10 --seed 42
 )
 launch "${args[@]}" "$@"
