@@ -1,6 +1,7 @@
 """Models whose frozen weights are held in bf16: as near to float64 as torch's autocast, in every method and mode."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,9 @@ def test_a_held_model_saves_its_adapter_and_reads_its_exact_weights_to_merge_or_
         assert (tmp_path / "held" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     with pytest.raises(RuntimeError, match="restore_weights"):
         model.state_dict()
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(RuntimeError, match="can't be copied or pickled.*restore_weights"):
+            copied(model)
     layer = next(module for module in model.modules() if isinstance(module, LoRALinear))
     assert model.to("cpu:0") is model
     for move in (layer.double, layer.bfloat16, lambda: layer.to("meta")):

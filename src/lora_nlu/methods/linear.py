@@ -133,7 +133,7 @@ class UpdatedLinear(Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         unchanged = {name: self._at_merge[name] for name in self._at_merge if self._untouched(name)}
-        return self.__dict__ | {"_at_merge": unchanged}
+        return super().__getstate__() | {"_at_merge": unchanged}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a copy's parameters count their versions anew
         super().__setstate__(state)

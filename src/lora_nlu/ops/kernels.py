@@ -185,6 +185,10 @@ class Linear(nn.Linear):
                 "adapter (lora_nlu.save_adapter), or call the model's restore_weights() first."
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_if_held("copied or pickled")
+        return self.__dict__
+
     def _save_to_state_dict(self, *args: Any) -> None:
         self._refuse_if_held("saved")
         super()._save_to_state_dict(*args)
