@@ -37,7 +37,7 @@ def read(path: Path) -> dict:
 def scores(path: Path) -> dict:
     """A results file without the times, the training's counters and what it records of the model and the examples."""
     ignored = ("epoch", "num_input_tokens_seen", "weights_fingerprint", "eval_data", "eval_set_samples")
-    ignored += ("eval_data_mm", "eval_set_samples_mm")
+    ignored += ("eval_data_mm", "eval_set_samples_mm", "eval_precision")
     return {key: v for key, v in read(path).items() if not TIMES.search(key) and key not in ignored}
 
 
