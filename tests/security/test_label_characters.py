@@ -86,6 +86,6 @@ def test_an_older_runs_label_with_a_line_break_makes_one_line_of_predictions(tmp
     predictions = SimpleNamespace(predictions=np.array([[1.0, 0.0], [0.0, 1.0]]))
     args = SimpleNamespace(output_dir=str(tmp_path), process_index=0)
     metadata = {"task": "custom", "labels": ["a\nb\tc", "no"]}
-    trainer = SimpleNamespace(metadata=metadata, args=args, predict=lambda _: predictions)
+    trainer = SimpleNamespace(metadata=metadata, args=args, precision="fp32", predict=lambda _: predictions)
     (path,) = predict(trainer, {"test": Dataset.from_dict({"input_ids": [[1], [2]]})}, {"test": 2}, None)
     assert path.read_text() == "index\tprediction\n0\ta\\nb\\tc\n1\tno\n"
