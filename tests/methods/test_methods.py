@@ -913,16 +913,23 @@ def test_a_bottleneck_without_a_width_is_refused_by_the_settings_name(size):
 
 
 @KINDS
-def test_a_base_that_contains_rslora_is_not_given_another_scaling(kind, bases, tmp_path):
-    model = loaded(bases[kind], **LORA)
-    for layer in lora_layers(model).values():
-        layer.use_rslora = True
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_base_that_contains_rslora_is_not_given_another_scaling(kind, earlier, bases, tmp_path):
+    loaded(bases[kind], **LORA, lora_variant="rslora").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings["lora_variant"] == "rslora" and "use_rslora" not in settings
+    if earlier:  # as versions wrote it that had no variants
+        del settings["lora_variant"]
+        (tmp_path / "config.json").write_text(json.dumps(settings | {"use_rslora": True}))
     config = AutoConfig.from_pretrained(tmp_path)
     saved = set_method(config, LORA)
     model, _ = load_model(str(tmp_path), config, needs_head=False)
-    with pytest.raises(UserError, match="lora_A, trained with use_rslora True; no flag gives it"):
+    with pytest.raises(UserError, match="lora_A, trained with lora_variant rslora; the flags give lora"):
         check_method(model, str(tmp_path), saved)
+    set_method(config, LORA | {"lora_variant": "rslora"})
+    model, _ = load_model(str(tmp_path), config, needs_head=False)
+    check_method(model, str(tmp_path), saved)
+    assert {layer.scaling for layer in lora_layers(model).values()} == {3.0}
 
 
 # ------------------------------------------------------------------------------------------------- in other forms

@@ -45,6 +45,7 @@ class Adapter:
     targets:                names, or a pattern, of the layers that must have an update.
     base_weights:           weights of those layers in a complete model's checkpoint; they may contain the update.
     method:                 a name in methods/table.py; all of the above but base_weights is for methods with updates.
+    settings:               what a variant of LoRA records beside these, by the names of its flags.
     """
 
     source: Path
@@ -58,6 +59,7 @@ class Adapter:
     metadata: dict[str, Any] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
     method: str = "lora"
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def row(self) -> Method:
@@ -79,7 +81,7 @@ class Adapter:
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of each layer with an update, by the layer's name."""
-        suffix = ".lora_A"
+        suffix = f".{self.row.rank_of}"
         return {name.removesuffix(suffix): t.shape[0] for name, t in self.state.items() if name.endswith(suffix)}
 
     @property
@@ -90,7 +92,7 @@ class Adapter:
     @property
     def records_relative_query(self) -> bool:
         """Whether the file records how a DeBERTa's relative query was trained, which a `.bin` doesn't."""
-        return self.lora_alpha is not None or not is_deberta(self.state)
+        return self.lora_alpha is not None or not self.row.has_alpha or not is_deberta(self.state)
 
     @property
     def adapter_size(self) -> int | None:
@@ -98,7 +100,12 @@ class Adapter:
         return next((t.shape[0] for name, t in self.state.items() if name.endswith(".adapter_A.weight")), None)
 
     def layers(self, lora_alpha: float | None = None) -> dict[str, tuple[int, float]]:
-        """(rank, alpha) of each layer with an update; `lora_alpha`: of a file that records none. Raises UserError."""
+        """(rank, alpha) of each layer with an update; `lora_alpha`: of a file that records none. Raises UserError.
+
+        The alpha is 1 for a method without one.
+        """
+        if not self.row.has_alpha:
+            return {name: (rank, 1.0) for name, rank in self.ranks.items()}
         if self.lora_alpha is None and lora_alpha is None:
             raise UserError(
                 f"{self.source} doesn't record the lora_alpha it was trained with; another one gives wrong answers.\n"
@@ -114,6 +121,8 @@ class Adapter:
 
     def scaling(self, rank: int, alpha: float) -> float:
         """The factor that scales an update of this rank and alpha."""
+        if self.row.scaling:
+            return self.row.scaling(self, rank, alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def scalings(self) -> list[float]:
@@ -203,9 +212,10 @@ def check_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:
     r, alpha, relative_query = (settings.get(name) for name in ("lora_r", "lora_alpha", "lora_relative_query"))
     for name, rank in adapter.ranks.items():
         if r is not None and rank != r:
-            shape = list(adapter.state[f"{name}.lora_A"].shape)
+            tensor = f"{name}.{adapter.row.rank_of}"
+            shape = list(adapter.state[tensor].shape)
             raise UserError(
-                f"{source}: {name}.lora_A is {shape} in the file, [{r}, {shape[-1]}] by --lora_r {r}.\n"
+                f"{source}: {tensor} is {shape} in the file, {[r, *shape[1:]]} by --lora_r {r}.\n"
                 f"Give --lora_r {rank}, or leave it out: the file records its rank."
             )
     if recorded_alpha is not None and alpha is not None and recorded_alpha != alpha:

@@ -37,7 +37,7 @@ def attach_adapter(
     """
     check_not_quantised(model)
     unmerge_lora_(model)
-    layers = adapter.layers(lora_alpha) if adapter.row.has_alpha else {}
+    layers = adapter.layers(lora_alpha) if adapter.row.has_ranks else {}
     if layers:
         _check_layers(model, adapter)
     if adapter.row.rebuild:
@@ -77,8 +77,8 @@ def _check_layers(model: Any, adapter: Adapter) -> None:
     """Raise UserError unless the layers with an update are the linear layers of the model that its targets mean."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     targets = target_layers(adapter, [name for name in linear if name.startswith(encoder_prefix_in(model))])
-    missing = [f"{name}.lora_A" for name in targets if name not in adapter.ranks]
-    unexpected = [f"{name}.lora_A" for name in adapter.ranks if name not in linear]
+    missing = [f"{name}.{adapter.row.rank_of}" for name in targets if name not in adapter.ranks]
+    unexpected = [f"{name}.{adapter.row.rank_of}" for name in adapter.ranks if name not in linear]
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)
 
@@ -108,12 +108,12 @@ def _check_fit(
     unexpected = [name for name in state if name not in required and name not in optional]
     if missing or unexpected:
         raise _other_model(adapter, model, missing, unexpected)
-    if adapter.row.has_alpha:
+    if adapter.row.has_ranks:
         _check_updates(model, adapter)
     for name, tensor in state.items():
         in_file, in_model = list(tensor.shape), list(parameters[name].shape)
         if in_file != in_model:
-            is_other_rank = name.endswith("lora_A") and in_file[0] != in_model[0]
+            is_other_rank = name.endswith(f".{adapter.row.rank_of}") and in_file[0] != in_model[0]
             hint = f"Give --lora_r {in_file[0]}." if is_other_rank else "It is another base model's adapter."
             raise UserError(f"{adapter.source}: {name} is {in_file} in the file, {in_model} in the model.\n{hint}")
     adapter.check_values()

@@ -21,6 +21,7 @@ from lora_nlu.files import ADAPTER_WEIGHTS, atomic_write, sha256_of
 from lora_nlu.labels import placeholder_labels, set_labels
 from lora_nlu.methods.description import is_added, methods_in, set_method
 from lora_nlu.methods.linear import unmerged_parameters
+from lora_nlu.methods.table import METHODS
 from lora_nlu.models.loading import base_fingerprint, load_config, load_model
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
 
@@ -51,7 +52,7 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
         with _written_once(destination) as partial:
             write_adapter(adapter, partial)
             write_card(partial)
-        line = f"{destination}: {'PEFT' if adapter.row.has_alpha else adapter.method} folder with a model card."
+        line = f"{destination}: {'PEFT' if adapter.row.has_ranks else adapter.method} folder with a model card."
     return "\n".join([line, *notes])
 
 
@@ -107,7 +108,7 @@ def _digests(path: Path) -> dict[str, str]:
 def _assumptions(adapter: Adapter, to: str, base: str | None) -> list[str]:
     """Lines to print on what the file doesn't record and was assumed, or was not checked."""
     source, notes = adapter.source, []
-    if adapter.row.has_alpha and not adapter.records_relative_query and to != "bin":
+    if adapter.row.has_ranks and not adapter.records_relative_query and to != "bin":
         way = "the reference's way; --lora_relative_query is PEFT's" if adapter.frozen_relative_query else "PEFT's way"
         trained = "without" if adapter.frozen_relative_query else "with"
         notes.append(f"{source}: read as trained {trained} LoRA on the relative query ({way}), which it can't confirm.")
@@ -119,11 +120,11 @@ def _assumptions(adapter: Adapter, to: str, base: str | None) -> list[str]:
 def write_published(adapter: Adapter, path: Path) -> str:
     """Write an fp32 state dict in the published layout; returns the alpha to load it with ("ALPHA": unknown)."""
     source, prefix = adapter.source, encoder_prefix(adapter)
-    if not adapter.ranks:
+    if adapter.row is not METHODS["lora"]:
         raise UserError(f"{source}: contains {adapter.method}; the published layout is LoRA's: use peft.")
     alphas = {alpha for _, alpha in adapter.layers().values()} if adapter.lora_alpha is not None else set()
-    if len(alphas) > 1 or adapter.use_rslora:
-        raise UserError(f"{source}: a .bin records no alpha, and this adapter has several (or rslora): use peft.")
+    if len(alphas) > 1:
+        raise UserError(f"{source}: a .bin records no alpha, and this adapter has several: use peft.")
     if prefix == "deberta" and not adapter.frozen_relative_query:
         raise UserError(
             f"{source}: a DeBERTa .bin is read with the relative positions' query frozen, and this adapter has LoRA "

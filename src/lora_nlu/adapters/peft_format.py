@@ -36,7 +36,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "task_type": "FEATURE_EXTRACTION" if adapter.is_bare else "SEQ_CLS",
         "base_model_name_or_path": adapter.metadata.get("base_model"),
     }
-    config |= _update_settings(adapter) if adapter.row.has_alpha else {}
+    config |= _update_settings(adapter) if adapter.row.has_ranks else {}
     return config | (adapter.row.to_peft(adapter) if adapter.row.to_peft else {})
 
 
@@ -46,29 +46,28 @@ def _update_settings(adapter: Adapter) -> dict[str, Any]:
     r, targets = mode(ranks.values()), adapter.targets
     if not isinstance(targets, str):
         targets = [target for target in targets if any(f".{name}".endswith(f".{target}") for name in ranks)]
-    others = [name for name in adapter.state if not LORA_KEY.search(name)]
+    others = [name for name in adapter.state if not re.search(str(adapter.row.added), name)]
     head = {name.split(".")[0] for name in others if not name.startswith(prefix)}
     modules = {name.rpartition(".")[0] for name in others if name.startswith(prefix) and not name.endswith(".bias")}
     biases = any(name.startswith(prefix) and name.endswith(".bias") for name in others)
+    has_alpha = adapter.row.has_alpha
     return {
         "r": r,
-        "lora_alpha": adapter.lora_alpha,
-        "lora_dropout": adapter.lora_dropout,
+        **({"lora_alpha": adapter.lora_alpha, "lora_dropout": adapter.lora_dropout} if has_alpha else {}),
         "bias": "all" if biases else "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": targets,
         "modules_to_save": sorted(head | modules),
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != r},
-        "alpha_pattern": adapter.alpha_pattern,
-        "use_rslora": adapter.use_rslora,
+        **({"alpha_pattern": adapter.alpha_pattern, "use_rslora": adapter.use_rslora} if has_alpha else {}),
     }
 
 
 def to_peft_key(adapter: Adapter, name: str) -> str:
     """PEFT's key in `adapter_model.safetensors` of a parameter of ours."""
     layer = name.removesuffix(".bias")
-    if LORA_KEY.search(name):
+    if adapter.row.peft_weights and re.search(adapter.row.peft_weights, name):
         name = f"{name}.weight"
     elif layer != name and layer in adapter.ranks:
         name = f"{layer}.base_layer.bias"
@@ -81,18 +80,21 @@ def from_peft_key(key: str) -> str:
     return re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)
 
 
-def peft_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `Adapter` that a checked `adapter_config.json` sets."""
-    row = method_of_config(config) or METHODS["lora"]
+def peft_fields(config: dict[str, Any], recorded_method: str | None = None) -> dict[str, Any]:
+    """The fields of `Adapter` that a checked `adapter_config.json` sets; recorded_method: in the run's metadata."""
+    row = method_of_config(config, recorded_method) or METHODS["lora"]
     fields: dict[str, Any] = {"method": row.name}
+    if row.has_ranks:
+        fields |= {
+            "frozen_relative_query": config["peft_type"] in row.peft_types[1:],
+            "targets": adapted_modules(config),
+        }
     if row.has_alpha:
         fields |= {
             "lora_alpha": config["lora_alpha"],
             "alpha_pattern": config.get("alpha_pattern") or {},
             "use_rslora": bool(config.get("use_rslora")),
-            "frozen_relative_query": config["peft_type"] in row.peft_types[1:],
             "lora_dropout": config.get("lora_dropout") or 0.0,
-            "targets": adapted_modules(config),
         }
     return fields | (row.from_peft(config) if row.from_peft else {})
 
@@ -123,9 +125,9 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
     if row is None:
         types = ", ".join(dict.fromkeys(other.peft_types[0] for other in METHODS.values() if other.in_peft))
         raise UserError(f"{path}: peft_type is {printable(kind)}; of PEFT's types these are supported: {types}.")
-    if not row.has_alpha:
+    if not row.has_ranks:
         return
-    _check_settings(path, config)
+    _check_settings(path, config, row.has_alpha)
     _check_patterns(path, config)
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init not in _SUPPORTED_INITS:  # PiSSA, OLoRA and others change the base weights
@@ -135,7 +137,7 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
             raise UserError(f"{path}: {printable(key)}={printable(value)} is not supported.")
 
 
-def _check_settings(path: Path, config: dict[str, Any]) -> None:
+def _check_settings(path: Path, config: dict[str, Any], has_alpha: bool) -> None:
     """Every setting that is read must have a type and a value that PEFT writes."""
     p, layers = config.get("lora_dropout") or 0.0, config.get("layers_to_transform")
     numbers = layers if isinstance(layers, list) else [layers or 0]
@@ -143,7 +145,8 @@ def _check_settings(path: Path, config: dict[str, Any]) -> None:
         ("lora_dropout", isinstance(p, (int, float)) and 0 <= p <= 1, "a number from 0 to 1"),
         # without one of these two PEFT would take its default of 8
         ("r", is_positive_number(config.get("r"), int), "a positive number"),
-        ("lora_alpha", is_positive_number(config.get("lora_alpha"), (int, float)), "a positive number"),
+        ("lora_alpha", not has_alpha or is_positive_number(config.get("lora_alpha"), (int, float)),
+         "a positive number"),
         ("layers_to_transform", all(type(number) is int and number >= 0 for number in numbers), "layer numbers"),
         *((key, isinstance(config.get(key) or "", str), "a string") for key in ("base_model_name_or_path", "revision")),
         ("use_rslora", isinstance(config.get("use_rslora"), bool | None), "False, True"),

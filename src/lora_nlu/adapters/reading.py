@@ -33,6 +33,7 @@ from lora_nlu.adapters.peft_format import LORA_KEY, PEFT_PREFIX, check_peft_conf
 from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, check_json, read_json, weights_file_problem
 from lora_nlu.labels import check_label
+from lora_nlu.methods.description import is_added
 from lora_nlu.ops.tensors import fingerprint, load_torch_file
 
 _PICKLED_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
@@ -94,9 +95,10 @@ def _read_folder(folder: Path) -> Adapter:
     _check_run_metadata(folder / RUN_METADATA, metadata)
     if base := config.get("base_model_name_or_path"):
         metadata = {"base_model": base, "base_revision": config.get("revision")} | metadata
-    adapter = Adapter(folder, _read_state(weights), metadata=metadata, **peft_fields(config))
+    method = metadata.get("method", {}).get("name")
+    adapter = Adapter(folder, _read_state(weights), metadata=metadata, **peft_fields(config, method))
     _check_complete(adapter)
-    if adapter.row.has_alpha:
+    if adapter.row.has_ranks:
         _check_updates(adapter, config)
     _check_written_together(adapter, config["peft_type"])
     return adapter
@@ -121,7 +123,7 @@ def _read_state(weights: Path) -> dict[str, Tensor]:
         if ".original_module." in key:
             continue  # PEFT's copy of a head that it replaced
         name = from_peft_key(key)
-        if ".lora_" in name and not LORA_KEY.search(name):
+        if (".lora_" in name or ".vera_" in name) and not is_added(name):
             raise UserError(f"{weights}: {key}: a kind of LoRA tensor that is not supported.")
         if name in state and not torch.equal(state[name], tensor):  # PEFT writes a head's biases twice with bias="all"
             raise UserError(f"{weights}: contains two different tensors for {name}; the second is {key}.")
@@ -170,11 +172,13 @@ def _check_run_metadata(path: Path, metadata: dict[str, Any]) -> None:
     has_scalings = isinstance(scalings, list) and all(is_positive_number(x, (int, float)) for x in scalings)
     for label in labels if isinstance(labels, list) else ():
         check_label(path, str(label))
+    method = metadata.get("method", {})
     strings = ("task", "dataset", "base_model", "base_fingerprint", "peft_type", "weights_fingerprint")
     check_json(path, metadata, [
         ("labels", isinstance(labels, list) and all(isinstance(label, str) for label in labels), "a list of names"),
         ("metrics", has_numbers, "names with numbers"),
         ("lora", has_scalings, "scalings, a list of positive numbers, in it"),
+        ("method", isinstance(method, dict) and isinstance(method.get("name", ""), str), "an object with a name"),
         *((key, isinstance(metadata.get(key, ""), str), "a string") for key in (*strings, "tokenizer_fingerprint")),
         ("base_revision", isinstance(metadata.get("base_revision"), str | None), "a string"),
     ])  # fmt: skip
@@ -183,7 +187,7 @@ def _check_run_metadata(path: Path, metadata: dict[str, Any]) -> None:
 def _check_complete(adapter: Adapter) -> None:
     """Raise UserError unless an adapter has all tensors of its method, LoRA's matrices as A [R, in] and B [out, R]."""
     source, pattern = adapter.source, adapter.row.state
-    if not adapter.row.has_alpha:
+    if not (adapter.row.has_ranks and adapter.row.rank_of == "lora_A"):
         trained = [n for n in adapter.state if pattern and re.search(pattern, n) and n.startswith(ENCODER_PREFIXES)]
         if pattern and not trained:
             raise UserError(f"{source}: {ADAPTER_CONFIG} says {adapter.method}, but the file contains no tensor of it.")
@@ -225,10 +229,11 @@ def _check_updates(adapter: Adapter, config: dict[str, Any]) -> None:
     ranks = by_pattern(source, config.get("rank_pattern") or {}, adapter.ranks, config["r"])
     for name, rank in adapter.ranks.items():
         if name not in targets:
-            raise UserError(f"{source}: contains {name}.lora_A, but {ADAPTER_CONFIG} has no LoRA there: {_MISMATCH}.")
+            text = f"contains {name}.{adapter.row.rank_of}, but {ADAPTER_CONFIG} has no LoRA there"
+            raise UserError(f"{source}: {text}: {_MISMATCH}.")
         if rank != ranks[name]:
             says = f"{ADAPTER_CONFIG} says {ranks[name]}"
-            raise UserError(f"{source}: {name}.lora_A has rank {rank}, {says}: {_MISMATCH}.")
+            raise UserError(f"{source}: {name}.{adapter.row.rank_of} has rank {rank}, {says}: {_MISMATCH}.")
 
 
 def _check_written_together(adapter: Adapter, peft_type: str) -> None:

@@ -27,12 +27,12 @@ def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tenso
     adapter = Adapter(Path(), state, metadata=metadata, method=describe_method(model)["name"])
     if not (layers := lora_layers(model)):
         return adapter
-    alphas = {name: layer.lora_alpha for name, layer in layers.items()}
+    row, alphas = adapter.row, {name: layer.lora_alpha for name, layer in layers.items()}
     alpha = mode(alphas.values())
     # A short name stands for every module whose name ends in it, so it is used only if all of those have an update.
     short = sorted({name.rpartition(".")[2] for name in layers})
     matches = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in short]
-    return replace(
+    adapter = replace(
         adapter,
         lora_alpha=alpha,
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
@@ -41,6 +41,7 @@ def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tenso
         lora_dropout=max(layer.lora_dropout for layer in layers.values()),
         targets=short if len(matches) == len(layers) else sorted(layers),
     )
+    return replace(adapter, **row.to_adapter(model)) if row.to_adapter else adapter
 
 
 def save_adapter(

@@ -53,7 +53,8 @@ def description_of(config: Any) -> Description:
     """What a config's attributes say of what trains. Raises ValueError for one that is invalid or without effect."""
     names: list[str] = []
     fields: dict[str, Any] = {}
-    values = {name: getattr(config, name) for name in setting_names() if hasattr(config, name)}  # a class may have some
+    # A class may have some
+    values = _renamed({name: getattr(config, name) for name in setting_names() if hasattr(config, name)})
     for row in METHODS.values():
         for flag in row.flags:
             if flag.in_config and not flag.always and values.get(flag.name) is not None and row.switch not in values:
@@ -65,7 +66,7 @@ def description_of(config: Any) -> Description:
                 names.append(row.name)
                 fields |= settings
         elif values.get(row.switch):
-            _check_choice(row.switch, values)
+            _check_choice(row, values)
     settings = {name: values[name] for name in setting_names(names) if name in values}
     return Description(tuple(names) or ("full",), **fields, relative_query=relative_query(config), settings=settings)
 
@@ -77,17 +78,42 @@ def relative_query(config: Any) -> bool:
 
 def _is_chosen(row: Method, values: Mapping[str, Any]) -> bool:
     """Whether a config's attributes choose a method: its switch is on, and the others have the row's values."""
+    unset = {flag.name: flag.unset for flag in row.flags}
     others = [name for name in row.chosen_by if name != row.switch]
-    return bool(values.get(row.switch)) and all(values.get(name) == row.chosen_by[name] for name in others)
+    return bool(values.get(row.switch)) and all(
+        (unset[name] if values.get(name) is None else values[name]) == row.chosen_by[name] for name in others
+    )
 
 
-def _check_choice(switch: str, values: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a config whose switch is on chooses one of the methods that have this switch."""
-    rows = [row for row in METHODS.values() if row.switch == switch]
-    if not any(_is_chosen(row, values) for row in rows):
-        name = [*rows[0].chosen_by][1]
-        choices = " or ".join(str(row.chosen_by[name]) for row in rows)
+def _check_choice(row: Method, values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a config whose switch is on, but not for this row, chooses another of that switch.
+
+    So it does for a setting that this row has and the chosen one has not.
+    """
+    rows = [other for other in METHODS.values() if other.switch == row.switch]
+    chosen = next((other for other in rows if _is_chosen(other, values)), None)
+    if chosen is None:
+        name = [*row.chosen_by][1]
+        choices = " or ".join(str(other.chosen_by[name]) for other in rows)
         raise ValueError(f"config.{name} {values.get(name)!r}: choose {choices}.")
+    for flag in row.flags:
+        if flag.in_config and flag not in chosen.flags and values.get(flag.name) is not None:
+            raise ValueError(f"config.{flag.name} {_without_effect(flag, chosen)}. Remove {flag.name}.")
+
+
+def _without_effect(flag: Flag, chosen: Method) -> str:
+    """The reason why a flag has no effect with a method, where it has one with others of the same switch."""
+    rows = [row for row in METHODS.values() if row.switch == chosen.switch and flag in row.flags]
+    return f"has no effect with {chosen.label}; it is a setting of {', '.join(row.label for row in rows)}"
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a config, those that an earlier version wrote by today's names and values."""
+    for row in METHODS.values():
+        is_earlier = bool(row.earlier) and all(values.get(name) == value for name, value in row.earlier.items())
+        if is_earlier and all(values.get(name) is None for name in row.chosen_by if name not in row.earlier):
+            values = {name: value for name, value in values.items() if name not in row.earlier} | dict(row.chosen_by)
+    return dict(values)
 
 
 def methods_in(model: Any) -> list[Method]:
@@ -106,27 +132,34 @@ def setting_names(methods: Iterable[str] | None = None) -> list[str]:
 
 def added_patterns() -> list[str]:
     """Patterns of the names of parameters that methods add to an encoder."""
-    return [row.added for row in METHODS.values() if row.added]
+    return [*dict.fromkeys(row.added for row in METHODS.values() if row.added)]
 
 
 def flags_that_add(tensors: Mapping[str, bool]) -> str:
     """The flags of a method that adds just those of some tensors that are True; "" if there is none."""
     for row in METHODS.values():
         if row.added and all(bool(re.search(row.added, name)) == there for name, there in tensors.items()):
-            return " ".join(f"--{name} {value}" for name, value in [*row.chosen_by.items()][1:])
+            return row.choice
     return ""
 
 
-def method_of_tensor(name: str) -> Method:
-    """The method that added a tensor of this name."""
-    return next(row for row in METHODS.values() if row.added and re.search(row.added, name))
+def method_of_tensor(name: str, settings: Mapping[str, Any]) -> Method:
+    """The method that added a tensor of this name to a model whose config has these settings.
+
+    Of several with such tensors the one that the settings choose; the first if they choose none.
+    """
+    rows = [row for row in METHODS.values() if row.added and re.search(row.added, name)]
+    return next((row for row in rows if _is_chosen(row, settings)), rows[0])
 
 
-def method_of_config(config: Mapping[str, Any]) -> Method | None:
-    """The method of a folder by its adapter_config.json; None if it is none of the table's."""
+def method_of_config(config: Mapping[str, Any], recorded: str | None = None) -> Method | None:
+    """The method of a folder by its adapter_config.json; None if it is none of the table's.
+
+    recorded: the name in the folder's run metadata, which decides between rows of the same type and as many keys.
+    """
     rows = [row for row in METHODS.values() if config.get("peft_type") in row.peft_types]
     rows = [row for row in rows if all(config.get(key) for key in row.peft_keys)]
-    return max(rows, key=lambda row: len(row.peft_keys), default=None)
+    return max(rows, key=lambda row: (len(row.peft_keys), row.name == recorded), default=None)
 
 
 def is_added(name: str) -> bool:
@@ -139,12 +172,12 @@ def set_method(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Settings of a method that is off, or with which it would train nothing (rank 0), are left out.
     """
-    saved = {name: vars(config).pop(name) for name in setting_names() if name in vars(config)}
+    saved = _renamed({name: vars(config).pop(name) for name in setting_names() if name in vars(config)})
     for flag in method_flags():
         value = settings.get(flag.name)
         is_set = value or (value == 0 and flag.kind in (int, str))  # a rank, or the number of the first layer
         is_on = flag.always or any(settings.get(row.switch) for row in METHODS.values() if flag in row.flags)
-        if is_set and is_on and flag.in_config:
+        if is_set and is_on and flag.in_config and value != flag.unset:
             setattr(config, flag.name, value)
     for row in METHODS.values():
         if row.read and _is_chosen(row, vars(config)) and row.read(config) is None:
@@ -172,9 +205,17 @@ def settings_of_flags(flags: Any, config: Any) -> dict[str, Any]:
     return values
 
 
+def choices_of(flag: Flag) -> list[Any]:
+    """The values of a flag that chooses between methods of one switch; [] for another flag."""
+    return [row.chosen_by[flag.name] for row in METHODS.values() if flag.name in [*row.chosen_by][1:]]
+
+
 def methods_of_flags(flags: Any) -> list[Method]:
-    """The methods whose switch is on."""
-    return [row for row in METHODS.values() if row.switch and getattr(flags, row.switch)]
+    """The methods whose switch is on; of several with that switch those that the flags leave possible."""
+    rows = [row for row in METHODS.values() if row.switch and getattr(flags, row.switch)]
+    values = {flag.name: getattr(flags, flag.name) for flag in method_flags()}
+    undecided = {f.name for f in method_flags() if choices_of(f) and values[f.name] is None and f.unset is None}
+    return [row for row in rows if undecided & {*row.chosen_by} or _is_chosen(row, values)]
 
 
 def _method_settings(flags: Any) -> list[tuple[Flag, list[Method]]]:
@@ -187,21 +228,23 @@ def _method_settings(flags: Any) -> list[tuple[Flag, list[Method]]]:
 def contradicts(flags: Any, method: str) -> bool:
     """Whether the flags name other methods than that of an adapter."""
     row, chosen = METHODS[method], methods_of_flags(flags)
-    shares_path = any(other is not row and other.path_flag == row.path_flag for other in METHODS.values())
-    if chosen and row not in chosen and shares_path:
+    others = [other for other in METHODS.values() if other.switch != row.switch]
+    is_chosen = any(other.switch == row.switch for other in chosen)
+    if chosen and not is_chosen and any(other.path_flag == row.path_flag for other in others):
         return True
     for flag, rows in _method_settings(flags):
         value = getattr(flags, flag.name)
         if row in rows and value != row.chosen_by.get(flag.name, value):
             return True
-        if row not in rows and not any(other in chosen for other in rows):
+        if row not in rows and not any(other in chosen and other in others for other in rows):
             return True
     return False
 
 
 def check_flags(flags: Any) -> None:
     """One method at a time, with the flags it needs and no other's. Raises UsageError."""
-    for row in methods_of_flags(flags):
+    chosen = methods_of_flags(flags)
+    for row in chosen:
         if row.missing and not getattr(flags, row.path_flag) and (text := row.missing(flags)):
             raise UsageError(text)
     rows_by_flag = {}  # switches and paths on the command line
@@ -218,3 +261,6 @@ def check_flags(flags: Any) -> None:
         if not any(getattr(flags, row.switch) or getattr(flags, row.path_flag) for row in rows):
             name, switch = flag.name, rows[0].switch
             raise UsageError(f"--{name} has no effect without --{switch}. Add --{switch}, or remove --{name}.")
+        other = next((row for row in chosen if row.switch == rows[0].switch and row not in rows), None)
+        if other and not getattr(flags, other.path_flag):  # else the file says which method it is
+            raise UsageError(f"--{flag.name} {_without_effect(flag, other)}. Remove --{flag.name}.")

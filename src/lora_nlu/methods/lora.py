@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lora_nlu.errors import UserError
 from lora_nlu.methods.description import Description
 from lora_nlu.methods.linear import UpdatedLinear, check_not_quantised
+from lora_nlu.methods.table import METHODS
 from lora_nlu.methods.targets import DEFAULT_TARGETS, TARGETS, as_list, is_number, target_names, targets_and_layers
 from lora_nlu.ops import kernels
 
@@ -70,7 +71,6 @@ class LoRALinear(UpdatedLinear):
     frozen one, because a small B A would be rounded away in the sum.
     """
 
-    method = "lora"
     multiplies_frozen = True
     update_names = ("lora_A", "lora_B")
 
@@ -95,6 +95,11 @@ class LoRALinear(UpdatedLinear):
         else:
             nn.init.normal_(self.lora_A, std=normal_std)
         nn.init.zeros_(self.lora_B)
+
+    @property
+    def method(self) -> str:  # type: ignore[override]
+        """The row in table.py: rsLoRA is LoRA with another scaling. A subclass has its name as a class attribute."""
+        return "rslora" if self.use_rslora else "lora"
 
     @property
     def scaling(self) -> float:
@@ -171,7 +176,7 @@ class LoRALinear(UpdatedLinear):
 # ------------------------------------------------------------------------------------------------- the row in table.py
 
 
-def read_settings(config: Any) -> dict[str, Any] | None:
+def read_settings(config: Any, needs_alpha: bool = True) -> dict[str, Any] | None:
     """The fields of `Description` that LoRA sets; None for rank 0, no LoRA. Raises ValueError, naming the setting."""
     r, alpha, p, names, numbers = (
         getattr(config, f"lora_{name}", None) for name in ("r", "alpha", "dropout", "target_modules", "layers")
@@ -179,7 +184,7 @@ def read_settings(config: Any) -> dict[str, Any] | None:
     p, names = 0.0 if p is None else p, DEFAULT_TARGETS if names is None else names
     if not is_number(r, int) or r < 0:
         raise ValueError(f"config.lora_r {r!r}: apply_lora=True needs a rank of 1 or more (0 is no LoRA).")
-    if r and not (is_number(alpha) and math.isfinite(alpha)):
+    if r and needs_alpha and not (is_number(alpha) and math.isfinite(alpha)):
         raise ValueError(f"config.lora_alpha {alpha!r}: apply_lora=True needs a number (scaling: lora_alpha / lora_r).")
     if not (is_number(p) and 0 <= p < 1):
         raise ValueError(f"config.lora_dropout {p!r}: give a number from 0 to below 1.")
@@ -200,31 +205,43 @@ def read_settings(config: Any) -> dict[str, Any] | None:
     return scaling | {"targets": targets, "layers": numbers, "dropout": p}
 
 
-def new_layer(trained: Description, target: str, layer: int, in_features: int, out_features: int) -> LoRALinear | None:
-    """A linear layer with LoRA, where the description has it; else None."""
+def read_rslora_settings(config: Any) -> dict[str, Any] | None:
+    """As `read_settings`, of rsLoRA."""
+    settings = read_settings(config)
+    return None if settings is None else settings | {"use_rslora": True}
+
+
+def new_layer(trained: Description, target: str, layer: int, in_features: int, out_features: int) -> Any:
+    """A linear layer with the described variant of LoRA, where the description has it; else None."""
     if not trained.updates(target, layer):
         return None
-    rank, alpha, p, use_rslora = trained.rank, trained.alpha, trained.dropout, trained.use_rslora
-    return LoRALinear(in_features, out_features, rank, alpha, lora_dropout=p, use_rslora=use_rslora)
+    linear: Any = next(row.linear for row in trained.rows if row.linear)
+    options = {"lora_dropout": trained.dropout, "use_rslora": trained.use_rslora}
+    return linear(in_features, out_features, trained.rank, trained.alpha, **options)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers with LoRA by their names in a model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers with LoRA or a variant of it by their names in a model."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, UpdatedLinear)}
+    return {name: layer for name, layer in layers.items() if METHODS[layer.method].linear}
 
 
-def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]], use_rslora: bool = False) -> None:
+def set_lora_(
+    model: nn.Module, layers: dict[str, tuple[int, float]], use_rslora: bool = False, method: str = "lora"
+) -> None:
     """Give exactly these linear layers of `model`, by name, an update of (rank, alpha); the others get or keep none.
 
-    What was merged is unmerged. Weights and biases stay the parameters they were; the matrices start anew. Raises
-    KeyError for a name that is no linear layer of the model, ValueError for a quantised or replaced layer.
+    method: the variant of LoRA. What was merged is unmerged. Weights and biases stay the parameters they were; the
+    update starts anew. Raises KeyError for a name that is no linear layer of the model, ValueError for a quantised or
+    replaced layer.
     """
+    linear_class: Any = METHODS[method].linear
     check_not_quantised(model, layers)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if unknown := sorted(set(layers) - set(linear)):
         raise KeyError(unknown[0])
     for name, old in linear.items():
-        if isinstance(old, LoRALinear):
+        if isinstance(old, UpdatedLinear):
             old.unmerge()
         elif name not in layers:
             continue
@@ -232,13 +249,13 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]], use_rslora
         rank, alpha = layers.get(name, (0, 0.0))
         with torch.device("meta"):  # its parameters are those of the old one; only the matrices are new
             if rank:
-                new: Any = LoRALinear(in_features, out_features, rank, alpha, has_bias, use_rslora=use_rslora)
+                new: Any = linear_class(in_features, out_features, rank, alpha, bias=has_bias, use_rslora=use_rslora)
             else:
                 new = kernels.Linear(in_features, out_features, bias=has_bias)
         new.weight, new.bias = W, old.bias
         if rank:
-            new.lora_A = nn.Parameter(torch.empty(rank, in_features, device=W.device, dtype=W.dtype))
-            new.lora_B = nn.Parameter(torch.empty(out_features, rank, device=W.device, dtype=W.dtype))
+            for added in new.update_names:
+                setattr(new, added, nn.Parameter(torch.empty_like(getattr(new, added), device=W.device, dtype=W.dtype)))
             new.reset_added_parameters()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new.train(old.training))
@@ -246,7 +263,7 @@ def set_lora_(model: nn.Module, layers: dict[str, tuple[int, float]], use_rslora
 
 def rebuild(model: Any, adapter: Any, lora_alpha: float | None) -> None:
     """Give a model the layers of an adapter; `lora_alpha` is for a file that does not record its own."""
-    set_lora_(model, adapter.layers(lora_alpha), adapter.use_rslora)
+    set_lora_(model, adapter.layers(lora_alpha), adapter.use_rslora, adapter.method)
     if getattr(model, "frozen_relative_query", None) is not None:
         model.config.lora_relative_query = not adapter.frozen_relative_query
 
@@ -284,20 +301,23 @@ def write_settings(model: Any) -> None:
         )
     targets, numbers = targets_and_layers(layers)
     described = {n for n in linear for t, i in [targets_and_layers([n])] if {*t} & {*targets} and {*i} & {*numbers}}
-    kinds = {(layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora) for layer in layers.values()}
+    kinds = {(x.method, x.r, x.lora_alpha, x.lora_dropout, x.use_rslora) for x in layers.values()}
     if len(kinds) > 1 or described != {*layers} or not {*targets} <= {*TARGETS}:
         raise UserError(
             "config.json can describe LoRA with one rank, alpha and dropout, on the same modules of each layer; "
             "this model's LoRA is different and would be lost.\n"
             "Save it with adapters.save_adapter, or merge it first (merge_lora_)."
         )
-    r, alpha, p, use_rslora = kinds.pop()
-    config.apply_lora, config.lora_r, config.lora_alpha = True, r, alpha
+    method, r, alpha, p, use_rslora = kinds.pop()
+    config.apply_lora, config.lora_r = True, r
+    vars(config).pop("use_rslora", None)
     for name, value, default in (
+        ("lora_variant", method, "lora"),
+        ("lora_alpha", alpha, None),
         ("lora_target_modules", targets, [*DEFAULT_TARGETS]),
         ("lora_layers", numbers, [*range(config.num_hidden_layers)]),
         ("lora_dropout", p, 0.0),
-        ("use_rslora", use_rslora, False),
+        ("use_rslora", use_rslora and "use_rslora" in METHODS[method].settings, False),
     ):
         if value != default or getattr(config, name, None) is not None:
             setattr(config, name, value)

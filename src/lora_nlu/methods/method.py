@@ -15,7 +15,8 @@ class Flag:
     help: str
     kind: type = str  # what its text is converted to: bool, int, float or str
     default: Any = None
-    options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of argparse: choices, nargs, const
+    unset: Any = None  # for a flag of `chosen_by`: what a command line or a config without it stands for
+    options: Mapping[str, Any] = field(default_factory=dict)  # further arguments of argparse: nargs, const
     # parse(name, text, config of the model): what the config gets; None for the value itself. Raises UsageError.
     parse: Callable[[str, str, Any], Any] | None = None
     at_least: float | None = None
@@ -45,6 +46,7 @@ class Method:
     # Choosing it
     # The config's attributes, with their values, that choose the method; the first is its switch, a flag.
     chosen_by: Mapping[str, Any] = field(default_factory=dict)
+    earlier: Mapping[str, Any] = field(default_factory=dict)  # the same in configs of earlier versions
     flags: tuple[Flag, ...] = ()  # those that it reads; a flag of several methods is one object
     settings: tuple[str, ...] = ()  # further attributes of the config that it reads
     path_flag: str = "adapter_path"  # the flag that reads what it trained
@@ -63,9 +65,13 @@ class Method:
     # matrix that is added, such as VeRA's shared pair, is in `added` alone.
     state: str | None = None
     freezes: bool = True  # False if everything trains, and runs save the complete model
+    shards: bool = True  # whether FSDP2 and ZeRO-3 may shard what it adds
     # layer(trained, target, number, in_features, out_features): the linear layer that is one of `TARGETS` in this
     # encoder layer; None for a plain one. Called while the model is built.
     layer: Function | None = None
+    # linear(in_features, out_features, r, lora_alpha, bias=, lora_dropout=, use_rslora=): a layer with the update, of a
+    # variant of LoRA; `lora.new_layer` and `lora.rebuild` put it into models.
+    linear: Function | None = None
     # block(trained, hidden_size, after_attention): the module at the end of one half of each encoder layer; None for
     # none. Called while the model is built.
     block: Function | None = None
@@ -90,14 +96,20 @@ class Method:
     # that PEFT does not have keeps it from loading the folder.
     peft_types: tuple[str, ...] = ()
     in_peft: bool = False  # whether PEFT has the method and loads folders of the first of those types
+    peft_weights: str | None = None  # pattern of the parameters whose keys end in `.weight` there
     peft_keys: tuple[str, ...] = ()  # keys of adapter_config.json that are true for it alone among those of its type
     # rebuild(model, adapter, lora_alpha): gives a loaded model the layers of an `Adapter`, with new tensors; None if it
     # adds no layers.
     rebuild: Callable[[Any, Any, float | None], None] | None = None
     # to_peft(adapter), from_peft(config): keys of adapter_config.json, and fields of `Adapter` by them, beside those of
-    # every method or of every one with an alpha. The second raises UserError.
+    # every method or of every one with ranks. The second raises UserError. to_adapter(model): those fields of `Adapter`
+    # of a model, by its layers.
     to_peft: Callable[[Any], dict[str, Any]] | None = None
     from_peft: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    to_adapter: Callable[[Any], dict[str, Any]] | None = None
+    rank_of: str = "lora_A"  # the parameter of a layer whose first size is the layer's rank
+    # scaling(adapter, rank, alpha): the factor of a layer's update, where it is not alpha / rank or alpha / sqrt(rank).
+    scaling: Callable[[Any, int, float], float] | None = None
     to_config: Callable[[Any], None] | None = None  # to_config(model): writes its layers' settings to its config
     # merge(model): weights by name which, in place of the model's, make a model without the method that computes the
     # same; None if no plain model does.
@@ -108,9 +120,19 @@ class Method:
     count: Callable[[Any], int] | None = None
 
     @property
+    def has_ranks(self) -> bool:
+        """Whether it updates linear layers, each with a rank: LoRA or a variant of it, in PEFT's format."""
+        return self.linear is not None
+
+    @property
     def has_alpha(self) -> bool:
-        """Whether it trains pairs of matrices with ranks and an alpha, in PEFT's format of LoRA."""
+        """Whether such an update is scaled by an alpha."""
         return any(flag.name == "lora_alpha" for flag in self.flags)
+
+    @property
+    def choice(self) -> str:
+        """The flags beside the switch that choose it among the methods of that switch: "--lora_variant dora"."""
+        return " ".join(f"--{name} {value}" for name, value in [*self.chosen_by.items()][1:])
 
     @property
     def switch(self) -> str:

@@ -1,6 +1,8 @@
 """The methods of training, a row each; all of them also train the classification head.
 
 - LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank updates of linear layers (lora.py).
+- Variants of LoRA: a class of layers each, in a file of its own where it is another; `_lora` makes their rows.
+  rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): the update is scaled by alpha / sqrt(r).
 - Bottleneck adapters (bottleneck.py), placed and initialised as the reference implementation of LoRA does. Houlsby
   (Houlsby et al. 2019, arXiv 1902.00751): after the attention's output projection and after the feed-forward's.
   Pfeiffer (Pfeiffer et al. 2020, arXiv 2005.00247): after the feed-forward alone.
@@ -27,13 +29,18 @@ class LazyModule:
         self.name = name
 
     def __getattr__(self, function: str) -> Callable[..., Any]:
-        return lambda *args: getattr(import_module(f"lora_nlu.methods.{self.name}"), function)(*args)
+        def call(*args: Any, **options: Any) -> Any:
+            return getattr(import_module(f"lora_nlu.methods.{self.name}"), function)(*args, **options)
+
+        setattr(self, function, call)  # the same object for every row that names it
+        return call
 
 
 lora, bottleneck = LazyModule("lora"), LazyModule("bottleneck")
 _ADAPTER_PATH = Flag("adapter_path", "Run of a method other than LoRA, to start from or evaluate", in_config=False)
 _LORA_FLAGS = (
     Flag("apply_lora", "Train LoRA in the query and value projections, and the head; freeze the rest", bool, False),
+    Flag("lora_variant", "Variant of LoRA; default: lora", unset="lora", decides=True),
     Flag("lora_r", "Rank of the update; 0 is plain fine-tuning", int, at_least=0),
     Flag("lora_alpha", "The update is scaled by lora_alpha / lora_r", float, above=0, decides=True),
     Flag("lora_path", "Adapter to start from or evaluate: a published .bin, an adapter or output folder",
@@ -45,10 +52,9 @@ _LORA_FLAGS = (
     Flag("lora_layers", "Encoder layers with LoRA, from 0, such as 0-3,11; default: all", parse=parse_layers),
     Flag("lora_dropout", "Dropout of what the update reads; the reference has none", float, at_least=0, below=1),
 )  # fmt: skip
-_TYPES = {"choices": ["houlsby", "pfeiffer"]}
 _BOTTLENECK_FLAGS = (
     Flag("apply_adapter", "Train bottleneck adapters, and the head", bool, False),
-    Flag("adapter_type", "Where adapters go and what they read", options=_TYPES, decides=True),
+    Flag("adapter_type", "Where adapters go and what they read", decides=True),
     Flag("adapter_size", "Width of the adapters' bottleneck", int, at_least=1),
     _ADAPTER_PATH,
 )
@@ -64,6 +70,19 @@ def _missing_bottleneck(flags: Any) -> str:
     return text if None in (flags.adapter_type, flags.adapter_size) else ""
 
 
+def _lora(name: str, label: str, color: str, marker: str, **fields: Any) -> Method:
+    """The row of a variant of LoRA; `fields`: those in which it differs from LoRA itself."""
+    common: dict[str, Any] = {
+        "part": label, "chosen_by": {"apply_lora": True, "lora_variant": name}, "flags": _LORA_FLAGS,
+        "settings": ("use_rslora",), "path_flag": "lora_path", "missing": _missing_lora, "read": lora.read_settings,
+        "added": r"\.lora_[AB]$", "state": r"\.lora_[AB]$", "layer": lora.new_layer, "linear": lora.LoRALinear,
+        "peft_types": ("LORA", "LORA_FROZEN_RELATIVE_QUERY"), "in_peft": True, "peft_weights": r"\.lora_[AB]$",
+        "rebuild": lora.rebuild, "to_config": lora.write_settings, "merge": lora.merged_weights,
+        "describe": lora.describe,
+    }  # fmt: skip
+    return Method(name, label, color, marker, **(common | fields))
+
+
 def _bottleneck(name: str, added: str, color: str, marker: str) -> Method:
     return Method(
         name, name.title(), color, marker, title=f"{name.title()} adapters", part="adapters",
@@ -74,13 +93,11 @@ def _bottleneck(name: str, added: str, color: str, marker: str) -> Method:
 
 
 _ROWS = (
-    Method(
-        "lora", "LoRA", "#D55E00", "s", part="LoRA",
-        chosen_by={"apply_lora": True}, flags=_LORA_FLAGS, settings=("use_rslora",), path_flag="lora_path",
-        missing=_missing_lora, read=lora.read_settings,
-        added=r"\.lora_[AB]$", state=r"\.lora_[AB]$", layer=lora.new_layer,
-        peft_types=("LORA", "LORA_FROZEN_RELATIVE_QUERY"), in_peft=True,
-        rebuild=lora.rebuild, to_config=lora.write_settings, merge=lora.merged_weights, describe=lora.describe,
+    _lora("lora", "LoRA", "#D55E00", "s"),
+    # The last of the variants: the others may have PEFT's use_rslora too, and are then told by a key of their own.
+    _lora(
+        "rslora", "rsLoRA", "#882255", "<", earlier={"apply_lora": True, "use_rslora": True}, settings=(),
+        read=lora.read_rslora_settings, peft_keys=("use_rslora",),
     ),
     _bottleneck("houlsby", r"\.adapter_[AB]\.(weight|bias)$", "#009E73", "D"),
     _bottleneck("pfeiffer", r"(?<!attention)\.output\.adapter\.adapter_[AB]\.(weight|bias)$", "#CC79A7", "^"),

@@ -160,9 +160,9 @@ class Checkpoints:
         Weights that are held in bf16 are restored first.
         """
         self.restore_weights()
-        for row in METHODS.values():
-            if row.to_config:
-                row.to_config(self)
+        for to_config in dict.fromkeys(row.to_config for row in METHODS.values()):
+            if to_config:
+                to_config(self)
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod

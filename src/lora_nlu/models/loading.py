@@ -222,7 +222,7 @@ def check_method(model: Any, name: str, saved: dict[str, Any]) -> None:
     config, own = model.config, own_adapter(model)
     if not own:
         return
-    row = method_of_tensor(own[0])
+    row = method_of_tensor(own[0], saved)
     for setting in row.settings:
         if (value := saved.get(setting)) != vars(config).get(setting) and value:
             raise UserError(
@@ -231,7 +231,7 @@ def check_method(model: Any, name: str, saved: dict[str, Any]) -> None:
             )
     for flag in [flag for flag in row.flags if flag.decides]:
         setting = flag.name
-        trained_with, flag_value = saved.get(setting) or False, vars(config).get(setting) or False
+        trained_with, flag_value = (values.get(setting) or flag.unset or False for values in (saved, vars(config)))
         if trained_with is False and flag.kind is not bool:
             raise UserError(
                 f"--model_name_or_path {name}: contains {own[0]}, and its config.json doesn't record the "

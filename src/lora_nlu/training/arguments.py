@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.labels import check_label
-from lora_nlu.methods.description import method_flags
+from lora_nlu.methods.description import choices_of, method_flags
 
 
 def flag(help: str, default: Any = None, **metadata: Any) -> Any:
@@ -58,7 +58,8 @@ def model_arguments() -> type[ModelArguments]:
     added = []
     for f in method_flags():
         kind = f.kind if f.default is not None else f.kind | None
-        added.append((f.name, kind, flag(f.help, f.default, **f.options)))
+        choices = {"choices": choices_of(f)} if choices_of(f) else {}
+        added.append((f.name, kind, flag(f.help, f.default, **f.options, **choices)))
     return make_dataclass("ModelArguments", added, bases=(ModelArguments,))
 
 

@@ -48,11 +48,15 @@ def _contents(adapter: Adapter, model_args: ModelArguments) -> str:
     if not adapter.ranks:
         return adapter.method + (f", size {adapter.adapter_size}" if adapter.adapter_size else "")
     ranks, alpha = sorted(set(adapter.ranks.values())), adapter.lora_alpha
+    contents = "" if adapter.row is METHODS["lora"] else f"{adapter.row.label}, "
+    contents += f"rank {', '.join(map(str, ranks))}"
+    if not adapter.row.has_alpha:
+        return contents
     scaling = f"{alpha:g}" if alpha is not None else f"{model_args.lora_alpha:g}, which the file can't confirm"
     if adapter.use_rslora or adapter.alpha_pattern:
         scalings = ", ".join(f"{x:g}" for x in adapter.scalings())
         scaling += f", scaled by {scalings}" + " (rslora)" * adapter.use_rslora
-    return f"rank {', '.join(map(str, ranks))}, alpha {scaling}"
+    return f"{contents}, alpha {scaling}"
 
 
 def prepare_model(
