@@ -40,7 +40,7 @@ ORDER = {
     ],
     "training": [
         "launch", "torchrun", "processes", "legacy_flags", "arguments", "checks", "parsing", "inputs", "metadata",
-        "file_list", "checkpoints", "graphs", "trainer", "sharded", "output_folder", "model", "runs",
+        "file_list", "checkpoints", "graphs", "learning_rates", "trainer", "sharded", "output_folder", "model", "runs",
     ],
     "report": ["paper", "records", "submission", "collect", "pictures", "tables", "similarity", "__main__"],
 }  # fmt: skip

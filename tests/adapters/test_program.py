@@ -173,7 +173,7 @@ def test_several_alphas_and_ranks_and_rslora_are_all_printed(tmp_path, capsys):
     assert rows["layers with LoRA"] == "2" and rows["modules with LoRA"] == "4: query, value"
     assert rows["biases"].endswith("tensors")
     code, _, err = run_program(capsys, "convert", tmp_path, tmp_path / "lora.bin", "--to", "bin")
-    assert code == 1 and "has several (or rslora)" in err
+    assert code == 1 and "contains rslora; the published layout is LoRA's" in err
 
 
 def test_layers_are_counted_apart_from_the_modules_in_them(tmp_path, capsys):

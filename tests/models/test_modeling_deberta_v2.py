@@ -531,6 +531,37 @@ def test_by_default_a_shared_relative_query_is_frozen_and_pefts_logits_are_other
     assert (ours(**inputs).logits - theirs(**inputs).logits).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("way", ["none", "key", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # with the kernels and without
+def test_each_way_of_the_relative_query_is_a_float64_model_whose_tables_have_projections_of_their_own(way, dtype):
+    ours = lora_model(lora_relative_query=way, lora_target_modules=["query", "key", "value"]).to(dtype)
+    assert ours.relative_query == way
+    theirs = transformers.DebertaV2ForSequenceClassification(tiny_deberta_config(share_att_key=False)).double().train()
+    leaves = {name: p.detach().double().requires_grad_(p.requires_grad) for name, p in ours.named_parameters()}
+    weights = {name: x for name, x in leaves.items() if "lora_" not in name}
+    for name, layer in ours.named_modules():
+        if isinstance(layer, LoRALinear):
+            update = 8 / 4 * leaves[f"{name}.lora_B"] @ leaves[f"{name}.lora_A"]
+            weights[f"{name}.weight"] = leaves[f"{name}.weight"] + update
+    for layer in range(2):
+        start = f"deberta.encoder.layer.{layer}.attention.self."
+        for table, source, has_update in (("query", "query_proj", way == "both"), ("key", "key_proj", way != "none")):
+            values = weights if has_update else leaves
+            weights[f"{start}pos_{table}_proj.weight"] = values[f"{start}{source}.weight"]
+            weights[f"{start}pos_{table}_proj.bias"] = leaves[f"{start}{source}.bias"]
+    inputs, labels = inputs_of("right padding"), torch.arange(5) % 3
+    got = ours(**inputs, labels=labels)
+    want = torch.func.functional_call(theirs, weights, (), {**inputs, "labels": labels})
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-6  # transformers scales by a root in fp32
+    assert_close(got.logits.double(), want.logits, tolerance)
+    got.loss.backward()
+    want.loss.backward()
+    trained = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
+    assert sum("lora_" in name for name in trained) == 12
+    for name, gradient in trained.items():
+        assert_close(gradient.double(), leaves[name].grad, tolerance, what=name)
+
+
 @pytest.mark.parametrize(
     ("settings", "frozen"),
     [

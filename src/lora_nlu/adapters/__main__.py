@@ -16,6 +16,7 @@ from lora_nlu.adapters.converting import convert
 from lora_nlu.adapters.model_card import inspect
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError, UserError, printable_lines
+from lora_nlu.methods.targets import RELATIVE_QUERY
 
 INSPECT = """Print what an adapter contains: method, layers, rank, alpha, labels, base model, metrics, parameters, and
 whether all its numbers are finite.
@@ -59,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--to", required=True, choices=["peft", "bin", "merged"], help="the form; see above")
     add("--lora_alpha", type=float, metavar="ALPHA", help="of a .bin, which doesn't record it (published RoBERTa: 16)")
     add("--base", metavar="MODEL", help="the base model to merge into or to record; default: the one that is recorded")
-    query = "of a DeBERTa .bin: it was trained with LoRA on the relative positions' query too, as in PEFT"
-    add("--lora_relative_query", action="store_true", help=query)
+    query = "of a DeBERTa .bin: it was trained with LoRA on the relative positions' query too, as in PEFT (both)"
+    add("--lora_relative_query", nargs="?", const="both", choices=RELATIVE_QUERY, help=query)
     converting.set_defaults(text=_convert)
     return parser
 
@@ -69,7 +70,7 @@ def _convert(args: argparse.Namespace) -> str:
     adapter = read_adapter(args.adapter)
     if args.lora_relative_query and adapter.records_relative_query:
         raise UsageError(f"--lora_relative_query: {adapter.source} is no DeBERTa .bin; leave it out.")
-    adapter = with_relative_query(adapter, args.lora_relative_query or None)
+    adapter = with_relative_query(adapter, args.lora_relative_query)
     return convert(adapter, args.destination.absolute(), args.to, args.lora_alpha, args.base)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_nlu.adapters.patterns import matching
 from lora_nlu.errors import UserError
 from lora_nlu.labels import last_head_layer
+from lora_nlu.methods.description import as_relative_query, same_relative_query
 from lora_nlu.methods.method import Method
 from lora_nlu.methods.table import METHODS
 from lora_nlu.methods.targets import targets_and_layers
@@ -40,7 +41,8 @@ class Adapter:
     lora_alpha:             None if the file doesn't record it (a published `.bin`).
     alpha_pattern:          alpha of layers whose names match, as PEFT reads patterns; the others have lora_alpha.
     use_rslora:             the scaling is alpha / sqrt(r), not alpha / r.
-    frozen_relative_query:  how a DeBERTa was trained (modeling_deberta_v2.py); a `.bin` is taken for the reference's.
+    relative_query:         how a DeBERTa was trained (modeling_deberta_v2.py): none, key or both; a `.bin` is taken for
+                            the reference's, none.
     lora_dropout:           the dropout it was trained with; it changes nothing in what the adapter computes.
     targets:                names, or a pattern, of the layers that must have an update.
     base_weights:           weights of those layers in a complete model's checkpoint; they may contain the update.
@@ -53,7 +55,7 @@ class Adapter:
     lora_alpha: float | None = None
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
-    frozen_relative_query: bool = False
+    relative_query: str = "both"
     lora_dropout: float = 0.0
     targets: Sequence[str] | str = tuple(DEFAULT_MODULES)
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +90,11 @@ class Adapter:
     def is_bare(self) -> bool:
         """Whether it was trained on an encoder without classifier, `RobertaModel` or `DebertaV2Model`."""
         return any(name.startswith(_BARE) for name in self.state)
+
+    @property
+    def frozen_relative_query(self) -> bool:
+        """Whether a DeBERTa's relative positions bypassed an update, which PEFT would apply."""
+        return self.relative_query != "both"
 
     @property
     def records_relative_query(self) -> bool:
@@ -209,7 +216,7 @@ def looks_like_hub_id(base: str) -> bool:
 def check_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:
     """Raise UserError if a LoRA setting, by its flag's name, is not None and differs from what the file records."""
     source, recorded_alpha = adapter.source, adapter.lora_alpha
-    r, alpha, relative_query = (settings.get(name) for name in ("lora_r", "lora_alpha", "lora_relative_query"))
+    r, alpha, flag_value = (settings.get(name) for name in ("lora_r", "lora_alpha", "lora_relative_query"))
     for name, rank in adapter.ranks.items():
         if r is not None and rank != r:
             tensor = f"{name}.{adapter.row.rank_of}"
@@ -223,8 +230,10 @@ def check_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:
             f"{source}: was trained with lora_alpha {recorded_alpha:g}, but --lora_alpha is {alpha:g}.\n"
             f"Give --lora_alpha {recorded_alpha:g}, or leave it out: the file records its alpha."
         )
-    if is_deberta(adapter.state) and adapter.records_relative_query and relative_query == adapter.frozen_relative_query:
-        raise relative_query_error(adapter)
+    if is_deberta(adapter.state) and adapter.records_relative_query and flag_value is not None:
+        values = as_relative_query(flag_value), adapter.relative_query
+        if len({same_relative_query(value, adapter.ranks) for value in values}) > 1:
+            raise relative_query_error(adapter)
     places: tuple[list[Any], list[Any]] = targets_and_layers(adapter.ranks)
     for flag, recorded in zip(("lora_target_modules", "lora_layers"), places, strict=True):
         value = settings.get(flag)
@@ -236,14 +245,16 @@ def check_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:
             )
 
 
-def with_relative_query(adapter: Adapter, lora_relative_query: bool | None) -> Adapter:
+def with_relative_query(adapter: Adapter, lora_relative_query: str | bool | None) -> Adapter:
     """A DeBERTa `.bin`, which doesn't record it, as trained with LoRA on the relative query or without.
 
-    None is without, as the reference trained. An adapter that records it is returned as it is.
+    lora_relative_query: one of `RELATIVE_QUERY`; True is both, False none. None is as the reference trained, "none". An
+    adapter that records it is returned as it is.
     """
     if adapter.records_relative_query or lora_relative_query is None:
         return adapter
-    return replace(adapter, frozen_relative_query=not lora_relative_query)
+    value = same_relative_query(as_relative_query(lora_relative_query), adapter.ranks)
+    return replace(adapter, relative_query=value)
 
 
 def relative_query_error(adapter: Adapter) -> UserError:
@@ -254,8 +265,9 @@ def relative_query_error(adapter: Adapter) -> UserError:
             f"{adapter.source}: doesn't record whether LoRA was on the relative positions' query. It is read as "
             f"{adapter_way}, the model is {model_way}.\nLeave out --lora_relative_query, or use with_relative_query."
         )
-    trained, remedy = ("without", "Leave out") if adapter.frozen_relative_query else ("with", "Give")
-    return UserError(
-        f"{adapter.source}: was trained {trained} LoRA on the relative positions' query; read otherwise it gives "
-        f"other answers.\n{remedy} --lora_relative_query."
-    )
+    trained, remedy = {
+        "none": ("without LoRA on the relative positions' query", "Leave out --lora_relative_query"),
+        "key": ("with LoRA on the relative positions' key alone", "Give --lora_relative_query key"),
+        "both": ("with LoRA on the relative positions' query", "Give --lora_relative_query"),
+    }[adapter.relative_query]
+    return UserError(f"{adapter.source}: was trained {trained}; read otherwise it gives other answers.\n{remedy}.")

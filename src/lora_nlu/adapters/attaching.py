@@ -15,6 +15,7 @@ from lora_nlu.adapters.adapter import Adapter, encoder_prefix, layer_count, rela
 from lora_nlu.errors import UserError, printable
 from lora_nlu.files import RUN_METADATA
 from lora_nlu.labels import check_labels, config_labels, label_list, last_head_layer, match_head_rows, recorded_labels
+from lora_nlu.methods.description import same_relative_query
 from lora_nlu.methods.linear import check_not_quantised, unmerge_lora_
 from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.loading import base_fingerprint, encoder_prefix_in, head_names
@@ -131,8 +132,8 @@ def _check_updates(model: Any, adapter: Adapter) -> None:
                     f"{adapter.source}: was trained with another lora_alpha: {name} has scaling {scaling:g} in the "
                     f"file, {layer.scaling:g} in the model.\nGive --lora_alpha {adapter.lora_alpha:g}."
                 )
-    frozen = getattr(model, "frozen_relative_query", None)
-    if frozen is not None and frozen != adapter.frozen_relative_query:
+    relative_query = getattr(model, "relative_query", None)
+    if relative_query is not None and relative_query != same_relative_query(adapter.relative_query, adapter.ranks):
         raise relative_query_error(adapter)
 
 

@@ -215,9 +215,10 @@ def merged_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     The model may be merged or not, and stays as it is. A DeBERTa whose relative query is frozen gets projections of its
     own for the relative embeddings, copied from the base: with `share_att_key` false, `pos_query_proj` and
-    `pos_key_proj` are what `query_proj` and `key_proj` were.
+    `pos_key_proj` are what `query_proj` and `key_proj` were, or with the update where the relative key has it.
     """
     state = {name: tensor for name, tensor in unmerged_parameters(model).items() if not is_added(name)}
+    merged = state | {name: x for row in methods_in(model) if row.merge for name, x in row.merge(model).items()}
     settings: dict[str, Any] = {}
     if getattr(model, "frozen_relative_query", False):
         settings["share_att_key"] = False
@@ -225,7 +226,6 @@ def merged_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         pairs = [copies[kind] for kind in copies if kind in model.config.pos_att_type]
         attentions = [name for name, _ in model.named_modules() if name.endswith(".attention.self")]
         for name, (source, target), part in product(attentions, pairs, ("weight", "bias")):
-            state[f"{name}.{target}.{part}"] = state[f"{name}.{source}.{part}"].clone()
-    for row in methods_in(model):
-        state |= row.merge(model) if row.merge else {}
-    return state, settings
+            of = merged if target == "pos_key_proj" and model.relative_query == "key" else state
+            merged[f"{name}.{target}.{part}"] = of[f"{name}.{source}.{part}"].clone()
+    return merged, settings

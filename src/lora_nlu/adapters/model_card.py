@@ -60,7 +60,9 @@ def card(adapter: Adapter) -> str:
     flags = f"--model_name_or_path {base if is_hub_id else 'BASE_MODEL'} --{adapter.row.path_flag} THIS_FOLDER"
     lines += [f"  {examples} {flags} --do_eval --output_dir OUT", "```", ""]
     if adapter.frozen_relative_query and encoder_prefix(adapter) == "deberta":
-        lines += ["Trained with the relative positions' query frozen, as the reference implementation does. PEFT would",
+        key = "AdaLoRA's DeBERTa does, and their key with the update"
+        who = key if adapter.relative_query == "key" else "the reference implementation does"
+        lines += [f"Trained with the relative positions' query frozen, as {who}. PEFT would",
                   "apply the update there and refuses to load this folder.", ""]  # fmt: skip
     elif not is_in_peft and not adapter.frozen_relative_query:
         lines += [f"PEFT has no {adapter.method} and refuses to load this folder.", ""]
@@ -119,8 +121,8 @@ def _facts(adapter: Adapter) -> dict[str, str]:
             formula = "alpha / sqrt(rank), rslora" if adapter.use_rslora else "alpha / rank"
             facts["scaling"] = f"{', '.join(f'{x:g}' for x in adapter.scalings())} ({formula})"
     if ranks and prefix == "deberta":
-        query = "frozen" if adapter.frozen_relative_query else "with LoRA, as in PEFT"
-        facts["relative query"] = query if adapter.records_relative_query else unrecorded
+        ways = {"none": "frozen", "key": "frozen; the relative key with LoRA", "both": "with LoRA, as in PEFT"}
+        facts["relative query"] = ways[adapter.relative_query] if adapter.records_relative_query else unrecorded
     if adapter.adapter_size is not None:
         bottlenecks = [name for name in encoder if name.endswith(".adapter_A.weight")]
         facts["adapter size"], facts["layers with adapters"] = adapter.adapter_size, layer_count(bottlenecks)

@@ -23,6 +23,7 @@ SUPPORTED_SETTINGS = {
     "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
     "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
+_RELATIVE_QUERY = "lora_relative_query"  # ours, beside the type that PEFT refuses: "key", or not there for none
 _MODULE_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")  # a list of names, or a regular expression
 _SUPPORTED_INITS = ("gaussian", "orthogonal", "eva", "mica")  # init_lora_weights that leave the base weights unchanged
 
@@ -37,6 +38,7 @@ def peft_config(adapter: Adapter) -> dict[str, Any]:
         "base_model_name_or_path": adapter.metadata.get("base_model"),
     }
     config |= _update_settings(adapter) if adapter.row.has_ranks else {}
+    config |= {_RELATIVE_QUERY: "key"} if adapter.relative_query == "key" else {}
     return config | (adapter.row.to_peft(adapter) if adapter.row.to_peft else {})
 
 
@@ -84,9 +86,10 @@ def peft_fields(config: dict[str, Any], recorded_method: str | None = None) -> d
     """The fields of `Adapter` that a checked `adapter_config.json` sets; recorded_method: in the run's metadata."""
     row = method_of_config(config, recorded_method) or METHODS["lora"]
     fields: dict[str, Any] = {"method": row.name}
+    is_refused = config["peft_type"] in row.peft_types[1:]  # by PEFT, which would apply an update there
     if row.has_ranks:
         fields |= {
-            "frozen_relative_query": config["peft_type"] in row.peft_types[1:],
+            "relative_query": config.get(_RELATIVE_QUERY, "none") if is_refused else "both",
             "targets": adapted_modules(config),
         }
     if row.has_alpha:
@@ -133,7 +136,8 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
     if isinstance(init, str) and init not in _SUPPORTED_INITS:  # PiSSA, OLoRA and others change the base weights
         raise UserError(f"{path}: init_lora_weights={printable(init)} is not supported: it changes the base weights.")
     for key, value in config.items():
-        if value and key not in SUPPORTED_SETTINGS and key not in row.peft_keys:
+        is_ours = key == _RELATIVE_QUERY and value == "key" and kind in row.peft_types[1:]
+        if value and key not in SUPPORTED_SETTINGS and key not in row.peft_keys and not is_ours:
             raise UserError(f"{path}: {printable(key)}={printable(value)} is not supported.")
 
 

@@ -80,7 +80,7 @@ def _read_file(path: Path) -> Adapter:
     if layers and frozen_names >= {f"{layer}.weight" for layer in layers}:
         base_weights = {layer: state[f"{layer}.weight"] for layer in layers}
         state = {name: tensor for name, tensor in state.items() if name not in frozen_names}
-    adapter = Adapter(path, state, frozen_relative_query=deberta, base_weights=base_weights)
+    adapter = Adapter(path, state, relative_query="none" if deberta else "both", base_weights=base_weights)
     _check_complete(adapter)
     return adapter
 

@@ -37,7 +37,7 @@ def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tenso
         lora_alpha=alpha,
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
         use_rslora=any(layer.use_rslora for layer in layers.values()),
-        frozen_relative_query=bool(getattr(model, "frozen_relative_query", False)),
+        relative_query=getattr(model, "relative_query", None) or "both",
         lora_dropout=max(layer.lora_dropout for layer in layers.values()),
         targets=short if len(matches) == len(layers) else sorted(layers),
     )

@@ -9,7 +9,10 @@ from typing import Any
 from lora_nlu.errors import UsageError
 from lora_nlu.methods.method import Flag, Method
 from lora_nlu.methods.table import METHODS
-from lora_nlu.methods.targets import DEFAULT_TARGETS
+from lora_nlu.methods.targets import DEFAULT_TARGETS, RELATIVE_QUERY
+
+# Which projections of a DeBERTa's relative positions leave out their update: by the setting lora_relative_query
+_FROZEN = {"none": {"query", "key"}, "key": {"query"}, "both": set()}
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Description:
     rank, alpha, use_rslora, targets, layers, dropout: of updates of linear layers. The scaling is alpha / rank, with
                use_rslora alpha / sqrt(rank); layers None are all. A rank of 0 is no update.
     adapter_size: width of bottlenecks; 0 without any.
-    relative_query: whether a DeBERTa's relative positions go through the update of a projection shared with tokens.
+    relative_query: which of a DeBERTa's relative positions' projections, where they are shared with tokens, have their
+               update: "none", "key" or "both".
     settings:  the methods' settings by name, as the config has them.
     """
 
@@ -32,7 +36,7 @@ class Description:
     layers: tuple[int, ...] | None = None
     dropout: float = 0.0
     adapter_size: int = 0
-    relative_query: bool = False
+    relative_query: str = "none"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,9 +75,32 @@ def description_of(config: Any) -> Description:
     return Description(tuple(names) or ("full",), **fields, relative_query=relative_query(config), settings=settings)
 
 
-def relative_query(config: Any) -> bool:
-    """Whether the relative positions' query (and key) go through the update of a projection they share with tokens."""
-    return bool(getattr(config, "lora_relative_query", False))
+def relative_query(config: Any) -> str:
+    """The `RELATIVE_QUERY` of a config. Raises ValueError for another value."""
+    value = getattr(config, "lora_relative_query", None)
+    if value not in (None, False, True, *RELATIVE_QUERY):
+        raise ValueError(f"config.lora_relative_query {value!r}: choose none, key or both.")
+    return as_relative_query(value)
+
+
+def as_relative_query(value: str | bool | None) -> str:
+    """One of `RELATIVE_QUERY` from a setting or a record, where True is both, and False or None is none."""
+    return value if isinstance(value, str) else "both" if value else "none"
+
+
+def recorded_relative_query(value: str) -> str | bool:
+    """One of `RELATIVE_QUERY` as configs and run metadata have it: False and True were there before "key"."""
+    return value if value == "key" else value == "both"
+
+
+def same_relative_query(value: str, updated: Iterable[str]) -> str:
+    """The first of none, both and key that computes what `value` does where these shared projections have updates.
+
+    updated: names of modules that end in `query_proj` or `key_proj`, and others. An adapter is recorded so: with an
+    update of the query alone, none and key are the same.
+    """
+    kinds = {kind for kind in ("query", "key") for name in updated if name.endswith(f"{kind}_proj")}
+    return next(other for other in ("none", "both", "key") if _FROZEN[other] & kinds == _FROZEN[value] & kinds)
 
 
 def _is_chosen(row: Method, values: Mapping[str, Any]) -> bool:
@@ -175,7 +202,9 @@ def set_method(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     saved = _renamed({name: vars(config).pop(name) for name in setting_names() if name in vars(config)})
     for flag in method_flags():
         value = settings.get(flag.name)
-        is_set = value or (value == 0 and flag.kind in (int, str))  # a rank, or the number of the first layer
+        is_set = value or (
+            value is not False and value == 0 and flag.kind in (int, str)
+        )  # a rank, or the number of the first layer
         is_on = flag.always or any(settings.get(row.switch) for row in METHODS.values() if flag in row.flags)
         if is_set and is_on and flag.in_config and value != flag.unset:
             setattr(config, flag.name, value)
@@ -261,6 +290,6 @@ def check_flags(flags: Any) -> None:
         if not any(getattr(flags, row.switch) or getattr(flags, row.path_flag) for row in rows):
             name, switch = flag.name, rows[0].switch
             raise UsageError(f"--{name} has no effect without --{switch}. Add --{switch}, or remove --{name}.")
-        other = next((row for row in chosen if row.switch == rows[0].switch and row not in rows), None)
-        if other and not getattr(flags, other.path_flag):  # else the file says which method it is
-            raise UsageError(f"--{flag.name} {_without_effect(flag, other)}. Remove --{flag.name}.")
+        lacks = next((row for row in chosen if row.switch == rows[0].switch and row not in rows), None)
+        if lacks and not getattr(flags, lacks.path_flag):  # else the file says which method it is
+            raise UsageError(f"--{flag.name} {_without_effect(flag, lacks)}. Remove --{flag.name}.")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_nlu.errors import UserError
-from lora_nlu.methods.description import Description
+from lora_nlu.methods.description import Description, recorded_relative_query
 from lora_nlu.methods.linear import UpdatedLinear, check_not_quantised
 from lora_nlu.methods.table import METHODS
 from lora_nlu.methods.targets import DEFAULT_TARGETS, TARGETS, as_list, is_number, target_names, targets_and_layers
@@ -264,8 +264,8 @@ def set_lora_(
 def rebuild(model: Any, adapter: Any, lora_alpha: float | None) -> None:
     """Give a model the layers of an adapter; `lora_alpha` is for a file that does not record its own."""
     set_lora_(model, adapter.layers(lora_alpha), adapter.use_rslora, adapter.method)
-    if getattr(model, "frozen_relative_query", None) is not None:
-        model.config.lora_relative_query = not adapter.frozen_relative_query
+    if getattr(model, "relative_query", None) is not None:
+        model.config.lora_relative_query = recorded_relative_query(adapter.relative_query)
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from importlib import import_module
 from typing import Any
 
 from lora_nlu.methods.method import Flag, Method
-from lora_nlu.methods.targets import parse_layers, parse_targets
+from lora_nlu.methods.targets import parse_layers, parse_relative_query, parse_targets
 
 
 class LazyModule:
@@ -45,8 +45,10 @@ _LORA_FLAGS = (
     Flag("lora_alpha", "The update is scaled by lora_alpha / lora_r", float, above=0, decides=True),
     Flag("lora_path", "Adapter to start from or evaluate: a published .bin, an adapter or output folder",
          in_config=False),
-    Flag("lora_relative_query", "DeBERTa: LoRA also on the relative positions' query, as in PEFT; an adapter records "
-         "it", bool, options={"nargs": "?", "const": True}, decides=True, always=True),
+    Flag("lora_relative_query", "DeBERTa: which of the relative positions' projections have the update that they share "
+         "with tokens. none (the default, the reference's way), key, or both (PEFT's way, and the bare flag); an "
+         "adapter records it", options={"nargs": "?", "const": "both", "metavar": "{none,key,both}"}, unset="none",
+         parse=parse_relative_query, decides=True, always=True),
     Flag("lora_target_modules", "Layers with LoRA, of query,key,value,dense (attention) and intermediate,output "
          "(feed-forward); default: query,value", parse=parse_targets),
     Flag("lora_layers", "Encoder layers with LoRA, from 0, such as 0-3,11; default: all", parse=parse_layers),

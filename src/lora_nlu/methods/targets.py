@@ -9,6 +9,8 @@ from lora_nlu.errors import UsageError
 # of the feed-forward.
 TARGETS = ("query", "key", "value", "dense", "intermediate", "output")
 DEFAULT_TARGETS = ("query", "value")
+# Which of the relative positions' projections of a DeBERTa have an update that they share with tokens
+RELATIVE_QUERY = ("none", "key", "both")
 
 
 def is_number(value: Any, kind: Any = int | float) -> TypeGuard[float]:
@@ -36,6 +38,14 @@ def parse_targets(flag: str, text: str, config: Any) -> list[str]:
         return target_names(text)
     except ValueError as e:
         raise UsageError(f"--{flag} {text}: {e}") from e
+
+
+def parse_relative_query(flag: str, text: str, config: Any) -> str | bool:
+    """One of `RELATIVE_QUERY`, or true or false as before there were three; "both" is True. Raises UsageError."""
+    value = {"true": "both", "false": "none"}.get(text.lower(), text.lower())
+    if value not in RELATIVE_QUERY:
+        raise UsageError(f"--{flag} {text}: choose from none, key and both.")
+    return True if value == "both" else value
 
 
 def parse_layers(flag: str, text: str, config: Any) -> list[int]:

@@ -240,8 +240,8 @@ def check_method(model: Any, name: str, saved: dict[str, Any]) -> None:
         if trained_with != flag_value:
             raise UserError(
                 f"--model_name_or_path {name}: contains {own[0]}, trained with {setting} {trained_with}; the flags "
-                f"give {flag_value}.\n{'Give' if trained_with else 'Leave out'} --{setting}"
-                f"{'' if trained_with in (True, False) else f' {trained_with}'}."
+                f"give {flag_value}.\n{'Leave out' if trained_with in (False, flag.unset) else 'Give'} --{setting}"
+                f"{'' if trained_with in (True, False, flag.unset) else f' {trained_with}'}."
             )
 
 

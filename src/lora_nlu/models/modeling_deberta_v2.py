@@ -10,8 +10,9 @@ once; a product with all 2 L - 1 distances of a length becomes [L, L] by reading
 
 With `share_att_key` the table goes through `query_proj` and `key_proj` themselves. There the reference implementation
 of LoRA, and so every published adapter, uses the frozen weight of `query_proj` alone; PEFT, and any merge of the update
-into the weight, also applies the update. The config's `lora_relative_query` chooses PEFT's reading. An update of
-`key_proj`, which the reference doesn't have, is read the same way.
+into the weight, also applies the update. An update of `key_proj`, which the reference doesn't have, is read the same
+way, but AdaLoRA's DeBERTa applies this one alone. The config's `lora_relative_query` chooses: "none" (the reference's
+reading), "key" (AdaLoRA's) or "both" (PEFT's).
 
 Dim letters: B sequences, S longest of them, N real tokens, Q query rows (N, or B for first tokens alone), H hidden,
 A heads, D head size, C labels; L the length shared by one group of sequences, n their number, M their query places
@@ -27,7 +28,13 @@ from torch import Tensor, nn
 from transformers import DebertaV2Config, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
-from lora_nlu.methods.description import Description, added_patterns, description_of, relative_query
+from lora_nlu.methods.description import (
+    Description,
+    added_patterns,
+    description_of,
+    relative_query,
+    same_relative_query,
+)
 from lora_nlu.methods.linear import UpdatedLinear, updated_layers
 from lora_nlu.methods.marking import new_linear, reset_added_parameters
 from lora_nlu.models import layers
@@ -236,20 +243,33 @@ class DisentangledSelfAttention(nn.Module):
 
         It is called as a module: hooks load offloaded weights, and what wraps a layer passes the argument on.
         """
-        is_frozen = self.shared and not relative_query(self.config) and updated_layers(projection)
+        is_frozen = self.shared and projection in self.skipped_projections() and updated_layers(projection)
         return {"apply_update": False} if is_frozen else {}
 
-    def shared_updates(self) -> list[UpdatedLinear]:
-        """The projections with an update that tokens and relative table share: where `lora_relative_query` matters."""
-        projections = self.relative_projections() if self.shared else ()
-        return [update for layer in projections if layer is not None for update in updated_layers(layer)]
+    def skipped_projections(self) -> list[nn.Module]:
+        """The shared projections whose updates the relative table bypasses, by the config."""
+        skipped: dict[str, list[nn.Module]] = {
+            "none": [self.query_proj, self.key_proj], "key": [self.query_proj], "both": [],
+        }  # fmt: skip
+        return skipped[relative_query(self.config)] if self.shared else []
+
+    def shared_updates(self) -> dict[str, list[UpdatedLinear]]:
+        """The updates that tokens and relative table share, by projection: where `lora_relative_query` matters."""
+        key_proj, query_proj = self.relative_projections() if self.shared else (None, None)
+        projections = {"query_proj": query_proj, "key_proj": key_proj}
+        updates = {name: updated_layers(layer) for name, layer in projections.items() if layer is not None}
+        return {name: layers for name, layers in updates.items() if layers}
+
+    def skipped_updates(self) -> list[UpdatedLinear]:
+        """The shared updates that the relative table bypasses."""
+        skipped = self.skipped_projections()
+        return [x for name, layers in self.shared_updates().items() if getattr(self, name) in skipped for x in layers]
 
     def trains_relative(self, table: Tensor | None, table_trains: bool) -> bool:
         """Whether relative keys or queries would require gradients in grad mode."""
         if table is None:
             return False
-        skipped_updates = [] if relative_query(self.config) else self.shared_updates()
-        skipped = {id(x) for layer in skipped_updates for x in layer.update_parameters()}
+        skipped = {id(x) for layer in self.skipped_updates() for x in layer.update_parameters()}
         parameters = [x for layer in self.relative_projections() if layer is not None for x in layer.parameters()]
         return table_trains or any(x.requires_grad for x in parameters if id(x) not in skipped)
 
@@ -258,7 +278,7 @@ class DisentangledSelfAttention(nn.Module):
         return None if rows is None else rows.view(*rows.shape[:2], self.heads, -1).permute(2, 0, 1, 3)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if not relative_query(self.config) and any(layer.merged for layer in self.shared_updates()):
+        if any(layer.merged for layer in self.skipped_updates()):
             raise RuntimeError(
                 "A merged DeBERTa whose relative query is frozen can't be saved: a model that loads the file would "
                 "apply the update to the relative query too. Call lora_nlu.unmerge_lora_(model) and save the adapter."
@@ -421,11 +441,19 @@ class DebertaV2PreTrainedModel(Checkpoints, PreTrainedModel):
         self._keys_to_ignore_on_load_missing = added_patterns()
 
     @property
-    def frozen_relative_query(self) -> bool | None:
-        """Whether the relative query bypasses LoRA (the reference's reading); None where both readings are the same."""
+    def relative_query(self) -> str | None:
+        """Which relative projections have their update: none (the reference's reading), key, or both (PEFT's).
+
+        The first that computes the same (`same_relative_query`); None where all do.
+        """
         attentions = (module for module in self.modules() if isinstance(module, DisentangledSelfAttention))
-        differ = any(attention.shared_updates() for attention in attentions)
-        return not relative_query(self.config) if differ else None
+        updated = {name for attention in attentions for name in attention.shared_updates()}
+        return same_relative_query(relative_query(self.config), updated) if updated else None
+
+    @property
+    def frozen_relative_query(self) -> bool | None:
+        """Whether relative positions bypass an update, which PEFT would apply; None where all readings are the same."""
+        return None if self.relative_query is None else self.relative_query != "both"
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # normal(0, initializer_range), biases 0; loaded tensors are left alone

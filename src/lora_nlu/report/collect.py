@@ -164,7 +164,9 @@ def read_run(record: Record, figures: Figures) -> Run:
     model = model.encode()[:200].decode(errors="ignore")  # it is in the names of pictures too, of 255 bytes at most
     starts_from_adapter = run.get("started_from") is not None
     not_compared = {"seed", "data_seed", "train_data", "eval_data", *run.get("left_at_default", ())}
-    settings = {name: value for name, value in hyper.items() if name not in not_compared} | {
+    rates = {"loraplus_lr_ratio": None, "head_learning_rate": None}  # recorded where they are set
+    settings = rates | {name: value for name, value in hyper.items() if name not in not_compared}
+    settings |= {
         "scaling": ", ".join(f"{scaling:g}" for scaling in scalings),
         "lora_relative_query": relative_query,
         "started from": "an adapter" if starts_from_adapter else "the base model",
@@ -200,9 +202,11 @@ def name_method(method: dict[str, Any], lora: dict[str, Any], hyper: dict[str, A
         if method["lora_dropout"]:
             more.append(f"dropout {method['lora_dropout']:g}")
         if lora["lora_relative_query"]:  # DeBERTa's; the paper's runs do not train it
-            more.append("and relative query")
+            more.append(f"and relative {'key' if lora['lora_relative_query'] == 'key' else 'query'}")
     if "adapter_size" in method:
         label, name = f"{label} {method['adapter_size']}", f"{name} {method['adapter_size']}"
+    if ratio := hyper.get("loraplus_lr_ratio"):
+        more.append(f"with LoRA+ {ratio:g}")
     if method.get("biases"):
         more.append("and biases")
     if hyper.get("reg_loss_wgt"):

@@ -76,6 +76,11 @@ def _check_effects(model_args: Any, args: Any) -> None:
         raise UsageError("--early_stopping_threshold has no effect without --early_stopping_patience. Add it.")
     if args.early_stopping_patience is not None and args.eval_strategy == "no":
         raise UsageError("--early_stopping_patience counts evaluations: add --eval_strategy epoch or steps.")
+    for name in ("loraplus_lr_ratio", "head_learning_rate"):
+        if getattr(args, name) is not None and not args.do_train:
+            raise UsageError(f"--{name} has no effect without --do_train. Add --do_train, or remove --{name}.")
+    if (ratio := args.loraplus_lr_ratio) is not None and not 0 < ratio < math.inf:
+        raise UsageError(f"--loraplus_lr_ratio {ratio}: must be above 0.")
     if args.save_on_each_node:
         raise UsageError("--save_on_each_node: the output folder is on a disk that all machines share; one writes.")
 
@@ -109,6 +114,7 @@ def _check_ranges(model_args: Any, data_args: Any, args: Any) -> None:
         (data_args, 0, math.inf, ("sample_seed",)),
         (args, 1, math.inf, (*counts, "early_stopping_patience")),
         (args, 0, math.inf, ("early_stopping_threshold",)),
+        (args, 0, math.inf, ("head_learning_rate",)),
         (args, 0, math.inf, ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps")),
         (args, 0, 2**32, ("seed", "data_seed")),  # NumPy's largest
         (args, 0, math.inf, ("dataloader_num_workers", "logging_steps", "eval_steps", "save_steps")),

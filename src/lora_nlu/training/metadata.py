@@ -13,7 +13,7 @@ import lora_nlu
 from lora_nlu.data.examples import Examples
 from lora_nlu.data.glue import HUB_DATASET
 from lora_nlu.data.tokenization import digest
-from lora_nlu.methods.description import relative_query
+from lora_nlu.methods.description import recorded_relative_query, relative_query
 from lora_nlu.methods.lora import lora_layers
 from lora_nlu.methods.marking import count_parameters, describe_method
 from lora_nlu.training.parsing import Flags
@@ -43,6 +43,8 @@ WITHOUT_EFFECT = frozenset(
 )
 # These change it as well if evaluations choose the checkpoint or the learning rate
 SCHEDULE = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps")
+# Recorded only where they are set
+IF_SET = ("loraplus_lr_ratio", "head_learning_rate")
 # Recorded in run.json since its first version, at their defaults or not
 _ALWAYS_RECORDED = frozenset(
     """
@@ -87,7 +89,7 @@ def run_metadata(
         "lora": {
             "ranks": sorted({layer.r for layer in layers}),
             "scalings": sorted({layer.scaling for layer in layers}),
-            "lora_relative_query": relative_query(model.config),
+            "lora_relative_query": recorded_relative_query(relative_query(model.config)),
         },
         "method": describe_method(model),
         "model_config": {n: _plain(getattr(model.config, n)) for n in _OF_CONFIG if hasattr(model.config, n)},
@@ -115,6 +117,7 @@ def _settings_of_data(flags: Flags, examples: Examples, tables: dict[str, Any], 
 def deciding_settings(args: Any) -> dict[str, Any]:
     """The settings that decide what the trained model is, by name, as values of JSON; args: TrainingArguments."""
     names = [field.name for field in fields(args) if field.name not in WITHOUT_EFFECT]
+    names = [name for name in names if name not in IF_SET or getattr(args, name) is not None]
     names += SCHEDULE if depends_on_evaluations(args) else ()
     settings = {name: _plain(getattr(args, name)) for name in names}
     batch = args.per_device_train_batch_size

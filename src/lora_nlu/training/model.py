@@ -21,6 +21,7 @@ from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer
 from lora_nlu.ops.tensors import fingerprint
 from lora_nlu.training.arguments import ModelArguments
 from lora_nlu.training.inputs import Head
+from lora_nlu.training.learning_rates import check_rates
 from lora_nlu.training.output_folder import recorded
 from lora_nlu.training.parsing import Flags, RunArguments
 from lora_nlu.training.processes import say
@@ -32,12 +33,13 @@ def load_adapter(flags: Flags, config: Any) -> Adapter | None:
     if not m.adapter_source:
         return None
     adapter = read_adapter(m.adapter_source, f"--{m.path_flag}", cache_dir=m.cache_dir, token=m.token)
-    adapter = with_relative_query(adapter, m.lora_relative_query)
+    settings = settings_of_flags(m, config)
+    adapter = with_relative_query(adapter, settings["lora_relative_query"])
     if (path_flag := METHODS[adapter.method].path_flag) != m.path_flag:
         raise UserError(f"{adapter.source}: contains {adapter.method}. Give it as --{path_flag}.")
     if contradicts(m, adapter.method) or m.adapter_size not in (None, adapter.adapter_size):
         raise UserError(f"{adapter.source}: contains {_contents(adapter, m)}; the flags differ.")
-    check_settings(adapter, settings_of_flags(m, config))
+    check_settings(adapter, settings)
     if (task := adapter.metadata.get("task", flags.data.task)) != flags.data.task:
         say(flags.run, f"{adapter.source}: was trained on {printable(task)}; this is {flags.data.task}.")
     return adapter
@@ -80,11 +82,13 @@ def prepare_model(
         say(args, *attach_adapter(model, adapter, model_args.lora_alpha, args.do_train, config_labels(model.config)))
         guess = ""
         if not adapter.records_relative_query and model.frozen_relative_query is not None:
-            way = "without LoRA, the reference's way" if adapter.frozen_relative_query else "with LoRA, PEFT's way"
+            ways = {"none": "without LoRA, the reference's way", "key": "without LoRA, the relative key with it"}
+            way = ways.get(adapter.relative_query, "with LoRA, PEFT's way")
             guess = f"; the relative query {way}, which the file can't confirm"
         say(args, f"Loaded {adapter.source}: {_contents(adapter, model_args)}{guess}.")
         for layer in lora_layers(model).values():
             layer.lora_dropout = model_args.lora_dropout or 0.0
+    check_rates(model, args)
     fingerprints["tokenizer_fingerprint"] = of_tokenizer = tokenizer_fingerprint(tokenizer)
     source, metadata = model_args.adapter_source or name, adapter.metadata if adapter else recorded(Path(name))
     check_tokenizer(source, metadata, of_tokenizer, "Give the one it was trained with as --tokenizer_name.")
@@ -99,7 +103,7 @@ def _load_model(flags: Flags, config: Any, adapter: Adapter | None, base_labels:
     if adapter:  # it brings its own layers
         settings |= {row.switch: False for row in METHODS.values() if row.added}
     saved = set_method(config, settings)
-    if model_args.lora_relative_query and config.model_type != "deberta-v2":
+    if settings["lora_relative_query"] not in (None, "none") and config.model_type != "deberta-v2":
         raise UsageError(f"--lora_relative_query: a {config.model_type} model has no relative positions.")
     replaces_head = adapter and (not args.do_train or head_rows(adapter, config_labels(config)) is not None)
     needs_head = not args.do_train and adapter is None

@@ -21,6 +21,7 @@ from lora_nlu.labels import label_list
 from lora_nlu.methods.table import METHODS
 from lora_nlu.training.checkpoints import clear_checkpoint, complete_checkpoints
 from lora_nlu.training.file_list import FILE_LIST, RUN, WEIGHTS, list_files, remove_checkpoint, written_files
+from lora_nlu.training.metadata import IF_SET
 from lora_nlu.training.trainer import AdapterTrainer
 
 _NO_CONTENT = re.compile(rf"\..*\.partial|[._]saving|\.removing|_lock|{FILE_LIST}")  # what a killed process may leave
@@ -258,7 +259,9 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for key in _DECIDING:
         before, after = earlier.get(key, now.get(key)), now.get(key)  # older versions recorded less
         if isinstance(before, dict) and isinstance(after, dict):
-            names = before if key == "hyperparameters" else {**before, **after}  # and fewer hyperparameters
+            names = {**before, **after}
+            if key == "hyperparameters":  # older versions recorded fewer
+                names = {**before, **dict.fromkeys(IF_SET)}
             changed = [name for name in names if name not in _LOOK and before.get(name) != after.get(name)]
             differences += [f"{n} {before.get(n)}, now {after.get(n)}{_MEANING.get(n, '')}" for n in changed]
         elif before != after:

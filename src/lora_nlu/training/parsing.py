@@ -38,6 +38,8 @@ class RunArguments(TrainingArguments):
     )
     early_stopping_threshold: float = flag("Smallest change of the metric that counts as an improvement", 0.0)
     logging_nan_inf_filter: bool = flag("Ignored: training stops at a loss that is not finite, and logs it", False)
+    loraplus_lr_ratio: float | None = flag("LoRA+: the B of LoRA and its variants learns so many times as fast as A")
+    head_learning_rate: float | None = flag("Learning rate of the classification head, if another")
     cuda_graphs: bool = flag("On a GPU, record training steps once for each shape and replay them", True)
     environ: InitVar[MutableMapping[str, str] | None] = None
 

@@ -24,6 +24,7 @@ from lora_nlu.models.losses import classification_loss
 from lora_nlu.training.checkpoints import CheckpointingTrainer, Diverged, seconds_trained
 from lora_nlu.training.graphs import GraphedSteps
 from lora_nlu.training.launch import has_fast_bf16
+from lora_nlu.training.learning_rates import with_rates
 from lora_nlu.training.processes import Interrupted, ignore_signals, lost_process, say, seed_from
 
 # An evaluation scores every row once, in order and all of them together, whatever the flags of training's batches are;
@@ -179,9 +180,13 @@ class AdapterTrainer(CheckpointingTrainer):
             optimizer: Any = super().create_optimizer(model)
         except (ImportError, ValueError, TypeError, NotImplementedError) as e:
             raise UserError(f"--optim {self.args.optim.value}: {first_line(e)}") from e
-        for row in self.methods if is_new else ():
-            if row.parameter_groups:
-                groups = row.parameter_groups(self.model, optimizer.param_groups, self.args.learning_rate)
+        if is_new:
+            groups = optimizer.param_groups
+            for row in self.methods:
+                if row.parameter_groups:
+                    groups = row.parameter_groups(self.model, groups, self.args.learning_rate)
+            groups = with_rates(groups, self.model, self.args)
+            if groups is not optimizer.param_groups:
                 optimizer.param_groups = []
                 for group in groups:
                     optimizer.add_param_group(group)
