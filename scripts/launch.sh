@@ -4,6 +4,7 @@
 # A script sets tuned_for_gpus, sources this file, fills the array `args` and calls `launch "${args[@]}" "$@"`.
 # What a user may set, each as NAME=value before `bash scripts/...`:
 #   tuned_for_gpus=8  GPUs the hyperparameters are for; with the batch per GPU it fixes the examples a step
+#   recipe=paper      train by the paper's tables (paper_recipes.tsv) where they differ; output/<script's name>_paper
 #   devices=1         accelerators to use on each machine, 0 is the CPU; by default all that are there. More than
 #                     tuned_for_gpus take smaller batches, fewer accumulate gradients: the examples a step stay the same
 #   output_dir=...    results and adapter; by default output/<script's name> in the repository

@@ -226,7 +226,7 @@ def make_runs(
     """A run for each seed, script and combination of the grids' values, MNLI first: others start from its adapter."""
     run_of_folder: dict[Path, Run] = {}
     read_scripts = [(words, launch.read_script(words, os.environ)) for words in scripts]
-    read_scripts.sort(key=lambda pair: not pair[1].name.endswith("_mnli"))
+    read_scripts.sort(key=lambda pair: launch.last_value(pair[1].flags, "--task_name") != "mnli")
     combinations = list(itertools.product(*(itertools.product(grid[:1], grid[1:]) for grid in grids)))
     for seed, (words, script), settings in itertools.product(seeds, read_scripts, combinations):
         subfolder = Path("-".join(map("_".join, settings)).replace("/", "_"), f"seed_{seed}")

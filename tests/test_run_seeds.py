@@ -562,6 +562,16 @@ def test_a_run_whose_mnli_run_failed_is_reported_and_not_started(bench, pair):
     assert "Failed: roberta_base_mnli/seed_0, roberta_base_rte/seed_0. " in done.stderr
 
 
+def test_runs_of_the_papers_recipe_are_in_folders_of_their_own_and_start_from_each_other(bench, pair):
+    done = bench.run(*pair, "1", recipe="paper", MNLI_LORA="")
+    assert done.returncode == 0, done.stderr
+    assert lora_paths(bench, "rte_paper") == {
+        "roberta_base_rte_paper/seed_0": f"{bench.out}/roberta_base_mnli_paper/seed_0"
+    }
+    flags = [note["flags"] for note in bench.journal("start")]
+    assert len(flags) == 2 and all(words[words.index("--lora_alpha") + 1] == "8" for words in flags)
+
+
 def test_a_users_own_adapter_wins(bench, pair):
     (bench.folder / "my.bin").touch()
     done = bench.run(*pair, "1", "--jobs", "2", MNLI_LORA="my.bin", BEHAVIOUR=UNTIL_STARTED.format(2))

@@ -35,7 +35,7 @@ METHODS = {"apply_lora": "LoRA", "apply_adapter": "adapters", "apply_bitfit": "B
 
 def read_recipes(file: str) -> list[dict[str, str]]:
     """The lines of a table: flags and values ("yes" for a flag without one), and script, tuned_for_gpus, source."""
-    with open(Path(__file__).with_name(file), newline="", encoding="utf-8") as table:
+    with open(Path(__file__).parent / file, newline="", encoding="utf-8") as table:
         rows = list(csv.DictReader(table, delimiter="\t"))
     recipes = [{RENAMED.get(name, name): value for name, value in row.items() if value} for row in rows]
     return [recipe | ({"apply_lora": "yes"} if "lora_r" in recipe else {}) for recipe in recipes]
@@ -45,10 +45,12 @@ def read_recipes(file: str) -> list[dict[str, str]]:
 PUBLISHED = {recipe["script"].removesuffix(".sh"): recipe for recipe in read_recipes("hyperparameters.tsv")}
 BASELINES = {f"{Path(recipe['script']).stem}_{recipe['task_name']}": recipe for recipe in read_recipes("baselines.tsv")}
 RECIPES = PUBLISHED | BASELINES
+PAPER = {recipe["script"]: recipe for recipe in read_recipes("../scripts/paper_recipes.tsv")}  # by script
+SHARED = ROOT.parent / "shared"  # the tables that ours were copied from, beside a development checkout
 WORDS = {name: [recipe.pop("script"), *[recipe["task_name"]] * (name in BASELINES)] for name, recipe in RECIPES.items()}
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 SETTINGS = ["tuned_for_gpus", "devices", "output_dir", "GLUE_DIR", "MNLI_LORA", "PYTHON", "DRY_RUN"]  # of launch.sh
-SETTINGS += ["nnodes", "node_rank", "master_addr", "master_port", "torchrun_options"]
+SETTINGS += ["recipe", "nnodes", "node_rank", "master_addr", "master_port", "torchrun_options"]
 # what srun sets for the second of two machines
 SRUN = {"SLURM_JOB_ID": "64711", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_STEP_NUM_NODES": "2"}
 SRUN |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "node[01-02]"}
@@ -244,6 +246,77 @@ def test_the_real_parser_reads_every_flag_of_a_script(name):
     for name, value in recipe.items():
         if name not in ("source", "lora_path"):
             assert parsed[name] == (float(value) if re.fullmatch(r"[\d.e-]+", value) else value), name
+
+
+# ------------------------------------------------------------------------------------------------- the paper's recipe
+
+
+def papers_recipe(name: str) -> dict[str, str]:
+    """The flags of a published script with the values of the paper's table in their place."""
+    recipe = PUBLISHED[name] | {flag: value for flag, value in PAPER[name].items() if flag != "script"}
+    return {flag: value for flag, value in recipe.items() if flag not in ("warmup_steps", "lora_path")}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipe_paper_runs_a_script_with_the_hyperparameters_of_the_papers_table(name, run):
+    recipe = {flag: "" if value == "yes" else value for flag, value in papers_recipe(name).items()}
+    done = run(f"{name}.sh", "--seed", "3", devices=recipe.pop("tuned_for_gpus"), recipe="paper")
+    words, flags = program_flags(command(done)), flags_of(done)
+    assert flags.pop("output_dir") == str(ROOT / "output" / f"{name}_paper")
+    assert flags.pop("do_train") == flags.pop("do_eval") == ""
+    assert flags == recipe | {"seed": "3"}  # the user's flags still win
+    assert all(words.count(f"--{flag}") == 1 for flag in recipe if flag != "seed")
+    parsed: dict = {}
+    for group in parse_arguments(words, {}):
+        parsed |= {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    assert parsed["lora_alpha"] == float(recipe["lora_alpha"])
+    assert parsed["warmup_steps"] == float(recipe["warmup_ratio"])  # where transformers 5 has it, as a share
+
+
+def test_the_table_of_the_papers_recipes_has_the_24_scripts_and_the_papers_values():
+    assert sorted(PAPER) == sorted(name for name in PUBLISHED if name.startswith(("roberta", "deberta")))
+    if not SHARED.is_dir():
+        pytest.skip("the table that it was copied from is not here")
+    columns = {
+        "batch_per_gpu": "per_device_train_batch_size", "epochs": "num_train_epochs", "r_or_bottleneck": "lora_r",
+        "alpha": "lora_alpha",
+    }  # fmt: skip
+    with (SHARED / "paper_hyperparameters.tsv").open(newline="") as table:
+        rows = [row for row in csv.DictReader(table, delimiter="\t") if row.pop("row") == "LoRA"]
+    for row in rows:
+        own = PAPER[f"{row.pop('model').replace('-', '_')}_{row.pop('task')}"]
+        values = {columns.get(name, name): value for name, value in row.items() if value}
+        assert values == {flag: value for flag, value in own.items() if flag not in ("script", "apply_lora")}
+    assert len(rows) == 24
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_script_names_what_the_papers_table_has_otherwise(name):
+    lines = [line for line in text_of(name).splitlines() if "recipe=paper" in line]
+    differing = {flag: value for flag, value in papers_recipe(name).items() if PUBLISHED[name].get(flag) != value}
+    assert len(lines) == bool(differing)
+    for line in lines:
+        text = line.partition(";")[0].removesuffix(".")
+        values = [f"{100 * float(value):g}%" if flag == "warmup_ratio" else value for flag, value in differing.items()]
+        assert text.startswith("# The paper's table, which recipe=paper runs, has ")
+        assert sorted(re.findall(r"\b\d[\d.e-]*%?", text)) == sorted(values)
+
+
+def test_a_paper_run_starts_from_the_mnli_run_of_the_same_recipe(run, copy):
+    script, mnli = copy / "scripts" / "roberta_base_rte.sh", copy / "output" / "roberta_base_mnli_paper"
+    message = refusal(run(script, MNLI_LORA=None, recipe="paper"))
+    assert str(mnli) in message and "'recipe=paper bash scripts/roberta_base_mnli.sh'" in message
+    mnli.mkdir(parents=True)
+    (mnli / "adapter_model.safetensors").touch()
+    assert flags_of(run(script, MNLI_LORA=None, recipe="paper"))["lora_path"] == str(mnli)
+
+
+def test_another_recipe_or_a_script_that_the_papers_table_lacks_is_refused(run):
+    assert "recipe='papers': 'paper' is the only one." in refusal(run("roberta_base_rte.sh", recipe="papers"))
+    for words in (["mnli.rdrop.sh"], ["baselines/full_roberta_base.sh", "rte"]):
+        message = refusal(run(*words, recipe="paper"))
+        assert "paper_recipes.tsv has no line for this script. Leave recipe=paper out." in message
+    assert flags_of(run("roberta_base_cola.sh", recipe=""))["lora_alpha"] == "16"
 
 
 def test_the_output_folder_may_be_set(run):

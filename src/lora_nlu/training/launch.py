@@ -4,6 +4,7 @@
 `read_script` and `plan`. Nothing here imports torch: without `devices=` a child process counts the accelerators.
 """
 
+import csv
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lora_nlu.errors import UsageError
@@ -20,6 +21,7 @@ from lora_nlu.errors import UsageError
 PROGRAM = "examples/text-classification/run_glue.py"
 BATCH, ACCUMULATION = "--per_device_train_batch_size", "--gradient_accumulation_steps"
 DEFAULT_BATCH = 8  # transformers' default
+RECIPE_SUFFIX = "_paper"  # of the output folder of a script that runs the paper's recipe
 # With -c and -m Python would import what lies in the current folder; PYTHONSAFEPATH needs 3.11
 SAFE_PATH = "import sys; sys.path = [p for p in sys.path if p]; "
 COUNT = SAFE_PATH + "import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)"
@@ -156,6 +158,34 @@ def whole_number(name: str, text: str | int, least: int) -> int:
     return int(str(text))
 
 
+def with_recipe(script: Script, recipe: str | None) -> Script:
+    """The script with the hyperparameters of the paper's tables where `recipe` is "paper"; None or "" is its own.
+
+    They are in scripts/paper_recipes.tsv: a line for each script, flags by column; an empty field leaves the script's.
+    """
+    if not recipe:
+        return script
+    if recipe != "paper":
+        raise UsageError(f"recipe='{recipe}': 'paper' is the only one. Leave it out for the script's hyperparameters.")
+    table = Path(script.root, "scripts", "paper_recipes.tsv")
+    with table.open(newline="", encoding="utf-8") as lines:
+        rows = {row.pop("script"): row for row in csv.DictReader(lines, delimiter="\t")}
+    if script.name not in rows:
+        raise UsageError(f"recipe=paper: {table} has no line for this script. Leave recipe=paper out.")
+    groups = flags_with_values(script.flags)  # the script's own, then the user's, which still win
+    for name, value in rows[script.name].items():
+        names = [f"--{name}"] + ["--warmup_steps"] * (name == "warmup_ratio")
+        if value and (own := [group for group in groups if is_flag(group[0], *names)]):
+            own[0][:] = [f"--{name}", value]
+        elif value:
+            groups.insert(0, [f"--{name}", value])
+    for group in groups:
+        if is_flag(group[0], "--needs_mnli"):
+            group[1] += RECIPE_SUFFIX
+    flags = [word for group in groups for word in group]
+    return replace(script, name=script.name + RECIPE_SUFFIX, flags=flags)
+
+
 def start_from_mnli(flags: list[str], root: Path, adapter: str | None) -> list[str]:
     """Replace `--needs_mnli SCRIPT` by `--lora_path` with MNLI_LORA (`adapter`), by default what SCRIPT trained."""
     if not (mnli_script := last_value(flags, "--needs_mnli")):
@@ -165,9 +195,11 @@ def start_from_mnli(flags: list[str], root: Path, adapter: str | None) -> list[s
     if adapter == "none" or last_value(flags, "--lora_path"):
         return flags[:i] + flags[i + 2 :]
     if not Path(adapter).is_file() and not Path(adapter, "adapter_model.safetensors").is_file():
+        setting = "recipe=paper " * mnli_script.endswith(RECIPE_SUFFIX)
+        command = f"{setting}bash scripts/{mnli_script.removesuffix(RECIPE_SUFFIX)}.sh"
         raise UsageError(
             f"starts from an MNLI adapter, and there is none at {adapter}.\n"
-            f"Train it with 'bash scripts/{mnli_script}.sh', or point to one with MNLI_LORA=<published .bin file or "
+            f"Train it with '{command}', or point to one with MNLI_LORA=<published .bin file or "
             "adapter folder>.\nMNLI_LORA=none starts from the plain pretrained model instead."
         )
     return [*flags[:i], "--lora_path", adapter, *flags[i + 2 :]]
@@ -310,13 +342,14 @@ def main(argv: list[str], environment: Mapping[str, str]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # and at Ctrl-C
     root, python, name, tuned_for_gpus, *flags = argv
     script, dry_run = Script(root, python, name, tuned_for_gpus, flags), environment.get("DRY_RUN") or "0"
-    if dry_run == "json":  # for read_script
-        print(json.dumps(asdict(script)))
-        return
-    if dry_run == "output_dir":  # for slurm.sbatch
-        print(last_value(flags, "--output_dir") or default_folder(script, environment))
-        return
     try:
+        script = with_recipe(script, environment.get("recipe"))
+        if dry_run == "json":  # for read_script
+            print(json.dumps(asdict(script)))
+            return
+        if dry_run == "output_dir":  # for slurm.sbatch
+            print(last_value(flags, "--output_dir") or default_folder(script, environment))
+            return
         command = plan(script, environment)
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)
