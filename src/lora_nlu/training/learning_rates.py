@@ -22,7 +22,8 @@ def with_rates(groups: list[dict[str, Any]], model: Any, args: Any) -> list[dict
     gives this rate to every one-dimensional parameter too, such as the head's biases; here only B has it, as in the
     paper. The groups keep their weight decay, and those of the other parameters come first: the rate in logs is theirs.
     """
-    ratio, head_rate = args.loraplus_lr_ratio, args.head_learning_rate
+    # transformers' own TrainingArguments have neither
+    ratio, head_rate = getattr(args, "loraplus_lr_ratio", None), getattr(args, "head_learning_rate", None)
     faster = _matrices_B(model) if ratio is not None else set()
     head = {id(model.get_parameter(name)) for name in head_names(model)} if head_rate is not None else set()
     if not faster and not head:
