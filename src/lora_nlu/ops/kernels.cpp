@@ -1,5 +1,5 @@
 // Dropout, the low-rank update and attention of a training step: CPU, any SIMD width; fp32 inside, while tensors are
-// fp32 or bf16 (`half`).
+// fp32 or bf16 (`half`). With AVX512-BF16, or better AMX, attention multiplies bf16 as it is, with sums in fp32.
 // kernels.py compiles this file, calls these functions with plain pointers and holds the expressions they stand for.
 //
 // Dropout stores no mask. Element (row, column) is kept by 16 bits of a counter-based hash (SplitMix64, Steele et al.
@@ -12,6 +12,13 @@
 #include <cstdint>
 #include <cstdlib>
 #include <type_traits>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -118,8 +125,13 @@ struct Buffer {
 struct Slices {  // hands out consecutive parts of a buffer, or only counts them
   char* next;
   size_t used = 0;
-  float* floats(i64 rows, i64 columns = 1) {
-    float* p = next ? reinterpret_cast<float*>(next + used) : nullptr;
+  float* floats(i64 rows, i64 columns = 1) { return numbers<float>(rows, columns); }
+  uint32_t* pairs(i64 rows, i64 columns) { return numbers<uint32_t>(rows, columns); }
+
+ private:
+  template <class N>
+  N* numbers(i64 rows, i64 columns) {
+    N* p = next ? reinterpret_cast<N*>(next + used) : nullptr;
     used += bytes_of(rows, columns);
     return p;
   }
@@ -212,10 +224,9 @@ inline float sum_of(vec x) {
 // Relative positions (DeBERTa): score(i, j) gets q_i . key[S - 1 - i + j] + k_j . query[S - 1 + i - j].
 template <class T>
 struct Attention {
-  const T *q, *k, *v;                         // [rows, stride]
+  const T *q, *k, *v;  // [rows, stride]
   i64 q_stride, k_stride, v_stride;
-  const float *relative_key, *relative_query;  // [A, V, R, Dp], R = 2 S - 1 rows by descending, ascending distance
-  const float *relative_key_t, *relative_query_t;  // the same as [A, V, Dp, Rp]
+  const T *relative_key, *relative_query;  // [V, R, A, D] or null, R = 2 S - 1 rows by descending, ascending distance
   i64 views;
   const i64 *q_starts, *k_starts, *view_of;  // [B + 1], [B + 1], [B]
   i64 sequences, heads, head_size, longest;
@@ -226,14 +237,50 @@ struct Attention {
 
 constexpr i64 BAND = 48;  // rows whose products with the table are formed together
 
+struct Tables {  // the relative tables of all heads and views: [A, V, R, Dp], and transposed [A, V, Dp, Rp]
+  Buffer memory;
+  float *rows[2] = {}, *columns[2] = {};  // of keys, of queries; null where there is no such table
+
+  template <class T>
+  Tables(const Attention<T>& a, int threads) : memory(a.relative_key || a.relative_query ? 2 * size(a) : 0) {
+    const T* from[2] = {a.relative_key, a.relative_query};
+    const i64 D = a.head_size, Dp = padded(D), R = 2 * a.longest - 1, Rp = padded(R + W), n = a.heads * a.views;
+    if (!memory.data) return;
+    float* next = reinterpret_cast<float*>(memory.data);
+    for (int t = 0; t < 2; t++) {
+      if (!from[t]) continue;
+      rows[t] = next;
+      columns[t] = next + n * R * Dp;
+      next += n * (R * Dp + Dp * Rp) + W;  // a last vector may be read past the end
+      std::fill(next - W, next, 0.0f);
+      float *r = rows[t], *c = columns[t];
+      const T* f = from[t];
+#pragma omp parallel for num_threads(threads)
+      for (i64 i = 0; i < n; i++) {
+        const i64 head = i / a.views, view = i % a.views;
+        take_rows(f + view * R * a.heads * D + head * D, a.heads * D, R, D, Dp, 1, r + i * R * Dp);
+        transpose(r + i * R * Dp, R, Dp, Dp, Rp, c + i * Dp * Rp);
+      }
+    }
+  }
+
+  template <class T>
+  static size_t size(const Attention<T>& a) {
+    const i64 Dp = padded(a.head_size), R = 2 * a.longest - 1;
+    return bytes_of(a.heads * a.views * Dp, R + padded(R + W)) + bytes_of(W, 1);
+  }
+};
+
 template <class T>
 struct Sequence {  // one head of one sequence
+  using Tables = ::Tables;
   const Attention<T>& a;
+  const Tables& tables;
   i64 M, L, D, Dp, Lp, R, Rp, q_row, k_row, head, table;
 
-  Sequence(const Attention<T>& a, i64 b, i64 head)
-      : a(a), M(a.q_starts[b + 1] - a.q_starts[b]), L(a.k_starts[b + 1] - a.k_starts[b]), D(a.head_size),
-        Dp(padded(D)), Lp(padded(L)), R(2 * a.longest - 1), Rp(padded(R + W)), q_row(a.q_starts[b]),
+  Sequence(const Attention<T>& a, const Tables& tables, i64 b, i64 head)
+      : a(a), tables(tables), M(a.q_starts[b + 1] - a.q_starts[b]), L(a.k_starts[b + 1] - a.k_starts[b]),
+        D(a.head_size), Dp(padded(D)), Lp(padded(L)), R(2 * a.longest - 1), Rp(padded(R + W)), q_row(a.q_starts[b]),
         k_row(a.k_starts[b]), head(head), table(head * a.views + a.view_of[b]) {}
 
   // How many rows of the table, one after another, so many rows of one side meet: one a distance that occurs.
@@ -242,7 +289,7 @@ struct Sequence {  // one head of one sequence
   // s [M, Lp] += both relative products; q [M, Dp] scaled, k [L, Dp] and its scale applied to the product.
   void add_relative(const float* q, const float* k, float* s, float* band) const {
     if (a.relative_key) {
-      const float* t = a.relative_key_t + table * Dp * Rp;
+      const float* t = tables.columns[0] + table * Dp * Rp;
       for (i64 i0 = 0; i0 < M; i0 += BAND) {
         const i64 rows = std::min(BAND, M - i0), n = run(rows, L), np = padded(n);
         const i64 first = a.longest - 1 - (i0 + rows - 1);  // the column of row i0 + rows - 1 and key 0
@@ -256,7 +303,7 @@ struct Sequence {  // one head of one sequence
       }
     }
     if (a.relative_query) {
-      const float* t = a.relative_query_t + table * Dp * Rp;
+      const float* t = tables.columns[1] + table * Dp * Rp;
       for (i64 j0 = 0; j0 < L; j0 += BAND) {
         const i64 rows = std::min(BAND, L - j0), n = run(rows, M), np = padded(n);
         const i64 first = a.longest - 1 - (j0 + rows - 1);
@@ -273,7 +320,7 @@ struct Sequence {  // one head of one sequence
   // dq [M, Dp] and dk [L, Dp] += what flows through the relative products; ds [M, Lp]. dq still lacks the scale.
   void add_relative_gradients(const float* ds, float* dq, float* dk, float* band) const {
     if (a.relative_key) {
-      const float* t = a.relative_key + table * R * Dp;
+      const float* t = tables.rows[0] + table * R * Dp;
       for (i64 i0 = 0; i0 < M; i0 += BAND) {
         const i64 rows = std::min(BAND, M - i0), n = run(rows, L);
         const i64 first = a.longest - 1 - (i0 + rows - 1);
@@ -284,7 +331,7 @@ struct Sequence {  // one head of one sequence
       }
     }
     if (a.relative_query) {
-      const float* t = a.relative_query + table * R * Dp;
+      const float* t = tables.rows[1] + table * R * Dp;
       for (i64 j0 = 0; j0 < L; j0 += BAND) {
         const i64 rows = std::min(BAND, L - j0), n = run(rows, M);
         const i64 first = a.longest - 1 - (j0 + rows - 1);
@@ -399,59 +446,428 @@ struct Sequence {  // one head of one sequence
   }
 };
 
-struct Tables {  // the relative tables of all heads and views: rows padded to Dp, and transposed
-  Buffer memory;
-  float *rows[2], *columns[2];
+// --------------------------------------------------------------------------- attention by bf16 products, fp32 sums
+#ifdef __AVX512BF16__
 
-  template <class T>
-  Tables(Attention<T>& a, const float* key, const float* query, int threads)
-      : memory(key || query ? 2 * size(a) : 0) {
-    const float* from[2] = {key, query};
-    const i64 D = a.head_size, Dp = padded(D), R = 2 * a.longest - 1, Rp = padded(R + W), n = a.heads * a.views;
-    if (!memory.data) return;
-    float* next = reinterpret_cast<float*>(memory.data);
-    for (int t = 0; t < 2; t++) {
-      rows[t] = columns[t] = nullptr;
-      if (!from[t]) continue;
-      rows[t] = next;
-      columns[t] = next + n * R * Dp;
-      next += n * (R * Dp + Dp * Rp) + W;  // a last vector may be read past the end
-      std::fill(next - W, next, 0.0f);
-      float *r = rows[t], *c = columns[t];
-      const float* f = from[t];
-#pragma omp parallel for num_threads(threads)
-      for (i64 i = 0; i < n; i++) {  // f is [V, R, A, D]
-        const i64 head = i / a.views, view = i % a.views;
-        take_rows(f + view * R * a.heads * D + head * D, a.heads * D, R, D, Dp, 1, r + i * R * Dp);
-        transpose(r + i * R * Dp, R, Dp, Dp, Rp, c + i * Dp * Rp);
-      }
-    }
-    a.relative_key = rows[0], a.relative_query = rows[1];
-    a.relative_key_t = columns[0], a.relative_query_t = columns[1];
+// Two bf16 side by side, whose products are added up: of a row in the first factor, of a column in the second.
+using pair = uint32_t __attribute__((may_alias));
+
+inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
+inline void store(void* p, __m512i x) { _mm512_storeu_si512(p, x); }
+inline __m512i rounded(vec low, vec high) {  // 32 bf16, those of `low` first
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+inline vec where(__mmask16 mask, vec x) { return (vec)_mm512_maskz_mov_ps(mask, (__m512)x); }
+inline uint32_t first_of_32(i64 n) { return n >= 32 ? ~0u : n > 0 ? (1u << n) - 1 : 0; }
+inline i64 to_16(i64 n) { return (n + 15) / 16 * 16; }
+inline i64 to_32(i64 n) { return (n + 31) / 32 * 32; }
+
+#ifdef __AMX_BF16__
+// Matrix registers of 16 rows of 16 pairs, of the thread that holds this; a process asks the kernel for them once.
+struct Tiles {
+  static bool granted() {
+    static const bool result = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+    return result;
   }
-
-  template <class T>
-  static size_t size(const Attention<T>& a) {
-    const i64 Dp = padded(a.head_size), R = 2 * a.longest - 1;
-    return bytes_of(a.heads * a.views * Dp, R + padded(R + W)) + bytes_of(W, 1);
+  Tiles() {
+    struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shapes;
+    asm volatile("" : : "r"(&shapes) : "memory");  // g++ does not know that the next one reads all of it
+    if (granted()) _tile_loadconfig(&shapes);
+  }
+  ~Tiles() {
+    if (granted()) _tile_release();
   }
 };
 
+void multiply_tiles(i64 m, i64 n, i64 k, const pair* a, i64 lda, const pair* b, i64 ldb, float* c, i64 ldc, bool add) {
+  asm volatile("" ::: "memory");  // g++ does not know that the next ones read memory
+  for (i64 j = 0; j < n; j += 32)
+    for (i64 i = 0; i < m; i += 32) {
+      const bool below = i + 16 < m, beside = j + 16 < n;
+      float *to = c + i * ldc + j, *lower = to + 16 * ldc;
+      if (add) {
+        _tile_loadd(0, to, ldc * 4);
+        if (beside) _tile_loadd(1, to + 16, ldc * 4);
+        if (below) _tile_loadd(2, lower, ldc * 4);
+        if (below && beside) _tile_loadd(3, lower + 16, ldc * 4);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (i64 l = 0; l < k; l += 16) {
+        const pair *x = a + i * lda + l, *y = b + l * ldb + j;
+        _tile_loadd(4, x, lda * 4);
+        _tile_loadd(6, y, ldb * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        if (beside) {
+          _tile_loadd(7, y + 16, ldb * 4);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        if (below) {
+          _tile_loadd(5, x + 16 * lda, lda * 4);
+          _tile_dpbf16ps(2, 5, 6);
+          if (beside) _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, to, ldc * 4);
+      if (beside) _tile_stored(1, to + 16, ldc * 4);
+      if (below) _tile_stored(2, lower, ldc * 4);
+      if (below && beside) _tile_stored(3, lower + 16, ldc * 4);
+    }
+  asm volatile("" ::: "memory");
+}
+#else
+struct Tiles {
+  static bool granted() { return false; }
+  Tiles() {}
+};
+void multiply_tiles(i64, i64, i64, const pair*, i64, const pair*, i64, float*, i64, bool) {}
+#endif
+
+template <int C>
+inline void pair_columns(i64 m, i64 k, const pair* a, i64 lda, const pair* b, i64 ldb, float* c, i64 ldc, bool add) {
+  constexpr int R = 4;
+  for (i64 i = 0; i < m; i += R) {
+    __m512 sum[R][C];
+    for (int r = 0; r < R; r++)
+      for (int s = 0; s < C; s++) sum[r][s] = add ? _mm512_loadu_ps(c + (i + r) * ldc + s * 16) : _mm512_setzero_ps();
+    for (i64 l = 0; l < k; l++) {
+      __m512bh x[C];
+      for (int s = 0; s < C; s++) x[s] = (__m512bh)load(b + l * ldb + s * 16);
+      for (int r = 0; r < R; r++) {
+        const auto y = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[(i + r) * lda + l]));
+        for (int s = 0; s < C; s++) sum[r][s] = _mm512_dpbf16_ps(sum[r][s], y, x[s]);
+      }
+    }
+    for (int r = 0; r < R; r++)
+      for (int s = 0; s < C; s++) _mm512_storeu_ps(c + (i + r) * ldc + s * 16, sum[r][s]);
+  }
+}
+
+// c [m, n] (+)= a b in fp32; a [m, k] pairs of a row, b [k, n] pairs of a column; m, n and k multiples of 16.
+void multiply(i64 m, i64 n, i64 k, const pair* a, i64 lda, const pair* b, i64 ldb, float* c, i64 ldc, bool add) {
+  if (Tiles::granted()) return multiply_tiles(m, n, k, a, lda, b, ldb, c, ldc, add);
+  i64 j = 0;
+  for (; j + 64 <= n; j += 64) pair_columns<4>(m, k, a, lda, b + j, ldb, c + j, ldc, add);
+  if (j + 32 <= n) pair_columns<2>(m, k, a, lda, b + j, ldb, c + j, ldc, add), j += 32;
+  if (j < n) pair_columns<1>(m, k, a, lda, b + j, ldb, c + j, ldc, add);
+}
+
+// Rows of D bf16, `stride` apart, to [np, Dp / 2] pairs of a row, padded with 0.
+void copy_rows(const half* from, i64 stride, i64 n, i64 np, i64 D, i64 Dp, pair* to) {
+  half* rows = reinterpret_cast<half*>(to);
+  for (i64 i = 0; i < n; i++) {
+    std::copy(from + i * stride, from + i * stride + D, rows + i * Dp);
+    std::fill(rows + i * Dp + D, rows + (i + 1) * Dp, half{0});
+  }
+  std::fill(rows + n * Dp, rows + np * Dp, half{0});
+}
+
+// [n, Dp / 2] pairs of a row to [n / 2, Dp] pairs of a column; n even, Dp a multiple of 32.
+void pair_rows(const pair* from, i64 n, i64 Dp, pair* to) {
+  alignas(64) uint16_t order[2][32];
+  for (int i = 0; i < 32; i++) order[0][i] = i / 2 + i % 2 * 32, order[1][i] = order[0][i] + 16;
+  for (i64 i = 0; i < n / 2; i++)
+    for (i64 d = 0; d < Dp; d += 32) {
+      const __m512i upper = load(from + i * Dp + d / 2), lower = load(from + i * Dp + (Dp + d) / 2);
+      store(to + i * Dp + d, _mm512_permutex2var_epi16(upper, load(order[0]), lower));
+      store(to + i * Dp + d + 16, _mm512_permutex2var_epi16(upper, load(order[1]), lower));
+    }
+}
+
+inline void transpose(__m512i* x) {  // 16 rows of 16 numbers of 32 bits
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; i++) {
+    x[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    x[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    x[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    x[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// [n, m] pairs to [m, n]: those of a row to those of a column, or back; n and m multiples of 16.
+void transpose(const pair* from, i64 n, i64 m, pair* to) {
+  for (i64 i = 0; i < n; i += 16)
+    for (i64 j = 0; j < m; j += 16) {
+      __m512i x[16];
+      for (int r = 0; r < 16; r++) x[r] = load(from + (i + r) * m + j);
+      transpose(x);
+      for (int r = 0; r < 16; r++) store(to + (j + r) * n + i, x[r]);
+    }
+}
+
+// `scale[i]` or, without it, `scale` times rows [n, Dp] to rows of D, `stride` apart
+void put_rows(const float* from, i64 n, i64 D, i64 Dp, float scale, const float* scales, half* to, i64 stride) {
+  for (i64 i = 0; i < n; i++)
+    for (i64 d = 0; d < D; d += 16) {
+      const vec x = at(from + i * Dp + d) * (scales ? scales[i] : scale);
+      _mm256_mask_storeu_epi16(to + i * stride + d, static_cast<__mmask16>(first_of_32(D - d)),
+                               (__m256i)_mm512_cvtneps_pbh((__m512)x));
+    }
+}
+
+// Which of 32 columns from `column` on a row's dropout keeps: the draws of `random_bits`.
+inline uint32_t kept_of_32(const Dropout& dropout, i64 row, i64 column) {
+  constexpr u64 STEP = 0x9E3779B97F4A7C15ull;
+  const i64 word = row * ((dropout.columns + 3) / 4) + column / 4 + 1;
+  const auto mix = [](__m512i z, int shift) { return _mm512_xor_si512(z, _mm512_srli_epi64(z, shift)); };
+  __m512i z = _mm512_setr_epi64(0, STEP, 2 * STEP, 3 * STEP, 4 * STEP, 5 * STEP, 6 * STEP, 7 * STEP);
+  z = _mm512_add_epi64(z, _mm512_set1_epi64(static_cast<i64>(dropout.seed + static_cast<u64>(word) * STEP)));
+  z = _mm512_mullo_epi64(mix(z, 30), _mm512_set1_epi64(static_cast<i64>(0xBF58476D1CE4E5B9ull)));
+  z = _mm512_mullo_epi64(mix(z, 27), _mm512_set1_epi64(static_cast<i64>(0x94D049BB133111EBull)));
+  return _mm512_cmpge_epu16_mask(mix(z, 31), _mm512_set1_epi16(static_cast<int16_t>(dropout.threshold)));
+}
+
+struct PairTables {  // the relative tables of all heads and views, R rows padded with 0 to Rp
+  Buffer memory;
+  pair *transposed[2] = {}, *columns[2] = {};  // [A, V, Dp / 2, Rp] pairs of a row, [A, V, Rp / 2, Dp] of a column
+
+  static i64 padded_rows(const Attention<half>& a) { return to_32(2 * a.longest - 1 + 32); }  // products read beyond R
+
+  PairTables(const Attention<half>& a, int threads)
+      : memory((!!a.relative_key + !!a.relative_query) * 3 *
+               bytes_of(a.heads * a.views, padded_rows(a) * to_32(a.head_size) / 2)) {
+    const half* from[2] = {a.relative_key, a.relative_query};
+    const i64 D = a.head_size, Dp = to_32(D), Rp = padded_rows(a), n = a.heads * a.views, each = Rp * Dp / 2;
+    pair* next = reinterpret_cast<pair*>(memory.data);
+    for (int t = 0; next && t < 2; t++) {
+      if (!from[t]) continue;
+      pair *rows = next, *c = columns[t] = next + n * each, *x = transposed[t] = next + 2 * n * each;
+      next += 3 * n * each;
+      const half* f = from[t];
+#pragma omp parallel for num_threads(threads)
+      for (i64 i = 0; i < n; i++) {
+        const half* first = f + (i % a.views * (2 * a.longest - 1) * a.heads + i / a.views) * D;
+        copy_rows(first, a.heads * D, 2 * a.longest - 1, Rp, D, Dp, rows + i * each);
+        pair_rows(rows + i * each, Rp, Dp, c + i * each);
+        transpose(rows + i * each, Rp, Dp / 2, x + i * each);
+      }
+    }
+  }
+};
+
+struct PairSequence {  // as `Sequence`: one head of one sequence
+  using Tables = PairTables;
+  const Attention<half>& a;
+  const Tables& tables;
+  i64 M, L, D, Dp, Mp, Lp, Rp, q_row, k_row, head, table;
+  static constexpr i64 BAND = 32;
+
+  PairSequence(const Attention<half>& a, const Tables& tables, i64 b, i64 head)
+      : a(a), tables(tables), M(a.q_starts[b + 1] - a.q_starts[b]), L(a.k_starts[b + 1] - a.k_starts[b]),
+        D(a.head_size), Dp(to_32(D)), Mp(to_32(M)), Lp(to_32(L)), Rp(Tables::padded_rows(a)), q_row(a.q_starts[b]),
+        k_row(a.k_starts[b]), head(head), table((head * a.views + a.view_of[b]) * Rp * Dp / 2) {}
+
+  // s [Mp, Lp] = scores without the scale; columns from L on are not to be read
+  void scores(const pair* q, const pair* k, const pair* kt, float* s, float* band) const {
+    multiply(to_16(M), to_16(L), Dp / 2, q, Dp / 2, kt, Lp, s, Lp, false);
+    if (a.relative_key) {
+      const pair* t = tables.transposed[0] + table;
+      for (i64 i0 = 0; i0 < M; i0 += BAND) {
+        const i64 rows = std::min(BAND, M - i0), np = to_16(rows + L - 1), first = a.longest - i0 - rows;
+        multiply(to_16(rows), np, Dp / 2, q + i0 * Dp / 2, Dp / 2, t + first, Rp, band, np, false);
+        for (i64 i = 0; i < rows; i++) {
+          const float* from = band + i * np + rows - 1 - i;
+          float* to = s + (i0 + i) * Lp;
+          for (i64 j = 0; j < L; j += W) at(to + j) += at(from + j);
+        }
+      }
+    }
+    if (a.relative_query) {
+      const pair* t = tables.transposed[1] + table;
+      for (i64 j0 = 0; j0 < L; j0 += BAND) {
+        const i64 rows = std::min(BAND, L - j0), np = to_16(rows + M - 1), first = a.longest - j0 - rows;
+        multiply(to_16(rows), np, Dp / 2, k + j0 * Dp / 2, Dp / 2, t + first, Rp, band, np, false);
+        for (i64 j = 0; j < rows; j += 16)  // key j0 + j, query i: row j, column rows - 1 - j + i
+          for (i64 i = 0; i < M; i += 16) {
+            __m512i x[16];
+            for (i64 r = 0; r < 16; r++) x[r] = load(band + (j + r) * np + rows - 1 - j - r + i);
+            transpose(x);
+            for (i64 r = 0; r < 16; r++) at(s + (i + r) * Lp + j0 + j) += (vec)x[r];
+          }
+      }
+    }
+  }
+
+  // dq [Mp, Dp] and dk [Lp, Dp] += what flows through the relative products; ds [Mp, Lp], transposed dst [Lp, Mp]
+  void add_relative_gradients(const pair* ds, const pair* dst, float* dq, float* dk, half* band) const {
+    const auto add = [&](const half* from, i64 n, i64 stride, i64 others, const pair* t, float* to) {
+      for (i64 i0 = 0; i0 < n; i0 += BAND) {
+        const i64 rows = std::min(BAND, n - i0), first = a.longest - i0 - rows, odd = first % 2;
+        const i64 np = to_32(odd + rows + others - 1);
+        std::fill(band, band + to_16(rows) * np, half{0});
+        for (i64 i = 0; i < rows; i++)
+          std::copy(from + (i0 + i) * stride, from + (i0 + i) * stride + others, band + i * np + odd + rows - 1 - i);
+        multiply(to_16(rows), Dp, np / 2, reinterpret_cast<pair*>(band), np / 2, t + first / 2 * Dp, Dp, to + i0 * Dp,
+                 Dp, true);
+      }
+    };
+    if (a.relative_key) add(reinterpret_cast<const half*>(ds), M, Lp, L, tables.columns[0] + table, dq);
+    if (a.relative_query) add(reinterpret_cast<const half*>(dst), L, Mp, M, tables.columns[1] + table, dk);
+  }
+
+  i64 band_columns() const { return a.relative_key || a.relative_query ? BAND + 48 + std::max(L, M) : 0; }
+  i64 dropout_row(i64 i) const { return (q_row + i) * a.heads + head; }
+
+  size_t forward(char* memory, half* out, float* lse) const {
+    Slices slices{memory};
+    pair *q = slices.pairs(Mp, Dp / 2), *k = slices.pairs(Lp, Dp / 2), *kt = slices.pairs(Dp / 2, Lp);
+    pair *v = slices.pairs(Lp, Dp / 2), *vc = slices.pairs(Lp / 2, Dp), *p = slices.pairs(Mp, Lp / 2);
+    float *s = slices.floats(Mp, Lp), *o = slices.floats(Mp, Dp), *factors = slices.floats(M);
+    float* band = slices.floats(BAND, band_columns());
+    if (!memory) return slices.used;
+    const i64 H = a.heads * D;
+    copy_rows(a.q + q_row * a.q_stride + head * D, a.q_stride, M, Mp, D, Dp, q);
+    copy_rows(a.k + k_row * a.k_stride + head * D, a.k_stride, L, Lp, D, Dp, k);
+    copy_rows(a.v + k_row * a.v_stride + head * D, a.v_stride, L, Lp, D, Dp, v);
+    transpose(k, Lp, Dp / 2, kt);
+    pair_rows(v, Lp, Dp, vc);
+    scores(q, k, kt, s, band);
+    const Dropout dropout(a.seed, a.longest, a.threshold);
+    for (i64 i = 0; i < M; i++) {
+      float* row = s + i * Lp;
+      vec most = vec{} - INFINITY;
+      for (i64 j = 0; j < Lp; j += W) {
+        const auto real = static_cast<__mmask16>(first_of_32(L - j));
+        at(row + j) = (vec)_mm512_mask_mov_ps((__m512)(vec{} - INFINITY), real, (__m512)(at(row + j) * a.scale));
+        most = at(row + j) > most ? at(row + j) : most;
+      }
+      const float max = _mm512_reduce_max_ps((__m512)most);
+      vec total{};
+      for (i64 j = 0; j < Lp; j += 32) {
+        const vec low = exp_of(at(row + j) - max), high = exp_of(at(row + j + W) - max);
+        total += low + high;
+        const uint32_t kept = a.threshold ? kept_of_32(dropout, dropout_row(i), j) : ~0u;
+        store(p + (i * Lp + j) / 2, _mm512_maskz_mov_epi16(kept, rounded(low, high)));
+      }
+      const float sum = sum_of(total);
+      lse[(q_row + i) * a.heads + head] = max + std::log(sum);
+      factors[i] = dropout.scale / sum;
+    }
+    std::fill(p + M * Lp / 2, p + to_16(M) * Lp / 2, 0);
+    multiply(to_16(M), Dp, Lp / 2, p, Lp / 2, vc, Dp, o, Dp, false);
+    put_rows(o, M, D, Dp, 1, factors, out + q_row * H + head * D, H);
+    return slices.used;
+  }
+
+  size_t backward(char* memory, const float* lse, const half* grad, half* grad_q, half* grad_k, half* grad_v) const {
+    Slices slices{memory};
+    pair *q = slices.pairs(Mp, Dp / 2), *qc = slices.pairs(Mp / 2, Dp), *g = slices.pairs(Mp, Dp / 2);
+    pair *gc = slices.pairs(Mp / 2, Dp), *k = slices.pairs(Lp, Dp / 2), *kc = slices.pairs(Lp / 2, Dp);
+    pair *kt = slices.pairs(Dp / 2, Lp), *v = slices.pairs(Lp, Dp / 2), *vt = slices.pairs(Dp / 2, Lp);
+    pair *pc = slices.pairs(Mp / 2, Lp), *dsc = slices.pairs(Mp / 2, Lp), *dsr = slices.pairs(Mp, Lp / 2);
+    pair *pt = slices.pairs(Lp, Mp / 2), *dst = slices.pairs(Lp, Mp / 2);
+    float *s = slices.floats(Mp, Lp), *ds = slices.floats(Mp, Lp);
+    float *dq = slices.floats(Mp, Dp), *dk = slices.floats(Lp, Dp), *dv = slices.floats(Lp, Dp);
+    float* band = slices.floats(BAND, band_columns());
+    if (!memory) return slices.used;
+    const i64 H = a.heads * D;
+    copy_rows(a.q + q_row * a.q_stride + head * D, a.q_stride, M, Mp, D, Dp, q);
+    copy_rows(a.k + k_row * a.k_stride + head * D, a.k_stride, L, Lp, D, Dp, k);
+    copy_rows(a.v + k_row * a.v_stride + head * D, a.v_stride, L, Lp, D, Dp, v);
+    copy_rows(grad + q_row * H + head * D, H, M, Mp, D, Dp, g);
+    pair_rows(q, Mp, Dp, qc), pair_rows(g, Mp, Dp, gc), pair_rows(k, Lp, Dp, kc);
+    transpose(k, Lp, Dp / 2, kt), transpose(v, Lp, Dp / 2, vt);
+    scores(q, k, kt, s, band);
+    multiply(to_16(M), to_16(L), Dp / 2, g, Dp / 2, vt, Lp, ds, Lp, false);  // of the dropped probabilities
+    const Dropout dropout(a.seed, a.longest, a.threshold);
+    alignas(64) uint16_t order[32];  // of two halves to pairs of a column
+    for (int i = 0; i < 32; i++) order[i] = i / 2 + i % 2 * 16;
+    for (i64 i = 0; i < M; i += 2) {
+      const bool has_both = i + 1 < M;  // else the second row is 0
+      const float shifts[2] = {lse[(q_row + i) * a.heads + head], has_both ? lse[(q_row + i + 1) * a.heads + head] : 0};
+      vec totals[2] = {};
+      for (i64 j = 0; j < Lp; j += 32) {
+        vec dropped[2][2];
+        for (i64 r = 0; r < 2; r++) {
+          const uint32_t real = r == 0 || has_both ? first_of_32(L - j) : 0;
+          const uint32_t kept = a.threshold ? real & kept_of_32(dropout, dropout_row(i + r), j) : real;
+          for (i64 h = 0; h < 2; h++) {
+            vec &p = at(s + (i + r) * Lp + j + h * 16), &dp = at(ds + (i + r) * Lp + j + h * 16);
+            p = where(real >> h * 16, exp_of(p * a.scale - shifts[r]));
+            dp = where(kept >> h * 16, dp * dropout.scale);
+            totals[r] += p * dp;
+            dropped[r][h] = where(kept >> h * 16, p * dropout.scale);
+          }
+        }
+        for (i64 h = 0; h < 2; h++)
+          store(pc + i / 2 * Lp + j + h * 16,
+                _mm512_permutexvar_epi16(load(order), rounded(dropped[0][h], dropped[1][h])));
+      }
+      const float deltas[2] = {sum_of(totals[0]), sum_of(totals[1])};
+      for (i64 j = 0; j < Lp; j += 16) {
+        vec x[2];
+        for (i64 r = 0; r < 2; r++) x[r] = at(s + (i + r) * Lp + j) * (at(ds + (i + r) * Lp + j) - deltas[r]);
+        const __m512i both = rounded(x[0], x[1]);
+        auto* to = reinterpret_cast<__m256i*>(dsr + (i * Lp + j) / 2);
+        _mm256_storeu_si256(to, _mm512_castsi512_si256(both));
+        _mm256_storeu_si256(to + Lp / 16, _mm512_extracti64x4_epi64(both, 1));
+        store(dsc + i / 2 * Lp + j, _mm512_permutexvar_epi16(load(order), both));
+      }
+    }
+    const i64 even = (M + 1) / 2 * 2;
+    std::fill(pc + even / 2 * Lp, pc + Mp / 2 * Lp, 0), std::fill(dsc + even / 2 * Lp, dsc + Mp / 2 * Lp, 0);
+    std::fill(dsr + even * Lp / 2, dsr + Mp * Lp / 2, 0);
+    transpose(pc, Mp / 2, Lp, pt), transpose(dsc, Mp / 2, Lp, dst);
+    multiply(to_16(L), Dp, Mp / 2, pt, Mp / 2, gc, Dp, dv, Dp, false);
+    multiply(to_16(M), Dp, Lp / 2, dsr, Lp / 2, kc, Dp, dq, Dp, false);
+    multiply(to_16(L), Dp, Mp / 2, dst, Mp / 2, qc, Dp, dk, Dp, false);
+    add_relative_gradients(dsr, dst, dq, dk, reinterpret_cast<half*>(band));
+    put_rows(dq, M, D, Dp, a.scale, nullptr, grad_q + q_row * H + head * D, H);
+    put_rows(dk, L, D, Dp, a.scale, nullptr, grad_k + k_row * H + head * D, H);
+    put_rows(dv, L, D, Dp, 1, nullptr, grad_v + k_row * H + head * D, H);
+    return slices.used;
+  }
+};
+
+template <class T>
+using Head = std::conditional_t<std::is_same_v<T, half>, PairSequence, Sequence<T>>;
+#else
+struct Tiles {
+  Tiles() {}
+};
+template <class T>
+using Head = Sequence<T>;
+#endif
+
 // run(sequence, memory) for each head of each sequence; without memory it returns how many bytes it needs.
 template <class T, class Run>
-int for_each_head(Attention<T>& a, const float* relative_key, const float* relative_query, i64 threads, Run run) {
-  Tables tables(a, relative_key, relative_query, threads);
+int for_each_head(const Attention<T>& a, i64 threads, Run run) {
+  const typename Head<T>::Tables tables(a, threads);
   if (!tables.memory.data) return 1;
   size_t bytes = 0;
-  for (i64 b = 0; b < a.sequences; b++) bytes = std::max(bytes, run(Sequence<T>(a, b, 0), nullptr));
+  for (i64 b = 0; b < a.sequences; b++) bytes = std::max(bytes, run(Head<T>(a, tables, b, 0), nullptr));
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
+    const Tiles tiles;
     Buffer memory(bytes);
     failed = !memory.data;
 #pragma omp for schedule(dynamic)
     for (i64 i = a.sequences * a.heads - 1; i >= 0; i--)
-      if (!failed) run(Sequence<T>(a, i / a.heads, i % a.heads), memory.data);
+      if (!failed) run(Head<T>(a, tables, i / a.heads, i % a.heads), memory.data);
   }
   return failed;
 }
@@ -585,17 +1001,17 @@ int low_rank_gradient(const float* u, const void* x, float* out, i64 N, i64 I, i
   return with_types(run, half_x);
 }
 
-// out [Q, A D] and lse [Q, A]; q [Q, ...], k and v [N, ...] by their strides; relative tables [V, 2 S - 1, A, D] or null.
+// out [Q, A D], lse [Q, A]; q [Q, ...], k and v [N, ...] by their strides; relative tables [V, 2 S - 1, A, D] or null.
 int attention(const void* q, i64 q_stride, const void* k, i64 k_stride, const void* v, i64 v_stride,
-              const float* relative_key, const float* relative_query, i64 views, const i64* q_starts,
+              const void* relative_key, const void* relative_query, i64 views, const i64* q_starts,
               const i64* k_starts, const i64* view_of, i64 sequences, i64 heads, i64 head_size, i64 longest,
               float scale, u64 seed, i64 threshold, i64 half, i64 threads, void* out, float* lse) {
   const auto run = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     Attention<T> a{static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v), q_stride, k_stride,
-                   v_stride, nullptr, nullptr, nullptr, nullptr, views, q_starts, k_starts, view_of, sequences, heads,
-                   head_size, longest, scale, seed, threshold};
-    return for_each_head(a, relative_key, relative_query, threads, [&](const Sequence<T>& s, char* memory) {
+                   v_stride, static_cast<const T*>(relative_key), static_cast<const T*>(relative_query), views, q_starts,
+                   k_starts, view_of, sequences, heads, head_size, longest, scale, seed, threshold};
+    return for_each_head(a, threads, [&](const Head<T>& s, char* memory) {
       return s.forward(memory, static_cast<T*>(out), lse);
     });
   };
@@ -603,16 +1019,16 @@ int attention(const void* q, i64 q_stride, const void* k, i64 k_stride, const vo
 }
 
 int attention_backward(const void* q, i64 q_stride, const void* k, i64 k_stride, const void* v, i64 v_stride,
-                       const float* relative_key, const float* relative_query, i64 views, const i64* q_starts,
+                       const void* relative_key, const void* relative_query, i64 views, const i64* q_starts,
                        const i64* k_starts, const i64* view_of, i64 sequences, i64 heads, i64 head_size, i64 longest,
                        float scale, u64 seed, i64 threshold, i64 half, i64 threads, const float* lse,
                        const void* grad, void* grad_q, void* grad_k, void* grad_v) {
   const auto run = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     Attention<T> a{static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v), q_stride, k_stride,
-                   v_stride, nullptr, nullptr, nullptr, nullptr, views, q_starts, k_starts, view_of, sequences, heads,
-                   head_size, longest, scale, seed, threshold};
-    return for_each_head(a, relative_key, relative_query, threads, [&](const Sequence<T>& s, char* memory) {
+                   v_stride, static_cast<const T*>(relative_key), static_cast<const T*>(relative_query), views, q_starts,
+                   k_starts, view_of, sequences, heads, head_size, longest, scale, seed, threshold};
+    return for_each_head(a, threads, [&](const Head<T>& s, char* memory) {
       return s.backward(memory, lse, static_cast<const T*>(grad), static_cast<T*>(grad_q), static_cast<T*>(grad_k),
                         static_cast<T*>(grad_v));
     });

@@ -398,10 +398,10 @@ class _Attention(torch.autograd.Function):
         key, value = (kernel_input(n, x, rows, width, dtypes=(dtype,)) for n, x in (("key", key), ("value", value)))
         views = count_views(relative)
         shape = (views, 2 * longest - 1, width)
-        tables = tuple(
-            None if x is None else x.detach().to(torch.float32 if x.dtype is dtype else x.dtype) for x in relative
-        )
-        tables = tuple(None if x is None else kernel_input("relative table", x, *shape) for x in tables)
+        tables = [None if x is None else x.detach() for x in relative]
+        if dtype is BF16:  # as the products with them are
+            tables = [x.to(dtype) if x is not None and x.dtype is torch.float32 else x for x in tables]
+        tables = [None if x is None else kernel_input("relative table", x, *shape, dtypes=(dtype,)) for x in tables]
         starts = _Attention.checked_starts(starts, query.shape[0], rows, longest, views)
         out, lse = torch.empty_like(query), query.new_empty(query.shape[0], heads, dtype=torch.float32)
         ctx.settings = (tables, starts, longest, heads, scale, p, seed)
@@ -470,6 +470,7 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor, settings: tuple[A
     (relative_key, relative_query), starts, longest, heads, scale, p, seed = settings
     query_starts, key_starts, views = (x.tolist() for x in starts)
     dtype = query.dtype
+    relative_key, relative_query = (None if x is None else x.float() for x in (relative_key, relative_query))
     query, key, value = (x.float().unflatten(1, (heads, -1)).transpose(0, 1) for x in (query, key, value))  # [A, N, D]
     ones = torch.ones(query.shape[1] * heads, longest, dtype=torch.float32)  # whatever the default dtype is
     kept = _Dropout.run(ones, p, seed).view(-1, heads, longest) if p else None
