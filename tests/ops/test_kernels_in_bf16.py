@@ -162,3 +162,30 @@ def test_a_table_in_fp32_is_rounded_to_bf16_and_one_in_bf16_is_read_by_second_de
     grads = torch.autograd.grad(out, inputs, attention.grad, create_graph=True)
     for grad, result in zip(grads, results[1:], strict=True):
         torch.testing.assert_close(grad, result, rtol=0.02, atol=0.02)
+
+
+def test_gelu_of_every_bf16_is_the_nearest_to_that_in_float64_and_its_gradient_within_two_roundings(way):
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite()].view(1, -1).requires_grad_()
+    y, grad = kernels.GELU()(x), noise(*x.shape, seed=1).bfloat16()
+    y.backward(grad)
+    exact = x.detach().double().requires_grad_()
+    below = torch.special.erfc(-exact / 2**0.5) / 2  # F.gelu loses the digits of its tail, as 1 + erf
+    want = exact * below
+    (slope,) = torch.autograd.grad(want.sum(), exact)
+    torch.testing.assert_close(y.detach(), want.detach().float().bfloat16(), rtol=0, atol=1e-38)
+    assert_within(x.grad, grad.double() * slope, 1.001 * ROUNDING * (grad.double() * slope).abs() + 1e-37)
+
+
+def test_gelu_keeps_nan_and_infinity_and_has_torchs_second_derivatives():
+    x = torch.tensor([float("nan"), -float("inf"), float("inf")]).bfloat16()
+    y = kernels.GELU()(x)
+    assert y.isnan().tolist() == [True, True, False] and y[2] == x[2]
+    x = noise(40, seed=1).bfloat16().requires_grad_()
+    twice = []
+    for f in (kernels.GELU(), torch.nn.functional.gelu):
+        (grad,) = torch.autograd.grad(f(x).sum(), x, create_graph=True)
+        twice += torch.autograd.grad(grad.square().sum(), x)
+    torch.testing.assert_close(*twice, rtol=0.02, atol=0.02)
+    y = kernels.GELU()(x.float())
+    assert torch.equal(y, torch.nn.functional.gelu(x.float()))

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_nlu.methods.description import Description
 from lora_nlu.methods.marking import new_block, new_linear
-from lora_nlu.ops.kernels import Dropout
+from lora_nlu.ops.kernels import GELU, Dropout
 from lora_nlu.ops.packing import PackedBatch
 
 Config = RobertaConfig | DebertaV2Config
@@ -74,6 +74,8 @@ def in_dtype_of(hidden_states: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
 
 def activation(name: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """The activation of this name, or the function itself."""
+    if name == "gelu":
+        return GELU()
     return ACT2FN[name] if isinstance(name, str) else name
 
 

@@ -1,5 +1,5 @@
-// Dropout, the low-rank update and attention of a training step: CPU, any SIMD width; fp32 inside, while tensors are
-// fp32 or bf16 (`half`). With AVX512-BF16, or better AMX, attention multiplies bf16 as it is, with sums in fp32.
+// Dropout, the low-rank update, attention and gelu of a training step: CPU, any SIMD width; fp32 inside, while tensors
+// are fp32 or bf16 (`half`). With AVX512-BF16, or better AMX, attention multiplies bf16 as it is, with sums in fp32.
 // kernels.py compiles this file, calls these functions with plain pointers and holds the expressions they stand for.
 //
 // Dropout stores no mask. Element (row, column) is kept by 16 bits of a counter-based hash (SplitMix64, Steele et al.
@@ -949,6 +949,21 @@ int sum_outer(const float* u, const X* x, float* out, i64 N, i64 I, i64 R, float
   return failed;
 }
 
+struct Gelu {  // of every bf16 by its bits: x P(X <= x), X standard normal, and the derivative
+  float value[65536], slope[65536];
+  Gelu() {
+    for (int32_t i = 0; i < 65536; i++) {
+      const double x = read(half{static_cast<uint16_t>(i)}), below = 0.5 * std::erfc(-x * 0.70710678118654752);
+      value[i] = static_cast<float>(x * below);
+      slope[i] = static_cast<float>(below + x * 0.39894228040143268 * std::exp(-0.5 * x * x));
+    }
+  }
+  static const Gelu& tables() {
+    static const Gelu result;
+    return result;
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -977,6 +992,21 @@ int dropout(const void* x, void* y, const float* residual, i64 N, i64 H, u64 see
     return failed;
   };
   return with_types(run, half_x, half_y);
+}
+
+// y [n] = gelu(x) or, with `grad`, grad gelu'(x), all in bf16
+int gelu(const void* x, const void* grad, void* y, i64 n, i64 threads) {
+  const Gelu& tables = Gelu::tables();
+  const auto *from = static_cast<const half*>(x), *g = static_cast<const half*>(grad);
+  auto* to = static_cast<half*>(y);
+  if (g) {
+#pragma omp parallel for simd num_threads(threads)
+    for (i64 i = 0; i < n; i++) write(to + i, read(g[i]) * tables.slope[from[i].bits]);
+  } else {
+#pragma omp parallel for simd num_threads(threads)
+    for (i64 i = 0; i < n; i++) write(to + i, tables.value[from[i].bits]);
+  }
+  return 0;
 }
 
 // z [N, O] = y + s u up with u [N, R] = x down; x [N, I], y [N, O], which may be z; down [I, R] and up [R, O] by strides

@@ -33,7 +33,7 @@ MAKE_FX, FAKE = torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchMod
 KINDS = {"P": ctypes.c_void_p, "I": ctypes.c_int64, "U": ctypes.c_uint64, "F": ctypes.c_float}
 _ATTENTION = "PIPIPI" + "PPI" + "PPP" + "IIII" + "FUIII"
 SIGNATURES = {
-    "dropout": "PPPIIUIIII", "add_low_rank": "PPIIPIIPPPIIIIFIIII", "low_rank_gradient": "PPPIIIFII",
+    "dropout": "PPPIIUIIII", "gelu": "PPPII", "add_low_rank": "PPIIPIIPPPIIIIFIIII", "low_rank_gradient": "PPPIIIFII",
     "attention": _ATTENTION + "PP", "attention_backward": _ATTENTION + "PPPPP",
 }  # fmt: skip
 
@@ -324,6 +324,34 @@ class Dropout(nn.Dropout):
         if residual is not None:
             return add_dropout(x, residual, self.p, self.training)
         return dropout(x, self.p, self.training)
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _Gelu.run(x, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(grad, x) if needs_torch_operations(grad) else _Gelu.run(x, grad)
+
+    @staticmethod
+    def run(x: Tensor, grad: Tensor | None) -> Tensor:
+        x = kernel_input("gelu's input", x, *x.shape, dtypes=(BF16,))
+        if grad is not None:
+            grad = kernel_input("gelu's gradient", grad, *x.shape, dtypes=(BF16,))
+        y = torch.empty_like(x)
+        library().gelu(*map(_address, (x, grad, y)), x.numel(), torch.get_num_threads())
+        return y
+
+
+class GELU(nn.GELU):
+    """`nn.GELU`; of bf16 on a CPU each value and each derivative is looked up, and rounded once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Gelu.apply(x) if can_replace(x, (BF16,)) and library() else super().forward(x)
 
 
 def product_with_update(
