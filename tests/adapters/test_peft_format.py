@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from lora_nlu.adapters.__main__ import main
 from lora_nlu.adapters.adapter import Adapter, target_layers, with_relative_query
 from lora_nlu.adapters.attaching import attach_adapter, load_adapter
+from lora_nlu.adapters.converting import merged_state
 from lora_nlu.adapters.peft_format import SUPPORTED_SETTINGS, adapted_modules
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
@@ -55,7 +56,7 @@ from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.methods.table import METHODS
 from lora_nlu.methods.targets import TARGETS
-from lora_nlu.models.modeling_deberta_v2 import DebertaV2Model
+from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification, DebertaV2Model
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification, RobertaModel
 
 # ------------------------------------------------------------------------- DeBERTa: LoRA on the relative query or not
@@ -93,6 +94,38 @@ def test_a_deberta_adapter_written_by_peft_loads_with_the_same_logits_and_only_i
     assert_close(logits(model), logits(theirs))
     message = refused(tmp_path, lora_deberta(seed=1))
     assert "was trained with LoRA on the relative" in message and "Give --lora_relative_query" in message
+
+
+def test_a_deberta_adapter_with_lora_on_the_relative_key_alone_is_recorded_refused_by_peft_and_merged(tmp_path):
+    settings = {"lora_target_modules": ["query", "key"]}
+    model = lora_deberta(lora_relative_query="key", **settings)
+    save_adapter(model, tmp_path, METADATA_OF_RUN)
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    assert (config["peft_type"], config["lora_relative_query"]) == ("LORA_FROZEN_RELATIVE_QUERY", "key")
+    with pytest.raises((KeyError, ValueError), match="LORA_FROZEN_RELATIVE_QUERY"):
+        PeftModel.from_pretrained(transformers.DebertaV2ForSequenceClassification(tiny_deberta_config()), str(tmp_path))
+    adapter = read_adapter(str(tmp_path))
+    assert adapter.relative_query == "key" and adapter.frozen_relative_query
+    for other in ("none", "both"):
+        message = refused(tmp_path, lora_deberta(seed=1, lora_relative_query=other, **settings))
+        assert "LoRA on the relative positions' key alone" in message and "Give --lora_relative_query key." in message
+    state, plain = merged_state(model)
+    theirs = transformers.DebertaV2ForSequenceClassification(tiny_deberta_config(**plain))
+    theirs.load_state_dict(state)
+    assert plain == {"share_att_key": False}
+    assert_close(logits(theirs), logits(model))
+    base = transformers.DebertaV2ForSequenceClassification(tiny_deberta_config())
+    base.load_state_dict({name: t for name, t in model.state_dict().items() if "lora_" not in name})
+    fresh = DebertaV2ForSequenceClassification(tiny_deberta_config())
+    fresh.load_state_dict(base.state_dict())
+    attach_adapter(fresh, adapter, None, allow_new_head=False)
+    assert fresh.relative_query == "key" and torch.equal(logits(fresh), logits(model))
+
+
+@pytest.mark.parametrize("way, targets, recorded", [("key", ["query"], "none"), ("key", ["key"], "both")])
+def test_a_way_that_is_another_by_its_updates_is_recorded_under_the_simpler_name(way, targets, recorded, tmp_path):
+    save_adapter(lora_deberta(lora_relative_query=way, lora_target_modules=targets), tmp_path, METADATA_OF_RUN)
+    assert read_adapter(str(tmp_path)).relative_query == recorded
 
 
 def test_a_published_deberta_file_is_not_read_with_lora_on_the_relative_query(tmp_path):

@@ -170,6 +170,20 @@ def test_lora_on_the_relative_query_is_saved_with_the_adapter_and_checked_on_loa
     assert scores(tmp_path / "o" / "eval_results.json") != scores(tmp_path / "peft" / "eval_results.json")
 
 
+def test_lora_on_the_relative_key_alone_is_recorded_in_the_run_and_checked_on_loading_and_resuming(run, tmp_path):
+    train = ["--task_name", "cola", *LORA, *SHORT, "--lora_target_modules", "query,key", "--do_train", "--do_eval"]
+    succeeded(run(*train, "--output_dir", tmp_path / "key", "--lora_relative_query", "key"))
+    assert read(tmp_path / "key" / "run.json")["lora"]["lora_relative_query"] == "key"
+    evaluate = ["--task_name", "cola", "--do_eval", "--max_seq_length", "64", "--output_dir", tmp_path / "o"]
+    evaluate += ["--lora_path", tmp_path / "key"]
+    succeeded(run(*evaluate))
+    assert scores(tmp_path / "o" / "eval_results.json") == scores(tmp_path / "key" / "eval_results.json")
+    outcome = run(*evaluate, "--lora_relative_query", "none")
+    assert outcome.code == 1 and "Give --lora_relative_query key." in outcome.err
+    outcome = run(*train, "--output_dir", tmp_path / "key", "--lora_relative_query")
+    assert outcome.code == 1 and "lora_relative_query key, now True" in outcome.err
+
+
 def test_a_deberta_has_no_longest_input_where_it_has_no_position_table(run, tmp_path):
     flags = ["--task_name", "rte", *LORA, *SHORT, "--max_seq_length", "200", "--do_train", "--output_dir", tmp_path]
     outcome = succeeded(run(*flags, "--overwrite_output_dir"))

@@ -109,7 +109,9 @@ def test_a_new_call_evaluates_a_methods_folder_to_the_same_numbers_without_the_m
     assert {"eval_accuracy", "eval_loss"} <= want.keys()
     assert scores(tmp_path / "o" / "eval_results.json") == pytest.approx(want, rel=1e-9)
     contents_of = {"houlsby": "houlsby, size 8.", "pfeiffer": "pfeiffer, size 8.", "bitfit": "bitfit.", "head": "head."}
-    other = "rank 4, alpha 8." if method in WITH_NUMBERS else "rank 4" if row_of(method).has_alpha else method
+    row = row_of(method)
+    variant = f"{row.label}, rank 4" if row.name != "lora" else "rank 4"
+    other = "rank 4, alpha 8." if method in WITH_NUMBERS else variant if row.has_ranks else method
     assert f"Loaded {folder}: {contents_of.get(method, other)}" in outcome.out
 
 
@@ -204,6 +206,33 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(method, trained,
     assert scores(output / "eval_results.json") == scores(folder / "eval_results.json")
     elapsed = [e["elapsed_s"] for e in read(output / "trainer_state.json")["log_history"] if "elapsed_s" in e]
     assert elapsed[:3] == before and elapsed == sorted(elapsed)  # the clock goes on from where it stood
+
+
+def test_rates_of_B_and_of_the_head_are_recorded_and_compared_and_a_resumed_run_ends_with_the_same_bits(
+    trained, call, glue, tmp_path
+):
+    rates = ["--loraplus_lr_ratio", "3", "--head_learning_rate", "2e-3"]
+    flags = [*METHODS["lora"][0], *STEPS, "--do_train"]
+    succeeded(call(*rte(glue, tmp_path / "run", *flags, *rates)))
+    hyper = read(tmp_path / "run" / "run.json")["hyperparameters"]
+    assert (hyper["loraplus_lr_ratio"], hyper["head_learning_rate"]) == (3.0, 2e-3)
+    assert not {"loraplus_lr_ratio", "head_learning_rate"} & {*read(trained("lora")[0] / "run.json")["hyperparameters"]}
+    groups = torch.load(tmp_path / "run" / "checkpoint-3" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {1e-2, 3e-2, 2e-3}
+    assert [group["lr"] / group["initial_lr"] for group in groups] == pytest.approx([0.5] * len(groups))
+    output = cut_off(tmp_path / "run", tmp_path / "output", after=3)
+    for others, difference in (
+        ([*rates, "--loraplus_lr_ratio", "4"], "loraplus_lr_ratio 3.0, now 4.0"),
+        (rates[:2], "head_learning_rate 0.002, now None"),
+    ):
+        outcome = call(*rte(glue, output, *flags, *others))
+        assert outcome.code == 1 and difference in outcome.err
+    without = cut_off(trained("lora")[0], tmp_path / "without", after=3)
+    outcome = call(*rte(glue, without, *flags, *rates))
+    assert outcome.code == 1 and "loraplus_lr_ratio None, now 3.0; head_learning_rate None, now 0.002" in outcome.err
+    succeeded(call(*rte(glue, output, *flags, *rates)))
+    weights = "adapter_model.safetensors"
+    assert contents(output)[weights] == contents(tmp_path / "run")[weights] != contents(trained("lora")[0])[weights]
 
 
 def test_a_finished_run_of_adapters_is_not_trained_again(trained, call, glue, tmp_path):
@@ -324,6 +353,13 @@ OTHER = METHODS["pfeiffer"][0]
         (["--lora_target_modules", "key"], ["--lora_target_modules", "Add --apply_lora"]),
         (["--lora_layers", "1"], ["--lora_layers", "Add --apply_lora"]),
         (["--lora_r", "8", "--lora_alpha", "16"], ["--lora_r", "Add --apply_lora"]),
+        (["--lora_variant", "rslora"], ["--lora_variant", "Add --apply_lora"]),
+        ([*LORA, "--lora_variant", "lore"], ["--lora_variant", "choose from", "rslora"]),
+        ([*LORA, "--lora_relative_query", "query"], ["--lora_relative_query query", "none, key and both"]),
+        (["--apply_bitfit", "--loraplus_lr_ratio", "16"], ["--loraplus_lr_ratio has no effect with BitFit"]),
+        ([*LORA, "--loraplus_lr_ratio", "0"], ["--loraplus_lr_ratio 0.0: must be above 0"]),
+        (["--head_learning_rate", "-1"], ["--head_learning_rate -1.0: must be 0 or more"]),
+        (["--do_train", "false", "--do_eval", "--head_learning_rate", "1"], ["--head_learning_rate", "Add --do_train"]),
         (["--lora_dropout", "0.1"], ["--lora_dropout", "Add --apply_lora"]),
         (["--apply_bitfit", "--lora_dropout", "0.1"], ["--lora_dropout", "Add --apply_lora"]),
         (["--adapter_path", "x", "--lora_target_modules", "key"], ["--lora_target_modules", "Add --apply_lora"]),

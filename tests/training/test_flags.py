@@ -13,7 +13,8 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from lora_nlu.errors import UsageError, UserError
-from lora_nlu.methods.description import method_flags, settings_of_flags
+from lora_nlu.methods.description import check_flags, description_of, method_flags, settings_of_flags
+from lora_nlu.methods.table import METHODS
 from lora_nlu.methods.targets import TARGETS
 from lora_nlu.training.arguments import DataArguments, ModelArguments
 from lora_nlu.training.legacy_flags import DROPPED, RENAMED, SWITCHES, translate
@@ -235,6 +236,29 @@ def setting(name: str, text: str | None) -> Any:
 
 
 parse_targets, parse_layers = partial(setting, "lora_target_modules"), partial(setting, "lora_layers")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [(None, None), ("none", "none"), ("false", "none"), ("KEY", "key"), ("both", True), ("true", True)],
+)
+def test_the_relative_query_is_none_key_or_both_and_true_and_false_are_read_as_before(text, value):
+    assert setting("lora_relative_query", text) == value
+
+
+def test_a_flag_or_setting_that_a_variant_of_lora_lacks_is_refused_by_its_name(monkeypatch):
+    without = tuple(flag for flag in METHODS["lora"].flags if flag.name != "lora_alpha")
+    chosen = {"apply_lora": True, "lora_variant": "toy"}
+    toy = dataclasses.replace(METHODS["lora"], name="toy", label="Toy", chosen_by=chosen, flags=without, missing=None)
+    monkeypatch.setitem(METHODS, "toy", toy)
+    settings = chosen | {"lora_r": 4}
+    flags = {flag.name: flag.default for flag in method_flags()} | settings
+    check_flags(SimpleNamespace(**flags))
+    with pytest.raises(UsageError, match="^--lora_alpha has no effect with Toy; it is a setting of LoRA, .*. Remove"):
+        check_flags(SimpleNamespace(**flags | {"lora_alpha": 8.0}))
+    check_flags(SimpleNamespace(**flags | {"lora_variant": None, "lora_alpha": 8.0}))
+    with pytest.raises(ValueError, match="^config.lora_alpha has no effect with Toy; .*. Remove lora_alpha.$"):
+        description_of(SimpleNamespace(num_hidden_layers=2, **settings, lora_alpha=8.0))
 
 
 @pytest.mark.parametrize(

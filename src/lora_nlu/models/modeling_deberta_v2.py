@@ -243,15 +243,12 @@ class DisentangledSelfAttention(nn.Module):
 
         It is called as a module: hooks load offloaded weights, and what wraps a layer passes the argument on.
         """
-        is_frozen = self.shared and projection in self.skipped_projections() and updated_layers(projection)
-        return {"apply_update": False} if is_frozen else {}
+        return {"apply_update": False} if self.skips(projection) and updated_layers(projection) else {}
 
-    def skipped_projections(self) -> list[nn.Module]:
-        """The shared projections whose updates the relative table bypasses, by the config."""
-        skipped: dict[str, list[nn.Module]] = {
-            "none": [self.query_proj, self.key_proj], "key": [self.query_proj], "both": [],
-        }  # fmt: skip
-        return skipped[relative_query(self.config)] if self.shared else []
+    def skips(self, projection: nn.Module) -> bool:
+        """Whether the relative table bypasses the update of this one of its projections, by the config."""
+        way = relative_query(self.config)
+        return self.shared and (way == "none" or (way == "key" and projection is self.query_proj))
 
     def shared_updates(self) -> dict[str, list[UpdatedLinear]]:
         """The updates that tokens and relative table share, by projection: where `lora_relative_query` matters."""
@@ -262,8 +259,7 @@ class DisentangledSelfAttention(nn.Module):
 
     def skipped_updates(self) -> list[UpdatedLinear]:
         """The shared updates that the relative table bypasses."""
-        skipped = self.skipped_projections()
-        return [x for name, layers in self.shared_updates().items() if getattr(self, name) in skipped for x in layers]
+        return [x for name, layers in self.shared_updates().items() if self.skips(getattr(self, name)) for x in layers]
 
     def trains_relative(self, table: Tensor | None, table_trains: bool) -> bool:
         """Whether relative keys or queries would require gradients in grad mode."""

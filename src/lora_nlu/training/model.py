@@ -13,8 +13,9 @@ from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError, UserError, printable
 from lora_nlu.files import ADAPTER_CONFIG
 from lora_nlu.labels import config_labels, recorded_labels
-from lora_nlu.methods.description import contradicts, description_of, set_method, settings_of_flags
+from lora_nlu.methods.description import contradicts, description_of, methods_of_flags, set_method, settings_of_flags
 from lora_nlu.methods.lora import lora_layers
+from lora_nlu.methods.method import Method
 from lora_nlu.methods.table import METHODS
 from lora_nlu.models.loading import base_fingerprint, check_method, load_model, own_adapter, set_task, set_two_views
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
@@ -66,6 +67,7 @@ def prepare_model(
 ) -> tuple[Any, Any, dict[str, str | None]]:
     """The model, with the adapter, that predicts the examples' labels; its tokenizer; the fingerprints of all three."""
     model_args, data_args, args = flags
+    _check_backend(adapter.row if adapter else None, flags)
     name, base_labels = model_args.model_name_or_path, recorded_labels(config)
     if not adapter or not adapter.label_count:
         base_labels = head.labels
@@ -93,6 +95,14 @@ def prepare_model(
     source, metadata = model_args.adapter_source or name, adapter.metadata if adapter else recorded(Path(name))
     check_tokenizer(source, metadata, of_tokenizer, "Give the one it was trained with as --tokenizer_name.")
     return model, tokenizer, fingerprints
+
+
+def _check_backend(of_adapter: Method | None, flags: Flags) -> None:
+    """Raise UsageError for a method that the backend can't shard; of_adapter: that of the file the run starts from."""
+    for row in [of_adapter] if of_adapter else methods_of_flags(flags.model):
+        if flags.run.is_sharded and not row.shards:
+            backend = "--deepspeed" if flags.run.deepspeed else "--fsdp"
+            raise UsageError(f"{backend}: {row.label} can't be sharded. Leave the flag out: DDP trains it.")
 
 
 def _load_model(flags: Flags, config: Any, adapter: Adapter | None, base_labels: tuple[str, ...] | None) -> Any:
