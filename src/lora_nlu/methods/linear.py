@@ -14,10 +14,8 @@ from lora_nlu.methods.targets import TARGETS, target_of
 from lora_nlu.ops.kernels import Linear
 from lora_nlu.ops.tensors import is_same
 
-_HELD_IN_BF16 = (
-    "The weight of this layer is held in bf16, for products alone. Call the model's restore_weights(), which reads it "
-    "from the checkpoint again."
-)
+RESTORE = "Call the model's restore_weights(), which reads it from the checkpoint again."
+_HELD_IN_BF16 = f"The weight of this layer is held in bf16, for products alone. {RESTORE}"
 
 
 def _version(x: Tensor) -> int:
@@ -200,6 +198,8 @@ def check_not_quantised(model: nn.Module, names: Iterable[str] | None = None) ->
             continue
         if getattr(layer, "frozen", None) is not None:
             raise ValueError(f"{name}: {_HELD_IN_BF16}")
+        if getattr(layer, "is_replaced", False):
+            raise ValueError(f"{name}: The weight of this layer was replaced for training. {RESTORE}")
         weight, subject = layer.weight, ""
         if type(layer) not in (nn.Linear, Linear) and getattr(layer, "method", None) not in METHODS:
             subject = f"{name} is a {type(layer).__module__}.{type(layer).__qualname__}"

@@ -82,6 +82,9 @@ class Method:
     start: Callable[[Any], None] | None = None
 
     # A step
+    # before_steps(model): replaces weights by what steps multiply by. Called when a run's trainer is made, and after a
+    # checkpoint is loaded into its model. `restore_weights` of the model puts the weights back.
+    before_steps: Callable[[Any], None] | None = None
     loss_term: Function | None = None  # loss_term(model): a scalar added once to the mean loss of each training step
     # after_step(model): an object for one run. Its `step(number, total)` is called after optimizer step `number` of
     # `total`, while the gradients, clipped, are still there; its `state_dict()` and `load_state_dict(state)`, of

@@ -108,7 +108,7 @@ class Checkpoints:
         encoder = getattr(model.base_model, "encoder", None)
         layers = [] if encoder is None else layers_to_hold_in_bf16(encoder)
         layers = [layer for layer in layers if not (trains and layer.weight.requires_grad)]
-        if layers and not (model.name_or_path and weight_files(model.name_or_path, model.config, **self._hub)):
+        if layers and not self.has_weight_files():
             return 0
         for layer in layers:
             layer.frozen = FrozenWeight(layer.weight.detach())
@@ -118,6 +118,11 @@ class Checkpoints:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         return len(names)
 
+    def has_weight_files(self) -> bool:
+        """Whether files contain the weights that this model was loaded with."""
+        model: Any = self
+        return bool(model.name_or_path and weight_files(model.name_or_path, model.config, **self._hub))
+
     @property
     def is_held_in_bf16(self) -> bool:
         """Whether `hold_in_bf16` replaced weights."""
@@ -126,12 +131,12 @@ class Checkpoints:
 
     @torch.no_grad()
     def restore_weights(self) -> None:
-        """Read the weights that `hold_in_bf16` replaced from the checkpoint again, in fp32.
+        """Read the weights that `hold_in_bf16` or a method replaced from the checkpoint again, in fp32.
 
         Raises UserError if it has other weights now, or is gone.
         """
         model: Any = self
-        held = {name: m for name, m in model.named_modules() if getattr(m, "frozen", None) is not None}
+        held = {name: m for name, m in model.named_modules() if getattr(m, "is_replaced", False)}
         missing, name = dict(held), model.name_or_path
         for path in weight_files(name, model.config, **self._hub) if held else ():
             with checkpoint_tensors(path) as (keys, read):
@@ -139,17 +144,19 @@ class Checkpoints:
                     module = _named(key.removesuffix(".weight"), missing) if key.endswith(".weight") else None
                     if module is None:
                         continue
-                    layer, weight = missing[module], read(key).float()
-                    if not is_same(plain(layer.frozen.weight), weight.bfloat16()):
+                    layer = missing[module]
+                    now = layer.weight if layer.frozen is None else plain(layer.frozen.weight)
+                    weight = read(key).to(now.device, now.dtype if layer.frozen is None else torch.float32)
+                    if not is_same(layer.of_checkpoint(weight), now):
                         raise UserError(
                             f"{name}: {key} is not what this model was loaded from: the files have changed.\nLoad the "
                             "model again."
                         )
-                    layer.weight, layer.frozen = nn.Parameter(weight, layer.weight.requires_grad), None
+                    layer.put_back(weight)
                     del missing[module]
         if missing:
             raise UserError(
-                f"{name}: {[*missing][0]}.weight and {len(missing) - 1} more weights, which this model holds in bf16, "
+                f"{name}: {[*missing][0]}.weight and {len(missing) - 1} more weights, which were replaced for training, "
                 "can't be read again: the files have changed or are gone.\nLoad the model again."
             )
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [])

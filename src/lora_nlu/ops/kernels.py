@@ -178,6 +178,19 @@ class Linear(nn.Linear):
 
     frozen: Any = None
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether `weight` is not what the checkpoint has, which `Checkpoints.restore_weights` reads again."""
+        return self.frozen is not None
+
+    def of_checkpoint(self, weight: Tensor) -> Tensor:
+        """What this layer multiplies by, before it is held in bf16, of the checkpoint's weight [O, I]."""
+        return weight
+
+    def put_back(self, weight: Tensor) -> None:
+        """Replace `weight` by the checkpoint's."""
+        self.weight, self.frozen = nn.Parameter(weight, self.weight.requires_grad), None
+
     def _refuse_if_held(self, done: str) -> None:
         if self.frozen is not None:
             raise RuntimeError(

@@ -325,6 +325,9 @@ class CheckpointingTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------- reading
 
+    def _prepare_weights(self) -> None:
+        """Replace weights by what the methods and the flags multiply by; also after a checkpoint is loaded."""
+
     def check_backend(self, checkpoint: str) -> None:
         """Raise UserError for a checkpoint whose optimizer state this backend can't read, or that has none."""
         shards = len([*Path(checkpoint).glob("*/*zero_pp_rank_*_optim_states.pt")])
@@ -361,6 +364,7 @@ class CheckpointingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if Path(resume_from_checkpoint, ADAPTER_WEIGHTS).is_file():
             load_adapter(self.model, read_adapter(resume_from_checkpoint), allow_new_head=False)
+            self._prepare_weights()
             return
         with explain_damage(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
