@@ -133,7 +133,7 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
     _check_settings(path, config, row.has_alpha)
     _check_patterns(path, config)
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in _SUPPORTED_INITS:  # PiSSA, OLoRA and others change the base weights
+    if isinstance(init, str) and init not in (*_SUPPORTED_INITS, *row.peft_inits):  # OLoRA and others
         raise UserError(f"{path}: init_lora_weights={printable(init)} is not supported: it changes the base weights.")
     for key, value in config.items():
         is_ours = key == _RELATIVE_QUERY and value == "key" and kind in row.peft_types[1:]

@@ -100,6 +100,8 @@ def _read_folder(folder: Path) -> Adapter:
     _check_complete(adapter)
     if adapter.row.has_ranks:
         _check_updates(adapter, config)
+    if adapter.row.from_file and config.get("init_lora_weights") not in adapter.row.peft_inits:
+        adapter = adapter.row.from_file(adapter)
     _check_written_together(adapter, config["peft_type"])
     return adapter
 

@@ -53,11 +53,14 @@ def save_adapter(
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter as a folder, for LoRA with its alpha; each file appears complete or not at all."""
+    weights_fingerprint = fingerprint(adapter.state)
+    if adapter.row.to_file:
+        adapter = adapter.row.to_file(adapter)
     tensors = {to_peft_key(adapter, name): t.detach().cpu().contiguous() for name, t in adapter.state.items()}
     config = peft_config(adapter)
     with atomic_write(folder / ADAPTER_WEIGHTS) as partial:
         partial.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file would hide it from other users
     # These two tell files of different runs in one folder apart.
-    written = {"peft_type": config["peft_type"], "weights_fingerprint": fingerprint(adapter.state)}
+    written = {"peft_type": config["peft_type"], "weights_fingerprint": weights_fingerprint}
     write_json(folder / RUN_METADATA, adapter.metadata | written)
     write_json(folder / ADAPTER_CONFIG, config)

@@ -186,7 +186,10 @@ def method_of_config(config: Mapping[str, Any], recorded: str | None = None) -> 
     """
     rows = [row for row in METHODS.values() if config.get("peft_type") in row.peft_types]
     rows = [row for row in rows if all(config.get(key) for key in row.peft_keys)]
-    return max(rows, key=lambda row: (len(row.peft_keys), row.name == recorded), default=None)
+    init = config.get("init_lora_weights")
+    rows = [row for row in rows if not row.peft_inits or init in row.peft_inits or row.name == recorded]
+    keys = {row.name: (bool(row.peft_inits), len(row.peft_keys), row.name == recorded) for row in rows}
+    return max(rows, key=lambda row: keys[row.name], default=None)
 
 
 def is_added(name: str) -> bool:

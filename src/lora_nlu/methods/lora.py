@@ -72,7 +72,7 @@ class LoRALinear(UpdatedLinear):
     """
 
     multiplies_frozen = True
-    update_names = ("lora_A", "lora_B")
+    update_names: tuple[str, ...] = ("lora_A", "lora_B")
 
     def __init__(
         self, in_features: int, out_features: int, r: int, lora_alpha: float, bias: bool = True,

@@ -101,6 +101,9 @@ class Method:
     in_peft: bool = False  # whether PEFT has the method and loads folders of the first of those types
     peft_weights: str | None = None  # pattern of the parameters whose keys end in `.weight` there
     peft_keys: tuple[str, ...] = ()  # keys of adapter_config.json that are true for it alone among those of its type
+    # Values of init_lora_weights in adapter_config.json by which PEFT's folders are its own. A row with such values is
+    # also that of a folder whose run metadata names it.
+    peft_inits: tuple[str, ...] = ()
     # rebuild(model, adapter, lora_alpha): gives a loaded model the layers of an `Adapter`, with new tensors; None if it
     # adds no layers.
     rebuild: Callable[[Any, Any, float | None], None] | None = None
@@ -110,6 +113,10 @@ class Method:
     to_peft: Callable[[Any], dict[str, Any]] | None = None
     from_peft: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     to_adapter: Callable[[Any], dict[str, Any]] | None = None
+    # to_file(adapter), from_file(adapter): an `Adapter` with what our folders contain in the place of its own tensors,
+    # ranks and alphas, and back. They raise UserError.
+    to_file: Callable[[Any], Any] | None = None
+    from_file: Callable[[Any], Any] | None = None
     rank_of: str = "lora_A"  # the parameter of a layer whose first size is the layer's rank
     # scaling(adapter, rank, alpha): the factor of a layer's update, where it is not alpha / rank or alpha / sqrt(rank).
     scaling: Callable[[Any, int, float], float] | None = None

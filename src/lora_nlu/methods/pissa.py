@@ -2,14 +2,14 @@
 
 With W = U S V^T, s the scaling and S_R the R largest singular values, A and B start as
 
-    B_start = U_R sqrt(S_R / s),  A_start = sqrt(S_R / s) V_R^T,      so that s B_start A_start is the part of W that trains,
-    h = W_res x + b + s B A x,    W_res = W - s B_start A_start frozen.
+    B_start = U_R sqrt(S_R / s),  A_start = sqrt(S_R / s) V_R^T,      so that s B_start A_start is U_R S_R V_R^T,
+    h = W_res x + b + s B A x,    W_res = W - s B_start A_start, frozen.
 
-A layer keeps A_start and B_start beside A and B. Its `weight` is W, and the update s (B A - B_start A_start) has rank 2 R,
-which is also the form of PEFT's converted files. A run's trainer makes `weight` W_res (`subtract`), so that a step costs
-what LoRA's does, without a second [O, I] matrix. Then W_res + s B_start A_start differs from W by roundings; a base
-model's fingerprint, a merged model and a file need W itself, which `Checkpoints.restore_weights` reads from the
-base model's file again. A model without a file keeps W.
+A layer keeps A_start and B_start beside A and B. Its `weight` is W, and the update s (B A - B_start A_start) of rank
+2 R, as in the files that PEFT converts. A run's trainer makes `weight` W_res (`subtract`): a step then costs what
+LoRA's does, without a second [O, I] matrix. W_res + s B_start A_start differs from W by roundings, and the base
+model's fingerprint, a merged model and a saved one need W itself: `Checkpoints.restore_weights` reads it from the base
+model's file again. A model without a file keeps W.
 
 Dim letters: I in_features, O out_features, R rank.
 """
@@ -153,9 +153,9 @@ class PissaLinear(LoRALinear):
 def principal_part(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A [R, I] and B [O, R] of W [O, I], with which s B A is the best approximation of W of this rank.
 
-    Computed in float64 from eigenvectors of the smaller of W W^T and W^T W, which takes less time than an SVD. Signs: of
-    each eigenvector the number farthest from 0 is positive. Raises UserError for a rank that W does not have, or a W
-    without numbers.
+    Computed in float64 from eigenvectors of the smaller of W W^T and W^T W, which takes less time than an SVD. Of each
+    eigenvector the number farthest from 0 is positive. Raises UserError for a rank that W does not have, or a W without
+    numbers.
     """
     if weight.is_meta:
         raise UserError(

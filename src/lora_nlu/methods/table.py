@@ -2,6 +2,7 @@
 
 - LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank updates of linear layers (lora.py).
 - Variants of LoRA: a class of layers each, in a file of its own where it is another; `_lora` makes their rows.
+  PiSSA (Meng et al. 2024, arXiv 2404.02948): A and B start as the principal part of the weight (pissa.py).
   rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): the update is scaled by alpha / sqrt(r).
 - Bottleneck adapters (bottleneck.py), placed and initialised as the reference implementation of LoRA does. Houlsby
   (Houlsby et al. 2019, arXiv 1902.00751): after the attention's output projection and after the feed-forward's.
@@ -36,7 +37,7 @@ class LazyModule:
         return call
 
 
-lora, bottleneck = LazyModule("lora"), LazyModule("bottleneck")
+lora, pissa, bottleneck = LazyModule("lora"), LazyModule("pissa"), LazyModule("bottleneck")
 _ADAPTER_PATH = Flag("adapter_path", "Run of a method other than LoRA, to start from or evaluate", in_config=False)
 _LORA_FLAGS = (
     Flag("apply_lora", "Train LoRA in the query and value projections, and the head; freeze the rest", bool, False),
@@ -96,6 +97,11 @@ def _bottleneck(name: str, added: str, color: str, marker: str) -> Method:
 
 _ROWS = (
     _lora("lora", "LoRA", "#D55E00", "s"),
+    _lora(
+        "pissa", "PiSSA", "#332288", "X", added=r"\.lora_[AB](_start)?$", linear=pissa.PissaLinear, shards=False,
+        start=pissa.start, before_steps=pissa.before_steps, rebuild=pissa.rebuild, peft_inits=("pissa",),
+        to_adapter=pissa.to_adapter, to_file=pissa.to_file, from_file=pissa.from_file,
+    ),
     # The last of the variants: the others may have PEFT's use_rslora too, and are then told by a key of their own.
     _lora(
         "rslora", "rsLoRA", "#882255", "<", earlier={"apply_lora": True, "use_rslora": True}, settings=(),

@@ -156,7 +156,7 @@ class Checkpoints:
                     del missing[module]
         if missing:
             raise UserError(
-                f"{name}: {[*missing][0]}.weight and {len(missing) - 1} more weights, which were replaced for training, "
+                f"{name}: {[*missing][0]}.weight and {len(missing) - 1} more weights, which this model has replaced, "
                 "can't be read again: the files have changed or are gone.\nLoad the model again."
             )
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [])
