@@ -380,23 +380,26 @@ def test_peft_loads_a_folder_as_a_lora_of_twice_the_rank_over_the_base(kind, use
 
 
 @KINDS
-def test_a_checkpoint_of_another_start_is_resumed_with_its_own(kind, bases, tmp_path):
+@pytest.mark.parametrize("in_bf16", [False, True])
+def test_a_checkpoint_of_another_start_is_resumed_with_its_own(kind, in_bf16, bases, tmp_path):
     model = loaded(bases[kind])
     with torch.no_grad():
-        for layer in pissa_layers(model).values():  # as another machine may compute it
-            for parameter in (layer.lora_A_start, layer.lora_B_start):
-                parameter.mul_(-1.001)
+        for layer in pissa_layers(model).values():  # another machine's differs less
+            layer.lora_A_start.mul_(-2)
     train_(model)
     save_adapter(model, tmp_path, {})
     want = logits(model)
     resumed = loaded(bases[kind])
     before_steps(resumed)
+    if in_bf16:
+        assert resumed.hold_in_bf16(trains=True)
     load_adapter(resumed, read_adapter(str(tmp_path)), allow_new_head=False)
-    assert not torch.allclose(logits(resumed), want, atol=1e-4)
+    stale = logits(resumed)
     before_steps(resumed)
-    assert_close(logits(resumed), want)
-    assert not any(torch.equal(layer.weight, m.weight) for layer, m in
-                   zip(pissa_layers(resumed).values(), pissa_layers(model).values(), strict=True))  # fmt: skip
+    assert resumed.is_held_in_bf16 == in_bf16
+    got, tolerance = logits(resumed), 0.05 if in_bf16 else 1e-5
+    assert_close(got, want, tolerance)
+    assert (stale - want).abs().max() > 4 * tolerance * want.abs().max()
 
 
 @KINDS

@@ -225,9 +225,12 @@ def before_steps(model: Any) -> None:
             start_.copy_(value)
     if all(layer.is_current() for layer in layers) or not model.has_weight_files():
         return
+    was_held_in_bf16 = model.is_held_in_bf16
     model.restore_weights()
     for layer in layers:
         layer.subtract()
+    if was_held_in_bf16:
+        model.hold_in_bf16(trains=True)
 
 
 def to_adapter(model: Any) -> dict[str, Any]:

@@ -325,8 +325,11 @@ class CheckpointingTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------- reading
 
-    def _prepare_weights(self) -> None:
-        """Replace weights by what the methods and the flags multiply by; also after a checkpoint is loaded."""
+    def before_steps(self) -> None:
+        """Let the methods replace weights by what steps multiply by; also after a checkpoint is loaded."""
+        for row in self.methods:
+            if row.before_steps:
+                row.before_steps(self.model)
 
     def check_backend(self, checkpoint: str) -> None:
         """Raise UserError for a checkpoint whose optimizer state this backend can't read, or that has none."""
@@ -364,7 +367,7 @@ class CheckpointingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if Path(resume_from_checkpoint, ADAPTER_WEIGHTS).is_file():
             load_adapter(self.model, read_adapter(resume_from_checkpoint), allow_new_head=False)
-            self._prepare_weights()
+            self.before_steps()
             return
         with explain_damage(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)

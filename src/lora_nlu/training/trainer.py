@@ -136,12 +136,7 @@ class AdapterTrainer(CheckpointingTrainer):
         self._graphs: GraphedSteps | None = None  # made in the first step, where a step can be recorded
         self._training_since: float | None = None
         self._seconds_before: float | None = None  # of training before this process started, once read
-        self._prepare_weights()
-
-    def _prepare_weights(self) -> None:
-        for row in self.methods:
-            if row.before_steps:
-                row.before_steps(self.model)
+        self.before_steps()
         if self.args.bf16:
             self._hold_in_bf16()
 
