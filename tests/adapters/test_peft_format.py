@@ -349,7 +349,7 @@ def test_an_eva_folder_of_pefts_own_gives_the_same_logits(kind, adjusted, tmp_pa
 VARIANTS = {
     "use_dora": variant(use_dora=True),
     "lora_bias": variant(lora_bias=True),
-    "init_lora_weights": variant(init_lora_weights="pissa"),
+    "init_lora_weights": variant(init_lora_weights="pissa_niter_4"),
     "init_lora_weights=olora": variant(init_lora_weights="olora"),
     "kasa_config": variant(kasa_config=lora_config.KasaConfig()),
     "use_bdlora": variant(
