@@ -18,7 +18,8 @@ from lora_nlu.methods.table import METHODS
 from lora_nlu.methods.targets import TARGETS
 from lora_nlu.training.arguments import DataArguments, ModelArguments
 from lora_nlu.training.legacy_flags import DROPPED, RENAMED, SWITCHES, translate
-from lora_nlu.training.parsing import parse_arguments
+from lora_nlu.training.model import prepare_model
+from lora_nlu.training.parsing import Flags, parse_arguments
 
 TRAINING_FLAGS = {field.name for field in dataclasses.fields(TrainingArguments)}
 
@@ -244,6 +245,22 @@ parse_targets, parse_layers = partial(setting, "lora_target_modules"), partial(s
 )
 def test_the_relative_query_is_none_key_or_both_and_true_and_false_are_read_as_before(text, value):
     assert setting("lora_relative_query", text) == value
+
+
+@pytest.mark.parametrize("backend", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_method_that_can_not_be_sharded_is_refused_by_its_name_before_anything_is_loaded(
+    backend, from_file, monkeypatch
+):
+    chosen = {"apply_lora": True, "lora_variant": "toy"}
+    toy = dataclasses.replace(METHODS["lora"], name="toy", label="Toy", chosen_by=chosen, shards=False)
+    monkeypatch.setitem(METHODS, "toy", toy)
+    run = SimpleNamespace(is_sharded=True, deepspeed="zero3.json" if backend == "deepspeed" else None)
+    of_methods = {flag.name: flag.default for flag in method_flags()}
+    model = SimpleNamespace(**of_methods | ({} if from_file else chosen))
+    adapter: Any = SimpleNamespace(row=toy) if from_file else None
+    with pytest.raises(UsageError, match=f"--{backend}: Toy can't be sharded. Leave the flag out"):
+        prepare_model(Flags(model, None, run), None, adapter, None, ())  # type: ignore[arg-type]
 
 
 def test_a_flag_or_setting_that_a_variant_of_lora_lacks_is_refused_by_its_name(monkeypatch):

@@ -224,8 +224,8 @@ def new_layer(trained: Description, target: str, layer: int, in_features: int, o
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
     """The layers with LoRA or a variant of it by their names in a model."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, UpdatedLinear)}
-    return {name: layer for name, layer in layers.items() if METHODS[layer.method].linear}
+    methods = [row.name for row in METHODS.values() if row.has_ranks]
+    return {name: module for name, module in model.named_modules() if getattr(module, "method", None) in methods}
 
 
 def set_lora_(
