@@ -127,6 +127,8 @@ def test_a_task_that_is_not_in_the_paper_gets_no_figure_and_the_papers_line_no_a
         ({"method": LORA | {"layers": [10, 11], "lora_dropout": 0.05}}, "LoRA r=8 layers 10, 11 dropout 0.05"),
         ({"method": LORA | {"biases": True}}, "LoRA r=8 and biases"),
         ({"relative": True}, "LoRA r=8 and relative query"),
+        ({"relative": "key"}, "LoRA r=8 and relative key"),
+        ({"loraplus_lr_ratio": 16.0}, "LoRA r=8 with LoRA+ 16"),
         ({"reg_loss_wgt": 0.5}, "LoRA r=8 R-Drop 0.5"),
         ({"reg_loss_wgt": 1.0, "masking_prob": 0.1}, "LoRA r=8 cutoff 1"),
         ({"method": HOULSBY}, "Houlsby 8"),
@@ -164,6 +166,7 @@ def test_runs_that_start_from_the_adapters_of_different_seeds_are_one_row(tmp_pa
         ({"scaling": 1.0}, {"scaling": 0.25}, ["scaling 0.25", "scaling 1"]),
         ({"lr": 1, "fp16": True}, {"lr": 2, "fp16": False}, ["lr 1, fp16 True", "lr 2, fp16 False"]),
         ({"bf16": True}, {}, ["bf16 True", "bf16 not recorded"]),
+        ({"head_learning_rate": 1e-3}, {}, ["head_learning_rate 0.001", "head_learning_rate None"]),
         ({"start": "mnli.bin"}, {}, ["started from an adapter", "started from the base model"]),
     ],
 )  # fmt: skip

@@ -55,6 +55,7 @@ TYPES: list[tuple[str, tuple[str | int, ...], Any, str]] = [
     ("run.json", ("hyperparameters",), [], "hyperparameters is not an object"),
     ("run.json", ("hyperparameters", "seed"), "x", "seed is not a count"),
     ("run.json", ("hyperparameters", "num_train_epochs"), None, "num_train_epochs is not a number"),
+    ("run.json", ("hyperparameters", "loraplus_lr_ratio"), "x", "loraplus_lr_ratio is not a number"),
     ("run.json", ("left_at_default",), None, "left_at_default is not a list"),
     ("run.json", ("lora", "scalings"), ["x"], "an entry of scalings is not a number"),
     ("run.json", ("lora",), {"ranks": [8], "lora_relative_query": False}, "'scalings' is missing"),
