@@ -447,6 +447,7 @@ def test_a_folder_is_inspected_merged_and_no_published_file(kind, relative_query
     assert {name: table[name].strip() for name in ("method", "rank", "alpha")} == {
         "method": "pissa", "rank": "4", "alpha": "6",
     }  # fmt: skip
+    assert f"{4 * 4 * (32 + 32):,} of them in the encoder" in table["parameters"]
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "a.bin"), "--to", "bin"]) == 1
     assert "contains pissa; the published layout is LoRA's: use peft" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "merged"), "--to", "merged"]) == 0

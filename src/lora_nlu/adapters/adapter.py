@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_nlu.adapters.patterns import matching
 from lora_nlu.errors import UserError
 from lora_nlu.labels import last_head_layer
-from lora_nlu.methods.description import as_relative_query, same_relative_query
+from lora_nlu.methods.description import as_relative_query, is_added, same_relative_query
 from lora_nlu.methods.method import Method
 from lora_nlu.methods.table import METHODS
 from lora_nlu.methods.targets import targets_and_layers
@@ -79,6 +79,10 @@ class Adapter:
         """Rows of the head's last layer; None where there is no head."""
         last = last_head_layer(self.state)
         return None if last is None else len(torch.atleast_1d(self.state[f"{last}.weight"]))
+
+    def trains(self, name: str) -> bool:
+        """Whether a tensor of this adapter trains: PiSSA's start, which its method adds, doesn't."""
+        return not is_added(name) or re.search(str(self.row.state), name) is not None
 
     @property
     def ranks(self) -> dict[str, int]:

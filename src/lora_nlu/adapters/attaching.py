@@ -15,7 +15,7 @@ from lora_nlu.adapters.adapter import Adapter, encoder_prefix, layer_count, rela
 from lora_nlu.errors import UserError, printable
 from lora_nlu.files import RUN_METADATA
 from lora_nlu.labels import check_labels, config_labels, label_list, last_head_layer, match_head_rows, recorded_labels
-from lora_nlu.methods.description import is_added, same_relative_query
+from lora_nlu.methods.description import same_relative_query
 from lora_nlu.methods.linear import check_not_quantised, unmerge_lora_
 from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.loading import base_fingerprint, encoder_prefix_in, head_names
@@ -55,7 +55,7 @@ def attach_adapter(
     copy_into(model, state)
     mark_trainable(model)
     for name in adapter.state:
-        if not is_added(name) or re.search(str(adapter.row.state), name):
+        if adapter.trains(name):
             model.get_parameter(name).requires_grad_(True)
     return notes + head_notes
 

@@ -129,7 +129,10 @@ def _facts(adapter: Adapter) -> dict[str, str]:
         facts["adapters"] = len(bottlenecks)
     if biases := [name for name in encoder if name.endswith("bias") and ".adapter_" not in name]:
         facts["biases"] = f"{sum(encoder[name].numel() for name in biases):,} in {len(biases)} tensors"
-    total, in_encoder = (sum(t.numel() for t in tensors.values()) for tensors in (adapter.state, encoder))
+    total, in_encoder = (
+        sum(tensor.numel() for name, tensor in tensors.items() if adapter.trains(name))
+        for tensors in (adapter.state, encoder)
+    )
     facts["parameters"] = f"{total:,}, {in_encoder:,} of them in the encoder"
     facts["not finite"] = f"{len(broken)} tensors, {broken[0]} first" if broken else "none"
     return {name: printable(value, 2000) for name, value in facts.items()}
