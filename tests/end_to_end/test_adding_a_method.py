@@ -15,11 +15,18 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adding_a_method.md").read_text()
-# each run of run_glue.py, or of the converter, in one process
+# each run of run_glue.py, or of the converter, in one process; a run is cut off in between
 PROGRAM = """
 import json, runpy, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[2])
+from runs import cut_off
 
 for argv in json.loads(sys.argv[1]):
+    if argv[0] == "cut_off":
+        cut_off(*map(Path, argv[1:]), 3)
+        continue
     sys.argv = argv
     module = argv[0] == "lora_nlu.adapters"
     try:
@@ -36,7 +43,7 @@ def package(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "src" / "lora_nlu", folder / "lora_nlu", ignore=shutil.ignore_patterns("__pycache__"))
     file, row = re.findall(r"^```(?:python|text)\n(.*?)^```", PAGE, re.M | re.S)
     methods = folder / "lora_nlu" / "methods"
-    (methods / "rescaling.py").write_text(file)
+    (methods / "lora_xs.py").write_text(file)
     table = (methods / "table.py").read_text()
     last = '    Method("full", "fine-tuning"'
     assert table.count(last) == 1
@@ -50,7 +57,7 @@ def followed(package, glue, environment, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("followed")
     commands = []
     for model, base in write_models(folder / "models", glue).items():
-        names = {"roberta-base": base, "output/rescaling": folder / model / "run"}
+        names = {"roberta-base": base, "output/lora_xs": folder / model / "run"}
         for line in PAGE.partition("```bash\n")[2].partition("```")[0].replace("\\\n", " ").splitlines():
             words = line.replace("python -m", "python").split()[1:]
             for name, path in names.items():
@@ -58,14 +65,18 @@ def followed(package, glue, environment, tmp_path_factory) -> Path:
             if "--task_name" in words:
                 words[0] = str(SCRIPT)
                 words += ["--glue_dir", str(glue), "--max_seq_length", "64", "--disable_tqdm", "true"]
-                words += ["--num_train_epochs", "2", "--per_device_train_batch_size", "16"]
+                words += ["--num_train_epochs", "2", "--per_device_train_batch_size", "16", "--save_steps", "3"]
             commands.append(words)
-    assert len(commands) == 2 * 3
+        trains = next(words for words in commands if "--do_train" in words and str(folder / model / "run") in words)
+        resumed = str(folder / model / "run_resumed")  # after the third of its six steps
+        commands += [["cut_off", str(folder / model / "run"), resumed], [*trains, "--output_dir", resumed]]
+    assert len(commands) == 2 * 5
     env = environment | {"PYTHONPATH": str(package)}
-    command = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(commands), str(Path(__file__).parent)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(f"{2 * 2 * 32} of them factors") == 2 * 2  # two projections of two layers, 32 wide
+    assert done.stdout.count(f"{2 * 2 * 4 * 4} of them R") == 3 * 2  # two projections of two layers, of rank 4
+    assert len(re.findall("checkpoint-3", done.stdout)) >= 2, done.stdout
     return folder
 
 
@@ -75,11 +86,24 @@ def test_the_pages_method_trains_is_evaluated_again_and_merged(model, followed, 
     first, again = (json.loads((folder / name / "eval_results.json").read_text()) for name in ("run", "run_again"))
     assert first["eval_loss"] == again["eval_loss"] and first["eval_accuracy"] == again["eval_accuracy"]
     record = json.loads((folder / "run" / "run.json").read_text())
-    assert record["method"]["name"] == "rescaling"
+    assert record["method"]["name"] == "lora_xs" and record["method"]["xs_r"] == 4
 
     trained = load_file(folder / "run" / "adapter_model.safetensors")
-    factors = [t for name, t in trained.items() if name.endswith(".factor")]
-    assert len(factors) == 4 and all(t.abs().min() > 0 for t in factors)
+    R = {name.removesuffix(".xs_R"): t for name, t in trained.items() if name.endswith(".xs_R")}
+    assert len(R) == 4 and all(t.abs().max() > 1e-3 for t in R.values())  # from 1e-5
+    assert not any("xs_A" in name or "xs_B" in name for name in trained)
+    resumed = load_file(folder / "run_resumed" / "adapter_model.safetensors")
+    assert resumed.keys() == trained.keys() and all(torch.equal(t, resumed[name]) for name, t in trained.items())
+
+    # the merged weight is the paper's formula
+    weights, merged_weights = (load_file(path / "model.safetensors") for path in (base, folder / "run_merged"))
+    for name, own in R.items():
+        key = f"{name.removeprefix('base_model.model.')}.weight"
+        W, merged = weights[key].double(), merged_weights[key].double()
+        U, S, V = torch.linalg.svd(W)
+        signs = torch.diag(V[:4].sum(1).sign())
+        expected = W + U[:, :4] @ torch.diag(S[:4]) @ signs @ own.double() @ signs @ V[:4]
+        torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
 
     # the merged model in transformers' own class has the run's loss
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "run_merged").eval()
