@@ -99,7 +99,7 @@ def test_a_rank_that_the_weight_does_not_have_and_an_offloaded_weight_are_refuse
     with pytest.raises(UserError, match=r"rank 21.*\[20, 24\] has 20 singular vectors. Lower --lora_r"):
         principal_part(random(O, I), 21, 1.0)
     with pytest.raises(UserError, match="on the meta device"):
-        principal_part(torch.empty(O, I, device="meta"), 2, 1.0)
+        start(PissaLinear(I, O, 2, ALPHA).to("meta"))
 
 
 @pytest.mark.parametrize("subtracted", [False, True])

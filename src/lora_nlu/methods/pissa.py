@@ -41,7 +41,7 @@ class PissaLinear(LoRALinear):
     method = "pissa"
     multiplies_frozen = True
     update_names = ("lora_A", "lora_B", "lora_A_start", "lora_B_start")
-    subtracted: tuple[Tensor, Tensor] | None = None  # the starts without which `weight` is W_res; None if it is W
+    subtracted: tuple[Tensor, Tensor] | None = None  # A_start and B_start of W_res in `weight`; None if that is W
 
     def __init__(self, in_features: int, out_features: int, r: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(in_features, out_features, r, *args, **kwargs)
@@ -92,7 +92,7 @@ class PissaLinear(LoRALinear):
 
     def started(self) -> bool:
         """Whether the starts are set: by `start`, an adapter or a checkpoint."""
-        return bool(self.lora_B_start.any())
+        return not self.lora_B_start.is_meta and bool(self.lora_B_start.any())
 
     def is_current(self) -> bool:
         """Whether `weight` is W_res, and that of the starts as they are now."""
@@ -206,10 +206,9 @@ def rebuild(model: Any, adapter: Any, lora_alpha: float | None) -> None:
     lora.rebuild(model, adapter, lora_alpha)
     for name, layer in pissa_layers(model).items():
         for part in ("lora_A_start", "lora_B_start"):
-            if (tensor := adapter.state.get(f"{name}.{part}")) is not None and tensor.shape == getattr(
-                layer, part
-            ).shape:
-                getattr(layer, part).copy_(tensor)
+            start, tensor = getattr(layer, part), adapter.state.get(f"{name}.{part}")
+            if tensor is not None and tensor.shape == start.shape:  # of another shape: `attach_adapter` refuses it
+                start.copy_(tensor)
 
 
 @torch.no_grad()
