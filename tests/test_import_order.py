@@ -29,7 +29,9 @@ BELOW: dict[str, set[str]] = {
 # The modules of each package from the lowest: each may import those before it.
 ORDER = {
     "ops": ["packing", "sharding", "tensors", "compiling", "kernels", "frozen"],
-    "methods": ["method", "targets", "table", "description", "linear", "lora", "pissa", "bottleneck", "marking"],
+    "methods": [
+        "method", "targets", "table", "description", "linear", "lora", "pissa", "adalora", "bottleneck", "marking",
+    ],
     "models": ["losses", "layers", "checkpoints", "modeling_roberta", "modeling_deberta_v2", "loading", "tokenizer"],
     "adapters": [
         "patterns", "adapter", "peft_format", "reading", "writing", "attaching", "model_card", "converting", "__main__",

@@ -120,6 +120,7 @@ def _facts(adapter: Adapter) -> dict[str, str]:
         if alphas and (adapter.use_rslora or adapter.alpha_pattern):
             formula = "alpha / sqrt(rank), rslora" if adapter.use_rslora else "alpha / rank"
             facts["scaling"] = f"{', '.join(f'{x:g}' for x in adapter.scalings())} ({formula})"
+    facts |= adapter.row.facts(adapter) if adapter.row.facts else {}
     if ranks and prefix == "deberta":
         ways = {"none": "frozen", "key": "frozen; the relative key with LoRA", "both": "with LoRA, as in PEFT"}
         facts["relative query"] = ways[adapter.relative_query] if adapter.records_relative_query else unrecorded

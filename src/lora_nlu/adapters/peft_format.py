@@ -137,7 +137,7 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: init_lora_weights={printable(init)} is not supported: it changes the base weights.")
     for key, value in config.items():
         is_ours = key == _RELATIVE_QUERY and value == "key" and kind in row.peft_types[1:]
-        if value and key not in SUPPORTED_SETTINGS and key not in row.peft_keys and not is_ours:
+        if value and key not in (*SUPPORTED_SETTINGS, *row.peft_keys, *row.peft_settings) and not is_ours:
             raise UserError(f"{path}: {printable(key)}={printable(value)} is not supported.")
 
 

@@ -33,7 +33,7 @@ from lora_nlu.adapters.peft_format import LORA_KEY, PEFT_PREFIX, check_peft_conf
 from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, check_json, read_json, weights_file_problem
 from lora_nlu.labels import check_label
-from lora_nlu.methods.description import is_added
+from lora_nlu.methods.description import is_added, method_of_config
 from lora_nlu.ops.tensors import fingerprint, load_torch_file
 
 _PICKLED_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
@@ -90,6 +90,8 @@ def _read_folder(folder: Path) -> Adapter:
     if weights.name == _MODEL_CHECKPOINT:
         return _read_file(weights)
     config = read_json(folder / ADAPTER_CONFIG, _LARGEST_JSON)
+    if (row := method_of_config(config)) and row.read_config:
+        config = row.read_config(folder / ADAPTER_CONFIG, config)
     check_peft_config(folder / ADAPTER_CONFIG, config)
     metadata = read_json(folder / RUN_METADATA, _LARGEST_JSON) if (folder / RUN_METADATA).is_file() else {}
     _check_run_metadata(folder / RUN_METADATA, metadata)
@@ -204,7 +206,8 @@ def _check_complete(adapter: Adapter) -> None:
         if missing := [name for name in pair if name not in adapter.state]:
             raise UserError(f"{source}: not a complete adapter: the file lacks {missing[0]}.")
         A, B = (list(adapter.state[name].shape) for name in pair)
-        if len(A) != 2 or len(B) != 2 or A[0] != B[1] or not A[0]:
+        is_empty = not A[0] and layer not in adapter.settings.get("kept", {})
+        if len(A) != 2 or len(B) != 2 or A[0] != B[1] or is_empty:
             raise UserError(f"{source}: {pair[0]} is {A} and {pair[1]} is {B}; expected [r, in] and [out, r].")
 
 
@@ -233,7 +236,7 @@ def _check_updates(adapter: Adapter, config: dict[str, Any]) -> None:
         if name not in targets:
             text = f"contains {name}.{adapter.row.rank_of}, but {ADAPTER_CONFIG} has no LoRA there"
             raise UserError(f"{source}: {text}: {_MISMATCH}.")
-        if rank != ranks[name]:
+        if rank != ranks[name] and name not in adapter.settings.get("kept", {}):
             says = f"{ADAPTER_CONFIG} says {ranks[name]}"
             raise UserError(f"{source}: {name}.{adapter.row.rank_of} has rank {rank}, {says}: {_MISMATCH}.")
 

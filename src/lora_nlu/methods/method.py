@@ -88,7 +88,8 @@ class Method:
     loss_term: Function | None = None  # loss_term(model): a scalar added once to the mean loss of each training step
     # after_step(model): an object for one run. Its `step(number, total)` is called after optimizer step `number` of
     # `total`, while the gradients, clipped, are still there; its `state_dict()` and `load_state_dict(state)`, of
-    # tensors and numbers, are saved in checkpoints and read on resuming.
+    # tensors and numbers, are saved in checkpoints and read on resuming. Its `begin(total)`, if it has one, is called
+    # before the first step, and may raise UserError.
     after_step: Function | None = None
     # parameter_groups(model, groups, learning_rate): the optimizer's groups, from the trainer's ({"params",
     # "weight_decay"}); a group may set its own "lr".
@@ -113,10 +114,14 @@ class Method:
     to_peft: Callable[[Any], dict[str, Any]] | None = None
     from_peft: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     to_adapter: Callable[[Any], dict[str, Any]] | None = None
+    # read_config(path, config): an adapter_config.json, before it is checked, in the terms of LoRA's. Raises UserError.
+    read_config: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
+    peft_settings: tuple[str, ...] = ()  # its keys of adapter_config.json, beside LoRA's
     # to_file(adapter), from_file(adapter): an `Adapter` with what our folders contain in the place of its own tensors,
     # ranks and alphas, and back. They raise UserError.
     to_file: Callable[[Any], Any] | None = None
     from_file: Callable[[Any], Any] | None = None
+    facts: Callable[[Any], dict[str, Any]] | None = None  # facts(adapter): lines of `inspect` and of the model card
     rank_of: str = "lora_A"  # the parameter of a layer whose first size is the layer's rank
     # scaling(adapter, rank, alpha): the factor of a layer's update, where it is not alpha / rank or alpha / sqrt(rank).
     scaling: Callable[[Any, int, float], float] | None = None

@@ -3,6 +3,7 @@
 - LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank updates of linear layers (lora.py).
 - Variants of LoRA: a class of layers each, in a file of its own where it is another; `_lora` makes their rows.
   PiSSA (Meng et al. 2024, arXiv 2404.02948): A and B start as the principal part of the weight (pissa.py).
+  AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): ranks fall while training, where directions matter least (adalora.py).
   rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): the update is scaled by alpha / sqrt(r).
 - Bottleneck adapters (bottleneck.py), placed and initialised as the reference implementation of LoRA does. Houlsby
   (Houlsby et al. 2019, arXiv 1902.00751): after the attention's output projection and after the feed-forward's.
@@ -37,7 +38,8 @@ class LazyModule:
         return call
 
 
-lora, pissa, bottleneck = LazyModule("lora"), LazyModule("pissa"), LazyModule("bottleneck")
+lora, pissa, adalora = LazyModule("lora"), LazyModule("pissa"), LazyModule("adalora")
+bottleneck = LazyModule("bottleneck")
 _ADAPTER_PATH = Flag("adapter_path", "Run of a method other than LoRA, to start from or evaluate", in_config=False)
 _LORA_FLAGS = (
     Flag("apply_lora", "Train LoRA in the query and value projections, and the head; freeze the rest", bool, False),
@@ -55,6 +57,15 @@ _LORA_FLAGS = (
     Flag("lora_layers", "Encoder layers with LoRA, from 0, such as 0-3,11; default: all", parse=parse_layers),
     Flag("lora_dropout", "Dropout of what the update reads; the reference has none", float, at_least=0, below=1),
 )  # fmt: skip
+_ADALORA_FLAGS = (
+    Flag("target_rank", "AdaLoRA: mean rank of a layer at the end; it starts from --lora_r", int, at_least=1),
+    Flag("reg_orth_coef", "AdaLoRA: weight in the loss of the distance of A and B from orthogonal", float, at_least=0),
+    Flag("init_warmup", "AdaLoRA: steps before the ranks begin to fall", int, at_least=0),
+    Flag("final_warmup", "AdaLoRA: last steps, in which the ranks stay as they are", int, at_least=0),
+    Flag("mask_interval", "AdaLoRA: steps between two choices of the directions that stay", int, at_least=1),
+    Flag("beta1", "AdaLoRA: smoothing of the sensitivity; default: 0.85", float, at_least=0, below=1),
+    Flag("beta2", "AdaLoRA: smoothing of the uncertainty; default: 0.85", float, at_least=0, below=1),
+)
 _BOTTLENECK_FLAGS = (
     Flag("apply_adapter", "Train bottleneck adapters, and the head", bool, False),
     Flag("adapter_type", "Where adapters go and what they read", decides=True),
@@ -66,6 +77,15 @@ _BOTTLENECK_FLAGS = (
 def _missing_lora(flags: Any) -> str:
     text = "--apply_lora needs --lora_r and --lora_alpha (the paper's RoBERTa: --lora_r 8 --lora_alpha 16)."
     return text if flags.lora_r != 0 and None in (flags.lora_r, flags.lora_alpha) else ""
+
+
+def _missing_adalora(flags: Any) -> str:
+    names = ["lora_r", "lora_alpha", *(flag.name for flag in _ADALORA_FLAGS if "default" not in flag.help)]
+    missing = [f"--{name}" for name in names if getattr(flags, name) is None]
+    if flags.lora_r == 0 or not missing:
+        is_lower = flags.lora_r == 0 or flags.target_rank < flags.lora_r
+        return "" if is_lower else f"--target_rank {flags.target_rank}: must be below --lora_r {flags.lora_r}."
+    return f"--lora_variant adalora needs {', '.join(missing)}."
 
 
 def _missing_bottleneck(flags: Any) -> str:
@@ -101,6 +121,17 @@ _ROWS = (
         "pissa", "PiSSA", "#332288", "X", added=r"\.lora_[AB](_start)?$", linear=pissa.PissaLinear, shards=False,
         start=pissa.start, before_steps=pissa.before_steps, rebuild=pissa.rebuild, peft_inits=("pissa",),
         to_adapter=pissa.to_adapter, to_file=pissa.to_file, from_file=pissa.from_file,
+    ),
+    _lora(
+        "adalora", "AdaLoRA", "#117733", "*", flags=(*_LORA_FLAGS, *_ADALORA_FLAGS), settings=(),
+        missing=_missing_adalora, read=adalora.read_settings, added=r"\.lora_[AEB]$", state=r"\.lora_[AEB]$",
+        linear=adalora.AdaLoRALinear, loss_term=adalora.loss_term, after_step=adalora.RankAllocator, shards=False,
+        peft_types=("ADALORA", "ADALORA_FROZEN_RELATIVE_QUERY"), peft_weights=None, rebuild=adalora.rebuild,
+        peft_settings=("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
+                       "total_step", "kept"),
+        read_config=adalora.read_config, to_peft=adalora.to_peft, from_peft=adalora.from_peft,
+        to_file=adalora.to_file, from_file=adalora.from_file, to_adapter=adalora.to_adapter, scaling=adalora.scaling,
+        describe=adalora.describe, count=adalora.count, facts=adalora.facts,
     ),
     # The last of the variants: the others may have PEFT's use_rslora too, and are then told by a key of their own.
     _lora(

@@ -41,6 +41,9 @@ def load_adapter(flags: Flags, config: Any) -> Adapter | None:
     if contradicts(m, adapter.method) or m.adapter_size not in (None, adapter.adapter_size):
         raise UserError(f"{adapter.source}: contains {_contents(adapter, m)}; the flags differ.")
     check_settings(adapter, settings)
+    own = {flag.name for flag in adapter.row.flags if not flag.decides} & {*adapter.settings}
+    of_run = {name: settings[name] for name in own if settings.get(name) is not None}
+    adapter = replace(adapter, settings=adapter.settings | of_run)  # of training, which may be another now
     if (task := adapter.metadata.get("task", flags.data.task)) != flags.data.task:
         say(flags.run, f"{adapter.source}: was trained on {printable(task)}; this is {flags.data.task}.")
     return adapter

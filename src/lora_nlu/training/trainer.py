@@ -61,6 +61,11 @@ class _AfterStep(TrainerCallback):
     def __init__(self, after_steps: dict[str, Any]) -> None:
         self.after_steps = after_steps
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for after_step in self.after_steps.values():
+            if hasattr(after_step, "begin"):
+                after_step.begin(state.max_steps)
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for after_step in self.after_steps.values():
             after_step.step(state.global_step + 1, state.max_steps)
