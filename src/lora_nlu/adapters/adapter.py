@@ -47,6 +47,7 @@ class Adapter:
     targets:                names, or a pattern, of the layers that must have an update.
     base_weights:           weights of those layers in a complete model's checkpoint; they may contain the update.
     method:                 a name in methods/table.py; all of the above but base_weights is for methods with updates.
+    frozen:                 tensors that its layers read and that don't train, by their keys in a folder (VeRA's pair).
     settings:               what a variant of LoRA records beside these, by the names of its flags.
     """
 
@@ -61,6 +62,7 @@ class Adapter:
     metadata: dict[str, Any] = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
     method: str = "lora"
+    frozen: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -142,7 +144,7 @@ class Adapter:
 
     def check_values(self) -> None:
         """Raise UserError, naming a tensor, unless all values of an adapter are finite floating-point numbers."""
-        state = self.state | {f"{name}.weight": tensor for name, tensor in self.base_weights.items()}
+        state = self.state | self.frozen | {f"{name}.weight": x for name, x in self.base_weights.items()}
         for name, tensor in state.items():
             if not tensor.is_floating_point():
                 raise UserError(f"{self.source}: {name} contains {tensor.dtype}; expected floating-point numbers.")

@@ -52,7 +52,7 @@ def attach_adapter(
     notes = _check_base_model(model, adapter)
     if adapter.base_weights and base_holds_update(model, adapter, layers):
         notes.append(f"{adapter.source}: its base weights contain the update (merged, then saved); it counts once.")
-    copy_into(model, state)
+    _copy_into(model, adapter, state)
     mark_trainable(model)
     for name in adapter.state:
         if adapter.trains(name):
@@ -71,8 +71,15 @@ def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str
     """
     state, notes = _check_fit(model, adapter, allow_new_head)
     unmerge_lora_(model)
-    copy_into(model, state)
+    _copy_into(model, adapter, state)
     return notes
+
+
+def _copy_into(model: Any, adapter: Adapter, state: dict[str, Tensor]) -> None:
+    """Copy parameters by name, and what the adapter's layers read beside them. Raises UserError as `load_frozen`."""
+    if adapter.row.load_frozen:
+        adapter.row.load_frozen(model, adapter)
+    copy_into(model, state)
 
 
 def _check_layers(model: Any, adapter: Adapter) -> None:

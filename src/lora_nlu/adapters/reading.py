@@ -12,6 +12,7 @@ which the reference implementation leaves frozen, and it lacks BitFit, bottlenec
 import pickle
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from errno import EINVAL
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,10 @@ def _read_folder(folder: Path) -> Adapter:
         metadata = {"base_model": base, "base_revision": config.get("revision")} | metadata
     method = metadata.get("method", {}).get("name")
     adapter = Adapter(folder, _read_state(weights), metadata=metadata, **peft_fields(config, method))
+    if (added := adapter.row.added) != (trained := adapter.row.state) and added and trained:
+        frozen = {n: x for n, x in adapter.state.items() if re.search(added, n) and not re.search(trained, n)}
+        state = {name: tensor for name, tensor in adapter.state.items() if name not in frozen}
+        adapter = replace(adapter, state=state, frozen=frozen)
     _check_complete(adapter)
     if adapter.row.has_ranks:
         _check_updates(adapter, config)
@@ -259,7 +264,7 @@ def _check_written_together(adapter: Adapter, peft_type: str) -> None:
                 f"{source}: {ADAPTER_CONFIG} scales the update by {in_config}, {RUN_METADATA} records that it was "
                 f"trained with {in_run}: {_MISMATCH}.\n{remedy} lora_alpha, alpha_pattern and use_rslora back."
             )
-    weights_fingerprint = fingerprint(adapter.state)
+    weights_fingerprint = fingerprint(adapter.state | adapter.frozen)
     if metadata.get("weights_fingerprint", weights_fingerprint) != weights_fingerprint:
         raise UserError(
             f"{source}: the weights are not those that {RUN_METADATA} was written with: {_MISMATCH}, or are damaged.\n"

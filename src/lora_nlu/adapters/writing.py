@@ -53,10 +53,11 @@ def save_adapter(
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:
     """Write an adapter as a folder, for LoRA with its alpha; each file appears complete or not at all."""
-    weights_fingerprint = fingerprint(adapter.state)
+    weights_fingerprint = fingerprint(adapter.state | adapter.frozen)
     if adapter.row.to_file:
         adapter = adapter.row.to_file(adapter)
     tensors = {to_peft_key(adapter, name): t.detach().cpu().contiguous() for name, t in adapter.state.items()}
+    tensors |= {name: tensor.cpu().contiguous() for name, tensor in adapter.frozen.items()}
     config = peft_config(adapter)
     with atomic_write(folder / ADAPTER_WEIGHTS) as partial:
         partial.write_bytes(save(tensors, metadata={"format": "pt"}))  # save_file would hide it from other users

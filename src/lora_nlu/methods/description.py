@@ -26,6 +26,7 @@ class Description:
     relative_query: which of a DeBERTa's relative positions' projections, where they are shared with tokens, have their
                update: "none", "key" or "both".
     settings:  the methods' settings by name, as the config has them.
+    shared:    what the layers of the one model that is built by it share (VeRA's frozen matrices).
     """
 
     methods: tuple[str, ...] = ("full",)
@@ -38,6 +39,7 @@ class Description:
     adapter_size: int = 0
     relative_query: str = "none"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def method(self) -> str:

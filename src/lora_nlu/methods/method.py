@@ -122,6 +122,9 @@ class Method:
     to_file: Callable[[Any], Any] | None = None
     from_file: Callable[[Any], Any] | None = None
     facts: Callable[[Any], dict[str, Any]] | None = None  # facts(adapter): lines of `inspect` and of the model card
+    # load_frozen(model, adapter): gives a model that has the adapter's layers the tensors of `Adapter.frozen`. Raises
+    # UserError if they don't fit.
+    load_frozen: Callable[[Any, Any], None] | None = None
     rank_of: str = "lora_A"  # the parameter of a layer whose first size is the layer's rank
     # scaling(adapter, rank, alpha): the factor of a layer's update, where it is not alpha / rank or alpha / sqrt(rank).
     scaling: Callable[[Any, int, float], float] | None = None

@@ -79,7 +79,7 @@ def prepare_model(
     set_task(config, data_args.task, labels, model_args.cls_dropout)
     model = _load_model(flags, config, adapter, base_labels)
     fingerprints: dict[str, str | None] = {"base_fingerprint": base_fingerprint(model)}
-    fingerprints["started_from_fingerprint"] = fingerprint(adapter.state)[:16] if adapter else None
+    fingerprints["started_from_fingerprint"] = fingerprint(adapter.state | adapter.frozen)[:16] if adapter else None
     tokenizer, notes = load_tokenizer(model_args.tokenizer_name or name, config, **model_args.hub)
     say(args, *notes)
     set_two_views(model, tokenizer, model_args.reg_loss_wgt, model_args.masking_prob)
