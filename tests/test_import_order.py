@@ -30,7 +30,8 @@ BELOW: dict[str, set[str]] = {
 ORDER = {
     "ops": ["packing", "sharding", "tensors", "compiling", "kernels", "frozen"],
     "methods": [
-        "method", "targets", "table", "description", "linear", "lora", "pissa", "adalora", "bottleneck", "marking",
+        "method", "targets", "table", "description", "linear", "lora", "pissa", "adalora", "vera", "bottleneck",
+        "marking",
     ],
     "models": ["losses", "layers", "checkpoints", "modeling_roberta", "modeling_deberta_v2", "loading", "tokenizer"],
     "adapters": [

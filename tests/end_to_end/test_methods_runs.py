@@ -81,9 +81,10 @@ def is_as_expected(described: dict[str, Any], method: str) -> bool:
 
 
 def trained_in(folder: Path) -> dict[str, torch.Tensor]:
-    """An adapter folder's tensors by the model's own names, but for LoRA's matrices, which end in .weight."""
-    tensors = load_file(folder / "adapter_model.safetensors").items()
-    return {name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor for name, tensor in tensors}
+    """What trained in an adapter folder, by the model's own names, but for LoRA's matrices, which end in .weight."""
+    prefix, tensors = "base_model.model.", load_file(folder / "adapter_model.safetensors").items()
+    trained = {name.removeprefix(prefix): tensor for name, tensor in tensors if name.startswith(prefix)}
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in trained.items()}
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,10 @@ PEFT_PREFIX = "base_model.model."
 _ALL_LINEAR = [*DEFAULT_MODULES, "key", "key_proj", "pos_key_proj", "pos_query_proj", "embed_proj", "dense"]
 # Settings of an adapter_config.json that are read, or that don't change what a trained adapter computes
 SUPPORTED_SETTINGS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "d_initial", "ensure_weight_tying",
-    "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "init_weights", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save", "peft_type",
-    "peft_version", "projection_prng_key", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "save_projection", "target_modules", "task_type", "use_rslora", "vera_dropout",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 _RELATIVE_QUERY = "lora_relative_query"  # ours, beside the type that PEFT refuses: "key", or not there for none
 _MODULE_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern")  # a list of names, or a regular expression

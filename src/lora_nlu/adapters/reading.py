@@ -100,7 +100,8 @@ def _read_folder(folder: Path) -> Adapter:
         metadata = {"base_model": base, "base_revision": config.get("revision")} | metadata
     method = metadata.get("method", {}).get("name")
     adapter = Adapter(folder, _read_state(weights), metadata=metadata, **peft_fields(config, method))
-    if (added := adapter.row.added) != (trained := adapter.row.state) and added and trained:
+    if adapter.row.load_frozen:
+        added, trained = str(adapter.row.added), str(adapter.row.state)
         frozen = {n: x for n, x in adapter.state.items() if re.search(added, n) and not re.search(trained, n)}
         state = {name: tensor for name, tensor in adapter.state.items() if name not in frozen}
         adapter = replace(adapter, state=state, frozen=frozen)

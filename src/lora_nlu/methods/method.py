@@ -62,7 +62,7 @@ class Method:
     # and `reset_added_parameters(std)`, which draws them by torch.nn.init: normally with `std` in a DeBERTa, else None.
     added: str | None = None
     # Pattern of the names of parameters that train in the encoder; None if none does (the head always does). A frozen
-    # matrix that is added, such as VeRA's shared pair, is in `added` alone.
+    # tensor that folders contain, such as VeRA's matrices, is in `added` alone.
     state: str | None = None
     freezes: bool = True  # False if everything trains, and runs save the complete model
     shards: bool = True  # whether FSDP2 and ZeRO-3 may shard what it adds
@@ -75,9 +75,9 @@ class Method:
     # block(trained, hidden_size, after_attention): the module at the end of one half of each encoder layer; None for
     # none. Called while the model is built.
     block: Function | None = None
-    # start(model): sets what starts from W (PiSSA's singular vectors) or what layers share (VeRA's pair). Called when
-    # the base model's weights are loaded, and after `rebuild`; before an adapter's tensors are copied and what trains
-    # is marked. A checkpoint of a complete model contained some tensors already: `ops.tensors.is_loaded` tells them.
+    # start(model): sets what starts from W (PiSSA's singular vectors). Called when the base model's weights are loaded,
+    # and after `rebuild`; before an adapter's tensors are copied and what trains is marked. A checkpoint of a complete
+    # model contained some tensors already: `ops.tensors.is_loaded` tells them.
     # `base_fingerprint` and a DeBERTa's relative query read W by a layer's `frozen_weight()`.
     start: Callable[[Any], None] | None = None
 

@@ -39,7 +39,7 @@ class LazyModule:
 
 
 lora, pissa, adalora = LazyModule("lora"), LazyModule("pissa"), LazyModule("adalora")
-bottleneck = LazyModule("bottleneck")
+vera, bottleneck = LazyModule("vera"), LazyModule("bottleneck")
 _ADAPTER_PATH = Flag("adapter_path", "Run of a method other than LoRA, to start from or evaluate", in_config=False)
 _LORA_FLAGS = (
     Flag("apply_lora", "Train LoRA in the query and value projections, and the head; freeze the rest", bool, False),
@@ -66,6 +66,10 @@ _ADALORA_FLAGS = (
     Flag("beta1", "AdaLoRA: smoothing of the sensitivity; default: 0.85", float, at_least=0, below=1),
     Flag("beta2", "AdaLoRA: smoothing of the uncertainty; default: 0.85", float, at_least=0, below=1),
 )
+_VERA_FLAGS = (
+    *(flag for flag in _LORA_FLAGS if flag.name != "lora_alpha"),
+    Flag("vera_seed", "VeRA: seed of the frozen matrices; default: 0", int, unset=0, at_least=0, decides=True),
+)
 _BOTTLENECK_FLAGS = (
     Flag("apply_adapter", "Train bottleneck adapters, and the head", bool, False),
     Flag("adapter_type", "Where adapters go and what they read", decides=True),
@@ -86,6 +90,11 @@ def _missing_adalora(flags: Any) -> str:
         is_lower = flags.lora_r == 0 or flags.target_rank < flags.lora_r
         return "" if is_lower else f"--target_rank {flags.target_rank}: must be below --lora_r {flags.lora_r}."
     return f"--lora_variant adalora needs {', '.join(missing)}."
+
+
+def _missing_vera(flags: Any) -> str:
+    text = "--lora_variant vera needs --lora_r (its paper: 1024 for RoBERTa-base, 256 for RoBERTa-large)."
+    return text if flags.lora_r is None else ""
 
 
 def _missing_bottleneck(flags: Any) -> str:
@@ -132,6 +141,15 @@ _ROWS = (
         read_config=adalora.read_config, to_peft=adalora.to_peft, from_peft=adalora.from_peft,
         to_file=adalora.to_file, from_file=adalora.from_file, to_adapter=adalora.to_adapter, scaling=adalora.scaling,
         describe=adalora.describe, count=adalora.count, facts=adalora.facts,
+    ),
+    _lora(
+        "vera", "VeRA", "#882E72", "p", flags=_VERA_FLAGS, settings=(), missing=_missing_vera, read=vera.read_settings,
+        added=r"(\.vera_lambda_[bd]|^base_model\.vera_[AB])$", state=r"\.vera_lambda_[bd]$", rank_of="vera_lambda_d",
+        layer=vera.new_layer, linear=vera.VeraLinear, shards=False, peft_types=("VERA", "VERA_FROZEN_RELATIVE_QUERY"),
+        peft_weights=None, peft_settings=("d_initial", "init_weights", "projection_prng_key", "save_projection",
+                                          "vera_dropout"),
+        rebuild=vera.rebuild, load_frozen=vera.load_projections, to_adapter=vera.to_adapter, to_peft=vera.to_peft,
+        from_peft=vera.from_peft, to_config=vera.write_seed, describe=vera.describe,
     ),
     # The last of the variants: the others may have PEFT's use_rslora too, and are then told by a key of their own.
     _lora(

@@ -230,8 +230,8 @@ def check_method(model: Any, name: str, saved: dict[str, Any]) -> None:
                 "Save it as an adapter (lora_nlu.save_adapter), and give that and the plain base model."
             )
     for flag in [flag for flag in row.flags if flag.decides]:
-        setting = flag.name
-        trained_with, flag_value = (values.get(setting) or flag.unset or False for values in (saved, vars(config)))
+        setting, unset = flag.name, False if flag.unset is None else flag.unset
+        trained_with, flag_value = (values.get(setting) or unset for values in (saved, vars(config)))
         if trained_with is False and flag.kind is not bool:
             raise UserError(
                 f"--model_name_or_path {name}: contains {own[0]}, and its config.json doesn't record the "
@@ -240,8 +240,8 @@ def check_method(model: Any, name: str, saved: dict[str, Any]) -> None:
         if trained_with != flag_value:
             raise UserError(
                 f"--model_name_or_path {name}: contains {own[0]}, trained with {setting} {trained_with}; the flags "
-                f"give {flag_value}.\n{'Leave out' if trained_with in (False, flag.unset) else 'Give'} --{setting}"
-                f"{'' if trained_with in (True, False, flag.unset) else f' {trained_with}'}."
+                f"give {flag_value}.\n{'Leave out' if trained_with == unset else 'Give'} --{setting}"
+                f"{'' if trained_with is True or trained_with == unset else f' {trained_with}'}."
             )
 
 
