@@ -164,6 +164,31 @@ def test_a_table_in_fp32_is_rounded_to_bf16_and_one_in_bf16_is_read_by_second_de
         torch.testing.assert_close(grad, result, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("rows", "size", "out", "rank"), [(1, 32, 16, 1), (70, 64, 48, 8), (33, 50, 144, 16), (300, 90, 32, 40)]
+)
+@pytest.mark.parametrize("dtypes", [("half", "half"), ("half", "float"), ("float", "float")])
+def test_a_low_rank_update_of_bf16_and_its_gradient_lose_nothing_but_the_rounding_of_the_sum(
+    way, set_threads, rows, size, out, rank, dtypes
+):
+    of, to = (torch.bfloat16 if name == "half" else torch.float32 for name in dtypes)
+    x, y = noise(rows, size, seed=1).bfloat16(), noise(rows, out, seed=2).to(of)
+    down, up, s = noise(rank, size, seed=3).t(), noise(rank, out, seed=4), -0.7
+    results = []
+    for threads in (1, 3):
+        set_threads(threads)
+        z, u = kernels.add_update(y, x, down, up, s, torch.empty(rows, out, dtype=to))
+        results.append((z, u, kernels.low_rank_gradient(u, x, s)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    X, a, b = x.double(), down.double(), up.double()
+    exact, SPLIT = X @ a, 2.0**-16 + 2.0**-20  # a number in fp32 is read as the sum of two bf16, sums are fp32
+    assert_within(u, exact, SPLIT * X.abs() @ a.abs())
+    sum_ = y.double() + s * exact @ b
+    bound = 4 * SPLIT * abs(s) * (X.abs() @ a.abs()) @ b.abs() + 1e-6 * sum_.abs()  # that of u, of both, their product
+    assert_within(z, sum_, bound + (ROUNDING * 1.01 * sum_.abs() if to is torch.bfloat16 else 0))
+    assert_within(results[0][2], s * u.double().t() @ X, 2 * SPLIT * abs(s) * u.double().abs().t() @ X.abs())
+
+
 def test_gelu_of_every_bf16_is_the_nearest_to_that_in_float64_and_its_gradient_within_two_roundings(way):
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
     x = x[x.isfinite()].view(1, -1).requires_grad_()

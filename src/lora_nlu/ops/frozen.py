@@ -33,7 +33,7 @@ class FrozenWeight:
         return kernels.as_grid(_Product.apply(kernels.as_rows(x), bias, self), x)
 
     def product_with_update(self, x: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
-        """`product` + s (x A^T) B^T, with A [R, I] and B [O, R] in fp32; differentiable once in x, b, A and B."""
+        """`product` + s (x A^T) B^T, x in bf16, A [R, I], B [O, R] in fp32; differentiable once in x, b, A and B."""
         return kernels.as_grid(_ProductWithUpdate.apply(kernels.as_rows(x), bias, A, B, s, self), x)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -101,7 +101,7 @@ class _ProductWithUpdate(torch.autograd.Function):
     ) -> Tensor:
         x16 = rounded(x)
         y = frozen.forward(x16, bias)
-        y, down = _add_update(y, x, A.t(), B.t(), s, torch.bfloat16)
+        y, down = _add_update(y, x16, A.t(), B.t(), s, torch.bfloat16)
         ctx.save_for_backward(x16, A, B, down)
         ctx.scaling, ctx.frozen, ctx.dtype = s, frozen, x.dtype
         return y

@@ -569,15 +569,19 @@ void copy_rows(const half* from, i64 stride, i64 n, i64 np, i64 D, i64 Dp, pair*
   std::fill(rows + n * Dp, rows + np * Dp, half{0});
 }
 
-// [n, Dp / 2] pairs of a row to [n / 2, Dp] pairs of a column; n even, Dp a multiple of 32.
-void pair_rows(const pair* from, i64 n, i64 Dp, pair* to) {
+// Of rows `stride` apart the first n and D columns, padded with 0 to np and Dp, to [np / 2, Dp] pairs of a column; np
+// even, Dp a multiple of 32.
+void pair_rows(const half* from, i64 stride, i64 n, i64 np, i64 D, i64 Dp, pair* to) {
   alignas(64) uint16_t order[2][32];
   for (int i = 0; i < 32; i++) order[0][i] = i / 2 + i % 2 * 32, order[1][i] = order[0][i] + 16;
-  for (i64 i = 0; i < n / 2; i++)
+  const __m512i first = load(order[0]), second = load(order[1]);
+  for (i64 i = 0; i < np; i += 2)
     for (i64 d = 0; d < Dp; d += 32) {
-      const __m512i upper = load(from + i * Dp + d / 2), lower = load(from + i * Dp + (Dp + d) / 2);
-      store(to + i * Dp + d, _mm512_permutex2var_epi16(upper, load(order[0]), lower));
-      store(to + i * Dp + d + 16, _mm512_permutex2var_epi16(upper, load(order[1]), lower));
+      const __mmask32 columns = first_of_32(D - d);
+      const __m512i upper = _mm512_maskz_loadu_epi16(i < n ? columns : 0, from + i * stride + d);
+      const __m512i lower = _mm512_maskz_loadu_epi16(i + 1 < n ? columns : 0, from + (i + 1) * stride + d);
+      store(to + i / 2 * Dp + d, _mm512_permutex2var_epi16(upper, first, lower));
+      store(to + i / 2 * Dp + d + 16, _mm512_permutex2var_epi16(upper, second, lower));
     }
 }
 
@@ -661,7 +665,7 @@ struct PairTables {  // the relative tables of all heads and views, R rows padde
       for (i64 i = 0; i < n; i++) {
         const half* first = f + (i % a.views * (2 * a.longest - 1) * a.heads + i / a.views) * D;
         copy_rows(first, a.heads * D, 2 * a.longest - 1, Rp, D, Dp, rows + i * each);
-        pair_rows(rows + i * each, Rp, Dp, c + i * each);
+        pair_rows(first, a.heads * D, 2 * a.longest - 1, Rp, D, Dp, c + i * each);
         transpose(rows + i * each, Rp, Dp / 2, x + i * each);
       }
     }
@@ -734,16 +738,15 @@ struct PairSequence {  // as `Sequence`: one head of one sequence
   size_t forward(char* memory, half* out, float* lse) const {
     Slices slices{memory};
     pair *q = slices.pairs(Mp, Dp / 2), *k = slices.pairs(Lp, Dp / 2), *kt = slices.pairs(Dp / 2, Lp);
-    pair *v = slices.pairs(Lp, Dp / 2), *vc = slices.pairs(Lp / 2, Dp), *p = slices.pairs(Mp, Lp / 2);
+    pair *vc = slices.pairs(Lp / 2, Dp), *p = slices.pairs(Mp, Lp / 2);
     float *s = slices.floats(Mp, Lp), *o = slices.floats(Mp, Dp), *factors = slices.floats(M);
     float* band = slices.floats(BAND, band_columns());
     if (!memory) return slices.used;
     const i64 H = a.heads * D;
     copy_rows(a.q + q_row * a.q_stride + head * D, a.q_stride, M, Mp, D, Dp, q);
     copy_rows(a.k + k_row * a.k_stride + head * D, a.k_stride, L, Lp, D, Dp, k);
-    copy_rows(a.v + k_row * a.v_stride + head * D, a.v_stride, L, Lp, D, Dp, v);
+    pair_rows(a.v + k_row * a.v_stride + head * D, a.v_stride, L, Lp, D, Dp, vc);
     transpose(k, Lp, Dp / 2, kt);
-    pair_rows(v, Lp, Dp, vc);
     scores(q, k, kt, s, band);
     const Dropout dropout(a.seed, a.longest, a.threshold);
     for (i64 i = 0; i < M; i++) {
@@ -788,7 +791,10 @@ struct PairSequence {  // as `Sequence`: one head of one sequence
     copy_rows(a.k + k_row * a.k_stride + head * D, a.k_stride, L, Lp, D, Dp, k);
     copy_rows(a.v + k_row * a.v_stride + head * D, a.v_stride, L, Lp, D, Dp, v);
     copy_rows(grad + q_row * H + head * D, H, M, Mp, D, Dp, g);
-    pair_rows(q, Mp, Dp, qc), pair_rows(g, Mp, Dp, gc), pair_rows(k, Lp, Dp, kc);
+    const auto pairs = [&](const pair* from, i64 n, pair* to) {
+      pair_rows(reinterpret_cast<const half*>(from), Dp, n, n, Dp, Dp, to);
+    };
+    pairs(q, Mp, qc), pairs(g, Mp, gc), pairs(k, Lp, kc);
     transpose(k, Lp, Dp / 2, kt), transpose(v, Lp, Dp / 2, vt);
     scores(q, k, kt, s, band);
     multiply(to_16(M), to_16(L), Dp / 2, g, Dp / 2, vt, Lp, ds, Lp, false);  // of the dropped probabilities
@@ -948,6 +954,117 @@ int sum_outer(const float* u, const X* x, float* out, i64 N, i64 I, i64 R, float
   }
   return failed;
 }
+
+#ifdef __AVX512BF16__
+
+// x is the sum of the two, to 16 bits
+inline void split(float x, half& high, half& low) {
+  write(&high, x);
+  write(&low, x - read(high));
+}
+
+// Element (row, column) of pairs of a column, `columns` of them
+inline half& in_pairs(pair* pairs, i64 columns, i64 row, i64 column) {
+  return reinterpret_cast<half*>(pairs)[(row / 2 * columns + column) * 2 + row % 2];
+}
+
+// As `add_update` above, of x in bf16: down, up and u are multiplied as sums of two bf16 each.
+template <class Y, class Z>
+int add_update(const half* x, const float* down, i64 down_row, i64 down_column, const float* up, i64 up_row,
+               i64 up_column, const Y* y, Z* z, float* u, i64 N, i64 I, i64 O, i64 R, float s, i64 threads) {
+  if (!Tiles::granted())  // without matrix registers three products are slower than one in fp32
+    return add_update<half, Y, Z>(x, down, down_row, down_column, up, up_row, up_column, y, z, u, N, I, O, R, s,
+                                  threads);
+  constexpr i64 BLOCK = 32, WIDTH = 128;
+  const i64 Ip = to_32(I), n = to_16(2 * R), k = to_32(3 * R);
+  Buffer memory(bytes_of(Ip / 2, n) + bytes_of(k / 2, O));
+  if (!memory.data) return 1;
+  Slices slices{memory.data};
+  pair *d = slices.pairs(Ip / 2, n), *v = slices.pairs(k / 2, O);
+  std::fill(d, d + Ip / 2 * n, 0), std::fill(v, v + k / 2 * O, 0);
+  for (i64 i = 0; i < I; i++)
+    for (i64 r = 0; r < R; r++)
+      split(down[i * down_row + r * down_column], in_pairs(d, n, i, r), in_pairs(d, n, i, R + r));
+  for (i64 r = 0; r < R; r++)
+    for (i64 o = 0; o < O; o++) {
+      split(s * up[r * up_row + o * up_column], in_pairs(v, O, r, o), in_pairs(v, O, 2 * R + r, o));
+      in_pairs(v, O, R + r, o) = in_pairs(v, O, r, o);
+    }
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    const Tiles tiles;
+    Buffer block(bytes_of(BLOCK, Ip / 2) + bytes_of(BLOCK, k / 2) + bytes_of(BLOCK, n) + bytes_of(BLOCK, WIDTH));
+    failed = !block.data;
+    Slices parts{block.data};
+    pair *copy = parts.pairs(BLOCK, Ip / 2), *t = parts.pairs(BLOCK, k / 2);
+    float *both = parts.floats(BLOCK, n), *sum = parts.floats(BLOCK, WIDTH);
+    if (!failed) std::fill(t, t + BLOCK * k / 2, 0);
+#pragma omp for
+    for (i64 i = 0; i < N; i += BLOCK) {
+      if (failed) continue;
+      const i64 rows = std::min(BLOCK, N - i);
+      const bool as_it_is = rows == BLOCK && I == Ip;
+      if (!as_it_is) copy_rows(x + i * I, I, rows, BLOCK, I, Ip, copy);
+      const pair* from = as_it_is ? reinterpret_cast<const pair*>(x + i * I) : copy;
+      multiply(BLOCK, n, Ip / 2, from, Ip / 2, d, n, both, n, false);
+      for (i64 j = 0; j < rows; j++) {
+        half* row = reinterpret_cast<half*>(t) + j * k;
+        for (i64 r = 0; r < R; r++) {
+          const float value = u[(i + j) * R + r] = both[j * n + r] + both[j * n + R + r];
+          split(value, row[r], row[R + r]);
+          row[2 * R + r] = row[r];
+        }
+      }
+      for (i64 o = 0; o < O; o += WIDTH) {
+        const i64 width = std::min(WIDTH, O - o);
+        multiply(BLOCK, width, k / 2, t, k / 2, v + o, O, sum, WIDTH, false);
+        for (i64 j = 0; j < rows; j++)
+          for (i64 c = 0; c < width; c++) {
+            const i64 at = (i + j) * O + o + c;
+            write(z + at, read(y[at]) + sum[j * WIDTH + c]);
+          }
+      }
+    }
+  }
+  return failed;
+}
+
+// As `sum_outer` above, of x in bf16; u is multiplied as the sum of two.
+int sum_outer(const float* u, const half* x, float* out, i64 N, i64 I, i64 R, float s, i64 threads) {
+  constexpr i64 BLOCK = 256, WIDTH = 64;
+  const i64 n = to_16(2 * R), Np = to_32(N);
+  Buffer memory(bytes_of(n, Np / 2));
+  if (!memory.data) return 1;
+  pair* a = reinterpret_cast<pair*>(memory.data);
+  std::fill(a, a + n * Np / 2, 0);
+  half* rows_of_u = reinterpret_cast<half*>(a);
+  for (i64 i = 0; i < N; i++)
+    for (i64 r = 0; r < R; r++) split(u[i * R + r], rows_of_u[r * Np + i], rows_of_u[(R + r) * Np + i]);
+  int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+  {
+    const Tiles tiles;
+    Buffer parts(bytes_of(BLOCK / 2, WIDTH) + bytes_of(n, WIDTH));
+    failed = !parts.data;
+    pair* block = reinterpret_cast<pair*>(parts.data);
+    float* sum = reinterpret_cast<float*>(block + BLOCK / 2 * WIDTH);
+#pragma omp for
+    for (i64 j = 0; j < I; j += WIDTH) {
+      if (failed) continue;
+      for (i64 i = 0; i < Np; i += BLOCK) {
+        const i64 rows = std::min(BLOCK, Np - i);
+        pair_rows(x + i * I + j, I, N - i, rows, I - j, WIDTH, block);
+        multiply(n, WIDTH, rows / 2, a + i / 2, Np / 2, block, WIDTH, sum, WIDTH, i > 0);
+      }
+      for (i64 r = 0; r < R; r++)
+        for (i64 c = 0; c < std::min(WIDTH, I - j); c++)
+          out[r * I + j + c] = s * (sum[r * WIDTH + c] + sum[(R + r) * WIDTH + c]);
+    }
+  }
+  return failed;
+}
+#endif
 
 struct Gelu {  // of every bf16 by its bits: x P(X <= x), X standard normal, and the derivative
   float value[65536], slope[65536];
