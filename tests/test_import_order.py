@@ -30,9 +30,9 @@ BELOW: dict[str, set[str]] = {
 ORDER = {
     "ops": ["packing", "sharding", "tensors", "compiling", "kernels", "frozen"],
     "methods": [
-        "method", "targets", "table", "description", "linear", "lora", "pissa", "adalora", "vera", "bottleneck",
+        "method", "targets", "table", "description", "linear", "lora", "dora", "pissa", "adalora", "vera", "bottleneck",
         "marking",
-    ],
+    ],  # fmt: skip
     "models": ["losses", "layers", "checkpoints", "modeling_roberta", "modeling_deberta_v2", "loading", "tokenizer"],
     "adapters": [
         "patterns", "adapter", "peft_format", "reading", "writing", "attaching", "model_card", "converting", "__main__",

@@ -270,7 +270,6 @@ def test_a_folder_whose_json_is_cut_is_refused_by_the_files_name(name, saved, tm
     "setting",
     [
         {"peft_type": "IA3"},
-        {"use_dora": True},
         {"fan_in_fan_out": True},
         {"lora_bias": True},
         {"init_lora_weights": "pissa_niter_4"},

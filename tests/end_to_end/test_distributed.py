@@ -84,8 +84,16 @@ def assert_same_run(got: Path, want: Path, steps: int = 20) -> None:
         ("roberta", 41, []),
         ("roberta", 45, FSDP),
         ("deberta", 45, FSDP),
+        ("deberta", 41, [*FSDP, "--lora_variant", "dora"]),
     ],
-    ids=["roberta by length", "deberta", "one process idle in the last step", "roberta FSDP2", "deberta FSDP2"],
+    ids=[
+        "roberta by length",
+        "deberta",
+        "one process idle in the last step",
+        "roberta FSDP2",
+        "deberta FSDP2",
+        "DoRA FSDP2",
+    ],
 )
 def test_a_step_is_the_same_however_its_examples_are_divided_among_processes(
     model, examples, backend, steady, fork, call, glue, tmp_path

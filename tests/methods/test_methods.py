@@ -716,7 +716,7 @@ def test_a_folder_contains_what_was_trained_and_nothing_else(kind, method, saved
     def in_file(name: str) -> str:  # as PEFT calls what it wraps
         inside = f"{name.removesuffix('.bias')}.lora_A" in state
         name = name.replace(".bias", ".base_layer.bias") if inside else name
-        return f"base_model.model.{name}{'.weight' if '.lora_' in name else ''}"
+        return f"base_model.model.{name}{'.weight' if re.search(r'[.]lora_[AB]$', name) else ''}"
 
     tensors = load_file(folder / ADAPTER_WEIGHTS)
     expected = {in_file(name): state[name] for name in names_of(model, METHODS[method][1])}

@@ -32,9 +32,12 @@ MODELS: dict[str, Any] = {
     "deberta": (DebertaV2ForSequenceClassification, DebertaV2Config(**SIZES, **OF_DEBERTA)),
 }
 LORA = {"apply_lora": True, "lora_r": 4, "lora_alpha": 8}
+EVERYWHERE = {"lora_target_modules": "query,key,value,dense,intermediate,output"}
 METHODS = {
     "lora": LORA,
-    "lora everywhere": LORA | {"lora_target_modules": "query,key,value,dense,intermediate,output"},
+    "lora everywhere": LORA | EVERYWHERE,
+    "dora": LORA | {"lora_variant": "dora"},
+    "dora everywhere": LORA | EVERYWHERE | {"lora_variant": "dora"},
     "houlsby": {"apply_adapter": True, "adapter_type": "houlsby", "adapter_size": 4},
     "pfeiffer": {"apply_adapter": True, "adapter_type": "pfeiffer", "adapter_size": 4},
     "bitfit": {"apply_bitfit": True},
@@ -61,9 +64,9 @@ def load(base: tuple[str, Path], dropout: float = 0.0, **settings: Any) -> Any:
     model = kind.from_pretrained(base[1], config=config)
     mark_trainable(model)
     torch.manual_seed(2)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:  # lora_B starts at 0, where most gradients vanish
-            nn.init.normal_(parameter, std=0.1)
+            nn.init.normal_(parameter, std=0.1, mean=float("magnitude" in name))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout

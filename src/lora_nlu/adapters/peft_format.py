@@ -10,6 +10,7 @@ from lora_nlu.adapters.patterns import check_pattern
 from lora_nlu.errors import UserError, printable
 from lora_nlu.files import check_json
 from lora_nlu.methods.description import method_of_config
+from lora_nlu.methods.method import Method
 from lora_nlu.methods.table import METHODS
 
 LORA_KEY = re.compile(r"\.lora_[AB]$")
@@ -134,7 +135,7 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: peft_type is {printable(kind)}; of PEFT's types these are supported: {types}.")
     if not row.has_ranks:
         return
-    _check_settings(path, config, row.has_alpha)
+    _check_settings(path, config, row)
     _check_patterns(path, config)
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init not in (*_SUPPORTED_INITS, *row.peft_inits):  # OLoRA and others
@@ -145,7 +146,7 @@ def check_peft_config(path: Path, config: dict[str, Any]) -> None:
             raise UserError(f"{path}: {printable(key)}={printable(value)} is not supported.")
 
 
-def _check_settings(path: Path, config: dict[str, Any], has_alpha: bool) -> None:
+def _check_settings(path: Path, config: dict[str, Any], row: Method) -> None:
     """Every setting that is read must have a type and a value that PEFT writes."""
     p, layers = config.get("lora_dropout") or 0.0, config.get("layers_to_transform")
     numbers = layers if isinstance(layers, list) else [layers or 0]
@@ -153,10 +154,11 @@ def _check_settings(path: Path, config: dict[str, Any], has_alpha: bool) -> None
         ("lora_dropout", isinstance(p, (int, float)) and 0 <= p <= 1, "a number from 0 to 1"),
         # without one of these two PEFT would take its default of 8
         ("r", is_positive_number(config.get("r"), int), "a positive number"),
-        ("lora_alpha", not has_alpha or is_positive_number(config.get("lora_alpha"), (int, float)),
+        ("lora_alpha", not row.has_alpha or is_positive_number(config.get("lora_alpha"), (int, float)),
          "a positive number"),
         ("layers_to_transform", all(type(number) is int and number >= 0 for number in numbers), "layer numbers"),
         *((key, isinstance(config.get(key) or "", str), "a string") for key in ("base_model_name_or_path", "revision")),
+        *((key, isinstance(config.get(key), bool), "False, True") for key in row.peft_keys),
         ("use_rslora", isinstance(config.get("use_rslora"), bool | None), "False, True"),
         ("bias", config.get("bias") in (None, "none", "all", "lora_only"), "none, all, lora_only"),
     ])  # fmt: skip

@@ -209,7 +209,8 @@ def _check_complete(adapter: Adapter) -> None:
         raise UserError(f"{source}: {_contents_without_lora(adapter.state)}")
     for layer in layers:
         pair = [f"{layer}.lora_A", f"{layer}.lora_B"]
-        if missing := [name for name in pair if name not in adapter.state]:
+        names = [f"{layer}.{name}" for name in adapter.row.tensors]
+        if missing := [name for name in names if name not in adapter.state]:
             raise UserError(f"{source}: not a complete adapter: the file lacks {missing[0]}.")
         A, B = (list(adapter.state[name].shape) for name in pair)
         is_empty = not A[0] and layer not in adapter.settings.get("kept", {})

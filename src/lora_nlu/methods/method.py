@@ -125,6 +125,7 @@ class Method:
     # load_frozen(model, adapter): gives a model that has the adapter's layers the tensors of `Adapter.frozen`. Raises
     # UserError if they don't fit.
     load_frozen: Callable[[Any, Any], None] | None = None
+    tensors: tuple[str, ...] = ("lora_A", "lora_B")  # of every layer with an update of `rank_of` "lora_A", in files
     rank_of: str = "lora_A"  # the parameter of a layer whose first size is the layer's rank
     # scaling(adapter, rank, alpha): the factor of a layer's update, where it is not alpha / rank or alpha / sqrt(rank).
     scaling: Callable[[Any, int, float], float] | None = None

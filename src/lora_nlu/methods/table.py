@@ -2,6 +2,7 @@
 
 - LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank updates of linear layers (lora.py).
 - Variants of LoRA: a class of layers each, in a file of its own where it is another; `_lora` makes their rows.
+  DoRA (Liu et al. 2024, arXiv 2402.09353): the rows of the updated weight have trained lengths (dora.py).
   PiSSA (Meng et al. 2024, arXiv 2404.02948): A and B start as the principal part of the weight (pissa.py).
   AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): ranks fall while training, where directions matter least (adalora.py).
   rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): the update is scaled by alpha / sqrt(r).
@@ -38,7 +39,8 @@ class LazyModule:
         return call
 
 
-lora, pissa, adalora = LazyModule("lora"), LazyModule("pissa"), LazyModule("adalora")
+lora, dora, pissa = LazyModule("lora"), LazyModule("dora"), LazyModule("pissa")
+adalora = LazyModule("adalora")
 vera, bottleneck = LazyModule("vera"), LazyModule("bottleneck")
 _ADAPTER_PATH = Flag("adapter_path", "Run of a method other than LoRA, to start from or evaluate", in_config=False)
 _LORA_FLAGS = (
@@ -124,8 +126,13 @@ def _bottleneck(name: str, added: str, color: str, marker: str) -> Method:
     )  # fmt: skip
 
 
+_DORA = r"\.lora_([AB]|magnitude_vector)$"
 _ROWS = (
     _lora("lora", "LoRA", "#D55E00", "s"),
+    _lora(
+        "dora", "DoRA", "#44AA99", "h", added=_DORA, state=_DORA, linear=dora.DoRALinear, peft_keys=("use_dora",),
+        tensors=("lora_A", "lora_B", "lora_magnitude_vector"), to_peft=lambda adapter: {"use_dora": True},
+    ),
     _lora(
         "pissa", "PiSSA", "#332288", "X", added=r"\.lora_[AB](_start)?$", linear=pissa.PissaLinear, shards=False,
         start=pissa.start, before_steps=pissa.before_steps, rebuild=pissa.rebuild, peft_inits=("pissa",),

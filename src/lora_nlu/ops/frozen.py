@@ -101,7 +101,7 @@ class _ProductWithUpdate(torch.autograd.Function):
     ) -> Tensor:
         x16 = rounded(x)
         y = frozen.forward(x16, bias)
-        y, down = _add_update(y, x16, A.t(), B.t(), s, torch.bfloat16)
+        y, down = add_update(y, x16, A.t(), B.t(), s, torch.bfloat16)
         ctx.save_for_backward(x16, A, B, down)
         ctx.scaling, ctx.frozen, ctx.dtype = s, frozen, x.dtype
         return y
@@ -113,7 +113,7 @@ class _ProductWithUpdate(torch.autograd.Function):
         s, (need_x, need_bias, need_A, need_B, _, _) = ctx.scaling, ctx.needs_input_grad
         grad_x = grad_A = grad_B = None
         if need_x:
-            grad_x, up = _add_update(ctx.frozen.backward(grad), grad, B, A, s, ctx.dtype)  # [N, I], [N, R]
+            grad_x, up = add_update(ctx.frozen.backward(grad), grad, B, A, s, ctx.dtype)  # [N, I], [N, R]
         else:
             up = kernels.product(grad.float(), B.t())
         if need_A:
@@ -123,7 +123,7 @@ class _ProductWithUpdate(torch.autograd.Function):
         return grad_x, grad.sum(0, dtype=torch.float32) if need_bias else None, grad_A, grad_B, None, None
 
 
-def _add_update(y: Tensor, x: Tensor, down: Tensor, up: Tensor, s: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def add_update(y: Tensor, x: Tensor, down: Tensor, up: Tensor, s: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """y [N, O] + s x down up in `dtype`, and x down [N, R] in fp32; may write to y."""
     functions = kernels.kernels_for(x)
     if functions and y.shape[1] % functions.vector_width() == 0:
