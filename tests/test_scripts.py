@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import os
 import re
 import shlex
@@ -27,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = "examples/text-classification/run_glue.py"
 KINDS = {"roberta_*.sh": 16, "deberta_*.sh": 8, "mnli.*.sh": 2, "adapter_*.sh": 2}  # the reference's
 BASELINE_SCRIPTS = ["bitfit_roberta_base.sh", "full_roberta_base.sh"]
+FOLLOW_UP_SCRIPTS = ["adalora_deberta_v3_base.sh", "lora_deberta_v3_base.sh", "lora_roberta_large_no_mnli.sh"]
+FOLLOW_UP_SCRIPTS += ["loraplus_roberta_base.sh", "vera_roberta_base.sh", "vera_roberta_large.sh"]
 OTHERS = {"demo.sh", "install.sh", "launch.sh", "run_seeds.sh", "sweep_ranks.sh", "test.sh"}
 RENAMED = {"num_gpus": "tuned_for_gpus", "evaluation_strategy": "eval_strategy"}
 RENAMED |= {"use_deterministic_algorithms": "full_determinism"}
@@ -41,13 +44,18 @@ def read_recipes(file: str) -> list[dict[str, str]]:
     return [recipe | ({"apply_lora": "yes"} if "lora_r" in recipe else {}) for recipe in recipes]
 
 
-# by the name of the output folder; `words` are the script and, for a baseline, the task
+# by the name of the output folder; `words` are the script and, where it takes one, the task
 PUBLISHED = {recipe["script"].removesuffix(".sh"): recipe for recipe in read_recipes("hyperparameters.tsv")}
-BASELINES = {f"{Path(recipe['script']).stem}_{recipe['task_name']}": recipe for recipe in read_recipes("baselines.tsv")}
-RECIPES = PUBLISHED | BASELINES
+BASELINES, FOLLOW_UPS = (
+    {f"{Path(recipe['script']).stem}_{recipe['task_name']}": recipe for recipe in read_recipes(file)}
+    for file in ("baselines.tsv", "follow_ups.tsv")
+)
+RECIPES = PUBLISHED | BASELINES | FOLLOW_UPS
 PAPER = {recipe["script"]: recipe for recipe in read_recipes("../scripts/paper_recipes.tsv")}  # by script
 SHARED = ROOT.parent / "shared"  # the tables that ours were copied from, beside a development checkout
-WORDS = {name: [recipe.pop("script"), *[recipe["task_name"]] * (name in BASELINES)] for name, recipe in RECIPES.items()}
+WORDS = {
+    name: [recipe.pop("script"), *[recipe["task_name"]] * (name not in PUBLISHED)] for name, recipe in RECIPES.items()
+}
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 SETTINGS = ["tuned_for_gpus", "devices", "output_dir", "GLUE_DIR", "MNLI_LORA", "PYTHON", "DRY_RUN"]  # of launch.sh
 SETTINGS += ["recipe", "nnodes", "node_rank", "master_addr", "master_port", "torchrun_options"]
@@ -144,14 +152,16 @@ def test_there_are_the_references_28_scripts_and_2_over_8_tasks():
     published = {path.name for kind in KINDS for path in scripts.glob(kind)}
     assert published | OTHERS == {path.name for path in scripts.glob("*.sh")}
     assert sorted(published) == sorted(f"{name}.sh" for name in PUBLISHED)
-    assert sorted(path.name for path in (scripts / "baselines").iterdir()) == BASELINE_SCRIPTS
-    assert {words[0] for words in WORDS.values()} == published | {f"baselines/{name}" for name in BASELINE_SCRIPTS}
-    assert [sum(method in recipe for recipe in RECIPES.values()) for method in METHODS] == [26, 2, 8]
+    expected = {"baselines": BASELINE_SCRIPTS, "follow_ups": FOLLOW_UP_SCRIPTS}
+    assert {folder: sorted(path.name for path in (scripts / folder).iterdir()) for folder in expected} == expected
+    with_task = {f"{folder}/{name}" for folder, names in expected.items() for name in names}
+    assert {words[0] for words in WORDS.values()} == published | with_task
+    assert [sum(method in recipe for recipe in RECIPES.values()) for method in METHODS] == [26 + len(FOLLOW_UPS), 2, 8]
 
 
 def test_the_baselines_are_full_fine_tuning_and_bitfit_of_each_glue_task():
-    tasks = sorted(recipe["task_name"] for recipe in RECIPES.values() if recipe["model_name_or_path"] == "roberta-base")
-    assert tasks == sorted(3 * [name for name in TASKS if name not in ("wnli", "ax")])
+    tasks = sorted(recipe["task_name"] for recipe in BASELINES.values())
+    assert tasks == sorted(2 * [name for name in TASKS if name not in ("wnli", "ax")])
     for name, recipe in BASELINES.items():
         assert name.startswith("bitfit_" if "apply_bitfit" in recipe else "full_")
 
@@ -175,11 +185,12 @@ def test_a_script_passes_exactly_the_published_hyperparameters(name, run):
     assert flags.pop("do_train") == flags.pop("do_eval") == ""
     assert flags == recipe
     assert processes(command(done)) == int(tuned_for_gpus)
-    batch = int(recipe["per_device_train_batch_size"])
+    batch = batch_of(name)
     assert done.stderr == f"{name}: {tuned_for_gpus} x {batch} = {int(tuned_for_gpus) * batch} examples a step\n"
     assert ("needs_mnli" in text_of(name)) == starts_from_mnli
 
 
+@functools.cache
 def script_of(name: str, scripts: Path = ROOT / "scripts") -> launch.Script:
     """A script as run_seeds.sh reads it, without starting it."""
     path, *task = WORDS[name]
@@ -194,12 +205,14 @@ def text_of(name: str) -> str:
 def test_the_comments_of_a_script_match_its_flags(name):
     recipe, text = RECIPES[name], text_of(name)
     task = TASKS[recipe["task_name"]]
-    tuned_for_gpus, batch = int(recipe["tuned_for_gpus"]), int(recipe["per_device_train_batch_size"])
+    tuned_for_gpus, batch = int(recipe["tuned_for_gpus"]), batch_of(name)
     rows = rf"{task.rows['train']:,} (training )?{'pairs' if len(task.text) == 2 else 'sentences'}"
     assert f"tuned for {tuned_for_gpus} GPU{'s' * (tuned_for_gpus > 1)}\n" in text
-    assert f"bash scripts/{' '.join([WORDS[name][0]] + ['cola'] * (name in BASELINES))} --max_steps 20 " in text
-    if name in BASELINES:  # a row a task
-        assert len(re.findall(rf"^  {task.name}\) +batch={batch} .* # +{rows}: ", text, re.M)) == 1
+    assert re.search(
+        rf"bash scripts/{WORDS[name][0]}{' (cola|mnli)' * (name not in PUBLISHED)} --(max_st|num_tr).* 20 ", text
+    )
+    if name not in PUBLISHED:  # a row a task
+        assert len(re.findall(rf"^  {task.name}\) .*;; # +{rows}(: |$)", text, re.M)) == 1
     else:
         assert f"({rows.replace('(training )?', 'training ')})" in text
         examples = f"{tuned_for_gpus * batch} (pairs|sentences) a step"
@@ -223,6 +236,10 @@ def test_the_parameters_a_comment_counts_are_those_that_train_in_the_encoder(nam
     mark_trainable(model)
     trained = sum(p.numel() for p in model.base_model.parameters() if p.requires_grad)
     assert f" {trained:,} " in text_of(name)
+
+
+def batch_of(name: str) -> int:
+    return int(RECIPES[name].get("per_device_train_batch_size", launch.DEFAULT_BATCH))
 
 
 def mnli_of(name: str) -> str:
@@ -319,6 +336,44 @@ def test_another_recipe_or_a_script_that_the_papers_table_lacks_is_refused(run):
     assert flags_of(run("roberta_base_cola.sh", recipe=""))["lora_alpha"] == "16"
 
 
+# --------------------------------------------------------------------------------------------------------- follow-ups
+
+
+def test_the_follow_ups_settings_are_those_of_their_sources():
+    if not SHARED.is_dir():
+        pytest.skip("the tables that they were copied from are not here")
+    with (SHARED / "adalora_deberta_v3_base.tsv").open(newline="") as table:
+        rows = [*csv.DictReader(table, delimiter="\t")]
+    names = {"lr": "learning_rate", "epochs": "num_train_epochs", "batch": "per_device_train_batch_size"}
+    names |= {"reg_orth": "reg_orth_coef", "warmup_ratio": "warmup_steps"}
+    own = ("task", "lora_r", "target_rank", "reg_orth", "init_warmup", "final_warmup", "mask_interval", "lora_alpha")
+    for row in rows:
+        task = row["task"]
+        adalora, lora = (FOLLOW_UPS[f"{name}_deberta_v3_base_{task}"] for name in ("adalora", "lora"))
+        values = {name: value for name, value in row.items() if value and name != "task"}
+        assert {name: adalora[names.get(name, name)] for name in values} == values
+        assert all(lora[names.get(name, name)] == value for name, value in values.items() if name not in own)
+        assert int(lora["lora_r"]) == int(row["target_rank"])
+        assert float(lora["lora_alpha"]) == pytest.approx(float(row["lora_alpha"]) / int(row["lora_r"]), rel=1e-5)
+    with (SHARED / "paper_hyperparameters.tsv").open(newline="") as table:
+        daggers = [row for row in csv.DictReader(table, delimiter="\t") if "no MNLI" in row["row"]]
+    names |= {"batch_per_gpu": names["batch"], "r_or_bottleneck": "lora_r", "alpha": "lora_alpha"}
+    names |= {"warmup_ratio": "warmup_ratio", "model": "model_name_or_path", "task": "task_name"}
+    for row in daggers:
+        recipe = FOLLOW_UPS[f"lora_roberta_large_no_mnli_{row['task']}"]
+        values = {name: value for name, value in row.items() if value and name != "row"}
+        assert {name: recipe[names.get(name, name)] for name in values} == values
+    assert len(rows) == len(daggers) == 8
+
+
+@pytest.mark.parametrize("script", FOLLOW_UP_SCRIPTS)
+@pytest.mark.parametrize("words", [[], ["wnli"], ["--max_steps", "20"]])
+def test_a_follow_up_needs_one_of_its_tasks(run, script, words):
+    tasks = sorted(name.rpartition("_")[2] for name in FOLLOW_UPS if name.startswith(Path(script).stem))
+    message = refusal(run(f"follow_ups/{script}", *words))
+    assert f"not '{words[0] if words else ''}': {', '.join(tasks[:-1])} or {tasks[-1]}." in message
+
+
 def test_the_output_folder_may_be_set(run):
     assert flags_of(run("roberta_base_rte.sh", output_dir="my run/1"))["output_dir"] == "my run/1"
 
@@ -338,14 +393,14 @@ MACHINES = [("1", "0"), ("1", "1"), ("1", "4"), ("1", "8"), ("2", "0"), ("2", "8
 @each_recipe
 def test_a_step_has_the_published_number_of_examples_on_any_number_of_devices_and_machines(name):
     recipe = RECIPES[name]
-    published = int(recipe["per_device_train_batch_size"])
+    published = batch_of(name)
     script = script_of(name)
     assert script.name == name and script.tuned_for_gpus == recipe["tuned_for_gpus"]
     for nnodes, devices in MACHINES:
         settings = {"nnodes": nnodes, "devices": devices, "node_rank": "0", "master_addr": "first", "MNLI_LORA": "none"}
         planned = launch.plan(script, settings)
-        values = (launch.last_value(planned.flags, flag) for flag in (launch.BATCH, launch.ACCUMULATION))
-        batch, accumulation = (int(value or 1) for value in values)
+        batch = int(launch.last_value(planned.flags, launch.BATCH) or launch.DEFAULT_BATCH)
+        accumulation = int(launch.last_value(planned.flags, launch.ACCUMULATION) or 1)
         assert processes(planned.program) * batch * accumulation == int(recipe["tuned_for_gpus"]) * published
 
 
