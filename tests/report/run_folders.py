@@ -49,7 +49,7 @@ def write_run(
     metric, trained = f"eval_{METRICS.get(task, 'accuracy')}", state in ("done", "unevaluated")
     log: list[dict[str, float]] = [{"step": 10, "loss": 0.7}]
     log += [{"step": 100 * i, "epoch": i, metric: figure} for i, figure in enumerate(figures, 1)]
-    is_lora, total = method["name"] == "lora", encoder + 1538 if method["name"] == "full" else 125_000_000
+    is_lora, total = "targets" in method, encoder + 1538 if method["name"] == "full" else 125_000_000
     record = {
         "task": task, "labels": [], "base_model": f"/models/{model}", "base_fingerprint": base, "started_from": start,
         "lora": {"ranks": [rank] * is_lora, "scalings": [scaling] * is_lora, "lora_relative_query": relative},

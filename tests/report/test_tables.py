@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from run_folders import (
     write_sweep,
 )
 
+from lora_nlu.methods import METHODS
 from lora_nlu.report import pictures
 from lora_nlu.report.collect import collect
 from lora_nlu.report.submission import find_runs
@@ -40,6 +42,7 @@ from lora_nlu.report.tables import (
     one_decimal,
     rank_table,
     spread,
+    table,
     write_report,
 )
 
@@ -334,4 +337,37 @@ def test_sweeps_with_other_settings_are_lines_of_their_own_and_a_lone_run_is_non
     assert rank_table(collect([tmp_path])[0])[1:] == [
         ["RTE", "query, value (learning_rate 0.0005)", "51.0", "52.0"],
         ["RTE", "query, value (learning_rate 0.001)", "51.0", "52.0"],
+    ]
+
+
+def variant(name: str, **settings: Any) -> dict[str, Any]:
+    """What a run of a variant of LoRA records of its method."""
+    row = METHODS[name]
+    return LORA | {"name": name, "label": row.label, "color": row.color, "marker": row.marker} | settings
+
+
+def test_variants_of_lora_are_lines_of_their_own_and_lora_alone_has_the_papers_figure(tmp_path):
+    for name, end in (("lora", 0.5), ("rslora", 0.6), ("pissa", 0.7)):
+        write_seeds(tmp_path / name, "cola", (end,), method=variant(name))
+    cells, _ = collect([tmp_path])
+    rows = [row[:4] for row in table(cells)]
+    assert [row[0] for row in rows if row[0]] == ["LoRA r=8", "PiSSA r=8", "rsLoRA r=8"]
+    assert [row[2] for row in rows] == ["best epoch", "last", "paper", "best epoch", "last", "best epoch", "last"]
+    assert [row[3] for row in rows if row[2] == "best epoch"] == ["50.0", "70.0", "60.0"]
+
+
+def test_a_variant_whose_ranks_fall_names_the_mean_of_its_end(tmp_path):
+    adalora = variant("adalora", target_rank=1)
+    write_seeds(tmp_path / "2", "cola", (0.5, 0.6), method=adalora, rank=2)
+    cells, _ = collect([tmp_path])
+    assert [(cell.method, len(cell.done)) for cell in cells] == [("AdaLoRA r=2 to 1", 2)]
+
+
+def test_a_sweep_of_ranks_has_a_row_for_each_variant(tmp_path):
+    for name, end in (("lora", 0.5), ("rslora", 0.6)):
+        for rank in (4, 8):
+            write_seeds(tmp_path / f"{name}{rank}", "cola", (end + rank / 100,), method=variant(name), rank=rank)
+    assert rank_table(collect([tmp_path])[0])[1:] == [
+        ["CoLA", "query, value (variant LoRA)", "54.0", "58.0"],
+        ["CoLA", "query, value (variant rsLoRA)", "64.0", "68.0"],
     ]

@@ -172,6 +172,8 @@ def read_run(record: Record, figures: Figures) -> Run:
         "started from": "an adapter" if starts_from_adapter else "the base model",
     }
     settings |= {key: value for key, value in method.items() if key not in ("name", "label", *LOOK, "targets")}
+    if "targets" in method:
+        settings["variant"] = method.get("label") or LABELS.get(method["name"], method["name"])
     epoch = state.get("epoch", 0)
     reached = f"its last checkpoint at epoch {epoch:.4g} of {epochs:g}" if state else "no checkpoint yet"
     ranks = all_ranks if "targets" in method else []
@@ -195,6 +197,8 @@ def name_method(method: dict[str, Any], lora: dict[str, Any], hyper: dict[str, A
     label = method.get("label") or LABELS.get(name, name)
     if "targets" in method:
         label += f" r={','.join(map(str, lora['ranks']))}"
+        if "target_rank" in method:
+            label += f" to {method['target_rank']}"
         if method["targets"] != ["query", "value"]:
             more.append(f"on {', '.join(method['targets'])}")
         if method["layers"] is not None:

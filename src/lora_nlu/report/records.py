@@ -41,7 +41,7 @@ _FORMS: dict[str, Any] = {
         "lora": {"ranks": [_COUNT], "scalings": [_NUMBER]},
         "method": {
             "name": _TEXT, "label": _TEXT, "color": _TEXT, "marker": _TEXT, "targets": [_PRINTABLE],
-            "layers": _LIST_OR_NONE, "lora_dropout": _NUMBER,
+            "layers": _LIST_OR_NONE, "lora_dropout": _NUMBER, "target_rank": _COUNT,
         },
     },
     STATE: {"epoch": _NUMBER, "log_history": [{"step": _COUNT, "epoch": _NUMBER, "eval_samples": _COUNT}]},
