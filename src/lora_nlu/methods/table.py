@@ -14,7 +14,8 @@
 - Fine-tuning of everything.
 
 The order matters where a config chooses several: the first names the model's method. Colours are Okabe and Ito's, which
-colour-blind readers tell apart. This module imports neither torch nor transformers.
+colour-blind readers tell apart; the variants of LoRA have Tol's muted ones. This module imports neither torch nor
+transformers.
 """
 
 from collections.abc import Callable
@@ -150,7 +151,7 @@ _ROWS = (
         describe=adalora.describe, count=adalora.count, facts=adalora.facts,
     ),
     _lora(
-        "vera", "VeRA", "#882E72", "p", flags=_VERA_FLAGS, settings=(), missing=_missing_vera, read=vera.read_settings,
+        "vera", "VeRA", "#999933", "p", flags=_VERA_FLAGS, settings=(), missing=_missing_vera, read=vera.read_settings,
         added=r"(\.vera_lambda_[bd]|^base_model\.vera_[AB])$", state=r"\.vera_lambda_[bd]$", rank_of="vera_lambda_d",
         layer=vera.new_layer, linear=vera.VeraLinear, shards=False, peft_types=("VERA", "VERA_FROZEN_RELATIVE_QUERY"),
         peft_weights=None, peft_settings=("d_initial", "init_weights", "projection_prng_key", "save_projection",
