@@ -19,14 +19,14 @@ _FROZEN = {"none": {"query", "key"}, "key": {"query"}, "both": set()}
 class Description:
     """What trains in a model beside its head.
 
-    methods:   names of those that the config chooses, the one that names the model first: ("lora", "bitfit").
+    methods:   names of the methods that the config chooses, such as ("lora", "bitfit"); the first is the model's.
     rank, alpha, use_rslora, targets, layers, dropout: of updates of linear layers. The scaling is alpha / rank, with
-               use_rslora alpha / sqrt(rank); layers None are all. A rank of 0 is no update.
-    adapter_size: width of bottlenecks; 0 without any.
+               use_rslora alpha / sqrt(rank); layers None means all. With a rank of 0 there is no update.
+    adapter_size: width of bottleneck adapters; 0 if there are none.
     relative_query: which of a DeBERTa's relative positions' projections, where they are shared with tokens, have their
                update: "none", "key" or "both".
     settings:  the methods' settings by name, as the config has them.
-    shared:    what the layers of the one model that is built by it share (VeRA's frozen matrices).
+    shared:    what the layers of the model that is built from it share (VeRA's frozen matrices); of one model alone.
     """
 
     methods: tuple[str, ...] = ("full",)
@@ -56,10 +56,10 @@ class Description:
 
 
 def description_of(config: Any) -> Description:
-    """What a config's attributes say of what trains. Raises ValueError for one that is invalid or without effect."""
+    """What trains, from a config's attributes. Raises ValueError for an attribute that is invalid or has no effect."""
     names: list[str] = []
     fields: dict[str, Any] = {}
-    # A class may have some
+    # hasattr, not vars: a config class may have some of them as class attributes
     values = _renamed({name: getattr(config, name) for name in setting_names() if hasattr(config, name)})
     for row in METHODS.values():
         for flag in row.flags:
@@ -91,15 +91,18 @@ def as_relative_query(value: str | bool | None) -> str:
 
 
 def recorded_relative_query(value: str) -> str | bool:
-    """One of `RELATIVE_QUERY` as configs and run metadata have it: False and True were there before "key"."""
+    """One of `RELATIVE_QUERY` as configs and run metadata record it: False for none, True for both, or "key".
+
+    False and True keep the format of files written before there was "key".
+    """
     return value if value == "key" else value == "both"
 
 
 def same_relative_query(value: str, updated: Iterable[str]) -> str:
-    """The first of none, both and key that computes what `value` does where these shared projections have updates.
+    """The first of none, both and key that computes the same as `value` in a model with updates in these modules.
 
-    updated: names of modules that end in `query_proj` or `key_proj`, and others. An adapter is recorded so: with an
-    update of the query alone, none and key are the same.
+    updated: names of modules; only those that end in `query_proj` or `key_proj` count. Adapters record this value, so
+    that equal ones have equal records: with an update of the query alone, none and key compute the same.
     """
     kinds = {kind for kind in ("query", "key") for name in updated if name.endswith(f"{kind}_proj")}
     return next(other for other in ("none", "both", "key") if _FROZEN[other] & kinds == _FROZEN[value] & kinds)
@@ -115,9 +118,9 @@ def _is_chosen(row: Method, values: Mapping[str, Any]) -> bool:
 
 
 def _check_choice(row: Method, values: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a config whose switch is on, but not for this row, chooses another of that switch.
+    """Check a config that turns on this row's switch but does not choose this row.
 
-    So it does for a setting that this row has and the chosen one has not.
+    Raises ValueError if it chooses no other row of that switch, or sets a flag of this row that the chosen row lacks.
     """
     rows = [other for other in METHODS.values() if other.switch == row.switch]
     chosen = next((other for other in rows if _is_chosen(other, values)), None)
@@ -131,13 +134,13 @@ def _check_choice(row: Method, values: Mapping[str, Any]) -> None:
 
 
 def _without_effect(flag: Flag, chosen: Method) -> str:
-    """The reason why a flag has no effect with a method, where it has one with others of the same switch."""
+    """Why a flag has no effect with a method, naming the methods of the same switch with which it has one."""
     rows = [row for row in METHODS.values() if row.switch == chosen.switch and flag in row.flags]
     return f"has no effect with {chosen.label}; it is a setting of {', '.join(row.label for row in rows)}"
 
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a config, those that an earlier version wrote by today's names and values."""
+    """Settings of a config; names and values that an earlier version wrote are replaced by today's."""
     for row in METHODS.values():
         is_earlier = bool(row.earlier) and all(values.get(name) == value for name, value in row.earlier.items())
         if is_earlier and all(values.get(name) is None for name in row.chosen_by if name not in row.earlier):
@@ -146,7 +149,7 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def methods_in(model: Any) -> list[Method]:
-    """The methods that a model has, by its modules, or its config if they have none; the first names the model."""
+    """The methods of a model, from its modules and, for those that add no parameters, its config; main one first."""
     names = {getattr(module, "method", None) for module in model.modules()}
     names |= {row.name for row in description_of(model.config).rows if row.freezes and not row.added}
     return [row for row in METHODS.values() if row.name in names] or [METHODS["full"]]
@@ -165,7 +168,7 @@ def added_patterns() -> list[str]:
 
 
 def flags_that_add(tensors: Mapping[str, bool]) -> str:
-    """The flags of a method that adds just those of some tensors that are True; "" if there is none."""
+    """`Method.choice` of the first method that adds the tensors whose value is True and none of the others; or ""."""
     for row in METHODS.values():
         if row.added and all(bool(re.search(row.added, name)) == there for name, there in tensors.items()):
             return row.choice
@@ -175,16 +178,16 @@ def flags_that_add(tensors: Mapping[str, bool]) -> str:
 def method_of_tensor(name: str, settings: Mapping[str, Any]) -> Method:
     """The method that added a tensor of this name to a model whose config has these settings.
 
-    Of several with such tensors the one that the settings choose; the first if they choose none.
+    If several methods have such tensors, it is the one that the settings choose, or the first if they choose none.
     """
     rows = [row for row in METHODS.values() if row.added and re.search(row.added, name)]
     return next((row for row in rows if _is_chosen(row, settings)), rows[0])
 
 
 def method_of_config(config: Mapping[str, Any], recorded: str | None = None) -> Method | None:
-    """The method of a folder by its adapter_config.json; None if it is none of the table's.
+    """The method of a folder, from its adapter_config.json; None if no row fits.
 
-    recorded: the name in the folder's run metadata, which decides between rows of the same type and as many keys.
+    recorded: the method's name in the folder's run metadata, which decides between rows that fit equally well.
     """
     rows = [row for row in METHODS.values() if config.get("peft_type") in row.peft_types]
     rows = [row for row in rows if all(config.get(key) for key in row.peft_keys)]
@@ -200,16 +203,16 @@ def is_added(name: str) -> bool:
 
 
 def set_method(config: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a config these settings, and no other that its checkpoint was saved with; those are returned.
+    """Replace the methods' settings of a config by these. Returns those that its checkpoint was saved with.
 
-    Settings of a method that is off, or with which it would train nothing (rank 0), are left out.
+    Settings of a method that is off, or that would train nothing (rank 0), are left out.
     """
     saved = _renamed({name: vars(config).pop(name) for name in setting_names() if name in vars(config)})
     for flag in method_flags():
         value = settings.get(flag.name)
         is_set = value or (
             value is not False and value == 0 and flag.kind in (int, str)
-        )  # a rank, or the number of the first layer
+        )  # 0 may be a rank, or the number of the first layer
         is_on = flag.always or any(settings.get(row.switch) for row in METHODS.values() if flag in row.flags)
         if is_set and is_on and flag.in_config and value != flag.unset:
             setattr(config, flag.name, value)
@@ -245,7 +248,7 @@ def choices_of(flag: Flag) -> list[Any]:
 
 
 def methods_of_flags(flags: Any) -> list[Method]:
-    """The methods whose switch is on; of several with that switch those that the flags leave possible."""
+    """The methods whose switch is on; of several with the same switch, those that the other flags do not exclude."""
     rows = [row for row in METHODS.values() if row.switch and getattr(flags, row.switch)]
     values = {flag.name: getattr(flags, flag.name) for flag in method_flags()}
     undecided = {f.name for f in method_flags() if choices_of(f) and values[f.name] is None and f.unset is None}
@@ -253,14 +256,14 @@ def methods_of_flags(flags: Any) -> list[Method]:
 
 
 def _method_settings(flags: Any) -> list[tuple[Flag, list[Method]]]:
-    """The flags on the command line that have an effect with some methods alone, each with these."""
+    """The flags on the command line that are settings of methods, each with the methods that have it."""
     dependent = [flag for flag in method_flags() if flag.in_config and not flag.always]
     changed = [flag for flag in dependent if getattr(flags, flag.name) != flag.default]
     return [(flag, [row for row in METHODS.values() if flag in row.flags]) for flag in changed]
 
 
 def contradicts(flags: Any, method: str) -> bool:
-    """Whether the flags name other methods than that of an adapter."""
+    """Whether the flags choose another method, or a setting of another, than the `method` of an adapter."""
     row, chosen = METHODS[method], methods_of_flags(flags)
     others = [other for other in METHODS.values() if other.switch != row.switch]
     is_chosen = any(other.switch == row.switch for other in chosen)
@@ -276,7 +279,7 @@ def contradicts(flags: Any, method: str) -> bool:
 
 
 def check_flags(flags: Any) -> None:
-    """One method at a time, with the flags it needs and no other's. Raises UsageError."""
+    """Raise UsageError unless the flags choose one method, with all flags that it needs and none of another."""
     chosen = methods_of_flags(flags)
     for row in chosen:
         if row.missing and not getattr(flags, row.path_flag) and (text := row.missing(flags)):

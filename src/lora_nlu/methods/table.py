@@ -1,10 +1,11 @@
 """The methods of training, a row each; all of them also train the classification head.
 
 - LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank updates of linear layers (lora.py).
-- Variants of LoRA: a class of layers each, in a file of its own where it is another; `_lora` makes their rows.
+- Variants of LoRA, whose rows `_lora` makes. Each but rsLoRA has its own class of layers, in its own file.
   DoRA (Liu et al. 2024, arXiv 2402.09353): the rows of the updated weight have trained lengths (dora.py).
   PiSSA (Meng et al. 2024, arXiv 2404.02948): A and B start as the principal part of the weight (pissa.py).
   AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): ranks fall while training, where directions matter least (adalora.py).
+  VeRA (Kopiczko et al. 2023, arXiv 2310.11454): trained vectors scale frozen random A and B of all layers (vera.py).
   rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): the update is scaled by alpha / sqrt(r).
 - Bottleneck adapters (bottleneck.py), placed and initialised as the reference implementation of LoRA does. Houlsby
   (Houlsby et al. 2019, arXiv 1902.00751): after the attention's output projection and after the feed-forward's.
@@ -13,9 +14,9 @@
 - The head alone, on the frozen encoder.
 - Fine-tuning of everything.
 
-The order matters where a config chooses several: the first names the model's method. Colours are Okabe and Ito's, which
-colour-blind readers tell apart; the variants of LoRA have Tol's muted ones. This module imports neither torch nor
-transformers.
+The order matters where a config chooses several methods: the first row names the model's method. Colours are Okabe and
+Ito's, which colour-blind readers tell apart; the variants of LoRA have Tol's muted ones. This module imports neither
+torch nor transformers.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from lora_nlu.methods.targets import parse_layers, parse_relative_query, parse_t
 
 
 class LazyModule:
-    """A module of this package whose functions import it when they are first called: torch takes seconds."""
+    """A module of this package, imported when one of its functions is first called: importing torch takes seconds."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -36,7 +37,7 @@ class LazyModule:
         def call(*args: Any, **options: Any) -> Any:
             return getattr(import_module(f"lora_nlu.methods.{self.name}"), function)(*args, **options)
 
-        setattr(self, function, call)  # the same object for every row that names it
+        setattr(self, function, call)  # so that every row which names the function gets the same object
         return call
 
 
@@ -106,7 +107,7 @@ def _missing_bottleneck(flags: Any) -> str:
 
 
 def _lora(name: str, label: str, color: str, marker: str, **fields: Any) -> Method:
-    """The row of a variant of LoRA; `fields`: those in which it differs from LoRA itself."""
+    """The row of LoRA or of a variant; `fields` are those of `Method` in which the row differs from LoRA's."""
     common: dict[str, Any] = {
         "part": label, "chosen_by": {"apply_lora": True, "lora_variant": name}, "flags": _LORA_FLAGS,
         "settings": ("use_rslora",), "path_flag": "lora_path", "missing": _missing_lora, "read": lora.read_settings,
@@ -127,12 +128,13 @@ def _bottleneck(name: str, added: str, color: str, marker: str) -> Method:
     )  # fmt: skip
 
 
-_DORA = r"\.lora_([AB]|magnitude_vector)$"
+_DORA_NAMES = r"\.lora_([AB]|magnitude_vector)$"
 _ROWS = (
     _lora("lora", "LoRA", "#D55E00", "s"),
     _lora(
-        "dora", "DoRA", "#44AA99", "h", added=_DORA, state=_DORA, linear=dora.DoRALinear, peft_keys=("use_dora",),
-        tensors=("lora_A", "lora_B", "lora_magnitude_vector"), to_peft=lambda adapter: {"use_dora": True},
+        "dora", "DoRA", "#44AA99", "h", added=_DORA_NAMES, state=_DORA_NAMES, linear=dora.DoRALinear,
+        peft_keys=("use_dora",), tensors=("lora_A", "lora_B", "lora_magnitude_vector"),
+        to_peft=lambda adapter: {"use_dora": True},
     ),
     _lora(
         "pissa", "PiSSA", "#332288", "X", added=r"\.lora_[AB](_start)?$", linear=pissa.PissaLinear, shards=False,
@@ -159,7 +161,7 @@ _ROWS = (
         rebuild=vera.rebuild, load_frozen=vera.load_projections, to_adapter=vera.to_adapter, to_peft=vera.to_peft,
         from_peft=vera.from_peft, to_config=vera.write_seed, describe=vera.describe,
     ),
-    # The last of the variants: the others may have PEFT's use_rslora too, and are then told by a key of their own.
+    # After the other variants, whose PEFT folders may set use_rslora too: of several rows that fit the first is chosen.
     _lora(
         "rslora", "rsLoRA", "#882255", "<", earlier={"apply_lora": True, "use_rslora": True}, settings=(),
         read=lora.read_rslora_settings, peft_keys=("use_rslora",),
