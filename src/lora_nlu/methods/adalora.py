@@ -26,14 +26,14 @@ from lora_nlu.methods.targets import is_number, target_of, targets_and_layers
 from lora_nlu.ops import kernels
 from lora_nlu.ops.sharding import is_finite
 
-# The settings of a run by the names of their flags, with PEFT's names and defaults (beta1 and beta2: the authors' too)
+# The settings of a run: the names of our flags, and PEFT's keys of adapter_config.json
 SETTINGS = {
     "target_rank": "target_r", "reg_orth_coef": "orth_reg_weight", "init_warmup": "tinit", "final_warmup": "tfinal",
     "mask_interval": "deltaT", "beta1": "beta1", "beta2": "beta2", "total_step": "total_step", "init_r": "init_r",
 }  # fmt: skip
-DIRECTIONS = {"lora_A": 0, "lora_E": 0, "lora_B": 1}  # by which dimension a parameter's directions are numbered
-_MOST_NUMBERS = 2**28  # of all layers with all directions, 1 GiB: a damaged folder must not fill the memory
-DEFAULTS = {"reg_orth_coef": 0.0, "beta1": 0.85, "beta2": 0.85}
+DIRECTIONS = {"lora_A": 0, "lora_E": 0, "lora_B": 1}  # the dimension of each parameter that numbers the directions
+_MOST_NUMBERS = 2**28  # in all layers with all directions, 1 GiB: a damaged folder must not fill the memory
+DEFAULTS = {"reg_orth_coef": 0.0, "beta1": 0.85, "beta2": 0.85}  # both betas as the authors and PEFT have them
 
 
 class AdaLoRALinear(LoRALinear):
@@ -83,7 +83,7 @@ def adalora_layers(model: nn.Module) -> dict[str, AdaLoRALinear]:
 
 
 def settings_of(model: Any) -> dict[str, Any]:
-    """A model's `SETTINGS` that are set: in its config, or by its adapter and its run."""
+    """The values of `SETTINGS` for a model: `DEFAULTS`, its config, then its adapter or run, of which the last wins."""
     values = {name: getattr(model.config, name, None) for name in SETTINGS}
     return DEFAULTS | {name: x for name, x in values.items() if x is not None} | getattr(model, "adalora_settings", {})
 
@@ -129,7 +129,7 @@ class RankAllocator:
         self.settings: dict[str, Any] = {}
 
     def begin(self, total: int) -> None:
-        """Read the settings of a run of `total` steps. Raises UserError for those with which nothing can be chosen."""
+        """Read the settings of a run of `total` steps. Raises UserError if they are incomplete or lower no ranks."""
         settings = settings_of(self.model)
         required = ("target_rank", "init_warmup", "final_warmup", "mask_interval")
         if missing := [f"--{name}" for name in required if name not in settings]:
@@ -155,7 +155,10 @@ class RankAllocator:
 
     @torch.no_grad()
     def step(self, number: int, total: int) -> None:
-        """Update the importance, and set E of the directions beyond the budget to 0 where it is time for it."""
+        """Update the importance; every `mask_interval` steps set E of the directions beyond the budget to 0.
+
+        From step total - final_warmup on the choice stays the same, and E of the others is set to 0 in each step.
+        """
         first, last = self.settings["init_warmup"], total - self.settings["final_warmup"]
         if number < last:
             self._update_importance()
@@ -170,7 +173,7 @@ class RankAllocator:
                 layer.lora_E.masked_fill_(~kept[:, None], 0.0)
 
     def _update_importance(self) -> None:
-        """Raises UserError if the gradients of the step are gone."""
+        """Update the smoothed sensitivity and uncertainty. Raises UserError if the step's gradients are not kept."""
         if all(p.grad is None for p in self.parameters):
             raise UserError("AdaLoRA reads the gradients after each step, and DeepSpeed does not keep them: use DDP.")
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
@@ -189,7 +192,7 @@ class RankAllocator:
         return torch.cat([A.mean(1) + E[:, 0] + B.mean(0) for A, E, B in zip(scores, scores, scores, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs; the parameters too, since a checkpoint's adapter has the kept directions alone."""
+        """What a resumed run needs; also the parameters: a checkpoint's adapter contains only the kept directions."""
         lists = {"parameters": self.parameters, "sensitivity": self.sensitivity, "uncertainty": self.uncertainty}
         kept = None if self.kept is None else self.kept.cpu()
         return {name: [t.detach().cpu() for t in tensors] for name, tensors in lists.items()} | {"kept": kept}
@@ -236,9 +239,9 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def count(model: Any) -> int:
-    """How many parameters of the encoder are left of those that train: without the directions whose E is 0.
+    """The number of trained parameters of the encoder, without those of directions whose E is 0.
 
-    A direction of a layer is I + O + 1 parameters. Before training it is the budget: target_rank of each layer.
+    A direction of a layer has I + O + 1 parameters. Before training, when all E are 0, each layer counts target_rank.
     """
     layers = [*adalora_layers(model).values()]
     left = [int(layer.lora_E.count_nonzero()) for layer in layers]
@@ -250,9 +253,9 @@ def count(model: Any) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- files
-# In a folder, as in PEFT's, the tensors have the kept directions alone, and `rank_pattern` says which these are. In
-# memory a layer has all directions it began with; those that were not kept are 0. So the shapes, and the rounding of
-# products, are those of training.
+# In a folder, as in PEFT's, the tensors contain only the kept directions, and `rank_pattern` says which these are. In
+# memory a layer has all directions that it began with, and 0 in those that were not kept, so that its shapes, and the
+# rounding of its products, are those of training.
 
 
 def to_adapter(model: Any) -> dict[str, Any]:
@@ -269,12 +272,12 @@ def to_adapter(model: Any) -> dict[str, Any]:
 
 
 def scaling(adapter: Any, rank: int, alpha: float) -> float:
-    """The factor of a layer's update: of the rank that it began with."""
+    """The factor of a layer's update, alpha / (r + 1e-5) with the rank r that training began with."""
     return alpha / (adapter.settings.get("init_r", rank) + 1e-5)
 
 
 def kept_directions(adapter: Any) -> dict[str, list[bool]]:
-    """Which directions of each layer have an E other than 0; all of them in an adapter that is untrained."""
+    """For each layer, whether each direction's E differs from 0; all True if every E is 0 (an untrained adapter)."""
     kept = {name: adapter.state[f"{name}.lora_E"][:, 0].ne(0).tolist() for name in adapter.ranks}
     return kept if any(map(any, kept.values())) else {name: [True] * len(mask) for name, mask in kept.items()}
 
@@ -293,7 +296,7 @@ def to_file(adapter: Any) -> Any:
 
 
 def from_file(adapter: Any) -> Any:
-    """The adapter with all directions, 0 where they were not kept. Raises UserError if the tensors are not the kept."""
+    """The adapter with all directions, 0 where not kept. Raises UserError if tensors and settings disagree."""
     state, settings, source = dict(adapter.state), dict(adapter.settings), adapter.source
     rank, masks = settings["init_r"], settings.pop("kept", {})
     if missing := [f"{name}.lora_E" for name in {**masks, **adapter.ranks} if f"{name}.lora_E" not in state]:
@@ -316,7 +319,7 @@ def from_file(adapter: Any) -> Any:
 
 
 def to_peft(adapter: Any) -> dict[str, Any]:
-    """AdaLoRA's keys of adapter_config.json, of an adapter by `to_file`; with values that PEFT accepts if unknown."""
+    """AdaLoRA's keys of adapter_config.json, of an adapter from `to_file`; unset ones get values that PEFT accepts."""
     settings = {"init_warmup": 0, "final_warmup": 0, "mask_interval": 1, "target_rank": 1} | DEFAULTS | adapter.settings
     settings.setdefault("total_step", settings["init_warmup"] + settings["final_warmup"] + 1)
     masks = {f"{name}.lora_E": mask for name, mask in sorted(settings["kept"].items())}
@@ -325,7 +328,7 @@ def to_peft(adapter: Any) -> dict[str, Any]:
 
 
 def read_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """An adapter_config.json with the rank it began with as `r`, and `rank_pattern` as `kept`. Raises UserError."""
+    """PEFT's adapter_config.json with `init_r` as `r`, and `rank_pattern` as `kept`. Raises UserError."""
     pattern = config.get("rank_pattern") or {}
     is_pattern = isinstance(pattern, dict) and all(
         isinstance(mask, list) and all(type(kept) is bool for kept in mask) for mask in pattern.values()
@@ -347,13 +350,13 @@ def read_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_peft(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `Adapter` by a config that `read_config` has read. PEFT ignores alpha_pattern and use_rslora."""
+    """The fields of `Adapter` from a config of `read_config`. As in PEFT, alpha_pattern and use_rslora are ignored."""
     settings = {name: config[key] for name, key in SETTINGS.items()} | {"kept": config["kept"]}
     return {"settings": settings, "alpha_pattern": {}, "use_rslora": False}
 
 
 def facts(adapter: Any) -> dict[str, Any]:
-    """What `inspect` shows of an adapter beside LoRA's facts: what is left, in each target's layers in order."""
+    """What `inspect` shows beside LoRA's facts: the directions left, in all and by target, layer after layer."""
     kept = {name: sum(mask) for name, mask in kept_directions(adapter).items()}
     names = sorted(kept, key=lambda name: [int(part) for part in name.split(".") if part.isdigit()])
     by_target = {t: [str(kept[name]) for name in names if target_of(name) == t] for t in targets_and_layers(names)[0]}

@@ -6,10 +6,10 @@ With W = U S V^T, s the scaling and S_R the R largest singular values, A and B s
     h = W_res x + b + s B A x,    W_res = W - s B_start A_start, frozen.
 
 A layer keeps A_start and B_start beside A and B. Its `weight` is W, and the update s (B A - B_start A_start) of rank
-2 R, as in the files that PEFT converts. A run's trainer makes `weight` W_res (`subtract`): a step then costs what
-LoRA's does, without a second [O, I] matrix. W_res + s B_start A_start differs from W by roundings, and the base
-model's fingerprint, a merged model and a saved one need W itself: `Checkpoints.restore_weights` reads it from the base
-model's file again. A model without a file keeps W.
+2 R, as in the folders that PEFT converts to LoRA. A run's trainer replaces `weight` by W_res (`subtract`): a step then
+costs what LoRA's does, without a second [O, I] matrix. W_res + s B_start A_start differs from W by roundings, and the
+base model's fingerprint, a merged model and a saved one need W itself: `Checkpoints.restore_weights` reads it from the
+base model's file again. A model that was not loaded from a file keeps W.
 
 Dim letters: I in_features, O out_features, R rank.
 """
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class PissaLinear(LoRALinear):
-    """`LoRALinear` whose update is `lora_B` `lora_A` less what it was at the start; zeros are no start: plain LoRA."""
+    """`LoRALinear` with the update scaling (B A - B_start A_start); the starts are 0 until `start`: plain LoRA."""
 
     method = "pissa"
     multiplies_frozen = True
@@ -91,11 +91,11 @@ class PissaLinear(LoRALinear):
                 parameter.copy_(tensor)
 
     def started(self) -> bool:
-        """Whether the starts are set: by `start`, an adapter or a checkpoint."""
+        """Whether A_start and B_start are set: by `start`, an adapter or a checkpoint."""
         return not self.lora_B_start.is_meta and bool(self.lora_B_start.any())
 
     def is_current(self) -> bool:
-        """Whether `weight` is W_res, and that of the starts as they are now."""
+        """Whether `weight` is the W_res of the present A_start and B_start."""
         return self.subtracted is not None and all(
             map(is_same, self.subtracted, (self.lora_A_start, self.lora_B_start))
         )
@@ -110,7 +110,7 @@ class PissaLinear(LoRALinear):
 
     @torch.no_grad()
     def of_checkpoint(self, weight: Tensor) -> Tensor:
-        """What `weight` is now, of W [O, I]: W itself, or W_res, one rounding of what float64 gives."""
+        """The present value of `weight`, from W [O, I] of a file: W, or W_res, computed in float64 and rounded once."""
         if self.subtracted is None:
             return weight
         A, B = (start.to("cpu", torch.float64) for start in self.subtracted)
@@ -125,7 +125,7 @@ class PissaLinear(LoRALinear):
         self.subtracted = None
 
     def frozen_weight(self) -> Tensor:
-        """W, merged or not; to a rounding of W_res after `subtract`."""
+        """W [O, I], merged or not; after `subtract` it is computed from W_res and differs by roundings."""
         if self.subtracted is None:
             return super().frozen_weight()
         A, B = (start.to(self.weight) for start in self.subtracted)
@@ -153,9 +153,9 @@ class PissaLinear(LoRALinear):
 def principal_part(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A [R, I] and B [O, R] of W [O, I], with which s B A is the best approximation of W of this rank.
 
-    Computed in float64 from eigenvectors of the smaller of W W^T and W^T W, which takes less time than an SVD. Of each
-    eigenvector the number farthest from 0 is positive. Raises UserError for a rank that W does not have, or a W without
-    numbers.
+    Computed in float64 from eigenvectors of the smaller of W W^T and W^T W, which takes less time than an SVD. The
+    sign of each eigenvector is chosen so that its number farthest from 0 is positive. Raises UserError if R is above
+    min(O, I), or W is on the meta device.
     """
     if weight.is_meta:
         raise UserError(
@@ -175,7 +175,7 @@ def principal_part(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, T
     S = torch.from_numpy(values).flip(0).clamp(min=0).sqrt()  # [R], the largest first
     U = torch.from_numpy(vectors).flip(1)  # [min(O, I), R]
     U = U * U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
-    floor = max(1e-12 * float(S[0]), torch.finfo(torch.float64).tiny)  # of a W of lower rank
+    floor = max(1e-12 * float(S[0]), torch.finfo(torch.float64).tiny)  # a W of lower rank has singular values of 0
     V = (U.t() @ W) / S.clamp(min=floor)[:, None]  # [R, max(O, I)]
     root = (S / scaling).sqrt()[:, None]
     A, B = (root * V, (root * U.t()).t()) if is_wide else (root * U.t(), (root * V).t())
@@ -202,7 +202,7 @@ def start(model: Any) -> None:
 
 @torch.no_grad()
 def rebuild(model: Any, adapter: Any, lora_alpha: float | None) -> None:
-    """As LoRA's, with the starts that the adapter has; PEFT's folders have none, and `start` computes them."""
+    """As LoRA's, with the adapter's A_start and B_start; PEFT's folders contain none, and `start` computes them."""
     lora.rebuild(model, adapter, lora_alpha)
     for name, layer in pissa_layers(model).items():
         for part in ("lora_A_start", "lora_B_start"):
@@ -213,7 +213,7 @@ def rebuild(model: Any, adapter: Any, lora_alpha: float | None) -> None:
 
 @torch.no_grad()
 def before_steps(model: Any) -> None:
-    """Make every weight W_res that is not that of the layer's starts, in all processes of those of the first one."""
+    """Make the weight of every layer the W_res of its present starts; several processes all use the first one's."""
     layers = [x for x in pissa_layers(model).values() if type(x.weight) is nn.Parameter and not x.weight.requires_grad]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         from accelerate.utils import broadcast_object_list
@@ -240,9 +240,9 @@ def to_adapter(model: Any) -> dict[str, Any]:
 
 
 def to_file(adapter: Any) -> Any:
-    """The adapter as PEFT converts it, a LoRA of the base model: [A; A_start] and [B, -B_start], of rank 2 R.
+    """The adapter as PEFT converts it, to LoRA of the base model: [A; A_start] [2 R, I] and [B, -B_start] [O, 2 R].
 
-    Raises UserError for one of PEFT's without starts.
+    Raises UserError for an adapter without starts, which is one that PEFT saved without converting it.
     """
     state = {name: tensor for name, tensor in adapter.state.items() if not name.endswith("_start")}
     for name in adapter.ranks:
@@ -259,7 +259,7 @@ def to_file(adapter: Any) -> Any:
 
 
 def from_file(adapter: Any) -> Any:
-    """The adapter of what `to_file` gave. Raises UserError for other tensors."""
+    """The reverse of `to_file`. Raises UserError for an odd rank, which `to_file` does not return."""
     state = {}
     for name, tensor in adapter.state.items():
         layer, _, part = name.rpartition(".")
@@ -276,11 +276,11 @@ def from_file(adapter: Any) -> Any:
 
 
 def _factor(adapter: Any) -> float:
-    """By what alpha grows with the doubled rank, so that the scaling stays."""
+    """The factor of alpha that keeps the scaling when the rank doubles: 2, or sqrt(2) for alpha / sqrt(r)."""
     return math.sqrt(2) if adapter.use_rslora else 2.0
 
 
 def _with_alphas(adapter: Any, factor: float) -> Any:
-    """The adapter with its alphas multiplied; to 15 digits, so that 16 times and by a square root is 16."""
+    """The adapter with its alphas multiplied; 15 digits, so that 16 times sqrt(2), divided by it again, is 16."""
     pattern = {name: float(f"{alpha * factor:.15g}") for name, alpha in adapter.alpha_pattern.items()}
     return replace(adapter, lora_alpha=float(f"{adapter.lora_alpha * factor:.15g}"), alpha_pattern=pattern)

@@ -1,6 +1,6 @@
 """VeRA (Kopiczko et al. 2023, arXiv 2310.11454, eq. 2): h = W x + bias + b * (B (d * (A x))), W, bias, A, B frozen.
 
-A and B are random and the same in every layer; the vectors b and d of each layer train.
+A [R, I] and B [O, R] are random and the same in every layer; the vectors d [R] and b [O] of each layer train.
 
 Dim letters: N rows (tokens), I in_features, O out_features, R rank.
 """
@@ -25,9 +25,9 @@ _FIRST_DRAWS = [0.49625658988952637, 0.7682217955589294]  # of torch.rand after 
 
 
 class Projections:
-    """The pair A [R, I] and B [O, R] of all layers of one model, as wide as the widest of them; each reads a slice.
+    """The pair A [R, I] and B [O, R] of all layers of one model, with their largest I and O; each layer reads a slice.
 
-    It is drawn from `seed` where it is first needed, as PEFT draws it: uniformly with bound sqrt(6 / fan_in), A first.
+    It is drawn from `seed` when it is first needed, as PEFT draws it: uniformly with bound sqrt(6 / fan_in), A first.
     The layers share this object, which is no module: state dicts contain no pair, and copies of a model share it too.
     """
 
@@ -38,7 +38,7 @@ class Projections:
         self._kept: dict[Any, Any] = {}  # slices by shape, device and dtype
 
     def widen(self, inputs: int, outputs: int) -> None:
-        """Make room for a layer of these sizes."""
+        """Let the pair be at least as large as a layer of these sizes; a pair that is too small is drawn again."""
         if inputs > self.inputs or outputs > self.outputs:
             self.inputs, self.outputs = max(inputs, self.inputs), max(outputs, self.outputs)
             self.pair, self._kept = None, {}
@@ -51,7 +51,7 @@ class Projections:
 
     @torch.inference_mode(False)
     def drawn(self) -> tuple[Tensor, Tensor]:
-        """The pair of the seed. Raises UserError where torch draws other numbers than PEFT and we have drawn so far."""
+        """The pair of the seed. Raises UserError if this torch draws other numbers than earlier versions did."""
         if torch.rand(2, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32).tolist() != _FIRST_DRAWS:
             raise UserError(
                 f"VeRA: PyTorch {torch.__version__} draws other random numbers from a seed than earlier versions, so "
@@ -70,7 +70,7 @@ class Projections:
         self.pair, self._kept = (A.float(), B.float()), {}
 
     def sliced(self, layer: nn.Linear, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A [R, I] and B [O, R] as wide as a layer, kept for each device and dtype."""
+        """A [R, I] and B [O, R] of the sizes of a layer, kept for each device and dtype."""
         key = layer.in_features, layer.out_features, device, dtype
         if key not in self._kept:
             A, B = self.tensors()
@@ -80,7 +80,7 @@ class Projections:
         return self._kept[key]
 
     def weights(self, layer: nn.Linear, device: torch.device, in_bf16: bool) -> tuple[Any, Any]:
-        """The same for fast products: A and B in fp32, or as weights held in bf16 are."""
+        """The same as objects that multiply: `FrozenWeight`s in bf16, or `_Weight`s in fp32."""
         key = layer.in_features, layer.out_features, device, in_bf16
         if key not in self._kept:
             kind = FrozenWeight if in_bf16 else _Weight
@@ -93,7 +93,7 @@ class Projections:
 
 
 class _Weight:
-    """What `FrozenWeight` is in bf16, in fp32: a weight and its transpose, each in the order that multiplies faster."""
+    """`FrozenWeight` in fp32: a weight [O, I] and its transpose, each contiguous, which multiplies faster."""
 
     def __init__(self, weight: Tensor) -> None:
         self.weight, self.transposed = weight, weight.t().contiguous()
@@ -108,8 +108,8 @@ class _Weight:
 class _AddUpdate(torch.autograd.Function):
     """y [N, O] + b * (d * x A^T) B^T, in place, of x [N, I]; A and B are weights of `Projections`.
 
-    Keeps x A^T and (d * x A^T) B^T, a product each, rather than computing them again; x is kept for gradients of
-    gradients alone.
+    The backward keeps x A^T and (d * x A^T) B^T, which saves computing these two products again; x is kept only for
+    gradients of gradients.
     """
 
     @staticmethod
@@ -146,7 +146,7 @@ class _AddUpdate(torch.autograd.Function):
         return grad, grad_x, grad_d, _sums(grad, v) if need_b else None, None, None
 
 
-# Products of bf16 and fp32 are slow in torch (30 times, in place), casts are not.
+# These two cast to fp32 first: torch is slow where bf16 is multiplied by fp32 (in place, 30 times), and casts are fast.
 
 
 def _scaled(x: Tensor, factors: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def _sums(x: Tensor, y: Tensor) -> Tensor:
 
 
 class VeraLinear(lora.LoRALinear):
-    """`nn.Linear` with a trained vector before and one after each of two frozen products: the equation above.
+    """`nn.Linear` with an update of two frozen products, each followed by a trained vector: b * (B (d * (A x))).
 
     `vera_lambda_d` [R] starts at 0.1 and `vera_lambda_b` [O] at zero, so a new layer computes what the linear layer it
     replaces did. In training `lora_dropout` drops elements of the x that the update reads.
@@ -260,7 +260,7 @@ def _is_seed(value: Any) -> bool:
 
 
 def new_layer(trained: Description, target: str, number: int, inputs: int, outputs: int) -> VeraLinear | None:
-    """A linear layer with VeRA, where the description has it; else None."""
+    """A linear layer with VeRA if the description updates this one of `TARGETS` in this encoder layer, else None."""
     if not trained.updates(target, number):
         return None
     shared, seed = trained.shared, trained.settings.get("vera_seed") or 0
@@ -274,7 +274,7 @@ def vera_layers(model: nn.Module) -> list[VeraLinear]:
 
 
 def rebuild(model: Any, adapter: Any, lora_alpha: float | None) -> None:
-    """Give a model the layers of an adapter, which share a pair of its seed."""
+    """Give a model the layers of an adapter, which share one pair, drawn from the adapter's seed."""
     lora.rebuild(model, adapter, lora_alpha)
     layers = vera_layers(model)
     projections = Projections(layers[0].r, adapter.settings["vera_seed"])
@@ -284,7 +284,7 @@ def rebuild(model: Any, adapter: Any, lora_alpha: float | None) -> None:
 
 
 def load_projections(model: Any, adapter: Any) -> None:
-    """Give the layers of a model the pair that a folder contains. Raises UserError for another shape."""
+    """Give the layers of a model the pair that a folder contains. Raises UserError if its shapes differ."""
     projections = vera_layers(model)[0].projections
     if not adapter.frozen:  # PEFT's save_projection=False
         return
@@ -297,7 +297,7 @@ def load_projections(model: Any, adapter: Any) -> None:
 
 
 def to_adapter(model: Any) -> dict[str, Any]:
-    """The fields of `Adapter` by a model's layers: the seed, and the pair itself, as PEFT saves it by default."""
+    """The fields of `Adapter` from a model's layers: the seed, and the pair itself, which PEFT saves by default too."""
     projections = vera_layers(model)[0].projections
     pair = dict(zip(_PAIR, projections.tensors(), strict=True))
     return {"frozen": pair, "settings": {"vera_seed": projections.seed}}
@@ -310,7 +310,7 @@ def to_peft(adapter: Any) -> dict[str, Any]:
 
 
 def from_peft(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `Adapter` by adapter_config.json. Raises UserError for values that PEFT does not write."""
+    """Fields of `Adapter` from adapter_config.json. Raises UserError for values that PEFT does not write."""
     seed, p = config.get("projection_prng_key", 0), config.get("vera_dropout", 0.0)
     if not _is_seed(seed):
         raise UserError(f"adapter_config.json: projection_prng_key is {seed!r}; expected a number from 0 to 2**63 - 1.")
@@ -322,7 +322,7 @@ def from_peft(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_seed(model: Any) -> None:
-    """Set `vera_seed` of `model.config` to that of its pair. Raises UserError for a pair that is not of a seed."""
+    """Set `vera_seed` of `model.config` to the pair's seed. Raises UserError if that seed draws another pair."""
     layers = vera_layers(model)
     vars(model.config).pop("vera_seed", None)
     if not layers or layers[0].merged:
