@@ -1,7 +1,7 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5): h = m * (W + s B A) x / |W + s B A| + b with W and b frozen.
 
-|V| is the length of each row of V; m [O] starts as |W|, so a new layer computes what the linear layer it replaces did.
-As in the paper's section 4.3, |V| is a constant in backward.
+|V| [O] contains the length of each row of V; m [O] starts as |W|, so a new layer computes what the linear layer that it
+replaces did. As in the paper's section 4.3, the backward takes |W + s B A| as a constant.
 
 Dim letters: N rows (tokens), I in_features, O out_features, R rank.
 """
@@ -18,15 +18,16 @@ from lora_nlu.ops import kernels
 from lora_nlu.ops.frozen import add_update, plain, rounded
 from lora_nlu.ops.tensors import is_loaded
 
-_CANCELLED = 0.1  # share of |W|^2 + |s B A|^2 below which their sum has lost digits
-_SHORTEST = 1e-30  # the length of a row of zeros, which stays one
+_CANCELLED = 0.1  # if |W + s B A|^2 is below this share of |W|^2 + |s B A|^2, expanding the square loses digits
+_SHORTEST = 1e-30  # taken as the length of a row of zeros, so that dividing by it gives zeros
 
 
 class _DoRALinear(torch.autograd.Function):
     """y = c * (x W^T + s (x A^T) B^T) + b of x [N, I] on a CPU, with c = m / |W + s B A|.
 
-    squares [O]: |W|^2 of each row in fp64; frozen: W held in bf16 (frozen.py), or None. The rows of A are multiplied by
-    W together with those of x. The backward keeps x, x A^T, the product before it is scaled, and parameters.
+    squares [O]: |W|^2 of each row in fp64; frozen: W in bf16 (frozen.py), or None. One product multiplies the rows of x
+    and of A by W, since the lengths need A W^T. The backward keeps x, x A^T, the product before it is scaled by c, and
+    references to parameters.
     """
 
     @staticmethod
@@ -84,7 +85,7 @@ class DoRALinear(LoRALinear):
     method = "dora"
     multiplies_frozen = True
     update_names = ("lora_A", "lora_B", "lora_magnitude_vector")
-    _squares: Any = None  # a weight, its state, and the squared length of each of its rows
+    _squares: Any = None  # a weight, its version, and the squared length of each of its rows
 
     def __init__(self, in_features: int, out_features: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(in_features, out_features, *args, **kwargs)
@@ -184,9 +185,9 @@ def _squared_rows(weight: Tensor) -> Tensor:
 
 
 def _lengths_of_sum(weight: Tensor, A: Tensor, B: Tensor, s: float, squares: Tensor, products: Tensor) -> Tensor:
-    """|W + s B A| of each row, [O], from `squares`, |W|^2 [O] in fp64, and `products`, A W^T [R, O].
+    """|W + s B A| of each row, [O], by its expanded square, without forming the [O, I] sum.
 
-    Where those and |s B A|^2 nearly cancel, from the row of W + s B A itself.
+    squares: |W|^2 [O] in fp64; products: A W^T [R, O]. Rows in which W and s B A nearly cancel are summed themselves.
     """
     A, B, dtype = A.double(), s * B.double(), B.dtype
     of_update = ((B @ (A @ A.t())) * B).sum(1)

@@ -1,4 +1,4 @@
-"""A linear layer whose weight is frozen and has a trainable update: merged into the weight, taken out, saved, loaded.
+"""A linear layer with a frozen weight and a trainable update: merging and unmerging the update, saving and loading.
 
 Dim letters: I in_features, O out_features.
 """
@@ -24,13 +24,13 @@ def _version(x: Tensor) -> int:
 
 
 class UpdatedLinear(Linear):
-    """`nn.Linear` whose `weight` [O, I] and `bias` [O] are frozen, beside a trainable update; merging of the two.
+    """`nn.Linear` with frozen `weight` [O, I] and `bias` [O], and a trainable update that can be merged into `weight`.
 
-    A subclass has a forward, a `scaling` and the parameters `update_names`, and defines `with_update` and
-    `check_shapes`, by which they change the weight.
+    A subclass defines `forward`, `scaling`, the parameters that `update_names` lists, and `with_update`, by which they
+    change the weight; it may define `check_shapes`.
 
-    A merged layer's state dict holds `weight` with the update in it and no parameters of the update, so a file never
-    counts it twice. While merged, a layer also keeps the weight as it was and copies of the parameters that were
+    A merged layer's state dict contains `weight` with the update in it and no parameters of the update, so that a file
+    never counts it twice. While merged, a layer also keeps the weight as it was and copies of the parameters that were
     merged, so `unmerge` is exact even if they changed. Loading other parameters or another weight unmerges first.
     """
 
@@ -66,7 +66,7 @@ class UpdatedLinear(Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put the update, as it is now, into `weight`, once. Raises ValueError if that can't be written to."""
+        """Put the present update into `weight`; idempotent. Raises ValueError if `weight` can't be written to."""
         if self.merged and self._contains_its_update():
             return
         self._check_writable()
@@ -80,7 +80,7 @@ class UpdatedLinear(Linear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take out of `weight` what `merge` put in; without a merge, do nothing. Raises as `merge`."""
+        """Undo `merge`; a layer that is not merged is left alone. Raises as `merge`."""
         if self.merged:
             self._check_writable()
             self.weight.copy_(self.frozen_weight())
@@ -113,7 +113,7 @@ class UpdatedLinear(Linear):
         return self.with_update(self.weight, self.update_parameters(), self.scaling)
 
     def frozen_weight(self) -> Tensor:
-        """The weight [O, I] without the update, merged or not; to a rounding if `weight` was written to in between."""
+        """The weight [O, I] without the update, merged or not; exact unless `weight` was written to since `merge`."""
         if not self.merged:
             return self.weight
         if self._untouched("weight"):
@@ -178,7 +178,7 @@ class UpdatedLinear(Linear):
 
     @torch.no_grad()
     def _is_merged(self, weight: Tensor) -> bool:
-        """Whether a weight is nearer to what this unmerged layer's would be merged than to what it is."""
+        """Whether `weight` [O, I] is less than half as far from this layer's merged weight as from its frozen one."""
         if weight.shape != self.weight.shape or weight.is_meta or self.weight.is_meta:
             return False
         weight = weight.to(self.weight).float()
@@ -214,9 +214,9 @@ def check_not_quantised(model: nn.Module, names: Iterable[str] | None = None) ->
 
 
 def layers_to_hold_in_bf16(model: nn.Module) -> list[Any]:
-    """The linear layers whose forward knows `frozen` and whose weights are plain fp32, unmerged, on a CPU.
+    """The linear layers whose forward can multiply by `frozen` and whose weights are plain fp32, unmerged, on a CPU.
 
-    None in a model with another kind of `UpdatedLinear`, whose forward reads the weight itself.
+    None in a model with an `UpdatedLinear` whose class does not set `multiplies_frozen`: its forward reads `weight`.
     """
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, Linear)]
     if not all(type(layer) is Linear or vars(type(layer)).get("multiplies_frozen") for layer in layers):
@@ -235,7 +235,7 @@ def updated_layers(model: nn.Module) -> list[UpdatedLinear]:
 def merge_lora_(model: nn.Module) -> None:
     """Merge every update of a linear layer of `model` in place; idempotent.
 
-    Weights that are held in bf16 are read from the checkpoint again first: `Checkpoints.restore_weights`.
+    Weights that are in bf16, or that a method replaced, are first read from the checkpoint (`restore_weights`).
     """
     for module in model.modules():
         if hasattr(module, "restore_weights"):

@@ -134,7 +134,7 @@ class LoRALinear(UpdatedLinear):
         return self.updated_product(x, self.dropout(x), self.lora_A, self.lora_B)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x W^T + b, with the weight that is held in bf16 if one is."""
+        """x W^T + b of x [..., I]: with `weight` [O, I], or with the layer's `frozen` weight in bf16 if it has one."""
         if self.frozen is not None:
             return self.frozen.product(x, self.bias)
         return kernels.linear(x, weight, self.bias)
@@ -208,13 +208,13 @@ def read_settings(config: Any, needs_alpha: bool = True) -> dict[str, Any] | Non
 
 
 def read_rslora_settings(config: Any) -> dict[str, Any] | None:
-    """As `read_settings`, of rsLoRA."""
+    """As `read_settings`, with rsLoRA's scaling."""
     settings = read_settings(config)
     return None if settings is None else settings | {"use_rslora": True}
 
 
 def new_layer(trained: Description, target: str, layer: int, in_features: int, out_features: int) -> Any:
-    """A linear layer with the described variant of LoRA, where the description has it; else None."""
+    """A linear layer with the described variant of LoRA if `trained` updates this one of `TARGETS`, else None."""
     if not trained.updates(target, layer):
         return None
     linear: Any = next(row.linear for row in trained.rows if row.linear)

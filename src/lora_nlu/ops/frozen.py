@@ -1,8 +1,8 @@
-"""Products with a frozen weight in bf16, with sums in fp32: the weight is kept for them alone, and nothing else of it.
+"""Products with a frozen weight in bf16, with sums in fp32. No other copy of the weight is kept.
 
-oneDNN multiplies fastest by a weight in a layout that it chooses itself (`torch._mkldnn`), one for the forward and one,
-of the transposed weight, for the backward. A packed weight has a shape and a dtype, but can't be read or written like
-another tensor; `to_dense` gives its numbers.
+oneDNN multiplies fastest by a packed weight, in a layout that it chooses itself (`torch._mkldnn`): one for the forward
+and one, of the transposed weight, for the backward. A packed weight has a shape and a dtype, but can't be read or
+written like another tensor; `to_dense` gives its numbers.
 
 Dim letters: N rows, I in, O out features, R rank.
 """
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lora_nlu.ops import kernels
 
 _PACK: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-_ROWS = 512  # for which oneDNN chooses the layout; it serves any other number as well
+_ROWS = 512  # rows of x for which oneDNN chooses the layout; products with any other number are right too
 
 
 class FrozenWeight:
@@ -37,6 +37,7 @@ class FrozenWeight:
         return kernels.as_grid(_ProductWithUpdate.apply(kernels.as_rows(x), bias, A, B, s, self), x)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [N, I] W^T + b to [N, O], in bf16."""
         return _multiply(x, self.weight, bias)
 
     def backward(self, grad: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def _packed(weight: Tensor) -> Tensor:
     return _PACK(weight, _ROWS) if has_bf16_products() else weight
 
 
-_latest: list[Any] = [None, None, None]  # a tensor, its version, the same in bf16
+_latest: list[Any] = [None, None, None]  # a tensor (weakly referenced), its version, and its copy in bf16
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -69,6 +70,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def has_bf16_products() -> bool:
+    """Whether weights can be packed for oneDNN's bf16 products, which need AVX-512."""
     return _PACK is not None and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
@@ -124,7 +126,10 @@ class _ProductWithUpdate(torch.autograd.Function):
 
 
 def add_update(y: Tensor, x: Tensor, down: Tensor, up: Tensor, s: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """y [N, O] + s x down up in `dtype`, and x down [N, R] in fp32; may write to y."""
+    """y [N, O] + s x down up in `dtype`, and x down [N, R] in fp32, of x [N, I], down [I, R], up [R, O].
+
+    May write to y.
+    """
     functions = kernels.kernels_for(x)
     if functions and y.shape[1] % functions.vector_width() == 0:
         return kernels.add_update(y, x, down, up, s, y if y.dtype is dtype else torch.empty_like(y, dtype=dtype))

@@ -1,4 +1,4 @@
-"""Learning rates of their own: of LoRA's B (LoRA+) and of the classification head."""
+"""Learning rates that differ from --learning_rate: of LoRA's B (LoRA+), and of the classification head."""
 
 from typing import Any
 
@@ -16,25 +16,25 @@ def check_rates(model: Any, args: Any) -> None:
 
 
 def with_rates(groups: list[dict[str, Any]], model: Any, args: Any) -> list[dict[str, Any]]:
-    """An optimizer's groups, with those of `lora_B` and of the head apart if these have another learning rate.
+    """An optimizer's groups; `lora_B` and the head get groups of their own if their learning rates differ.
 
     LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns at `loraplus_lr_ratio` times the rate of A. PEFT's optimizer
     gives this rate to every one-dimensional parameter too, such as the head's biases; here only B has it, as in the
     paper. The groups keep their weight decay, and those of the other parameters come first: the rate in logs is theirs.
     """
-    # transformers' own TrainingArguments have neither
+    # getattr: args may be transformers' own TrainingArguments, which have neither
     ratio, head_rate = getattr(args, "loraplus_lr_ratio", None), getattr(args, "head_learning_rate", None)
     faster = _matrices_B(model) if ratio is not None else set()
     head = {id(model.get_parameter(name)) for name in head_names(model)} if head_rate is not None else set()
     if not faster and not head:
         return groups
-    rest, own = [], []
+    others, with_own_rate = [], []
     for group in groups:
         rate, params = group.get("lr", args.learning_rate), group["params"]
-        rest.append(group | {"params": [p for p in params if id(p) not in faster | head]})
-        own.append(group | {"params": [p for p in params if id(p) in faster], "lr": rate * (ratio or 1)})
-        own.append(group | {"params": [p for p in params if id(p) in head], "lr": head_rate})
-    return [group for group in rest + own if group["params"]]
+        others.append(group | {"params": [p for p in params if id(p) not in faster | head]})
+        with_own_rate.append(group | {"params": [p for p in params if id(p) in faster], "lr": rate * (ratio or 1)})
+        with_own_rate.append(group | {"params": [p for p in params if id(p) in head], "lr": head_rate})
+    return [group for group in others + with_own_rate if group["params"]]
 
 
 def _matrices_B(model: Any) -> set[int]:
