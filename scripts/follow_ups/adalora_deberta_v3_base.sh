@@ -2,12 +2,12 @@
 # DeBERTa-v3-base + AdaLoRA (arXiv 2303.10512), LoRA whose ranks are chosen while it trains, on a GLUE task.
 #   bash scripts/follow_ups/adalora_deberta_v3_base.sh cola --num_train_epochs 20   flags override it; tuned for 1 GPU
 # Settings: those of its authors' published scripts. lora_deberta_v3_base.sh is plain LoRA of the same final rank.
-# Training must be longer than both warm-ups of the ranks together: a short try lowers --init_warmup and --final_warmup.
+# Training must be longer than --init_warmup and --final_warmup together, so lower both for a short try.
 tuned_for_gpus=${tuned_for_gpus:-1}
 source "$(dirname -- "${BASH_SOURCE[0]}")/../launch.sh"
 task="${1:-}"
-# r: the rank at the start; a layer has rank 1 on average at the end. orth: reg_orth_coef. first, last: steps in which
-# the ranks stay as they are. every: mask_interval. warm-up: of the learning rate; 0.1 is a share of the steps
+# r: the rank at the start; at the end a layer has rank 1 on average. orth: reg_orth_coef. first: init_warmup. last:
+# final_warmup. every: mask_interval. warm-up: steps of the learning rate's; 0.1 is a share of all steps
 case "$task" in
   #               rate epochs tokens r alpha orth first  last every warm-up dropout decay eval
   cola) settings="8e-4   25     64   3  32   0.1   800  3500   10     100    0.1    0     100" ;; #   8,551 sentences
@@ -31,7 +31,7 @@ args=(
   --cls_dropout "$dropout"                         # before the classifier
   --apply_lora --lora_variant adalora --lora_r "$r" --lora_alpha "$alpha"
   --lora_target_modules query,key,value,dense,intermediate,output
-  --lora_relative_query key                        # the relative positions' key has the update, their query not
+  --lora_relative_query key                        # relative positions: their key has the update, their query not
   --target_rank 1 --reg_orth_coef "$orth" --beta1 0.85 --beta2 0.85
   --init_warmup "$first" --final_warmup "$last" --mask_interval "$every"
   --eval_strategy steps --eval_steps "$eval_steps" --save_strategy steps --save_steps "$eval_steps"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # DeBERTa-v3-base + LoRA on a GLUE task, with AdaLoRA's budget: for comparison with adalora_deberta_v3_base.sh.
 #   bash scripts/follow_ups/lora_deberta_v3_base.sh cola --max_steps 20   extra flags override it; tuned for 1 GPU
-# Settings: AdaLoRA's (arXiv 2303.10512; its authors' published scripts), tuned for AdaLoRA. Picked here: rank 1 on the
-# same six layers, AdaLoRA's mean rank at the end, and an alpha that scales the update by AdaLoRA's alpha / r.
-# A comparison at one learning rate says little: run both over --grid learning_rate.
+# Settings: those of AdaLoRA's authors' published scripts (arXiv 2303.10512), tuned for AdaLoRA. Picked here: rank 1,
+# which is AdaLoRA's mean rank at the end, on the same six kinds of layers, and an alpha that gives AdaLoRA's alpha / r.
+# A comparison at one learning rate says little: run both scripts over several (run_seeds.sh --grid learning_rate).
 tuned_for_gpus=${tuned_for_gpus:-1}
 source "$(dirname -- "${BASH_SOURCE[0]}")/../launch.sh"
 task="${1:-}"
-# warm-up: of the learning rate; 0.1 is a share of the steps
+# warm-up: steps of the learning rate's; 0.1 is a share of all steps
 case "$task" in
   #               rate epochs tokens alpha  warm-up dropout decay eval
   cola) settings="8e-4   25     64  10.6667   100    0.1    0     100" ;; #   8,551 sentences
@@ -31,7 +31,7 @@ args=(
   --cls_dropout "$dropout"                         # before the classifier
   --apply_lora --lora_r 1 --lora_alpha "$alpha"
   --lora_target_modules query,key,value,dense,intermediate,output
-  --lora_relative_query key                        # the relative positions' key has the update, their query not
+  --lora_relative_query key                        # relative positions: their key has the update, their query not
   --eval_strategy steps --eval_steps "$eval_steps" --save_strategy steps --save_steps "$eval_steps"
   --logging_steps 10 --seed 6
 )

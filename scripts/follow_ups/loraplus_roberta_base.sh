@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# RoBERTa-base + LoRA on MNLI or QQP, trained as LoRA+ does (arXiv 2402.12354): B learns 80 times as fast as A.
+# RoBERTa-base + LoRA+ (arXiv 2402.12354) on MNLI or QQP: the learning rate of B is 80 times that of A.
 #   bash scripts/follow_ups/loraplus_roberta_base.sh mnli --max_steps 20   extra flags override it; tuned for 1 GPU
 # Settings: the RoBERTa-base run of its authors' program (github.com/nikhil-ghosh-berkeley/loraplus, commit a38d3e0).
-# Left at the program's defaults, since they are not among those settings: length, weight decay and warm-up. Picked
-# here: an evaluation each epoch, seed 0. Plain LoRA beside it: --loraplus_lr_ratio 1 with an --output_dir of its own.
+# Length, weight decay and warm-up are not among those settings and stay at run_glue.py's defaults. Picked here: an
+# evaluation each epoch, seed 0. For plain LoRA to compare with, add --loraplus_lr_ratio 1 and another --output_dir.
 tuned_for_gpus=${tuned_for_gpus:-1}
 source "$(dirname -- "${BASH_SOURCE[0]}")/../launch.sh"
 task="${1:-}"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# RoBERTa-large + VeRA (arXiv 2310.11454), LoRA with one frozen random pair for all layers, on a GLUE task.
+# RoBERTa-large + VeRA (arXiv 2310.11454) on a GLUE task: LoRA with one frozen pair of random matrices for all layers.
 #   bash scripts/follow_ups/vera_roberta_large.sh cola --max_steps 20   extra flags override it; tuned for 1 GPU
-# Settings: the paper's rank, its six tasks, query and value, and the best epoch of each of 5 seeds. Its learning rates
-# (the head has one of its own), epochs, batch and length are not among the settings at hand: give --learning_rate,
-# --head_learning_rate, --num_train_epochs, --per_device_train_batch_size and --max_seq_length. Without them the
-# program's defaults train, which are not the paper's.
+# Settings: the paper's rank, its six tasks, and its layers, query and value. The paper reports the best epoch of each
+# of 5 seeds (run_seeds.sh). Its learning rates (the head has its own), epochs, batch and length were not at hand: give
+# --learning_rate, --head_learning_rate, --num_train_epochs, --per_device_train_batch_size and --max_seq_length. Without
+# them run_glue.py's defaults are used, which are not the paper's.
 tuned_for_gpus=${tuned_for_gpus:-1}
 source "$(dirname -- "${BASH_SOURCE[0]}")/../launch.sh"
 task="${1:-}"
