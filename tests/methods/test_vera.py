@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, RobertaConfig
 
 from lora_nlu.adapters.attaching import attach_adapter
-from lora_nlu.adapters.converting import merged_state
+from lora_nlu.adapters.converting import merged_state, write_published
+from lora_nlu.adapters.model_card import inspect
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
@@ -413,3 +414,13 @@ def test_a_base_that_contains_vera_is_not_given_another_pair(bases, tmp_path):
         model, _ = load_model(str(tmp_path), config, needs_head=False)
         with pytest.raises(UserError, match=rf"{problem}.\nGive --vera_seed 1\.") if problem else nullcontext():
             check_method(model, str(tmp_path), saved)
+
+
+def test_inspect_names_the_variant_its_rank_and_its_matrices_and_no_alpha(bases, tmp_path):
+    save_adapter(trained(bases["roberta"]), tmp_path, {})
+    facts = dict(line.strip().split("  ", 1) for line in inspect(read_adapter(str(tmp_path))).splitlines())
+    facts = {name: value.strip() for name, value in facts.items()}
+    assert (facts["method"], facts["rank"], facts["frozen matrices"]) == ("vera", str(R), "in the file")
+    assert "alpha" not in facts
+    with pytest.raises(UserError, match="contains vera; the published layout is LoRA's"):
+        write_published(read_adapter(str(tmp_path)), tmp_path / "vera.bin")

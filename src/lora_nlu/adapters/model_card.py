@@ -116,7 +116,8 @@ def _facts(adapter: Adapter) -> dict[str, str]:
         facts["layers with LoRA"] = layer_count(ranks)
         facts["modules with LoRA"] = f"{len(ranks)}: {', '.join(targets_and_layers(ranks)[0])}"
         facts["rank"] = ", ".join(map(str, sorted({*ranks.values()})))
-        facts["alpha"] = ", ".join(f"{alpha:g}" for alpha in alphas) or unrecorded
+        if adapter.row.has_alpha:
+            facts["alpha"] = ", ".join(f"{alpha:g}" for alpha in alphas) or unrecorded
         if alphas and (adapter.use_rslora or adapter.alpha_pattern):
             formula = "alpha / sqrt(rank), rslora" if adapter.use_rslora else "alpha / rank"
             facts["scaling"] = f"{', '.join(f'{x:g}' for x in adapter.scalings())} ({formula})"

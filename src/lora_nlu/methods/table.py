@@ -159,7 +159,7 @@ _ROWS = (
         peft_weights=None, peft_settings=("d_initial", "init_weights", "projection_prng_key", "save_projection",
                                           "vera_dropout"),
         rebuild=vera.rebuild, load_frozen=vera.load_projections, to_adapter=vera.to_adapter, to_peft=vera.to_peft,
-        from_peft=vera.from_peft, to_config=vera.write_seed, describe=vera.describe,
+        from_peft=vera.from_peft, to_config=vera.write_seed, describe=vera.describe, facts=vera.facts,
     ),
     # After the other variants, whose PEFT folders may set use_rslora too: of several rows that fit the first is chosen.
     _lora(

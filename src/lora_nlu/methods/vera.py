@@ -340,3 +340,9 @@ def write_seed(model: Any) -> None:
 def describe(model: Any) -> dict[str, Any]:
     """As LoRA's, with the seed of the frozen matrices."""
     return lora.describe(model) | {"vera_seed": vera_layers(model)[0].projections.seed}
+
+
+def facts(adapter: Any) -> dict[str, Any]:
+    """Lines of `inspect` and of a model card."""
+    pair = "in the file" if adapter.frozen else f"drawn from seed {adapter.settings['vera_seed']}"
+    return {"frozen matrices": pair}
