@@ -1,5 +1,6 @@
 """What the benchmarks share: batches of real lengths, the processes that are compared, tables and files."""
 
+import argparse
 import json
 import os
 import platform
@@ -50,14 +51,16 @@ def draw_lengths(workload: str, batch: int, seed: int) -> list[int]:
 
 
 class Worker:
-    """A process of worker.py."""
+    """A process of worker.py, of another source tree with `tree`."""
 
-    def __init__(self, side: str, model: str, *layers: str, threads: int | None = None) -> None:
-        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    def __init__(
+        self, side: str, model: str, *layers: str, threads: int | None = None, tree: Path = HERE.parent
+    ) -> None:
+        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(tree / "src")}
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), side, model, *layers],
+            [sys.executable, str(tree / "benchmarks" / "worker.py"), side, model, *layers],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -83,20 +86,39 @@ class Worker:
 
 
 @contextmanager
-def workers(model: str, *sides: str) -> Iterator[list[Worker]]:
-    started = [Worker(side, model) for side in sides]
+def workers(model: str, *sides: str, earlier: Path | None = None) -> Iterator[list[Worker]]:
+    """A process for each side; the side `earlier` is ours as the source tree in that folder has it."""
+    started = []
     try:
+        for side in sides:
+            is_earlier = side == "earlier" and earlier is not None
+            started.append(Worker("ours", model, tree=earlier) if is_earlier else Worker(side, model))
         yield started
     finally:
         for worker in started:
             worker.close()
 
 
+def argument_parser(doc: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="rows whose name holds this text; nothing is then written to file")
+    parser.add_argument("--smoke", action="store_true", help="tiny models and counts, to try the program")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    return parser
+
+
+def write_results(args: argparse.Namespace, name: str, results: Any) -> None:
+    """Write NAME.json, unless rows are left out."""
+    if not args.only and not (args.smoke and args.output == RESULTS):
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, dtype: str = "fp32") -> dict[str, Any]:
     """What a figure must be read with."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
@@ -105,4 +127,4 @@ def machine(threads: int) -> dict[str, Any]:
     import torch
 
     packages = {name: version(name) for name in ("torch", "transformers", "peft")}
-    return {"cpu": cpu, "isa": torch.backends.cpu.get_cpu_capability(), "threads": threads, "dtype": "fp32"} | packages
+    return {"cpu": cpu, "isa": torch.backends.cpu.get_cpu_capability(), "threads": threads, "dtype": dtype} | packages

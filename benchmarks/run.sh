@@ -8,7 +8,8 @@ source "$root/scripts/install.sh"
 install dev
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$root/benchmarks/results"
-for name in train_step eval memory startup scaling levers processes; do
-  printf '\n## %s.py\n\n' "$name"
-  "$venv/bin/python" "$root/benchmarks/$name.py"
+for run in train_step "train_step --bf16" eval "eval --bf16" memory variants startup scaling levers processes; do
+  read -r name flags <<< "$run"
+  printf '\n## %s.py %s\n\n' "$name" "$flags"
+  "$venv/bin/python" "$root/benchmarks/$name.py" $flags
 done | tee "$root/benchmarks/results/last_run.md"

@@ -112,13 +112,13 @@ def test_as_many_parameters_train_as_in_the_model(script, added):
 
 
 def test_operations_are_those_of_the_measured_limit():
-    """worker.py's list of dense products, which the limit of train_step.py is made of; it has no relative table."""
+    """limit.py's list of dense products, which the limit of train_step.py is made of; it has no relative table."""
     program = (
-        "import sys, json; sys.path.insert(0, 'benchmarks'); import worker\n"
+        "import sys, json; sys.path.insert(0, 'benchmarks'); import limit, sides\n"
         "flops = lambda name, layers, train: sum(2 * n * o * i for n, o, i, *_ in "
-        "worker.products(worker.configure(name, layers), 700, 9, train))\n"
+        "limit.products(sides.configure(name, layers), 700, 9, train))\n"
         "print(json.dumps([flops(n, l, t) for n, l in (('roberta-base', 12), ('deberta-xxlarge-3-layers', 48))"
-        " for t in (True, False)]), file=worker.ANSWERS)"
+        " for t in (True, False)]))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     base, xxlarge = expected.MODELS["roberta-base"], expected.MODELS["microsoft/deberta-v2-xxlarge"]
