@@ -54,6 +54,7 @@ PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "unset_hf_deepspeed_config": "as above",
     },
     "transformers.modeling_utils.PreTrainedModel": {
+        "_get_dtype_plan": "frozen weights stay in the file's fp16 until bf16 replaces them",
         "_hf_peft_config_loaded": "a folder with a model and an adapter is refused",
         "_init_weights": "new layers are drawn by transformers' own rule",
         "_input_embed_layer": "the input embeddings are found, and replaced, by their name",

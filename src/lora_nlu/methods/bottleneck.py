@@ -61,10 +61,10 @@ def set_bottlenecks_(model: Any, adapter_type: str, adapter_size: int) -> None:
     trained = description_of(config)
     for name, module in model.base_model.named_modules():
         if hasattr(module, "adapter"):
-            weight = module.dense.weight
+            bias = module.dense.bias  # of the model's dtype; the weight may still be in a file's
             new = new_block(trained, config.hidden_size, after_attention=name.endswith(".attention.output"))
             if new is not None:
-                new.to(weight.device, weight.dtype).train(module.training)
+                new.to(bias.device, bias.dtype).train(module.training)
                 new.apply(model._init_weights)
             module.adapter = new
 

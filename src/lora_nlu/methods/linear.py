@@ -216,6 +216,7 @@ def check_not_quantised(model: nn.Module, names: Iterable[str] | None = None) ->
 def layers_to_hold_in_bf16(model: nn.Module) -> list[Any]:
     """The linear layers whose forward can multiply by `frozen` and whose weights are plain fp32, unmerged, on a CPU.
 
+    Or in fp16 or bf16, as in the file, where the rest of the model is in fp32 (`checkpoints.linear_weights_as_in`).
     None in a model with an `UpdatedLinear` whose class does not set `multiplies_frozen`: its forward reads `weight`.
     """
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, Linear)]
@@ -223,8 +224,21 @@ def layers_to_hold_in_bf16(model: nn.Module) -> list[Any]:
         return []
     layers = [layer for layer in layers if layer.frozen is None and not getattr(layer, "merged", False)]
     weights = [layer.weight for layer in layers]
-    is_plain = [type(w) is nn.Parameter and w.is_cpu and w.dtype is torch.float32 for w in weights]
-    return [layer for layer, plain in zip(layers, is_plain, strict=True) if plain]
+    is_plain = [type(w) is nn.Parameter and w.is_cpu for w in weights]
+    are_fp32 = [layer.weight.dtype is torch.float32 or _is_narrower_than_bias(layer) for layer in layers]
+    return [layer for layer, plain, fp32 in zip(layers, is_plain, are_fp32, strict=True) if plain and fp32]
+
+
+def _is_narrower_than_bias(layer: nn.Linear) -> bool:
+    is_half = layer.weight.dtype in (torch.float16, torch.bfloat16) and not layer.weight.is_mkldnn
+    return is_half and layer.bias is not None and layer.bias.dtype is torch.float32
+
+
+def widen_(model: nn.Module) -> None:
+    """Convert to fp32 the weights of linear layers that were loaded in the file's dtype while the rest is in fp32."""
+    for layer in model.modules():
+        if isinstance(layer, Linear) and layer.frozen is None and _is_narrower_than_bias(layer):
+            layer.weight = nn.Parameter(layer.weight.detach().float(), layer.weight.requires_grad)
 
 
 def updated_layers(model: nn.Module) -> list[UpdatedLinear]:

@@ -256,8 +256,9 @@ def set_lora_(
                 new = kernels.Linear(in_features, out_features, bias=has_bias)
         new.weight, new.bias = W, old.bias
         if rank:
+            dtype = old.bias.dtype if has_bias else W.dtype  # W may still be in a file's fp16
             for added in new.update_names:
-                setattr(new, added, nn.Parameter(torch.empty_like(getattr(new, added), device=W.device, dtype=W.dtype)))
+                setattr(new, added, nn.Parameter(torch.empty_like(getattr(new, added), device=W.device, dtype=dtype)))
             new.reset_added_parameters()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new.train(old.training))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from lora_nlu.errors import UserError, printable
 from lora_nlu.files import read_json
 from lora_nlu.methods.description import description_of, flags_that_add, is_added
-from lora_nlu.methods.linear import layers_to_hold_in_bf16
+from lora_nlu.methods.linear import layers_to_hold_in_bf16, widen_
 from lora_nlu.methods.table import METHODS
 from lora_nlu.ops.frozen import FrozenWeight, plain
 from lora_nlu.ops.tensors import is_loaded, is_same, load_torch_file
 
+_LINEAR_WEIGHTS = r"(?:^|\.)encoder\.layer\.[0-9]+\..+\.(?:(?:pos_)?(?:query|key|value)(?:_proj)?|dense)\.weight$"
+_dtype_of_linear: ContextVar[torch.dtype | None] = ContextVar("dtype_of_linear", default=None)
 _HUB = ("cache_dir", "token", "revision", "subfolder", "local_files_only")  # arguments that say where files are
 
 
@@ -57,6 +60,29 @@ def _plain_name(file: str, named_in: str) -> str:
     if Path(file).name != file:
         raise UserError(f"{named_in}: refused: it names {printable(file)}, which is no file of its own folder.")
     return file
+
+
+@contextmanager
+def linear_weights_as_in(files: list[Path]) -> Iterator[None]:
+    """Within the block a model gets the weights of its encoder's linear layers in the dtype of its files.
+
+    That is fp16 or bf16, if all of them have it; the rest is in the dtype that `from_pretrained` is given.
+    `Checkpoints.hold_in_bf16` must follow: such a model, in two dtypes, can't compute.
+    """
+    dtypes = set()
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                dtypes |= {file.get_tensor(key).dtype for key in file.keys() if re.search(_LINEAR_WEIGHTS, key)}
+        else:
+            state = load_torch_file(path, "meta")
+            dtypes |= {x.dtype for key, x in state.items() if re.search(_LINEAR_WEIGHTS, key)}
+    is_half = len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16}
+    token = _dtype_of_linear.set(dtypes.pop() if is_half else None)
+    try:
+        yield
+    finally:
+        _dtype_of_linear.reset(token)
 
 
 @contextmanager
@@ -97,6 +123,12 @@ class Checkpoints:
         """True, so that `set_attn_implementation` works; transformers would search the source of our module for it."""
         return True
 
+    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Of parameters that are not loaded in `dtype`: a pattern of their names, and the dtype."""
+        of_linear = _dtype_of_linear.get()
+        plan = super()._get_dtype_plan(dtype)  # type: ignore[misc]
+        return plan | ({_LINEAR_WEIGHTS: of_linear} if of_linear else {})
+
     def hold_in_bf16(self, trains: bool) -> int:
         """Replace weights of the encoder's linear layers by bf16, packed for their products on a CPU.
 
@@ -109,10 +141,11 @@ class Checkpoints:
         layers = [] if encoder is None else layers_to_hold_in_bf16(encoder)
         layers = [layer for layer in layers if not (trains and layer.weight.requires_grad)]
         if layers and not self.has_weight_files():
-            return 0
+            layers = []
         for layer in layers:
             layer.frozen = FrozenWeight(layer.weight.detach())
             layer.weight = nn.Parameter(layer.frozen.weight, layer.weight.requires_grad)
+        widen_(model)
         # DistributedDataParallel copies the first process's weights to the others; all have read the same file
         names = [f"{name}.weight" for name, m in model.named_modules() if getattr(m, "frozen", None) is not None]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)

@@ -23,10 +23,17 @@ from lora_nlu.labels import (
     match_head_rows,
     set_labels,
 )
-from lora_nlu.methods.description import is_added, method_of_config, method_of_tensor, methods_in, set_method
+from lora_nlu.methods.description import (
+    description_of,
+    is_added,
+    method_of_config,
+    method_of_tensor,
+    methods_in,
+    set_method,
+)
 from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.methods.marking import mark_trainable
-from lora_nlu.models.checkpoints import refuse_quantised, weight_files
+from lora_nlu.models.checkpoints import linear_weights_as_in, refuse_quantised, weight_files
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.ops.frozen import plain
@@ -110,24 +117,28 @@ def longest_input(config: Any) -> float:
 
 def load_model(
     name: str, config: Any, needs_head: bool, trained_labels: Sequence[str] | None = None,
-    keeps_head: bool = True, **hub: Any,
+    keeps_head: bool = True, for_bf16: bool = False, **hub: Any,
 ) -> tuple[Any, list[str]]:  # fmt: skip
     """The model of `config` with the weights of `name` in fp32, what trains in it marked; and notes for the log.
 
     trained_labels: the labels that the checkpoint's head predicts, class 0 first; None where nothing records them. The
     head's rows are put in the order of the config's labels, and a head for other labels starts anew; not so without
     `keeps_head`, when an adapter's head will replace it.
+    for_bf16: `hold_in_bf16` will follow; until then frozen linear weights stay in the files' dtype, fp16 or bf16, and
+    their fp32 copy takes no memory.
     What a method adds and a head that the checkpoint lacks are drawn from torch's global generator. Raises UserError if
     weights are not finite, the encoder's are missing or misshapen, an adapter in them would be left out, or the head is
     missing and `needs_head`.
     """
     verbosity, notes = transformers.logging.get_verbosity(), []
+    needs_fp32 = any(row.start or not row.freezes for row in description_of(config).rows)
     transformers.logging.set_verbosity_error()  # what is missing is checked and reported below
     try:
-        _check_size(name, config, **hub)
-        model, report = MODELS[config.model_type].from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **hub
-        )
+        files = _check_size(name, config, **hub)
+        with linear_weights_as_in([] if needs_fp32 or not for_bf16 else files):
+            model, report = MODELS[config.model_type].from_pretrained(
+                name, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **hub
+            )
     except UserError:
         raise
     except Exception as e:  # torch raises errors of many kinds for a damaged file
@@ -171,14 +182,14 @@ def load_model(
     return model, notes
 
 
-def _check_size(name: str, config: Any, **hub: Any) -> None:
-    """Raise UserError, before it is allocated, for a model or tensors far larger than the files of its weights."""
+def _check_size(name: str, config: Any, **hub: Any) -> list[Path]:
+    """The files of the weights. Raises UserError, before allocation, for a model or tensors far larger than them."""
     files = weight_files(name, config, **hub)
     for file in files:
         if file.suffix != ".safetensors":
             load_torch_file(file, "meta")
     if not files:
-        return  # transformers says what is missing
+        return []  # transformers says what is missing
     shallow = copy.deepcopy(config)
     set_method(shallow, {})
     shallow.num_hidden_layers = 1
@@ -191,6 +202,7 @@ def _check_size(name: str, config: Any, **hub: Any) -> None:
             f"--model_name_or_path {name}: config.json describes a model of {count:,} numbers, and the files of its "
             f"weights have only {size:,} bytes.\nThey don't belong together: download both again."
         )
+    return files
 
 
 def _no_head(name: str, config: Any, trained: Sequence[str] | None, report: dict[str, Any]) -> UserError:

@@ -127,7 +127,9 @@ def _load_model(flags: Flags, config: Any, adapter: Adapter | None, base_labels:
 
         loading = complete_loading(args)
     with loading:
-        model, notes = load_model(name, config, needs_head, base_labels, not replaces_head, **model_args.hub)
+        # a method that starts from the weights needs them exactly
+        for_bf16 = args.bf16 and args.bf16_in_model and not (adapter and adapter.row.start)
+        model, notes = load_model(name, config, needs_head, base_labels, not replaces_head, for_bf16, **model_args.hub)
     check_method(model, name, saved)
     if needs_head:
         _check_is_trained(model, model_args, args, saved)
