@@ -51,7 +51,9 @@ def draw_lengths(workload: str, batch: int, seed: int) -> list[int]:
 
 
 class Worker:
-    """A process of worker.py, of another source tree with `tree`."""
+    """A process of worker.py, of another source tree with `tree`; `ready` waits until its model is built."""
+
+    threads: int  # of torch in it
 
     def __init__(
         self, side: str, model: str, *layers: str, threads: int | None = None, tree: Path = HERE.parent
@@ -67,7 +69,10 @@ class Worker:
             text=True,
             env=environment,
         )
+
+    def ready(self) -> "Worker":
         self.threads = self._read()["ready"]
+        return self
 
     def _read(self) -> dict:
         assert self.process.stdout is not None
@@ -93,7 +98,7 @@ def workers(model: str, *sides: str, earlier: Path | None = None) -> Iterator[li
         for side in sides:
             is_earlier = side == "earlier" and earlier is not None
             started.append(Worker("ours", model, tree=earlier) if is_earlier else Worker(side, model))
-        yield started
+        yield [worker.ready() for worker in started]
     finally:
         for worker in started:
             worker.close()

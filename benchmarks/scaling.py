@@ -36,7 +36,7 @@ def measure(points: list[tuple[int, Worker, list[int]]]) -> list[dict]:
 
 def run() -> dict[str, Any]:
     results: dict[str, Any] = {}
-    with closing(Worker("ours", MODEL)) as worker, closing(Worker("limit", MODEL)) as limit:
+    with closing(Worker("ours", MODEL).ready()) as worker, closing(Worker("limit", MODEL).ready()) as limit:
         results["machine"] = machine(worker.threads)
         results["tokens"] = measure([(batch * EACH, worker, [EACH] * batch) for batch in BATCHES])
         batches = [[length] * (TOKENS // length) for length in LENGTHS]
@@ -48,12 +48,14 @@ def run() -> dict[str, Any]:
     with ExitStack() as stack:
         points = []
         for layers in LAYERS:
-            points.append((layers, stack.enter_context(closing(Worker("ours", MODEL, str(layers)))), [EACH] * BATCH))
+            points.append(
+                (layers, stack.enter_context(closing(Worker("ours", MODEL, str(layers)).ready())), [EACH] * BATCH)
+            )
         results["layers"] = measure(points)
     with ExitStack() as stack:
         points = []
         for n in threads:
-            points.append((n, stack.enter_context(closing(Worker("ours", MODEL, threads=n))), [EACH] * BATCH))
+            points.append((n, stack.enter_context(closing(Worker("ours", MODEL, threads=n).ready())), [EACH] * BATCH))
         results["threads"] = measure(points)
     return results
 

@@ -9,9 +9,9 @@ VeRA's row also has the share of what its products allow: the step of LoRA with 
 VeRA's.
 """
 
-import argparse
 import gc
 import time
+from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from lora_nlu.methods.description import methods_in
 from lora_nlu.methods.table import METHODS
 from lora_nlu.ops.frozen import has_bf16_products
+from lora_nlu.training.learning_rates import with_rates
 
 WARM = 1  # pairs not counted
 STEPS = 1000  # of the run that the measured steps are the first of
@@ -64,29 +65,29 @@ CASES: dict[str, list[Case]] = {
 
 
 def cases() -> list[tuple[str, str, Case]]:
-    """(label, lora_variant, case) of every variant in the methods' table, and of LoRA+."""
+    """(label, lora_variant, case) of LoRA+, and of every variant in the methods' table."""
     rows = [row for row in METHODS.values() if row.chosen_by.get("lora_variant", "lora") != "lora"]
     found = [(row.label, row.name, case) for row in rows for case in CASES.get(row.name, [Case()])]
-    if any(flag.name == "loraplus_lr_ratio" for flag in METHODS["lora"].flags):
-        plus = Case(ours={"loraplus_lr_ratio": RATIO}, peft=("LoraConfig", {}), ratio=RATIO)
-        found.insert(0, ("LoRA+", "lora", plus))
-    return found
+    return [("LoRA+", "lora", Case(peft=("LoraConfig", {}), ratio=RATIO)), *found]
 
 
 class Ours(Side):
     """A step as the trainer takes it, with what the method adds to the loss, to the optimizer and after a step."""
 
-    def __init__(self, model: torch.nn.Module, pad: int) -> None:
-        self.rows, self.number = methods_in(model), 0
+    def __init__(self, model: torch.nn.Module, pad: int, ratio: float | None) -> None:
+        self.rows, self.number, self.ratio = methods_in(model), 0, ratio
         super().__init__(model, pad)
         self.after = [row.after_step(model) for row in self.rows if row.after_step]
+        for after in self.after:
+            if hasattr(after, "begin"):
+                after.begin(STEPS)
 
     def groups(self) -> list[dict[str, Any]]:
         groups = [{"params": self.trained, "weight_decay": 0.0}]
         for row in self.rows:
             if row.parameter_groups:
                 groups = row.parameter_groups(self.model, groups, LEARNING_RATE)
-        return groups
+        return with_rates(groups, self.model, Namespace(learning_rate=LEARNING_RATE, loraplus_lr_ratio=self.ratio))
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         return sum((row.loss_term(self.model) for row in self.rows if row.loss_term), super().loss(batch))
@@ -130,7 +131,7 @@ def ours(case: Case, variant: str, r: int, bf16: bool, model: str) -> Ours:
                 row.start(built)
     if bf16:
         hold_in_bf16(built)
-    return Ours(built, config.pad_token_id)
+    return Ours(built, config.pad_token_id, None if is_lora else case.ratio)
 
 
 def theirs(case: Case, is_lora: bool, model: str) -> Peft:
@@ -154,7 +155,7 @@ def products_of_pair(config: Any, r: int, tokens: int, sequences: int) -> list[P
     return needed
 
 
-def measure(label: str, variant: str, case: Case, args: argparse.Namespace, bf16: bool) -> list[dict[str, Any]]:
+def measure(label: str, variant: str, case: Case, args: Namespace, bf16: bool) -> list[dict[str, Any]]:
     """A result for each work, of one variant in one precision."""
     model = f"tiny-{case.model}" if args.smoke else case.model
     sides: dict[str, Side] = {

@@ -57,7 +57,9 @@ def test_the_memory_of_weights_and_of_a_step_is_measured_in_both_precisions(tmp_
 
 def test_every_variant_has_its_rows(tmp_path):
     rows, results = smoke("variants", tmp_path)
-    variants = [row.label for row in METHODS.values() if row.chosen_by.get("lora_variant", "lora") != "lora"]
+    variants = ["LoRA+"] + [
+        row.label for row in METHODS.values() if row.chosen_by.get("lora_variant", "lora") != "lora"
+    ]
     assert len(rows) == len(results) >= 2 * len(variants)  # two works
     for label in variants:
         of_variant = [result for result in results if result["name"].startswith(f"{label}, ")]
