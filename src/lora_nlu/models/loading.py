@@ -131,7 +131,7 @@ def load_model(
     missing and `needs_head`.
     """
     verbosity, notes = transformers.logging.get_verbosity(), []
-    needs_fp32 = any(row.start or not row.freezes for row in description_of(config).rows)
+    needs_fp32 = any(row.start or row.before_steps or not row.freezes for row in description_of(config).rows)
     transformers.logging.set_verbosity_error()  # what is missing is checked and reported below
     try:
         files = _check_size(name, config, **hub)
