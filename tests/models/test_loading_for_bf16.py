@@ -49,9 +49,11 @@ LORA = {"apply_lora": True, "lora_r": 4, "lora_alpha": 8}
 @pytest.mark.parametrize("kind", [*CONFIGS])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
-def test_the_held_model_has_the_same_bits_as_after_loading_in_fp32(kind, dtype, safe, tmp_path):
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_the_held_model_has_the_same_bits_as_after_loading_in_fp32(kind, dtype, safe, variant, tmp_path):
     write_checkpoint(tmp_path, CONFIGS[kind], safe, dtype)
-    model, expected = load(tmp_path, True, **LORA), load(tmp_path, False, **LORA)
+    settings = LORA | {"lora_variant": variant}
+    model, expected = load(tmp_path, True, **settings), load(tmp_path, False, **settings)
     frozen = [name for name, p in model.named_parameters() if p.dtype is dtype]
     assert len(frozen) == 2 * (6 if kind == "roberta" else 8)
     assert {p.dtype for name, p in model.named_parameters() if name not in frozen} == {torch.float32}
@@ -69,8 +71,10 @@ def test_weights_that_are_not_held_become_fp32(tmp_path):
         assert x.dtype is torch.float32 and torch.equal(x, y), name
 
 
-def test_what_trains_completely_or_is_stored_in_fp32_is_loaded_in_fp32(tmp_path):
+def test_what_trains_completely_or_starts_from_the_weights_or_is_stored_in_fp32_is_loaded_in_fp32(tmp_path):
     write_checkpoint(tmp_path, CONFIGS["roberta"], safe=True)
+    pissa = load(tmp_path, True, **LORA, lora_variant="pissa")
+    assert {p.dtype for p in pissa.parameters()} == {torch.float32}
     assert {p.dtype for p in load(tmp_path, True).parameters()} == {torch.float32}
     write_checkpoint(tmp_path, CONFIGS["roberta"], safe=True, dtype=torch.float32)
     assert {p.dtype for p in load(tmp_path, True, **LORA).parameters()} == {torch.float32}
