@@ -137,3 +137,15 @@ def test_dropout_and_residual_in_one_pass_are_what_both_are_one_after_the_other(
     grad = noise(9, 40, seed=4)
     y.backward(grad)
     assert torch.equal(residual.grad, grad) and torch.equal(x.grad, (grad * kept).bfloat16())
+
+
+@torch.inference_mode()
+def test_in_inference_mode_a_product_is_the_same():
+    held, x = FrozenWeight(noise(O, I, seed=1)), noise(ROWS, I, seed=2)
+    assert x.is_inference()
+    with torch.inference_mode(False):
+        expected = held.product(x.clone(), None)
+    for _ in range(2):
+        assert torch.equal(held.product(x, None), expected)
+    x.neg_()
+    assert torch.equal(held.product(x, None), -expected)

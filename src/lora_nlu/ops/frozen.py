@@ -81,6 +81,8 @@ def rounded(x: Tensor) -> Tensor:
     """x in bf16. The latest result is kept: query, key and value read the same rows."""
     if x.dtype is torch.bfloat16:
         return x
+    if x.is_inference():  # it counts no versions
+        return x.to(torch.bfloat16)
     if _latest[0] is None or _latest[0]() is not x or _latest[1] != x._version:
         _latest[:] = weakref.ref(x), x._version, x.to(torch.bfloat16)
     return _latest[2]
