@@ -354,3 +354,18 @@ def test_an_adapter_for_each_example_of_a_batch_is_refused(kind, layers):  # PEF
     batch = ragged_batch([9, 7, 3], pad=config.pad_token_id)
     with pytest.raises(ValueError, match="adapter_names"):
         model.eval()(**batch, adapter_names=["default", "other", "__base__"])
+
+
+@pytest.mark.parametrize("variant", ["dora", "pissa"])
+def test_plain_lora_is_not_loaded_into_a_model_of_a_variant_with_more_tensors(variant, tmp_path):
+    save_adapter(lora_model(), tmp_path, {})
+    tensor = {"dora": "lora_magnitude_vector", "pissa": "lora_A_start"}[variant]
+    assert tensor in refused(tmp_path, lora_model(seed=1, lora_variant=variant))
+
+
+def test_a_flag_with_another_seed_than_the_files_is_refused(tmp_path):
+    model = lora_model(lora_variant="vera", lora_alpha=None, vera_seed=5)
+    save_adapter(model, tmp_path, {})
+    check_settings(read_adapter(str(tmp_path)), {"vera_seed": 5})
+    with pytest.raises(UserError, match="was trained with vera_seed 5, but --vera_seed is 6"):
+        check_settings(read_adapter(str(tmp_path)), {"vera_seed": 6})

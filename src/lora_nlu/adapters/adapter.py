@@ -236,6 +236,13 @@ def check_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:
             f"{source}: was trained with lora_alpha {recorded_alpha:g}, but --lora_alpha is {alpha:g}.\n"
             f"Give --lora_alpha {recorded_alpha:g}, or leave it out: the file records its alpha."
         )
+    for name in (own.name for own in adapter.row.flags if own.decides):
+        recorded_value, value = adapter.settings.get(name), settings.get(name)
+        if None not in (recorded_value, value) and recorded_value != value:
+            raise UserError(
+                f"{source}: was trained with {name} {recorded_value}, but --{name} is {value}.\n"
+                f"Leave --{name} out: the file records it."
+            )
     if is_deberta(adapter.state) and adapter.records_relative_query and flag_value is not None:
         values = as_relative_query(flag_value), adapter.relative_query
         if len({same_relative_query(value, adapter.ranks) for value in values}) > 1:

@@ -15,7 +15,7 @@ from lora_nlu.adapters.adapter import Adapter, encoder_prefix, layer_count, rela
 from lora_nlu.errors import UserError, printable
 from lora_nlu.files import RUN_METADATA
 from lora_nlu.labels import check_labels, config_labels, label_list, last_head_layer, match_head_rows, recorded_labels
-from lora_nlu.methods.description import same_relative_query
+from lora_nlu.methods.description import methods_in, same_relative_query
 from lora_nlu.methods.linear import check_not_quantised, unmerge_lora_
 from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.loading import base_fingerprint, encoder_prefix_in, head_names
@@ -113,6 +113,10 @@ def _check_fit(
     optional = {*parameters} - {*required} if allows_more else set()
     if not allow_new_head or any(name in state for name in head):
         required += [name for name in head if name not in (*left_out, *of_model)]
+    if adapter.row.has_ranks:  # of another variant in the model, such as DoRA's lengths, which a LoRA lacks
+        added = [row.added for row in methods_in(model) if row.has_ranks]
+        of_variant = [name for name in parameters if any(re.search(str(pattern), name) for pattern in added)]
+        required += [name for name in of_variant if not re.search(str(adapter.row.added), name)]
     missing = [name for name in required if name not in state]
     unexpected = [name for name in state if name not in required and name not in optional]
     if missing or unexpected:
