@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lora_nlu.adapters.__main__ import main
 from lora_nlu.adapters.attaching import attach_adapter, load_adapter
+from lora_nlu.adapters.converting import merged_state
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import adapter_of, save_adapter
 from lora_nlu.errors import UserError
@@ -454,3 +455,28 @@ def test_a_folder_is_inspected_merged_and_no_published_file(kind, relative_query
     theirs, report = CLASSIFIERS[kind][1].from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert_close(logits(theirs), logits(model))
+
+
+def test_another_alpha_of_a_layer_whose_weight_is_the_residual_is_refused():
+    layer = layer_of(4)
+    layer.start()
+    layer.subtract()
+    W = layer.frozen_weight()
+    layer.lora_alpha *= 2
+    assert torch.equal(layer.frozen_weight(), W) and not layer.is_current()
+    with pytest.raises(RuntimeError, match="lora_alpha changed"):
+        layer(random(3, layer.in_features))
+
+
+@pytest.mark.parametrize("relative_query", ["none", "key"])
+def test_the_merged_state_of_a_trained_deberta_has_the_bases_relative_projections(relative_query, bases):
+    model = loaded(bases["deberta-v2"], lora_relative_query=relative_query, lora_target_modules=["query", "key"])
+    train_(model)
+    before_steps(model)
+    want = logits(model)
+    state, settings = merged_state(model)
+    config = load_config(str(bases["deberta-v2"]))
+    config.update(settings)
+    plain = CLASSIFIERS["deberta-v2"][1](config)
+    plain.load_state_dict(state)
+    assert_close(logits(plain.eval()), want)

@@ -213,10 +213,12 @@ def write_merged(adapter: Adapter, base: str | None, folder: Path) -> list[str]:
 def merged_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict without LoRA that gives the same logits in transformers' own class, and the settings it needs there.
 
-    The model may be merged or not, and stays as it is. A DeBERTa whose relative query is frozen gets projections of its
-    own for the relative embeddings, copied from the base: with `share_att_key` false, `pos_query_proj` and
-    `pos_key_proj` are what `query_proj` and `key_proj` were, or with the update where the relative key has it.
+    The model may be merged or not, and stays as it is, but for weights that steps replaced: they are read from the
+    checkpoint again. A DeBERTa whose relative query is frozen gets projections of its own for the relative embeddings,
+    copied from the base: with `share_att_key` false, `pos_query_proj` and `pos_key_proj` are what `query_proj` and
+    `key_proj` were, or with the update where the relative key has it.
     """
+    model.restore_weights()
     state = {name: tensor for name, tensor in unmerged_parameters(model).items() if not is_added(name)}
     merged = state | {name: x for row in methods_in(model) if row.merge for name, x in row.merge(model).items()}
     settings: dict[str, Any] = {}

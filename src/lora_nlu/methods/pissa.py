@@ -42,6 +42,7 @@ class PissaLinear(LoRALinear):
     multiplies_frozen = True
     update_names = ("lora_A", "lora_B", "lora_A_start", "lora_B_start")
     subtracted: tuple[Tensor, Tensor] | None = None  # A_start and B_start of W_res in `weight`; None if that is W
+    subtracted_scaling = 0.0
 
     def __init__(self, in_features: int, out_features: int, r: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(in_features, out_features, r, *args, **kwargs)
@@ -56,6 +57,8 @@ class PissaLinear(LoRALinear):
 
     def forward(self, x: Tensor, apply_update: bool = True) -> Tensor:
         """x [..., I] -> [..., O]; with `apply_update=False` the layer with W alone. Raises as `LoRALinear`."""
+        if self.subtracted is not None and self.subtracted_scaling != self.scaling:
+            raise RuntimeError(f"lora_alpha changed, and the weight of this layer is W_res of the earlier. {RESTORE}")
         if self.merged or apply_update == (self.subtracted is not None):
             return super().forward(x, apply_update)
         if self.frozen is None:
@@ -95,9 +98,12 @@ class PissaLinear(LoRALinear):
         return not self.lora_B_start.is_meta and bool(self.lora_B_start.any())
 
     def is_current(self) -> bool:
-        """Whether `weight` is the W_res of the present A_start and B_start."""
-        return self.subtracted is not None and all(
-            map(is_same, self.subtracted, (self.lora_A_start, self.lora_B_start))
+        """Whether `weight` is the W_res of the present A_start, B_start and scaling."""
+        is_same_scaling = self.subtracted_scaling == self.scaling
+        return (
+            is_same_scaling
+            and self.subtracted is not None
+            and all(map(is_same, self.subtracted, (self.lora_A_start, self.lora_B_start)))
         )
 
     @torch.no_grad()
@@ -106,6 +112,7 @@ class PissaLinear(LoRALinear):
         self._check_writable()
         self.unmerge()
         self.subtracted = self.lora_A_start.clone(), self.lora_B_start.clone()
+        self.subtracted_scaling = self.scaling
         self.weight.copy_(self.of_checkpoint(self.weight))
 
     @torch.no_grad()
@@ -114,7 +121,7 @@ class PissaLinear(LoRALinear):
         if self.subtracted is None:
             return weight
         A, B = (start.to("cpu", torch.float64) for start in self.subtracted)
-        return torch.addmm(weight.to("cpu", torch.float64), B, A, alpha=-self.scaling).to(weight)
+        return torch.addmm(weight.to("cpu", torch.float64), B, A, alpha=-self.subtracted_scaling).to(weight)
 
     @property
     def is_replaced(self) -> bool:
@@ -129,7 +136,7 @@ class PissaLinear(LoRALinear):
         if self.subtracted is None:
             return super().frozen_weight()
         A, B = (start.to(self.weight) for start in self.subtracted)
-        return torch.addmm(self.weight, B, A, alpha=self.scaling)
+        return torch.addmm(self.weight, B, A, alpha=self.subtracted_scaling)
 
     def _check_writable(self) -> None:
         super()._check_writable()
