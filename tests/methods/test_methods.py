@@ -40,7 +40,7 @@ from lora_nlu.methods.bottleneck import Bottleneck, set_bottlenecks_
 from lora_nlu.methods.description import methods_in, set_method, setting_names
 from lora_nlu.methods.linear import merge_lora_
 from lora_nlu.methods.lora import LoRALinear, lora_layers
-from lora_nlu.methods.marking import count_parameters, describe_method, mark_trainable
+from lora_nlu.methods.marking import count_parameters, describe_method, mark_only_lora_as_trainable, mark_trainable
 from lora_nlu.methods.table import METHODS as TABLE
 from lora_nlu.methods.targets import TARGETS
 from lora_nlu.models.loading import base_fingerprint, check_method, load_model
@@ -1012,3 +1012,12 @@ def test_a_form_that_cannot_contain_what_a_method_trained_is_refused_and_nothing
     code, _, err = run_program("convert", saved(kind, method)[1], tmp_path / "new", "--to", to)
     assert code == 1 and words in err and err.strip().count("\n") < 3, err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("variant", ["dora", "adalora", "pissa", "vera"])
+def test_of_a_variant_of_lora_all_that_it_trains_is_marked(variant):
+    model = CLASSIFIERS["roberta"][0](tiny_config(**settings_of(TABLE[variant])))
+    mark_trainable(model)
+    expected = [name for name, p in model.named_parameters() if p.requires_grad]
+    mark_only_lora_as_trainable(model)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == expected

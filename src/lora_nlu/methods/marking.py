@@ -49,8 +49,8 @@ def mark_trainable(model: Any, methods: list[Method] | None = None) -> None:
 
 
 def mark_only_lora_as_trainable(model: Any) -> None:
-    """Train any LoRA matrices and every parameter outside the encoder (`model.base_model`); freeze the rest."""
-    mark_trainable(model, [METHODS["lora"]])
+    """Train what the model's variant of LoRA trains, and every parameter outside the encoder; freeze the rest."""
+    mark_trainable(model, [row for row in methods_in(model) if row.has_ranks] or [METHODS["lora"]])
 
 
 def describe_method(model: Any) -> dict[str, Any]:
