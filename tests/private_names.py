@@ -101,8 +101,12 @@ PRIVATE_NAMES: dict[str, dict[str, str]] = {
     },
     "torch.utils._pytree": {"tree_map": "optimizer states are nested"},
     "torch": {
+        "_foreach_abs_": "AdaLoRA's importance of all directions by a few kernels",
         "_foreach_add_": "the gradients of a recorded step are added by a few kernels",
-        "_foreach_zero_": "as above",
+        "_foreach_lerp_": "as _foreach_abs_",
+        "_foreach_mul": "as _foreach_abs_",
+        "_foreach_sub_": "as _foreach_abs_",
+        "_foreach_zero_": "as _foreach_add_",
     },
     "torch.Tensor": {
         "_backward_hooks": "a step is not recorded where something watches a gradient",

@@ -220,7 +220,7 @@ def test_checkpoints_with_any_bytes_for_a_trainer_state_never_stop_the_listing_o
             assert listed == [tmp_path / "checkpoint-2", tmp_path / "checkpoint-5"]
 
     check()
-    assert seen[True] > 3 and seen[False] > 100
+    assert seen[True] and seen[False] > 100
 
 
 # ------------------------------------------------------------------------------------------------------------- examples

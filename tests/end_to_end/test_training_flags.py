@@ -155,7 +155,8 @@ def test_every_field_of_the_pinned_training_arguments_is_on_one_side_on_purpose(
     assert not WITHOUT_EFFECT & {*DECIDING} and (transformers.__version__ < "5.23" or not ABSENT)
     assert names == {*DECIDING} | WITHOUT_EFFECT - {"overwrite_output_dir", "logging_dir", "cuda_graphs"} - ABSENT
     ours = {field.name for field in dataclasses.fields(RunArguments)} - names
-    assert ours - WITHOUT_EFFECT == {"early_stopping_patience", "early_stopping_threshold"}
+    rates = {"loraplus_lr_ratio", "head_learning_rate"}
+    assert ours - WITHOUT_EFFECT == {"early_stopping_patience", "early_stopping_threshold"} | rates
     assert {*SCHEDULE} < WITHOUT_EFFECT
 
 

@@ -883,7 +883,7 @@ def test_a_models_method_is_described_in_plain_values(kind, settings, described)
 
 def test_a_method_that_a_checkpoints_config_was_saved_with_is_not_another_runs():
     stale = {name: settings[name] for settings, _ in METHODS.values() for name in settings}
-    stale |= {"lora_relative_query": True, "use_rslora": True}
+    stale |= {"lora_relative_query": True, "use_rslora": True, "beta1": 0.5, "beta2": 0.5}
     assert {*stale} == {*setting_names()}, "a setting that no method here has"
     for name, (settings, _) in METHODS.items():
         config = tiny_config(num_hidden_layers=3, **stale)

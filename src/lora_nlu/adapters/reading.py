@@ -213,7 +213,7 @@ def _check_complete(adapter: Adapter) -> None:
         if missing := [name for name in names if name not in adapter.state]:
             raise UserError(f"{source}: not a complete adapter: the file lacks {missing[0]}.")
         A, B = (list(adapter.state[name].shape) for name in pair)
-        is_empty = not A[0] and layer not in adapter.settings.get("kept", {})
+        is_empty = A[:1] == [0] and layer not in adapter.settings.get("kept", {})
         if len(A) != 2 or len(B) != 2 or A[0] != B[1] or is_empty:
             raise UserError(f"{source}: {pair[0]} is {A} and {pair[1]} is {B}; expected [r, in] and [out, r].")
 

@@ -65,8 +65,8 @@ class AdaLoRALinear(LoRALinear):
     def scaling(self) -> float:
         return self.lora_alpha / (self.r + 1e-5)
 
-    def updated_product(self, x: Tensor, dropped: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return super().updated_product(x, dropped, A * self.lora_E, B)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A * self.lora_E, self.lora_B
 
     def check_shapes(self) -> None:
         super().check_shapes()

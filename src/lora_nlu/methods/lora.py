@@ -120,35 +120,36 @@ class LoRALinear(UpdatedLinear):
 
         Raises RuntimeError for a merged layer that is to train or whose matrices changed, ValueError for other shapes.
         """
-        if self.frozen is None:
-            x = kernels.widened(x, self.weight)
+        weight, bias, frozen, update = self.weight, self.bias, self.frozen, None
+        if frozen is None:
+            x = kernels.widened(x, weight)
         if not apply_update:
-            return self.product(x, self.frozen_weight())
-        if self.merged:
+            weight = self.frozen_weight()
+        elif self.merged:
             if not torch.compiler.is_compiling() and not self._contains_its_update():
                 raise RuntimeError("lora_A, lora_B or lora_alpha of a merged LoRALinear changed. Call unmerge() first.")
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("A merged LoRALinear can't train: its lora_A and lora_B are unused. Call unmerge().")
-            return self.product(x, self.weight)
-        self.check_shapes()
-        return self.updated_product(x, self.dropout(x), self.lora_A, self.lora_B)
+        else:
+            self.check_shapes()
+            dropped, (A, B) = self.dropout(x), self.factors()
+            if dropped is x and frozen is not None:
+                return frozen.product_with_update(x, bias, A, B, self.scaling)
+            if dropped is x and x.numel() and self._can_fuse(x, weight, bias, A, B):
+                return kernels.as_grid(_LoRALinear.apply(kernels.as_rows(x), weight, bias, A, B, self.scaling), x)
+            update = F.linear(F.linear(kernels.widened(dropped, A), A), B)
+        if frozen is not None:
+            y = frozen.product(x, bias)
+            return y if update is None else (y + self.scaling * update).to(y.dtype)
+        if kernels.can_use_onednn(x, weight, bias):
+            y = kernels.as_grid(kernels.OneDNNLinear.apply(kernels.as_rows(x), weight, bias), x)
+        else:
+            y = F.linear(x, weight, bias)
+        return y if update is None else y + self.scaling * update
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x W^T + b of x [..., I]: with `weight` [O, I], or with the layer's `frozen` weight in bf16 if it has one."""
-        if self.frozen is not None:
-            return self.frozen.product(x, self.bias)
-        return kernels.linear(x, weight, self.bias)
-
-    def updated_product(self, x: Tensor, dropped: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """x W^T + b + scaling dropped A^T B^T; `dropped` is x itself where nothing is dropped."""
-        weight, bias, frozen = self.weight, self.bias, self.frozen
-        if dropped is x and frozen is not None:
-            return frozen.product_with_update(x, bias, A, B, self.scaling)
-        if dropped is x and x.numel() and self._can_fuse(x, weight, bias, A, B):
-            return kernels.as_grid(_LoRALinear.apply(kernels.as_rows(x), weight, bias, A, B, self.scaling), x)
-        update = F.linear(F.linear(kernels.widened(dropped, A), A), B)
-        y = self.product(x, weight)
-        return y + self.scaling * update if frozen is None else (y + self.scaling * update).to(y.dtype)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [R, I] and B [O, R] of the update scaling x A^T B^T."""
+        return self.lora_A, self.lora_B
 
     @staticmethod
     def _can_fuse(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

@@ -61,17 +61,14 @@ class PissaLinear(LoRALinear):
             raise RuntimeError(f"lora_alpha changed, and the weight of this layer is W_res of the earlier. {RESTORE}")
         if self.merged or apply_update == (self.subtracted is not None):
             return super().forward(x, apply_update)
-        if self.frozen is None:
-            x = kernels.widened(x, self.weight)
-        self.check_shapes()
-        A, B = self.lora_A_start, self.lora_B_start
-        if not apply_update:
-            return self.updated_product(x, x, A, B)
-        dropped = self.dropout(x)
-        if dropped is x:
-            return self.updated_product(x, x, torch.cat([self.lora_A, A]), torch.cat([self.lora_B, -B], dim=1))
-        y = self.updated_product(x, dropped, self.lora_A, self.lora_B)
-        return (y - self.scaling * F.linear(F.linear(kernels.widened(x, A), A), B)).to(y.dtype)
+        A, B, scaling = self.lora_A_start, self.lora_B_start, self.scaling
+        if apply_update:  # `weight` is W
+            y, scaling = super().forward(x), -scaling
+        elif self.frozen is not None:
+            y = self.frozen.product(x, self.bias)
+        else:
+            y = kernels.linear(kernels.widened(x, self.weight), self.weight, self.bias)
+        return (y + scaling * F.linear(F.linear(kernels.widened(x, A), A), B)).to(y.dtype)
 
     def check_shapes(self) -> None:
         super().check_shapes()
