@@ -23,7 +23,7 @@ from lora_nlu.errors import UsageError, UserError, first_line, is_out_of_memory,
 
 _NETWORK = ("aiohttp", "datasets", "fsspec", "httpx", "huggingface_hub", "requests", "ssl", "urllib", "urllib3")
 # Seconds that a process waits before it prints: for the first process's error, for the error of the one that ended
-_WAIT_FOR_FIRST, _WAIT_FOR_ANOTHER = 3, 10
+_WAIT_FOR_FIRST, _WAIT_FOR_ANOTHER = 6, 10
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what a cluster sends before it takes the machine back
 # SLURM signals every process of a job, and torchrun forwards what it receives: within so many seconds it is one signal
