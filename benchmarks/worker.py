@@ -87,7 +87,8 @@ def main() -> None:
     else:
         kind = "ours" if lever else side
         # libraries and thread pools are no part of the model's memory
-        TimedSide(kind, configure(name, **SMALL)).train(make_batch([4, 4], 0, 0, config.pad_token_id))
+        small = configure(name, **SMALL, vocab_size=100)
+        TimedSide(kind, small).train(make_batch([4, 4], 0, 0, config.pad_token_id, vocabulary=100))
         gc.collect()
         worker = TimedSide(kind, config)
     print(json.dumps({"ready": torch.get_num_threads()}), file=ANSWERS, flush=True)
