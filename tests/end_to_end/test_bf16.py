@@ -51,7 +51,11 @@ def test_a_run_in_bf16_trains_an_fp32_adapter_without_autocast_and_its_scores_sa
 
 def test_where_every_weight_trains_bf16_computes_in_fp32_and_says_it(call, glue, tmp_path):
     outcome = call(*rte(glue, "--do_train", "--do_eval", *SIZE, "--bf16"), "--output_dir", tmp_path / "o")
-    assert outcome.code == 0 and "bf16: no weight is frozen" in outcome.out and "real tokens/s, fp32" in outcome.out
+    assert (
+        outcome.code == 0
+        and "bf16: all is computed in fp32: no weight is frozen" in outcome.out
+        and "real tokens/s, fp32" in outcome.out
+    )
     evaluated = rte(glue, "--do_eval", "--max_eval_samples", 16, "--model_name_or_path", tmp_path / "o", "--bf16")
     outcome = call(*evaluated, "--output_dir", tmp_path / "evaluated")
     assert outcome.code == 0 and HELD in outcome.out and "real tokens/s, bf16" in outcome.out

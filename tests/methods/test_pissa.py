@@ -307,6 +307,15 @@ def test_the_base_is_known_again_and_its_weights_are_read_again_bit_by_bit(kind,
 
 
 @KINDS
+def test_from_pretrained_with_the_settings_starts_as_load_model_does(kind, bases):
+    model = loaded(bases[kind])
+    again = CLASSIFIERS[kind][0].from_pretrained(bases[kind], config=model.config)
+    starts = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    parameters = dict(again.named_parameters())
+    assert starts and all(p.any() and torch.equal(p, parameters[name]) for name, p in starts.items())
+
+
+@KINDS
 def test_a_saved_model_has_the_bases_weights_and_continues(kind, bases, tmp_path):
     model = loaded(bases[kind])
     train_(model)

@@ -8,7 +8,7 @@ from lora_nlu.ops import frozen, kernels
 from lora_nlu.ops.frozen import FrozenWeight, plain
 
 ROWS, I, O, R = 37, 64, 48, 4  # noqa: E741
-EPS = 2.0**-8  # bf16 has 8 bits: rounding to the nearest changes a number by at most half of this, relatively
+EPS = 2.0**-8  # rounding to bf16, which has 8 bits, changes a number by at most this, relatively
 SUM = 2.0**-22 * 64  # fp32 sums of 64 products, far below
 
 
@@ -50,7 +50,8 @@ def test_a_product_and_its_gradients_are_within_the_rounding_of_their_factors(wa
     y.backward(g[None] if grid else g)
     X, W, G = x.detach().double(), w.double(), g.double()
     exact = X @ W.t() + bias.detach().double()
-    # Two rounded factors (half of EPS each), then the result, once or, where the bias is added after it, twice.
+    # Two rounded factors (half of EPS each: in a sum of many terms not all are rounded the farthest), then the result,
+    # once or, where the bias is added after it, twice.
     assert_within(y.reshape(ROWS, O), exact, (EPS + SUM) * magnitude(X, W) + EPS * (exact.abs() + bias.abs().double()))
     assert x.grad.dtype is dtype and bias.grad.dtype is torch.float32
     assert_within(

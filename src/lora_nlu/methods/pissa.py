@@ -159,7 +159,7 @@ def principal_part(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, T
 
     Computed in float64 from eigenvectors of the smaller of W W^T and W^T W, which takes less time than an SVD. The
     sign of each eigenvector is chosen so that its number farthest from 0 is positive. Raises UserError if R is above
-    min(O, I), or W is on the meta device.
+    min(O, I), or W is not finite or on the meta device.
     """
     if weight.is_meta:
         raise UserError(
@@ -173,6 +173,8 @@ def principal_part(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, T
         )
     is_wide = weight.shape[0] <= weight.shape[1]
     W = weight.detach().to("cpu", torch.float64)
+    if not W.isfinite().all():
+        raise UserError("PiSSA starts from the weights, and some are not finite (NaN or infinity). Use another model.")
     W = W if is_wide else W.t()
     size = W.shape[0]
     values, vectors = scipy.linalg.eigh((W @ W.t()).numpy(), subset_by_index=(size - rank, size - 1))

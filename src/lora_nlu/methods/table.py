@@ -88,7 +88,7 @@ def _missing_lora(flags: Any) -> str:
 
 
 def _missing_adalora(flags: Any) -> str:
-    names = ["lora_r", "lora_alpha", *(flag.name for flag in _ADALORA_FLAGS if "default" not in flag.help)]
+    names = ["lora_r", "lora_alpha", *(flag.name for flag in _ADALORA_FLAGS if flag.name not in ("beta1", "beta2"))]
     missing = [f"--{name}" for name in names if getattr(flags, name) is None]
     if flags.lora_r == 0 or not missing:
         is_lower = flags.lora_r == 0 or flags.target_rank < flags.lora_r

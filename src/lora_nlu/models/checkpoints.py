@@ -228,6 +228,8 @@ class Checkpoints:
                     f"{name}: is damaged, or was saved with other settings: of {len(added)} adapter tensors it lacks "
                     f"{len(missing)}, {missing[0]} first.\nGive {remedy}, or use a complete copy of the file."
                 )
+            if missing and row.start:
+                row.start(model)
         return (model, report) if output_loading_info else model
 
     @classmethod

@@ -28,7 +28,6 @@ from lora_nlu.methods.description import (
     is_added,
     method_of_config,
     method_of_tensor,
-    methods_in,
     set_method,
 )
 from lora_nlu.methods.linear import unmerged_parameters
@@ -175,9 +174,6 @@ def load_model(
         check_labels(name, trained_labels, config_labels(config))
     if keeps_head:
         notes += _order_head_(model, name, trained_labels, report)
-    for row in methods_in(model):
-        if row.start:
-            row.start(model)
     mark_trainable(model)
     return model, notes
 

@@ -151,7 +151,8 @@ class AdapterTrainer(CheckpointingTrainer):
             return
         count = self.model.hold_in_bf16(trains=self.args.do_train)
         note = f"the weights of {count} linear layers are held in bf16, and products summed in fp32; the rest is fp32"
-        say(self.args, f"bf16: {note if count else 'no weight is frozen, or in a file: all is computed in fp32'}.")
+        reason = "no weight is frozen, or the model was loaded from no file, or its method multiplies in fp32 alone"
+        say(self.args, f"bf16: {note if count else f'all is computed in fp32: {reason}'}.")
         if count and not has_fast_bf16():
             say(
                 self.args,
