@@ -66,10 +66,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     compiled, product = kernels.library(), recorded("product", kernels.ONEDNN_LINEAR)
     monkeypatch.setattr(kernels, "library", Library)
     monkeypatch.setattr(kernels, "ONEDNN_LINEAR", product)
+    monkeypatch.setattr(kernels, "has_onednn", lambda: True)  # on any processor
     return calls
 
 
-@pytest.mark.skipif(kernels.library() is None or not kernels.has_onednn(), reason="needs g++ and oneDNN")
+@pytest.mark.skipif(kernels.library() is None or kernels.ONEDNN_LINEAR is None, reason="needs g++ and oneDNN")
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_at_most_8_of_our_frames_are_between_the_loss_and_each_product_and_attention(name, trains, calls):
