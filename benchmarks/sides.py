@@ -1,6 +1,7 @@
 """The models that are compared, ours and the peer, with random weights, and a step of each."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -61,11 +62,18 @@ def build_ours(config: Any, **settings: Any) -> torch.nn.Module:
     return model
 
 
+@contextmanager
+def base_file(model: Any) -> Iterator[None]:
+    """Let the model have been loaded from a file: weights are replaced only where a file could give them back."""
+    with TemporaryDirectory() as folder:
+        Path(folder, "model.safetensors").touch()
+        model.name_or_path = folder
+        yield
+
+
 def hold_in_bf16(model: Any) -> None:
     """What the trainer does with --bf16 on a CPU."""
-    with TemporaryDirectory() as folder:
-        Path(folder, "model.safetensors").touch()  # weights are held only where a file could give them back
-        model.name_or_path = folder
+    with base_file(model):
         if not model.hold_in_bf16(trains=True):
             raise SystemExit("No weight of this model can be held in bf16.")
 

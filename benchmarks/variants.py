@@ -19,7 +19,18 @@ import torch
 from common import argument_parser, draw_lengths, machine, spread, write_results
 from compare import middle, spread_of
 from limit import Limit, Product, onednn
-from sides import LEARNING_RATE, LORA_ALPHA, LORA_R, Side, build_ours, build_peer, configure, hold_in_bf16, make_batch
+from sides import (
+    LEARNING_RATE,
+    LORA_ALPHA,
+    LORA_R,
+    Side,
+    base_file,
+    build_ours,
+    build_peer,
+    configure,
+    hold_in_bf16,
+    make_batch,
+)
 from torch import Tensor
 
 from lora_nlu.methods.description import methods_in
@@ -129,6 +140,9 @@ def ours(case: Case, variant: str, r: int, bf16: bool, model: str) -> Ours:
         for row in methods_in(built):
             if row.start:
                 row.start(built)
+            if row.before_steps:
+                with base_file(built):
+                    row.before_steps(built)
     if bf16:
         hold_in_bf16(built)
     return Ours(built, config.pad_token_id, None if is_lora else case.ratio)
