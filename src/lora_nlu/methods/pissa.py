@@ -124,8 +124,8 @@ class PissaLinear(LoRALinear):
     def is_replaced(self) -> bool:
         return super().is_replaced or self.subtracted is not None
 
-    def put_back(self, weight: Tensor) -> None:
-        super().put_back(weight)
+    def restore_weight(self, weight: Tensor) -> None:
+        super().restore_weight(weight)
         self.subtracted = None
 
     def frozen_weight(self) -> Tensor:

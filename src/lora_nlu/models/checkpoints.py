@@ -185,7 +185,7 @@ class Checkpoints:
                             f"{name}: {key} is not what this model was loaded from: the files have changed.\nLoad the "
                             "model again."
                         )
-                    layer.put_back(weight)
+                    layer.restore_weight(weight)
                     del missing[module]
         if missing:
             raise UserError(

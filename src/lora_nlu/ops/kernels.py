@@ -192,7 +192,7 @@ class Linear(nn.Linear):
         """What this layer multiplies by, before it is held in bf16, of the checkpoint's weight [O, I]."""
         return weight
 
-    def put_back(self, weight: Tensor) -> None:
+    def restore_weight(self, weight: Tensor) -> None:
         """Replace `weight` by the checkpoint's."""
         self.weight, self.frozen = nn.Parameter(weight, self.weight.requires_grad), None
 
