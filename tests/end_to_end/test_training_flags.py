@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer, TrainingArguments
 from lora_nlu.adapters.attaching import attach_adapter
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError
-from lora_nlu.files import ADAPTER_WEIGHTS
+from lora_nlu.files import ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.training.metadata import (
     _ALWAYS_RECORDED,
@@ -285,17 +286,31 @@ def test_a_run_whose_best_checkpoint_an_older_version_chose_otherwise_is_not_gon
 # ------------------------------------------------------------------------------------------------------ early stopping
 
 
-def test_early_stopping_stops_as_transformers_callback_and_goes_by_the_tasks_metric(call, glue, tmp_path):
+def test_early_stopping_stops_as_transformers_callback_and_goes_by_the_tasks_metric(
+    finished, call, fork, glue, tmp_path
+):
     """A learning rate of nothing: the first evaluation is the best, and two more are waited for."""
     still = ["--do_train", "--do_eval", "--max_seq_length", 64, "--max_steps", 9, "--learning_rate", "1e-20"]
     still += ["--eval_strategy", "steps", "--eval_steps", 2, "--save_steps", 2, "--early_stopping_patience", 2]
     outcome = succeeded(call(*rte(glue, tmp_path / "o", *still)))
     assert "by accuracy (greater is better)" in outcome.out and "Stopped early, at step 6 of 9." in outcome.out
-    state = read(tmp_path / "o" / "trainer_state.json")
-    assert state["global_step"] == 6 and read(tmp_path / "o" / "run.json")["trained"]
+    assert re.search("stopped early +at step 6 of 9\n", outcome.out)
+    assert read(tmp_path / "o" / "trainer_state.json")["global_step"] == 6
+    assert_recorded_as_stopped(tmp_path / "o")
     learns = ["--learning_rate", "1e-2", "--metric_for_best_model", "loss", "--early_stopping_threshold", 100]
-    outcome = succeeded(call(*rte(glue, tmp_path / "far", *still, *learns)))
-    assert "Stopped early, at step 6 of 9." in outcome.out  # better, but never by so much
+    outcome = succeeded(fork(*rte(glue, tmp_path / "far", *still, *learns, "--reg_loss_wgt", 1), processes=2))
+    assert outcome.out.count("Stopped early, at step 6 of 9.") == 1  # better, but never by so much
+    assert_recorded_as_stopped(tmp_path / "far")
+    assert "stopped_early" not in read(finished / "plain" / "run.json")
+    assert "stopped_early_at_step" not in read(finished / "plain" / "train_results.json")
+
+
+def assert_recorded_as_stopped(folder: Path) -> None:
+    """After step 6 of 9, in the records of the run and of its adapter, and in the results."""
+    assert read(folder / "run.json")["trained"]
+    for name in ("run.json", RUN_METADATA):
+        assert read(folder / name)["stopped_early"] == {"step": 6, "max_steps": 9}
+    assert read(folder / "train_results.json")["stopped_early_at_step"] == 6
 
 
 @pytest.mark.parametrize("step", [4, 6])
@@ -310,6 +325,7 @@ def test_a_run_that_is_resumed_stops_early_where_it_would_have(step, call, glue,
     (tmp_path / "again" / "run.json").write_text(json.dumps(run))
     outcome = succeeded(call(*rte(glue, tmp_path / "again", *flags)))
     assert "Resuming from" in outcome.out and "Stopped early, at step 6 of 9." in outcome.out
+    assert_recorded_as_stopped(tmp_path / "again")
     one, other = load_file(tmp_path / "o" / ADAPTER_WEIGHTS), load_file(tmp_path / "again" / ADAPTER_WEIGHTS)
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -35,6 +35,8 @@ from lora_nlu.training.output_folder import check_results, clear_earlier_run, re
 from lora_nlu.training.processes import Interrupted, deferred_signals, say
 from lora_nlu.training.trainer import AdapterTrainer
 
+STOPPED_EARLY = "stopped_early"  # in a run's metadata: the last step, and how many there could have been
+
 
 def trainer_class(args: Any) -> type[AdapterTrainer]:
     """The trainer for the backend of the flags; args: RunArguments."""
@@ -81,7 +83,9 @@ def train(trainer: AdapterTrainer, overwrite: bool) -> str | None:
     with deferred_signals(trainer.signals):
         metrics = _train_from(checkpoint, trainer)
         if trainer.state.global_step < trainer.state.max_steps:
-            say(args, f"Stopped early, at step {trainer.state.global_step} of {trainer.state.max_steps}.")
+            stopped = {"step": trainer.state.global_step, "max_steps": trainer.state.max_steps}
+            say(args, f"Stopped early, at step {stopped['step']} of {stopped['max_steps']}.")
+            trainer.metadata = trainer.metadata | {STOPPED_EARLY: stopped}
         weights = _save(trainer, metrics)
     if args.push_to_hub:  # last, for it may fail
         trainer.push_to_hub(commit_message="Model save", revision=args.hub_revision)
@@ -112,6 +116,8 @@ def _save(trainer: AdapterTrainer, metrics: dict[str, float]) -> str | None:
     trainer.save_model(_internal_call=True)
     seconds, samples = seconds_trained(trainer.state.log_history), len(trainer.train_dataset)
     measured = {"train_seconds": seconds, "train_samples": samples, **peak_memory_gib()}
+    if STOPPED_EARLY in trainer.metadata:
+        measured["stopped_early_at_step"] = trainer.metadata[STOPPED_EARLY]["step"]
     trainer.save_metrics("train", metrics | measured)
     trainer.save_state()
     weights = _saved_weights(trainer)
@@ -233,6 +239,8 @@ def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: d
         choose = max if greater_is_better(metric) else min
         best = choose(epochs, key=lambda entry: entry[f"eval_{metric}"])
         rows.append(("best while training", f"{best[f'eval_{metric}']:.4f} at epoch {best['epoch']:.2f}"))
+    if stopped := trainer.metadata.get(STOPPED_EARLY):
+        rows.append(("stopped early", f"at step {stopped['step']} of {stopped['max_steps']}"))
     method = trainer.metadata["method"]
     part = METHODS[method["name"]].part + " and biases" * bool(method.get("biases"))
     part = f", {counts.encoder:,} of them {part}" if part else ""
