@@ -16,7 +16,7 @@ from lora_nlu.data.metrics import compute_metrics
 from lora_nlu.models.loading import load_config
 from lora_nlu.training import processes
 from lora_nlu.training.checks import choose_metrics
-from lora_nlu.training.inputs import read_examples, starting_head, tokenize_examples
+from lora_nlu.training.inputs import read_examples, starting_head, tokenize_examples, weights_of_classes
 from lora_nlu.training.metadata import run_metadata
 from lora_nlu.training.model import load_adapter, prepare_model
 from lora_nlu.training.output_folder import check_all_alike, locked, prepare_output_dir, record_evaluation
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> None:
     config = load_config(model_args.config_name or name, **model_args.hub)
     adapter = load_adapter(flags, config)
     examples, head = read_examples(flags, adapter, starting_head(flags, config, adapter))
+    class_weights = weights_of_classes(flags, examples)
 
     # Model
     model, tokenizer, fingerprints = prepare_model(flags, config, adapter, head, examples.labels)
@@ -60,7 +61,8 @@ def main(argv: list[str]) -> None:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer, padding=padding, max_length=max_length),
         compute_metrics=lambda p: compute_metrics(metrics, p.predictions, p.label_ids),
-        metadata=run_metadata(flags, model, examples, tables, max_length, fingerprints),
+        class_weights=class_weights,
+        metadata=run_metadata(flags, model, examples, tables, max_length, fingerprints, class_weights),
     )
     check_all_alike(trainer, tables)
 

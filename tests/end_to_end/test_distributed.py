@@ -79,7 +79,7 @@ def assert_same_run(got: Path, want: Path, steps: int = 20) -> None:
 @pytest.mark.parametrize(
     "model, examples, backend",
     [
-        ("roberta", 45, BY_LENGTH),
+        ("roberta", 45, [*BY_LENGTH, "--class_weights", "1,3"]),
         ("deberta", 45, []),
         ("roberta", 41, []),
         ("roberta", 45, FSDP),
@@ -87,7 +87,7 @@ def assert_same_run(got: Path, want: Path, steps: int = 20) -> None:
         ("deberta", 41, [*FSDP, "--lora_variant", "dora"]),
     ],
     ids=[
-        "roberta by length",
+        "roberta by length with class weights",
         "deberta",
         "one process idle in the last step",
         "roberta FSDP2",

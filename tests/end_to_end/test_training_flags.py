@@ -211,6 +211,7 @@ SGD = ["--optim", "sgd", "--optim_args", "momentum=0.5"]
         ("plain", ["--do_eval", *BEST], "load_best_model_at_end False, now True"),
         ("plain", ["--do_eval", "--early_stopping_patience", 3, "--eval_strategy", "epoch"], "patience None, now 3"),
         ("plain", ["--max_grad_norm", 2], "max_grad_norm 1.0, now 2.0"),
+        ("plain", ["--class_weights", "1,3"], "class_weights None, now ["),
         ("best", ["--metric_for_best_model", "loss"], "metric_for_best_model accuracy, now loss"),
         ("best", ["--eval_steps", 3, "--save_steps", 3], "eval_steps 1.0, now 3"),
         ("best", ["--max_eval_samples", 12], "the evaluation examples differ"),

@@ -947,3 +947,56 @@ def test_cutoff_without_the_tokenizers_ids_in_the_config_raises_an_error_that_na
     model = CLASSIFIERS["roberta"][0](tiny_config(reg_loss_wgt=1.0, masking_prob=0.1)).train()
     with pytest.raises(ValueError, match="special_token_ids and unk_token_id"):
         model(**ragged_batch([5, 3]), labels=torch.tensor([0, 1]))
+
+
+# Class weights.
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 2, 2, 1, 0]), torch.tensor([2, -1, 0, -100, 2])])
+def test_class_weights_multiply_each_examples_cross_entropy_and_the_divisor_stays_the_number_of_examples(labels):
+    z, weights = random_logits(5, 3)[0].requires_grad_(), torch.tensor([0.5, 0.0, 3.0])
+    loss = classification_loss(z, labels, None, weights)
+    loss.backward()
+    counted = labels >= 0
+    of_rows = torch.where(counted, weights.double()[labels.clamp(min=0)], 0.0)[:, None] / counted.sum()
+    classes, p = F.one_hot(labels.clamp(min=0), 3), z.detach().softmax(-1)
+    assert_close(loss.detach(), -(of_rows * classes * p.log()).sum(), 1e-12)
+    assert_close(z.grad, of_rows * (p - classes), 1e-12)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0.5, 1.0]), F.one_hot(torch.tensor([0, 1])).float()])
+def test_class_weights_without_class_ids_are_refused(labels):
+    z = random_logits(2, 1 if labels.dim() == 1 else 2)[0]
+    with pytest.raises(ValueError, match="class_weights are for labels that are class ids"):
+        classification_loss(z, labels, None, torch.ones(2))
+
+
+@pytest.mark.parametrize("settings", [{}, RDROP, CUTOFF], ids=["one pass", "R-Drop", "cutoff"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_training_step_weighs_the_cross_entropy_alone_and_an_evaluation_nothing(kind, settings, monkeypatch):
+    model, batch = model_of(kind, **settings).train(), ragged_batch(LENGTHS, pad=PAD[kind])
+    if settings is CUTOFF:
+        fixed_draw(monkeypatch, batch["input_ids"])
+    labels, weights = torch.tensor([0, 1, 2, 2, 1]), torch.tensor([0.25, 2.0, 1.5])
+    if settings:
+        unweighted, *views = two_views(model, **batch, labels=labels)
+    else:
+        unweighted = model(**batch, labels=labels)
+        views = [unweighted.logits]
+    task = sum((weights[labels] * F.cross_entropy(z, labels, reduction="none")).mean() for z in views)
+    expected = task + unweighted.consistency_loss if settings else task
+    model.class_weights = weights
+    output = model(**batch, labels=labels)
+    assert_close(output.loss, expected)
+    if settings:
+        assert torch.equal(output.consistency_loss, unweighted.consistency_loss)
+        assert_close(output.task_loss, task)
+    assert abs(output.loss.item() - unweighted.loss.item()) > 0.01
+    reference = copy.deepcopy(model)
+    for loss, of in ((output.loss, model), (expected, reference)):
+        gradients = torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
+        for parameter, gradient in zip(of.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+    assert_same_gradients(model, reference)
+    evaluated = model.eval()(**batch, labels=labels)
+    assert_close(evaluated.loss, F.cross_entropy(evaluated.logits, labels))

@@ -17,24 +17,30 @@ from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOut
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification", "soft_label_classification")
 
 
-def classification_loss(logits: Tensor, labels: Tensor, problem_type: str | None) -> Tensor:
+def classification_loss(
+    logits: Tensor, labels: Tensor, problem_type: str | None, class_weights: Tensor | None = None
+) -> Tensor:
     """The loss of `logits` [B, C], a mean over the batch, in fp32 where they are halves.
 
     `problem_type` decides, or else the labels: numbers [B] for one label (mean squared error), class ids [B]
     (cross-entropy, rows with a negative id left out), floats [B, C] (binary cross-entropy, or with
-    "soft_label_classification" cross-entropy against distributions). Raises ValueError for any other problem type,
-    and for regression labels of another shape than the logits.
+    "soft_label_classification" cross-entropy against distributions). With `class_weights` [C] the cross-entropy of an
+    example counts as often as the weight of its class says: sum of w_y CE / number of examples. Raises ValueError for
+    any other problem type, for regression labels of another shape than the logits, and for class weights without ids.
     """
     problem_type, logits = problem_type or _problem(logits, labels), _wide(logits)
     if problem_type not in PROBLEM_TYPES:
         raise ValueError(f"config.problem_type {problem_type!r} is none of {', '.join(PROBLEM_TYPES)}.")
+    if class_weights is not None and problem_type != "single_label_classification":
+        raise ValueError(f"class_weights are for labels that are class ids, not for {problem_type}.")
     if problem_type == "regression":
         if labels.shape != logits.shape and not (logits.shape[1] == 1 and labels.numel() == len(logits)):
             raise ValueError(f"Regression needs labels of the logits' shape {[*logits.shape]}, got {[*labels.shape]}.")
         return F.mse_loss(logits.reshape(-1), labels.to(logits.dtype).reshape(-1))
     if problem_type == "single_label_classification":
         labels = labels.reshape(-1).long()
-        total = F.cross_entropy(logits, labels.masked_fill(labels < 0, -100), reduction="sum")
+        weights = None if class_weights is None else class_weights.to(logits)
+        total = F.cross_entropy(logits, labels.masked_fill(labels < 0, -100), weights, reduction="sum")
         return total / (labels >= 0).sum().clamp(min=1)
     if problem_type == "soft_label_classification":
         return F.cross_entropy(logits, labels.to(logits.dtype))
@@ -78,22 +84,22 @@ def two_views(config: PreTrainedConfig, inputs: dict[str, Tensor | None]) -> dic
 
 def output_with_loss(
     config: PreTrainedConfig, logits: Tensor, labels: Tensor | None, several_floats: str, two_view_weight: float,
-    encoded: BaseModelOutput,
+    encoded: BaseModelOutput, class_weights: Tensor | None,
 ) -> SequenceClassifierOutput:  # fmt: skip
     """A classifier's output from its logits [B, C] and its encoder's output; the loss is None without labels.
 
     Where `config.problem_type` is not set, it is `several_floats` for labels [B, C]. With a `two_view_weight`, logits
-    are [2 B, C], of both views; the loss and its errors are of `two_view_losses`.
+    are [2 B, C], of both views; the loss and its errors are of `two_view_losses`. `class_weights`: as there.
     """
     problem_type: str | None = config.problem_type
     if problem_type is None and labels is not None and labels.dim() == 2 and labels.shape[1] > 1:
         problem_type = several_floats
     hidden, attentions = encoded.hidden_states, encoded.attentions
     if labels is None or not two_view_weight:
-        loss = None if labels is None else classification_loss(logits, labels, problem_type)
+        loss = None if labels is None else classification_loss(logits, labels, problem_type, class_weights)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=hidden, attentions=attentions)
     first, second = logits.chunk(2)  # [B, C] each
-    task, consistency = two_view_losses(first, second, labels, problem_type, two_view_weight)
+    task, consistency = two_view_losses(first, second, labels, problem_type, two_view_weight, class_weights)
     hidden, attentions = _first_view(hidden), _first_view(attentions)
     return TwoViewOutput(task + consistency, first, hidden, attentions, task_loss=task, consistency_loss=consistency)
 
@@ -104,20 +110,23 @@ def _first_view(layers: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
 
 
 def two_view_losses(
-    first: Tensor, second: Tensor, labels: Tensor, problem_type: str | None, weight: float
-) -> tuple[Tensor, Tensor]:
+    first: Tensor, second: Tensor, labels: Tensor, problem_type: str | None, weight: float,
+    class_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(task, consistency): what both views' logits [B, C] lose against the labels, and against each other.
 
     task = L(z1) + L(z2), summed as the reference does; with m = (z1 + z2) / 2 and the gradient flowing through m,
     consistency = weight / 2 * (KL(softmax m || softmax z1) + KL(softmax m || softmax z2)), each KL a mean over
     examples x classes (not over examples); for regression the mean squared distances to m instead of the KLs.
+    `class_weights` weigh the task's part alone (`classification_loss`).
     Raises ValueError for multi-label problems, which have no softmax.
     """
     problem_type = problem_type or _problem(first, labels)
     if problem_type == "multi_label_classification":
         raise ValueError("R-Drop compares class distributions: multi-label problems have none. Set reg_loss_wgt to 0.")
     first, second = _wide(first), _wide(second)  # views may be closer to each other than half precision can tell
-    task = classification_loss(first, labels, problem_type) + classification_loss(second, labels, problem_type)
+    losses = [classification_loss(view, labels, problem_type, class_weights) for view in (first, second)]
+    task = losses[0] + losses[1]
     mean = (first + second) / 2
     if problem_type == "regression":
         return task, 0.5 * weight * (F.mse_loss(first, mean) + F.mse_loss(second, mean))

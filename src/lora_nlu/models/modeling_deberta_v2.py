@@ -512,10 +512,11 @@ class ContextPooler(nn.Module):
 class DebertaV2ForSequenceClassification(DebertaV2PreTrainedModel):
     """DeBERTa-V2 with a classification or regression head, in place of transformers' class of that name.
 
-    The settings in its config are those of `RobertaForSequenceClassification`, and `lora_relative_query`.
+    Its settings are those of `RobertaForSequenceClassification`, and in the config `lora_relative_query`.
     """
 
     accepts_loss_kwargs = False  # Trainer takes a forward with **keywords for one that divides by num_items_in_batch
+    class_weights: Tensor | None = None
 
     def __init__(self, config: DebertaV2Config) -> None:
         super().__init__(config)
@@ -555,5 +556,8 @@ class DebertaV2ForSequenceClassification(DebertaV2PreTrainedModel):
         pooled = self.pooler(encoded.last_hidden_state)  # [B, S, H] or [B, 1, H] to [B, H]
         logits = self.classifier(self.dropout(pooled))  # [B, C]
 
-        output = output_with_loss(config, logits, labels, "soft_label_classification", two_view_weight, encoded)
+        weights = self.class_weights if self.training else None
+        output = output_with_loss(
+            config, logits, labels, "soft_label_classification", two_view_weight, encoded, weights
+        )
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()

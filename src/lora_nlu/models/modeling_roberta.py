@@ -268,9 +268,11 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
     head's dropout. After `from_pretrained`, `mark_trainable` leaves the update and the head to train.
     With `reg_loss_wgt` above 0 training steps run every example twice, as one batch of twice the size (R-Drop); with
     `masking_prob` too, some tokens of the second view are `unk_token_id`, none of `special_token_ids` (cutoff).
+    `class_weights`, a tensor [C] on the model's device, weighs the cross-entropy of training steps.
     """
 
     accepts_loss_kwargs = False  # Trainer takes a forward with **keywords for one that divides by num_items_in_batch
+    class_weights: Tensor | None = None
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__(config)
@@ -307,5 +309,8 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
         )  # fmt: skip
         logits = self.classifier(encoded.last_hidden_state)  # [B, S, H] or [B, 1, H] to [B, C]
 
-        output = output_with_loss(config, logits, labels, "multi_label_classification", two_view_weight, encoded)
+        weights = self.class_weights if self.training else None
+        output = output_with_loss(
+            config, logits, labels, "multi_label_classification", two_view_weight, encoded, weights
+        )
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -164,8 +164,8 @@ def read_run(record: Record, figures: Figures) -> Run:
     model = model.encode()[:200].decode(errors="ignore")  # it is in the names of pictures too, of 255 bytes at most
     starts_from_adapter = run.get("started_from") is not None
     not_compared = {"seed", "data_seed", "train_data", "eval_data", *run.get("left_at_default", ())}
-    rates = {"loraplus_lr_ratio": None, "head_learning_rate": None}  # recorded where they are set
-    settings = rates | {name: value for name, value in hyper.items() if name not in not_compared}
+    if_set = dict.fromkeys(("loraplus_lr_ratio", "head_learning_rate", "class_weights"))  # recorded where they are set
+    settings = if_set | {name: value for name, value in hyper.items() if name not in not_compared}
     settings |= {
         "scaling": ", ".join(f"{scaling:g}" for scaling in scalings),
         "lora_relative_query": relative_query,
@@ -215,6 +215,8 @@ def name_method(method: dict[str, Any], lora: dict[str, Any], hyper: dict[str, A
         more.append("and biases")
     if hyper.get("reg_loss_wgt"):
         more.append(f"{'cutoff' if hyper.get('masking_prob') else 'R-Drop'} {hyper['reg_loss_wgt']:g}")
+    if weights := hyper.get("class_weights"):
+        more.append(f"class weights {'/'.join(f'{weight:.3g}' for weight in weights)}")
     return " ".join([label, *more]), None if more else name
 
 

@@ -35,7 +35,7 @@ _FORMS: dict[str, Any] = {
         "left_at_default": [_TEXT],
         "hyperparameters": {
             "seed": _COUNT, "num_train_epochs": _NUMBER, "train_data": _TEXT, "reg_loss_wgt": _NUMBER_OR_NONE,
-            "loraplus_lr_ratio": _NUMBER_OR_NONE,
+            "loraplus_lr_ratio": _NUMBER_OR_NONE, "class_weights": [_NUMBER],
         },
         "parameters": {"encoder": _COUNT},
         "lora": {"ranks": [_COUNT], "scalings": [_NUMBER]},

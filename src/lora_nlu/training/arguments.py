@@ -4,12 +4,13 @@ The group of training, which has transformers' own flags, is in `parsing.py`: im
 """
 
 import csv
+import math
 from dataclasses import dataclass, field, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UsageError, UserError
-from lora_nlu.labels import check_label
+from lora_nlu.labels import check_label, label_number
 from lora_nlu.methods.description import choices_of, method_flags
 
 
@@ -30,6 +31,10 @@ class ModelArguments:
     token: str | None = flag("Access token for private Hub models")
     reg_loss_wgt: float = flag("R-Drop: weight of the distance between two passes with their own dropout", 0.0)
     masking_prob: float = flag("Cutoff: share of tokens hidden from the second of the two passes", 0.0)
+    class_weights: str | None = flag(
+        "Weigh the loss of each training example by its class: 'balanced' (n / (classes x rows of the class)), or "
+        "numbers, class 0 first, such as 1,3.5; scaled to a mean of 1 over the training rows"
+    )
     cls_dropout: float | None = flag("Dropout of the classification head; default: the model's hidden_dropout_prob")
 
     if TYPE_CHECKING:
@@ -107,3 +112,19 @@ def parse_names(flag: str, text: str | None) -> tuple[str, ...] | None:
     if not names or "" in names or len({*names}) < len(names):
         raise UsageError(f"--{flag} {text}: give different names with commas between them.")
     return names
+
+
+def parse_weights(text: str) -> list[float] | None:
+    """The numbers of --class_weights; None for `balanced`, which the training rows decide. Raises UsageError."""
+    if text == "balanced":
+        return None
+    try:
+        weights = [label_number(number) for number in text.split(",")]
+    except ValueError:
+        weights = []
+    if not weights or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise UsageError(
+            f"--class_weights {text}: give balanced, or a number for each class with commas between them, each 0 or "
+            "more and not all 0."
+        )
+    return weights

@@ -11,7 +11,7 @@ from lora_nlu.data.metrics import greater_is_better
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UsageError
 from lora_nlu.methods.description import check_flags, method_flags
-from lora_nlu.training.arguments import parse_names
+from lora_nlu.training.arguments import parse_names, parse_weights
 from lora_nlu.training.processes import say
 
 
@@ -76,8 +76,13 @@ def _check_effects(model_args: Any, args: Any) -> None:
         raise UsageError("--early_stopping_threshold has no effect without --early_stopping_patience. Add it.")
     if args.early_stopping_patience is not None and args.eval_strategy == "no":
         raise UsageError("--early_stopping_patience counts evaluations: add --eval_strategy epoch or steps.")
-    for name in ("loraplus_lr_ratio", "head_learning_rate"):
-        if getattr(args, name) is not None and not args.do_train:
+    if model_args.class_weights is not None:
+        parse_weights(model_args.class_weights)
+        if args.label_smoothing_factor:
+            raise UsageError("--label_smoothing_factor replaces the loss that --class_weights weighs: give one only.")
+    of_training = ((model_args, "class_weights"), (args, "loraplus_lr_ratio"), (args, "head_learning_rate"))
+    for group, name in of_training:
+        if getattr(group, name) is not None and not args.do_train:
             raise UsageError(f"--{name} has no effect without --do_train. Add --do_train, or remove --{name}.")
     if (ratio := args.loraplus_lr_ratio) is not None and not 0 < ratio < math.inf:
         raise UsageError(f"--loraplus_lr_ratio {ratio}: must be above 0.")

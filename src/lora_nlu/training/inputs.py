@@ -4,16 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from lora_nlu import labels
 from lora_nlu.adapters.adapter import Adapter
-from lora_nlu.data.examples import LABEL, Examples, choose_rows, describe_examples
+from lora_nlu.data.examples import LABEL, Examples, choose_rows, column, describe_examples
 from lora_nlu.data.glue import load_glue, with_diagnostics
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.data.tokenization import tokenize
 from lora_nlu.data.user_files import load_files
 from lora_nlu.errors import UsageError, UserError, printable
 from lora_nlu.models.loading import longest_input
-from lora_nlu.training.arguments import parse_names
+from lora_nlu.training.arguments import parse_names, parse_weights
 from lora_nlu.training.parsing import Flags
 from lora_nlu.training.processes import say
 
@@ -139,6 +141,40 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
         before, now = (" and ".join(repr(str(name)[:40]) for name in names) for names in (trained, examples.texts))
         say(args, f"{adapter.source}: was trained on text in {before}; here it is in {now}.")
     return examples, head
+
+
+def weights_of_classes(flags: Flags, examples: Examples) -> list[float] | None:
+    """The weight of each class in training by --class_weights, with a mean of 1 over the training rows; None without.
+
+    Raises UsageError where they are not one for each class, or can't be scaled.
+    """
+    text, names = flags.model.class_weights, examples.labels
+    if text is None:
+        return None
+    if examples.is_regression:
+        raise UsageError("--class_weights is for classes, and these labels are numbers. Remove it.")
+    rows = np.bincount(column(examples.splits["train"], LABEL).to_numpy(), minlength=len(names))
+    weights = parse_weights(text)
+    if weights is None:
+        if absent := [name for name, count in zip(names, rows, strict=True) if not count]:
+            raise UsageError(
+                f"--class_weights balanced: no training row has the label {labels.label_list(absent)}.\n"
+                f"Give a number for each class instead, in this order: {labels.label_list(names)}."
+            )
+        weights = (1 / rows).tolist()
+    if len(weights) != len(names):
+        raise UsageError(
+            f"--class_weights {text}: has {len(weights)} numbers for {len(names)} classes.\n"
+            f"Give one for each, in this order: {labels.label_list(names)}."
+        )
+    relative = np.array(weights) / max(weights)
+    mean = rows @ relative / rows.sum()
+    if not mean:
+        raise UsageError(f"--class_weights {text}: every training row has a class of weight 0: nothing would train.")
+    weights = (relative / mean).tolist()
+    texts = [f"{printable(name, 40)} {weight:.4g}" for name, weight in zip(names, weights, strict=True)]
+    say(flags.run, f"class weights: {labels.shortened_list(texts)}")
+    return weights
 
 
 def tokenize_examples(flags: Flags, examples: Examples, config: Any, tokenizer: Any) -> tuple[dict[str, Any], int]:

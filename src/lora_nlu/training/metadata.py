@@ -44,7 +44,7 @@ WITHOUT_EFFECT = frozenset(
 # These change it as well if evaluations choose the checkpoint or the learning rate
 SCHEDULE = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps")
 # Recorded only where they are set
-IF_SET = ("loraplus_lr_ratio", "head_learning_rate")
+IF_SET = ("loraplus_lr_ratio", "head_learning_rate", "class_weights")
 # Recorded in run.json since its first version, at their defaults or not
 _ALWAYS_RECORDED = frozenset(
     """
@@ -68,11 +68,13 @@ def run_metadata(
     tables: dict[str, Any],
     max_length: int,
     fingerprints: dict[str, str | None],
+    class_weights: list[float] | None,
 ) -> dict[str, Any]:
     """What later readers of the adapter, and a later start of the same run, need; fingerprints: `prepare_model`'s."""
     model_args, data_args, args = flags
     layers = lora_layers(model).values()
     settings = deciding_settings(args)
+    settings |= {} if class_weights is None else {"class_weights": class_weights}
     file = data_args.train_file or data_args.validation_file or data_args.test_file
     of_files: dict[str, Any] = {}
     if data_args.train_file and args.do_train:

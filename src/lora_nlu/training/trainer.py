@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -123,8 +123,10 @@ class AdapterTrainer(CheckpointingTrainer):
 
     loss_is_scaled_for_ga = True  # compute_loss weighs micro-batches itself; transformers would weigh all equally
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, class_weights: Sequence[float] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if class_weights is not None:
+            self.model.class_weights = torch.tensor(class_weights, device=self.args.device)
         self.add_callback(_DropoutOfProcess)
         self.add_callback(_SaveAfterEpoch)
         if self.after_steps:
