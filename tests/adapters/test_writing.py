@@ -46,7 +46,7 @@ def test_a_written_folder_has_the_keys_shapes_and_settings_peft_itself_writes(sa
     assert sorted(ours_config["target_modules"]) == sorted(theirs_config["target_modules"])
     metadata = json.loads((folder / RUN_METADATA).read_text())
     assert metadata.items() >= METADATA_OF_RUN.items() and metadata["peft_type"] == "LORA"
-    assert metadata.keys() - METADATA_OF_RUN.keys() == {"peft_type", "weights_fingerprint"}
+    assert metadata.keys() - METADATA_OF_RUN.keys() == {"peft_type", "model_type", "weights_fingerprint"}
     assert sorted(path.name for path in folder.iterdir()) == sorted([ADAPTER_CONFIG, RUN_METADATA, ADAPTER_WEIGHTS])
 
 

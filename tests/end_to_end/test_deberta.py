@@ -368,7 +368,8 @@ def test_adapters_of_another_model_rank_or_label_count_are_refused_and_nothing_c
     before = contents(tmp_path / "deberta")
     evaluate = ["--do_eval", "--output_dir", tmp_path / "deberta", "--max_seq_length", "64"]
     for flags, words in (
-        (["--task_name", "rte", *LORA, "--lora_path", tmp_path / "roberta"], ["roberta.encoder", "deberta-v2 model"]),
+        (["--task_name", "rte", *LORA, "--lora_path", tmp_path / "roberta"],
+         ["a roberta model", "a deberta-v2 model"]),
         (["--task_name", "mnli", *LORA, "--lora_path", tmp_path / "deberta"], ["entailment, neutral, contradiction"]),
         (["--task_name", "rte", *LORA, "--lora_r", "2", "--lora_alpha", "8", "--lora_path", tmp_path / "deberta"],
          ["[4, 32]", "[2, 32]", "--lora_r 4"]),

@@ -37,6 +37,7 @@ def attach_adapter(
     stay; ValueError for a model with quantised layers.
     """
     check_not_quantised(model)
+    _check_model_type(model, adapter)
     unmerge_lora_(model)
     layers = adapter.layers(lora_alpha) if adapter.row.has_ranks else {}
     if layers:
@@ -58,6 +59,21 @@ def attach_adapter(
         if adapter.trains(name):
             model.get_parameter(name).requires_grad_(True)
     return notes + head_notes
+
+
+def _check_model_type(model: Any, adapter: Adapter) -> None:
+    """Raise UserError for an adapter of another type of model, by its record or the names of its tensors."""
+    prefix, model_type = encoder_prefix(adapter), model.config.model_type
+    trained = adapter.metadata.get("model_type") or model_type
+    if prefix and prefix != model.base_model_prefix:
+        trained = {"deberta": "deberta-v2"}.get(prefix, prefix)
+    if trained != model_type:
+        base = adapter.metadata.get("base_model")
+        named = f" ({printable(base)})" if base else ""
+        raise UserError(
+            f"{adapter.source}: was trained on a {printable(trained)} model{named}; the given one is a {model_type} "
+            "model.\nGive the adapter's own base model."
+        )
 
 
 def load_adapter(model: Any, adapter: Adapter, allow_new_head: bool) -> list[str]:

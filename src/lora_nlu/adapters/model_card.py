@@ -18,7 +18,11 @@ CARD = "README.md"
 # In a card that may be written again, with a digest of its text as it was written
 _MARK, _MARKED = "<!-- written by lora-nlu -->", re.compile("<!-- written by lora-nlu( [0-9a-f]{16})? -->")
 _GLUE = "nyu-mll/glue"
-_MODELS = {"roberta": "RoBERTa", "deberta": "DeBERTa-V2"}
+# By model type, or without a recorded one by the first part of the names
+_MODELS = {
+    "roberta": "RoBERTa", "xlm-roberta": "XLM-RoBERTa", "camembert": "CamemBERT", "deberta-v2": "DeBERTa-V2",
+    "deberta": "DeBERTa-V2",
+}  # fmt: skip
 
 
 def write_card(folder: Path) -> None:
@@ -101,7 +105,9 @@ def _facts(adapter: Adapter) -> dict[str, str]:
     start = "" if adapter.is_bare else f"{prefix or '?'}."
     encoder = {name: t for name, t in adapter.state.items() if name.startswith(start)}
     broken, labels, missing_layer = not_finite(adapter.state), adapter.labels, foreign_layer(adapter)
-    model = "an encoder alone" if adapter.is_bare else _MODELS.get(prefix, "unknown: a head alone")
+    kinds = (metadata.get("model_type"), prefix)
+    model = next((_MODELS[kind] for kind in kinds if kind in _MODELS), "unknown: a head alone")
+    model = "an encoder alone" if adapter.is_bare else model
     facts: dict[str, Any] = {
         "model": f"none here: no RoBERTa or DeBERTa-V2 has the layer {missing_layer}" if missing_layer else model,
         "base model": metadata.get("base_model", unrecorded),

@@ -183,7 +183,7 @@ def _check_run_metadata(path: Path, metadata: dict[str, Any]) -> None:
     for label in labels if isinstance(labels, list) else ():
         check_label(path, str(label))
     method = metadata.get("method", {})
-    strings = ("task", "dataset", "base_model", "base_fingerprint", "peft_type", "weights_fingerprint")
+    strings = ("task", "dataset", "base_model", "model_type", "base_fingerprint", "peft_type", "weights_fingerprint")
     check_json(path, metadata, [
         ("labels", isinstance(labels, list) and all(isinstance(label, str) for label in labels), "a list of names"),
         ("metrics", has_numbers, "names with numbers"),

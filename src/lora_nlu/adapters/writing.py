@@ -24,6 +24,7 @@ def adapter_of(model: Any, metadata: dict[str, Any], state_dict: dict[str, Tenso
     """
     state = unmerged_parameters(model) if state_dict is None else state_dict
     state = {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    metadata = metadata | {"model_type": model.config.model_type}
     adapter = Adapter(Path(), state, metadata=metadata, method=describe_method(model)["name"])
     if not (layers := lora_layers(model)):
         return adapter

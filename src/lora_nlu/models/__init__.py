@@ -11,7 +11,13 @@ if TYPE_CHECKING:
         DebertaV2ForSequenceClassification as DebertaV2ForSequenceClassification,
     )
     from lora_nlu.models.modeling_deberta_v2 import DebertaV2Model as DebertaV2Model
+    from lora_nlu.models.modeling_roberta import (
+        CamembertForSequenceClassification as CamembertForSequenceClassification,
+    )
     from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification as RobertaForSequenceClassification
     from lora_nlu.models.modeling_roberta import RobertaModel as RobertaModel
+    from lora_nlu.models.modeling_roberta import (
+        XLMRobertaForSequenceClassification as XLMRobertaForSequenceClassification,
+    )
 
 __getattr__, __all__ = lazy_names(__name__, __file__)

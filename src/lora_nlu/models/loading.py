@@ -34,11 +34,21 @@ from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.methods.marking import mark_trainable
 from lora_nlu.models.checkpoints import linear_weights_as_in, refuse_quantised, weight_files
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
-from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
+from lora_nlu.models.modeling_roberta import (
+    CamembertForSequenceClassification,
+    RobertaForSequenceClassification,
+    XLMRobertaForSequenceClassification,
+)
 from lora_nlu.ops.frozen import plain
 from lora_nlu.ops.tensors import is_loaded, load_torch_file, not_finite
 
-MODELS: dict[str, Any] = {"roberta": RobertaForSequenceClassification, "deberta-v2": DebertaV2ForSequenceClassification}
+# By model type
+MODELS: dict[str, Any] = {
+    "roberta": RobertaForSequenceClassification,
+    "xlm-roberta": XLMRobertaForSequenceClassification,
+    "camembert": CamembertForSequenceClassification,
+    "deberta-v2": DebertaV2ForSequenceClassification,
+}
 _MOST_LABELS, _MOST_LAYERS = 100_000, 1_000  # each takes time before the weights are read
 
 
@@ -49,7 +59,10 @@ def load_config(name: str, **hub: Any) -> Any:
         if isinstance(count := settings.get("num_labels"), int) and count > _MOST_LABELS:  # it would list their names
             raise ValueError(f"num_labels is {count:,}; supported: {_MOST_LABELS:,}")
         if (kind := settings.get("model_type")) in CONFIG_MAPPING and kind not in MODELS:
-            raise UserError(f"--model_name_or_path {name}: a {kind!r} model; supported: {', '.join(MODELS)}.")
+            raise UserError(
+                f"--model_name_or_path {name}: a {kind!r} model; supported: {', '.join(MODELS)}.\n"
+                "docs/encoders.md lists encoders that work, and shows how a BERT is rewritten as a RoBERTa."
+            )
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
     except UserError:
         raise
@@ -85,7 +98,7 @@ def _check_config(name: str, config: Any) -> None:
         problem = f"id2label contains {printable(wrong[0], 40)}; expected names"
     elif not isinstance(label_ids or {}, dict):
         problem = f"label2id is {printable(label_ids, 40)}; expected an object"
-    elif config.model_type == "roberta" and config.pad_token_id is None:
+    elif config.model_type != "deberta-v2" and config.pad_token_id is None:
         problem = "pad_token_id is null; expected a number: positions are counted from it"
     elif not isinstance(classes, list | None) or not all(isinstance(model_class, str) for model_class in classes or ()):
         problem = f"architectures is {printable(classes, 40)}; expected a list of names"
@@ -109,7 +122,7 @@ def set_task(config: Any, task: str, labels: tuple[str, ...], cls_dropout: float
 
 def longest_input(config: Any) -> float:
     """How many tokens the position table has room for; infinity for a DeBERTa, which has none."""
-    if config.model_type == "roberta":
+    if config.model_type != "deberta-v2":
         return config.max_position_embeddings - config.pad_token_id - 1  # it counts from pad_token_id + 1
     return config.max_position_embeddings if config.position_biased_input else math.inf
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, RobertaConfig
+from transformers import CamembertConfig, PreTrainedModel, RobertaConfig, XLMRobertaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, SequenceClassifierOutput
 
 from lora_nlu.methods.description import Description, added_patterns, description_of
@@ -314,3 +314,15 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
             config, logits, labels, "multi_label_classification", two_view_weight, encoded, weights
         )
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+class XLMRobertaForSequenceClassification(RobertaForSequenceClassification):
+    """XLM-RoBERTa, in place of transformers' class of that name: RoBERTa under a model type of its own."""
+
+    config_class = XLMRobertaConfig
+
+
+class CamembertForSequenceClassification(RobertaForSequenceClassification):
+    """CamemBERT, in place of transformers' class of that name: RoBERTa under a model type of its own."""
+
+    config_class = CamembertConfig

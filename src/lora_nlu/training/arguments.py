@@ -22,7 +22,7 @@ def flag(help: str, default: Any = None, **metadata: Any) -> Any:
 class ModelArguments:
     """The model and what is trained in it."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a RoBERTa or DeBERTa-V2 checkpoint"})
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of a RoBERTa, DeBERTa-V2 or other encoder"})
     config_name: str | None = flag("Folder or Hub id of the configuration, if another")
     tokenizer_name: str | None = flag("Folder or Hub id of the tokenizer, if another")
     cache_dir: str | None = flag("Where downloads and tokenised data are kept")
