@@ -11,8 +11,8 @@ from pathlib import Path
 
 from transformers import DataCollatorWithPadding
 
-from lora_nlu.data.glue import use_cache_if_hub_unreachable
 from lora_nlu.data.metrics import compute_metrics
+from lora_nlu.hub import use_cache_if_unreachable
 from lora_nlu.models.loading import load_config
 from lora_nlu.training import processes
 from lora_nlu.training.checks import choose_metrics
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         prepare_output_dir(args.output_dir, args.overwrite_output_dir)
     reads_hub = data_args.task_name and not data_args.glue_dir
     if reads_hub or not all(Path(path).exists() for path in (name, start) if path):
-        use_cache_if_hub_unreachable()
+        say(args, *filter(None, [use_cache_if_unreachable()]))
 
     # Data. The base's config and the adapter come first: their labels give the examples' labels their class ids.
     config = load_config(model_args.config_name or name, **model_args.hub)

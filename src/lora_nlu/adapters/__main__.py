@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_nlu.adapters.adapter import with_relative_query
+from lora_nlu.adapters.adapter import Adapter, looks_like_hub_id, with_relative_query
 from lora_nlu.adapters.converting import convert
 from lora_nlu.adapters.model_card import inspect
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError, UserError, printable_lines
+from lora_nlu.hub import use_cache_if_unreachable
 from lora_nlu.methods.targets import RELATIVE_QUERY
 
 INSPECT = """Print what an adapter contains: method, layers, rank, alpha, labels, base model, metrics, parameters, and
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspecting = commands.add_parser("inspect", description=INSPECT, help="print what an adapter contains", **form)
     inspecting.add_argument("adapter", **adapter)
-    inspecting.set_defaults(text=lambda args: inspect(read_adapter(args.adapter)))
+    inspecting.set_defaults(text=lambda args: inspect(_read(args.adapter)))
 
     converting = commands.add_parser("convert", description=CONVERT, help="write an adapter in another form", **form)
     converting.add_argument("adapter", **adapter)
@@ -66,8 +67,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _look_for_hub(name: str | None) -> None:
+    """Before what may be a Hub id is read."""
+    if name and looks_like_hub_id(name) and (note := use_cache_if_unreachable()):
+        print(note, file=sys.stderr)
+
+
+def _read(name: str) -> Adapter:
+    _look_for_hub(name)
+    return read_adapter(name)
+
+
 def _convert(args: argparse.Namespace) -> str:
-    adapter = read_adapter(args.adapter)
+    adapter = _read(args.adapter)
+    base = args.base or adapter.metadata.get("base_model")
+    if args.to == "merged" or args.base:
+        _look_for_hub(base)
     if args.lora_relative_query and adapter.records_relative_query:
         raise UsageError(f"--lora_relative_query: {adapter.source} is no DeBERTa .bin; leave it out.")
     adapter = with_relative_query(adapter, args.lora_relative_query)

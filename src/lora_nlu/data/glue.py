@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 import pyarrow as pa
 from datasets import Dataset
 
@@ -22,7 +21,6 @@ from lora_nlu.errors import UserError, printable_lines
 from lora_nlu.labels import label_list, label_number
 
 HUB_DATASET = "nyu-mll/glue"
-HUB_TIMEOUT_S = 5
 
 
 def load_glue(
@@ -198,14 +196,3 @@ def load_glue_hub(task: Task, splits: Sequence[str], cache_dir: str | None, toke
         table = table.select_columns([*columns[split]])
         tables[split] = table.rename_columns(dict(zip(task.text, ("text", "text_pair"), strict=False)))
     return Examples(tables, task.labels, columns)
-
-
-def use_cache_if_hub_unreachable() -> None:
-    """If the Hub does not answer, read only the local cache, instead of retrying for minutes."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
-    except Exception:  # every HTTP library has its own exceptions for no answer
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = datasets.config.HF_DATASETS_OFFLINE = True

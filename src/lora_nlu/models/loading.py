@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from torch import nn
@@ -77,6 +78,12 @@ def load_config(name: str, **hub: Any) -> Any:
                 f"Give it as --{flag}, and its base ({base}) as --model_name_or_path."
             ) from e
         problem = "neither a folder with a config.json nor a model available from the Hub"
+        if huggingface_hub.constants.HF_HUB_OFFLINE and not Path(name).exists():
+            raise UserError(
+                f"--model_name_or_path {name}: no such folder, and no model that was downloaded from the Hub before.\n"
+                f"On a machine with a network: hf download {name} --local-dir FOLDER. Then copy FOLDER here, and give "
+                "it as --model_name_or_path."
+            ) from e
         if Path(name, "config.json").is_file():
             problem = "its config.json can't be used"
         if "trust_remote_code" in str(e):
