@@ -30,7 +30,7 @@ from lora_nlu.methods.lora import LoRALinear
 from lora_nlu.methods.marking import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.training.checkpoints import STATE, complete_checkpoints
-from lora_nlu.training.output_folder import RUN, prepare_output_dir
+from lora_nlu.training.output_folder import RUN, check_output_dir
 
 many = settings(deadline=None, derandomize=True, database=None, max_examples=300, suppress_health_check=[*HealthCheck])
 
@@ -187,7 +187,7 @@ def test_a_checkpoint_half_removed_when_the_run_was_killed_is_incomplete(gone, t
 
 def test_a_run_killed_while_it_marked_its_new_folder_starts_again_by_the_same_command(tmp_path):
     (tmp_path / f".{RUN}.partial").write_text("{")
-    prepare_output_dir(str(tmp_path), overwrite=False)
+    check_output_dir(str(tmp_path), overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] in ([], [f".{RUN}.partial"])
 
 

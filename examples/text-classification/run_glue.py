@@ -19,7 +19,7 @@ from lora_nlu.training.checks import choose_metrics
 from lora_nlu.training.inputs import read_examples, starting_head, tokenize_examples, weights_of_classes
 from lora_nlu.training.metadata import run_metadata
 from lora_nlu.training.model import load_adapter, prepare_model
-from lora_nlu.training.output_folder import check_all_alike, locked, prepare_output_dir, record_evaluation
+from lora_nlu.training.output_folder import check_all_alike, check_output_dir, locked, record_evaluation
 from lora_nlu.training.parsing import parse_arguments
 from lora_nlu.training.processes import say
 from lora_nlu.training.runs import (
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     flags = model_args, data_args, args = parse_arguments(argv, os.environ)
     name, start = model_args.model_name_or_path, model_args.adapter_source
     if args.process_index == 0:
-        prepare_output_dir(args.output_dir, args.overwrite_output_dir)
+        check_output_dir(args.output_dir, args.overwrite_output_dir)
     reads_hub = data_args.task_name and not data_args.glue_dir
     if reads_hub or not all(Path(path).exists() for path in (name, start) if path):
         say(args, *filter(None, [use_cache_if_unreachable()]))

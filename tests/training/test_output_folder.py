@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lora_nlu.errors import UserError
-from lora_nlu.training.output_folder import locked, prepare_output_dir, recorded, remaining
+from lora_nlu.training.output_folder import check_output_dir, locked, recorded, remaining
 
 
 def flock_of_nfs(descriptor: int, operation: int, flock=fcntl.flock) -> None:
@@ -69,7 +69,7 @@ def test_a_lock_that_another_run_removes_meanwhile_is_taken_anew(tmp_path, monke
 
 def test_what_a_killed_run_left_is_locked_again_and_is_no_content(tmp_path):
     (tmp_path / "_lock").touch()
-    prepare_output_dir(str(tmp_path), overwrite=False)
+    check_output_dir(str(tmp_path), overwrite=False)
     with locked(tmp_path):
         pass
     assert not [*tmp_path.iterdir()]

@@ -38,14 +38,18 @@ _LOOK = ("label", "color", "marker")  # of a method in reports; an older version
 _MEANING = {"train_data": ": the training examples differ", "eval_data": ": the evaluation examples differ"}
 
 
-def prepare_output_dir(output_dir: str, overwrite: bool) -> None:
-    """Make the output folder. Raises UserError if it can't be written, or contains anything but a run."""
+def check_output_dir(output_dir: str, overwrite: bool) -> None:
+    """Raise UserError if the output folder can't be written, or contains anything but a run.
+
+    A folder that is not there is not made yet: what stops the run before it writes leaves none.
+    """
     folder = Path(output_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        with tempfile.TemporaryFile(dir=nearest):
             pass
-        content = [path.name for path in folder.iterdir() if not _NO_CONTENT.fullmatch(path.name)]
+        paths = folder.iterdir() if nearest == folder else ()
+        content = [path.name for path in paths if not _NO_CONTENT.fullmatch(path.name)]
     except OSError as e:
         raise UserError(f"--output_dir {folder}: can't be written ({e.strerror}).") from e
     if content and RUN not in content and not overwrite:
@@ -140,6 +144,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder / _LOCK
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         while (descriptor := _lock(path)) is None:
             pass
     except BlockingIOError as e:
