@@ -43,7 +43,7 @@ ORDER = {
         "user_labels", "user_files",
     ],
     "training": [
-        "launch", "torchrun", "processes", "legacy_flags", "arguments", "checks", "parsing", "inputs",
+        "launch", "torchrun", "processes", "legacy_flags", "arguments", "help", "checks", "parsing", "inputs",
         "metadata", "file_list", "checkpoints", "graphs", "learning_rates", "trainer", "sharded", "output_folder",
         "model", "runs",
     ],
@@ -52,7 +52,7 @@ ORDER = {
 # Only these of a package may import adapters: what compares two of them.
 READS_ADAPTERS = {"report": {"similarity"}}
 READS_ENVIRONMENT = {"ops.compiling": {("os", "environ")}}  # where the user's cache is
-NO_LIBRARIES = ["data", "methods", "training", "training.launch", "training.arguments", "report"]
+NO_LIBRARIES = ["data", "methods", "training", "training.launch", "training.arguments", "training.help", "report"]
 
 
 def name_of(path: Path) -> str:

@@ -5,9 +5,24 @@
 """
 
 import os
+import shlex
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
+
+if __name__ == "__main__":  # before the imports that take seconds, and that another Python lacks
+    if missing := [name for name in ("lora_nlu", "transformers") if not find_spec(name)]:
+        activate = Path(__file__).resolve().parents[2] / ".venv" / "bin" / "activate"
+        remedy = f"source {shlex.quote(os.path.relpath(activate))}"
+        if not activate.is_file():
+            remedy = "bash scripts/demo.sh makes .venv with all that is needed; docs/troubleshooting.md has other ways"
+        sys.exit(f"run_glue.py: error: {sys.executable} has no {missing[0]}. Do this first: {remedy}")
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        from lora_nlu.training.help import help_text
+
+        print(help_text())
+        sys.exit()
 
 from transformers import DataCollatorWithPadding
 

@@ -46,24 +46,23 @@ adalora = LazyModule("adalora")
 vera, bottleneck = LazyModule("vera"), LazyModule("bottleneck")
 _ADAPTER_PATH = Flag("adapter_path", "Run of a method other than LoRA, to start from or evaluate", in_config=False)
 _LORA_FLAGS = (
-    Flag("apply_lora", "Train LoRA in the query and value projections, and the head; freeze the rest", bool, False),
-    Flag("lora_variant", "Variant of LoRA; default: lora", unset="lora", decides=True),
+    Flag("apply_lora", "Train LoRA, in query and value by default, and the head", bool, False),
+    Flag("lora_variant", "Variant (default: lora)", unset="lora", decides=True),
     Flag("lora_r", "Rank of the update; 0 is plain fine-tuning", int, at_least=0),
     Flag("lora_alpha", "The update is scaled by lora_alpha / lora_r", float, above=0, decides=True),
-    Flag("lora_path", "Adapter to start from or evaluate: a published .bin, an adapter or output folder",
+    Flag("lora_path", "Adapter to start from or evaluate: .bin, folder or Hub id",
          in_config=False),
-    Flag("lora_relative_query", "DeBERTa: which of the relative positions' projections have the update that they share "
-         "with tokens. none (the default, the reference's way), key, or both (PEFT's way, and the bare flag); an "
-         "adapter records it", options={"nargs": "?", "const": "both", "metavar": "{none,key,both}"}, unset="none",
+    Flag("lora_relative_query", "DeBERTa: relative projections with LoRA: none (default), key, both",
+         options={"nargs": "?", "const": "both", "metavar": "{none,key,both}"}, unset="none",
          parse=parse_relative_query, decides=True, always=True),
-    Flag("lora_target_modules", "Layers with LoRA, of query,key,value,dense (attention) and intermediate,output "
-         "(feed-forward); default: query,value", parse=parse_targets),
+    Flag("lora_target_modules", "Layers with LoRA, of query,key,value,dense (attention), "
+         "intermediate,output (feed-forward); default: query,value", parse=parse_targets),
     Flag("lora_layers", "Encoder layers with LoRA, from 0, such as 0-3,11; default: all", parse=parse_layers),
     Flag("lora_dropout", "Dropout of what the update reads; the reference has none", float, at_least=0, below=1),
 )  # fmt: skip
 _ADALORA_FLAGS = (
     Flag("target_rank", "AdaLoRA: mean rank of a layer at the end; it starts from --lora_r", int, at_least=1),
-    Flag("reg_orth_coef", "AdaLoRA: weight in the loss of the distance of A and B from orthogonal", float, at_least=0),
+    Flag("reg_orth_coef", "AdaLoRA: weight of the distance of A and B from orthogonal", float, at_least=0),
     Flag("init_warmup", "AdaLoRA: steps before the ranks begin to fall", int, at_least=0),
     Flag("final_warmup", "AdaLoRA: last steps, in which the ranks stay as they are", int, at_least=0),
     Flag("mask_interval", "AdaLoRA: steps between two choices of the directions that stay", int, at_least=1),

@@ -1,6 +1,6 @@
-"""The flags of a model and of its data, as two dataclasses, and the flags whose text is a list.
+"""Our flags, as three dataclasses (the model, its data, the run), and the flags whose text is a list.
 
-The group of training, which has transformers' own flags, is in `parsing.py`: importing this module needs no library.
+`parsing.py` adds transformers' own flags to those of the run: importing this module needs no library.
 """
 
 import csv
@@ -29,13 +29,10 @@ class ModelArguments:
     use_fast_tokenizer: bool = flag("Ignored: the fast tokenizer is used wherever there is one", True)
     model_revision: str = flag("Branch, tag or commit of the Hub model", "main")
     token: str | None = flag("Access token for private Hub models")
-    reg_loss_wgt: float = flag("R-Drop: weight of the distance between two passes with their own dropout", 0.0)
+    reg_loss_wgt: float = flag("R-Drop: weight of the distance between two passes with dropout", 0.0)
     masking_prob: float = flag("Cutoff: share of tokens hidden from the second of the two passes", 0.0)
-    class_weights: str | None = flag(
-        "Weigh the loss of each training example by its class: 'balanced' (n / (classes x rows of the class)), or "
-        "numbers, class 0 first, such as 1,3.5; scaled to a mean of 1 over the training rows"
-    )
-    cls_dropout: float | None = flag("Dropout of the classification head; default: the model's hidden_dropout_prob")
+    class_weights: str | None = flag("Weigh the loss by class: balanced, or numbers, class 0 first: 1,3.5")
+    cls_dropout: float | None = flag("Dropout of the head; default: the model's hidden_dropout_prob")
 
     if TYPE_CHECKING:
 
@@ -73,28 +70,43 @@ class DataArguments:
     """The examples: a GLUE task, from the Hub or --glue_dir, or files of your own."""
 
     task_name: str | None = flag("GLUE task", choices=[*TASKS])
-    glue_dir: str | None = flag("Folder with the standard GLUE download (CoLA/train.tsv, ...) instead of the Hub")
+    glue_dir: str | None = flag("Folder of the standard GLUE download (CoLA/, ...), not the Hub")
     max_seq_length: int = flag("Longer inputs are truncated to this many tokens", 128)
     overwrite_cache: bool = flag("Tokenise again, and parse your files and GLUE folders again", False)
     pad_to_max_length: bool = flag("Pad every batch to max_seq_length; results are the same", False)
     max_train_samples: int | None = flag("Train on the first so many examples")
     max_eval_samples: int | None = flag("Evaluate on the first so many examples (of each set)")
     max_predict_samples: int | None = flag("Predict the first so many examples (of each set)")
-    sample_seed: int | None = flag("Seed: --max_train_samples and --max_eval_samples take a random sample")
+    sample_seed: int | None = flag("Seed: the train and eval samples are drawn at random")
     train_file: str | None = flag("CSV, TSV or JSON lines with a text column (or two) and 'label'")
     validation_file: str | None = flag("The same, to evaluate on")
     test_file: str | None = flag("The same, to predict; 'label' not needed")
-    text_columns: str | None = flag("Columns of your files that hold the text, one or two: --text_columns a,b")
+    text_columns: str | None = flag("One or two columns of your files with the text: a or a,b")
     label_column: str | None = flag("Column of your files that holds the labels; default: label")
     labels: str | None = flag(
-        "Class names, class 0 first, such as negative,positive: for a trained head that records none, or for training "
-        "on your own files (default: sorted)"
+        "Class names, class 0 first, such as no,yes: of your training file (default: sorted), or of a trained head "
+        "that records none"
     )
 
     @property
     def task(self) -> str:
         """The GLUE task, or "custom" for files of the user's own."""
         return self.task_name or "custom"
+
+
+@dataclass
+class OurRunArguments:
+    """The flags of the run beside transformers' `TrainingArguments`, or in their place."""
+
+    overwrite_output_dir: bool = flag("Start afresh: remove the run that is in the folder", False)
+    logging_dir: str | None = flag("Folder of the TensorBoard logs")
+    log_on_each_node: bool = flag("Print losses and scores once a machine, not once in all", False)
+    early_stopping_patience: int | None = flag("Stop after so many evaluations in a row without improvement")
+    early_stopping_threshold: float = flag("Smallest change of the metric that counts as an improvement", 0.0)
+    logging_nan_inf_filter: bool = flag("Ignored: training stops at a loss that is not finite, and logs it", False)
+    loraplus_lr_ratio: float | None = flag("LoRA+: B learns so many times as fast as A")
+    head_learning_rate: float | None = flag("Learning rate of the head, if another")
+    cuda_graphs: bool = flag("On a GPU, replay training steps that were recorded once", True)
 
 
 def parse_names(flag: str, text: str | None) -> tuple[str, ...] | None:

@@ -15,32 +15,22 @@ from transformers.integrations import is_tensorboard_available
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import read_json
 from lora_nlu.labels import label_number
-from lora_nlu.training.arguments import DataArguments, ModelArguments, flag, model_arguments
+from lora_nlu.training.arguments import DataArguments, ModelArguments, OurRunArguments, model_arguments
 from lora_nlu.training.checks import check_arguments
+from lora_nlu.training.help import help_text
 from lora_nlu.training.launch import hide_tokens
 from lora_nlu.training.legacy_flags import translate
 from lora_nlu.training.processes import say
 
 
 @dataclass
-class RunArguments(TrainingArguments):
-    """transformers' TrainingArguments and more flags.
+class RunArguments(OurRunArguments, TrainingArguments):
+    """The flags of the run: transformers' TrainingArguments, and ours.
 
     environ: the environment variables of the launcher, which say how many processes there are; TensorBoard's folder is
     written into it, because transformers reads it there. Without it the run is a single process.
     """
 
-    overwrite_output_dir: bool = flag("Start afresh: remove the output folder's checkpoints and results first", False)
-    logging_dir: str | None = flag("Folder of the TensorBoard logs")
-    log_on_each_node: bool = flag("Print losses and scores once on every machine instead of once in all", False)
-    early_stopping_patience: int | None = flag(
-        "Stop training after this many evaluations in a row without an improvement of --metric_for_best_model"
-    )
-    early_stopping_threshold: float = flag("Smallest change of the metric that counts as an improvement", 0.0)
-    logging_nan_inf_filter: bool = flag("Ignored: training stops at a loss that is not finite, and logs it", False)
-    loraplus_lr_ratio: float | None = flag("LoRA+: the B of LoRA and its variants learns so many times as fast as A")
-    head_learning_rate: float | None = flag("Learning rate of the classification head, if another")
-    cuda_graphs: bool = flag("On a GPU, record training steps once for each shape and replay them", True)
     environ: InitVar[MutableMapping[str, str] | None] = None
 
     def __post_init__(self, environ: MutableMapping[str, str] | None) -> None:  # type: ignore[override]
@@ -114,9 +104,12 @@ def parse_arguments(argv: list[str], environ: MutableMapping[str, str]) -> Flags
     """Flags, or one JSON file of them, to the three groups; environ: as in `RunArguments`. Raises UsageError."""
     if len(argv) == 1 and argv[0].endswith(".json"):
         argv = _from_json(Path(argv[0]))
+    if {"--help_all", "--help-all"} & {*argv}:
+        print(help_text(fields(RunArguments)))
+        raise SystemExit(0)
     argv, notes = translate(argv)
     kinds: Any = (model_arguments(), DataArguments, RunArguments)
-    parser = _Parser(kinds, allow_abbrev=False)
+    parser = _Parser(kinds, allow_abbrev=False, add_help=False)
     try:
         values, unknown = parser.parse_known_args(argv)
         of_kinds = [{f.name: getattr(values, f.name) for f in fields(kind) if f.init} for kind in kinds]
