@@ -2,7 +2,8 @@
 # RoBERTa-large + Pfeiffer adapters (arXiv 2005.00247) on MNLI (392,702 training pairs). Reports accuracy,
 # matched and mismatched. Trains the head and the adapters' 811,392 parameters.
 # The paper's dev figure: accuracy 90.5 (matched and mismatched together; median of 5 seeds, best epoch of each).
-#   bash scripts/adapter_pfeiffer_roberta_large_mnli.sh --max_steps 20   flags override the recipe, tuned for 8 GPUs
+#   bash scripts/adapter_pfeiffer_roberta_large_mnli.sh   the published recipe, tuned for 8 GPUs
+#   bash scripts/adapter_pfeiffer_roberta_large_mnli.sh --max_steps 20 --output_dir output/try   a quick try
 tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(

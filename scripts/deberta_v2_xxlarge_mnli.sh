@@ -2,7 +2,8 @@
 # DeBERTa-v2-xxlarge + LoRA on MNLI (392,702 training pairs). Reports accuracy, matched and mismatched.
 # The paper's dev figure: accuracy 91.9 (matched and mismatched together; median of 5 seeds, best epoch of each).
 # The paper's table, which recipe=paper runs, has r 8, alpha 8, warm-up over 10% of the steps.
-#   bash scripts/deberta_v2_xxlarge_mnli.sh --max_steps 20   extra flags override the published recipe, tuned for 8 GPUs
+#   bash scripts/deberta_v2_xxlarge_mnli.sh   the published recipe, tuned for 8 GPUs
+#   bash scripts/deberta_v2_xxlarge_mnli.sh --max_steps 20 --output_dir output/try   a quick try
 tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(

@@ -2,7 +2,8 @@
 # DeBERTa-v2-xxlarge + LoRA on MRPC (3,668 training pairs). Reports accuracy and F1.
 # The paper's dev figure: accuracy 92.6 (median of 5 seeds, best epoch of each).
 # The paper's table, which recipe=paper runs, has r 8, alpha 8.
-#   bash scripts/deberta_v2_xxlarge_mrpc.sh --max_steps 20   extra flags override the published recipe, tuned for 8 GPUs
+#   bash scripts/deberta_v2_xxlarge_mrpc.sh   the published recipe, tuned for 8 GPUs
+#   MNLI_LORA=none bash scripts/deberta_v2_xxlarge_mrpc.sh --max_steps 20 --output_dir output/try   a quick try
 tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(

@@ -4,6 +4,7 @@
 #   bash scripts/demo.sh       again: reuses what is there and skips what is done; rm -r .demo to start over
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/scripts/help.sh"
 source "$root/scripts/install.sh"
 demo="$root/.demo"
 run_glue="$root/examples/text-classification/run_glue.py"

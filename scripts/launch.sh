@@ -12,8 +12,8 @@
 #   MNLI_LORA=...     the MNLI adapter that MRPC, RTE and STS-B start from (file or folder), or `none`
 #   PYTHON=...        the Python to run
 #   DRY_RUN=1         print the command and run nothing
-# CUDA_VISIBLE_DEVICES and OMP_NUM_THREADS mean what they always do.
-# On several machines with as many devices each: start the script on all, output_dir on a disk they share, and set
+# CUDA_VISIBLE_DEVICES and OMP_NUM_THREADS mean what they always do. On several machines with as many devices each: start
+# the script on all, output_dir on a disk they share, and set
 #   nnodes=2          how many machines
 #   node_rank=0       which one this is: 0 on the first, 1 on the next
 #   master_addr=...   name or address of the first, the same on all
@@ -23,6 +23,7 @@
 #                     --rdzv_backend or --rdzv_endpoint among them, node_rank and master_addr are not needed
 set -euo pipefail
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/scripts/help.sh"
 name="$(basename -- "$0" .sh)" # also the output folder, so that no two scripts share one
 if [[ -n "${PYTHON:-}" ]]; then python="$PYTHON"
 elif [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then python=python
@@ -36,8 +37,7 @@ refuse() { printf '%s\n' "$name: $1" "${@:2}" >&2; exit 2; }
 # needs_mnli SCRIPT: start from the MNLI adapter that SCRIPT trained, or from MNLI_LORA.
 needs_mnli() { args+=(--needs_mnli "$1"); }
 launch() {
-  exec "$python" -c "$module; launch.main(sys.argv[1:], os.environ)" \
-    "$root" "$python" "$name" "${tuned_for_gpus:-}" "$@"
+  exec "$python" -c "$module; launch.main(sys.argv[1:], os.environ)" "$root" "$python" "$name" "${tuned_for_gpus:-}" "$@"
 }
 
 "$python" -c "$module" 2>/dev/null || refuse "'$python' does not run, or has no lora_nlu (Python 3.10 or newer)." \

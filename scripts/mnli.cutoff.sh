@@ -2,7 +2,8 @@
 # DeBERTa-v2-xxlarge + LoRA + cutoff on MNLI (392,702 training pairs). Reports accuracy, matched and mismatched.
 # Cutoff (arXiv 2009.13818): each example passes twice, the second time with a tenth of its tokens masked, and the
 # two answers must agree.
-#   bash scripts/mnli.cutoff.sh --max_steps 20   extra flags override the published recipe, tuned for 8 GPUs
+#   bash scripts/mnli.cutoff.sh   the published recipe, tuned for 8 GPUs
+#   bash scripts/mnli.cutoff.sh --max_steps 20 --output_dir output/try   a quick try
 tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(

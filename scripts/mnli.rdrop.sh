@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # DeBERTa-v2-xxlarge + LoRA + R-Drop on MNLI (392,702 training pairs). Reports accuracy, matched and mismatched.
 # R-Drop (arXiv 2106.14448): each example passes twice with its own dropout, and the two answers must agree.
-#   bash scripts/mnli.rdrop.sh --max_steps 20   extra flags override the published recipe, tuned for 8 GPUs
+#   bash scripts/mnli.rdrop.sh   the published recipe, tuned for 8 GPUs
+#   bash scripts/mnli.rdrop.sh --max_steps 20 --output_dir output/try   a quick try
 tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(

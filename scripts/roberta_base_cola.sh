@@ -2,7 +2,8 @@
 # RoBERTa-base + LoRA on CoLA (8,551 training sentences). Reports Matthews correlation.
 # The paper's dev figure: Matthews 63.4 (median of 5 seeds, best epoch of each).
 # The paper's table, which recipe=paper runs, has alpha 8; the published adapters were trained with 16.
-#   bash scripts/roberta_base_cola.sh --max_steps 20   extra flags override the published recipe, tuned for 2 GPUs
+#   bash scripts/roberta_base_cola.sh   the published recipe, tuned for 2 GPUs
+#   bash scripts/roberta_base_cola.sh --max_steps 20 --output_dir output/try   a quick try
 tuned_for_gpus=${tuned_for_gpus:-2}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(

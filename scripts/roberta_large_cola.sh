@@ -2,7 +2,8 @@
 # RoBERTa-large + LoRA on CoLA (8,551 training sentences). Reports Matthews correlation.
 # The paper's dev figure: Matthews 68.2 (median of 5 seeds, best epoch of each).
 # The paper's table, which recipe=paper runs, has learning rate 2e-4; users report Matthews 0 with 3e-4 on one GPU.
-#   bash scripts/roberta_large_cola.sh --max_steps 20   extra flags override the published recipe, tuned for 8 GPUs
+#   bash scripts/roberta_large_cola.sh   the published recipe, tuned for 8 GPUs
+#   bash scripts/roberta_large_cola.sh --max_steps 20 --output_dir output/try   a quick try
 tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # RoBERTa-large + LoRA on RTE (2,490 training pairs). Reports accuracy.
 # The paper's dev figure: accuracy 87.4 (median of 5 seeds, best epoch of each).
-#   bash scripts/roberta_large_rte.sh --max_steps 20   extra flags override the published recipe, tuned for 8 GPUs
+#   bash scripts/roberta_large_rte.sh   the published recipe, tuned for 8 GPUs
+#   MNLI_LORA=none bash scripts/roberta_large_rte.sh --max_steps 20 --output_dir output/try   a quick try
 tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(

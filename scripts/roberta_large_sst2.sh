@@ -2,7 +2,8 @@
 # RoBERTa-large + LoRA on SST-2 (67,349 training sentences). Reports accuracy.
 # The paper's dev figure: accuracy 96.2 (median of 5 seeds, best epoch of each).
 # The paper's table, which recipe=paper runs, has batch 4, 128 tokens.
-#   bash scripts/roberta_large_sst2.sh --max_steps 20   extra flags override the published recipe, tuned for 8 GPUs
+#   bash scripts/roberta_large_sst2.sh   the published recipe, tuned for 8 GPUs
+#   bash scripts/roberta_large_sst2.sh --max_steps 20 --output_dir output/try   a quick try
 tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(

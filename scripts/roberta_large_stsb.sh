@@ -2,7 +2,8 @@
 # RoBERTa-large + LoRA on STS-B (5,749 training pairs). Reports Pearson and Spearman correlation.
 # The paper's dev figure: Pearson 92.6 (median of 5 seeds, best epoch of each).
 # The paper's table, which recipe=paper runs, has learning rate 2e-4, 30 epochs, batch 8, 512 tokens.
-#   bash scripts/roberta_large_stsb.sh --max_steps 20   extra flags override the published recipe, tuned for 8 GPUs
+#   bash scripts/roberta_large_stsb.sh   the published recipe, tuned for 8 GPUs
+#   MNLI_LORA=none bash scripts/roberta_large_stsb.sh --max_steps 20 --output_dir output/try   a quick try
 tuned_for_gpus=${tuned_for_gpus:-8}
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
 args=(

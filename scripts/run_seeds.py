@@ -177,20 +177,17 @@ def tail(path: Path, size: int) -> list[str]:
 
 
 def parse(argv: list[str]) -> tuple[list[Run], argparse.Namespace]:
-    """The runs of a command line, seed by seed, and its other settings."""
+    """The runs of a command line, which run_seeds.sh --help explains, seed by seed; and its other settings."""
     own_count = argv.index("--") if "--" in argv else len(argv)
     extra = argv[own_count + 1 :]  # for every run
     parser = argparse.ArgumentParser(prog="run_seeds.sh", allow_abbrev=False,
                                      usage="%(prog)s SCRIPT[:TASK]... [COUNT] [options] [-- FLAGS FOR EVERY RUN]",
-                                     description="Run scripts over seeds, then report.")  # fmt: skip
-    parser.add_argument("what", nargs="+", metavar="SCRIPT[:TASK]... [COUNT]",
-                        help="launch scripts, with the task for those that take one; then how many seeds")  # fmt: skip
-    parser.add_argument("--seeds", help="which seeds, such as 0,1,2; default: 0 to COUNT - 1, and COUNT is 5")
-    parser.add_argument("--grid", nargs="+", action="append", default=[], metavar=("FLAG", "VALUE"),
-                        help="run with each value of a flag; several grids are combined")  # fmt: skip
-    parser.add_argument("--jobs", type=int, help="runs at a time; default: one a GPU, one without")
-    parser.add_argument("--output_dir", type=Path, default=os.environ.get("output_dir") or ROOT / "output" / "seeds",
-                        help="folder of all runs and the report; default: output/seeds")  # fmt: skip
+                                     add_help=False)  # fmt: skip
+    parser.add_argument("what", nargs="+", metavar="SCRIPT[:TASK]... [COUNT]")
+    parser.add_argument("--seeds")
+    parser.add_argument("--grid", nargs="+", action="append", default=[])
+    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--output_dir", type=Path, default=os.environ.get("output_dir") or ROOT / "output" / "seeds")
     args = parser.parse_intermixed_args(argv[:own_count])
     scripts = [split_task(word) for word in args.what if not word.isdecimal()]
     counts = [int(word) for word in args.what if word.isdecimal()]
@@ -325,8 +322,10 @@ def run_all(runs: list[Run], slots: list[str | None], settings: dict[str, str], 
 def main(argv: list[str]) -> int:
     runs, args = parse(argv)
     commands = [run.plan() for run in runs]
-    if (os.environ.get("DRY_RUN") or "0") != "0":
+    if launch.is_dry_run(os.environ):
         print(*commands, sep="\n")
+        missing = {note: None for command in commands for note in command.notes if note.startswith(launch.NO_MNLI)}
+        print(*(f"run_seeds.sh: {note}\n" for note in missing), sep="", end="", file=sys.stderr)
         return 0
     done = [run for run in runs if run.is_done()]
     for run in done:

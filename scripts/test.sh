@@ -5,6 +5,7 @@
 #   bash scripts/test.sh --all               the suite, then what takes longer: stress runs, the tests of transformers and PEFT
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$root/scripts/help.sh"
 source "$root/scripts/install.sh"
 all=
 [[ "${1:-}" != --all ]] || { all=yes; shift; }

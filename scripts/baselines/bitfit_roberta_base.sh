@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # RoBERTa-base + BitFit (arXiv 2106.10199) on a GLUE task. Starts from the pretrained model, never from an MNLI adapter.
-#   bash scripts/baselines/bitfit_roberta_base.sh cola --max_steps 20   extra flags override the recipe, tuned for 1 GPU
+#   bash scripts/baselines/bitfit_roberta_base.sh cola   the recipe, tuned for 1 GPU
+#   bash scripts/baselines/bitfit_roberta_base.sh cola --max_steps 20 --output_dir output/try   a quick try
 # Settings: the defaults of its authors' program (github.com/benzakenelad/BitFit), but twice its batch of 8. Their
 # learning rates, all for BERT, go by task from 1e-4 (MNLI) to 1e-3 (RTE, and the default); picked here: 1e-4.
 # A row ends with the training set and the LoRA paper's dev figure, which is from earlier work.

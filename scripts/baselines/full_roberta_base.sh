@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # RoBERTa-base + full fine-tuning on a GLUE task. Starts from the pretrained model, never from an MNLI adapter.
-#   bash scripts/baselines/full_roberta_base.sh cola --max_steps 20   extra flags override the recipe, tuned for 1 GPU
+#   bash scripts/baselines/full_roberta_base.sh cola   the recipe, tuned for 1 GPU
+#   bash scripts/baselines/full_roberta_base.sh cola --max_steps 20 --output_dir output/try   a quick try
 # Settings: what RoBERTa's authors list for each task, with the large model (fairseq, examples/roberta/README.glue.md).
 # They chose them in their paper's search (arXiv 1907.11692, table 10) over learning rates 1e-5, 2e-5, 3e-5 and 16 or 32
 # examples a step; QQP's warm-up is from the list too (28,318 of 113,272 steps), where the paper has 6%. A row ends with

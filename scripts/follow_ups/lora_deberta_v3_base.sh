@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # DeBERTa-v3-base + LoRA on a GLUE task, with AdaLoRA's budget: for comparison with adalora_deberta_v3_base.sh.
-#   bash scripts/follow_ups/lora_deberta_v3_base.sh cola --max_steps 20   extra flags override it; tuned for 1 GPU
+#   bash scripts/follow_ups/lora_deberta_v3_base.sh cola   the recipe, tuned for 1 GPU
+#   bash scripts/follow_ups/lora_deberta_v3_base.sh cola --max_steps 20 --output_dir output/try   a quick try
 # Settings: those of AdaLoRA's authors' published scripts (arXiv 2303.10512), tuned for AdaLoRA. Picked here: rank 1,
 # which is AdaLoRA's mean rank at the end, on the same six kinds of layers, and an alpha that gives AdaLoRA's alpha / r.
 # A comparison at one learning rate says little: run both scripts over several (run_seeds.sh --grid learning_rate).

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # RoBERTa-large + LoRA on a GLUE task from the pretrained model: MRPC, RTE and STS-B too, without an MNLI adapter.
-#   bash scripts/follow_ups/lora_roberta_large_no_mnli.sh cola --max_steps 20   flags override it; tuned for 8 GPUs
+#   bash scripts/follow_ups/lora_roberta_large_no_mnli.sh cola   the recipe, tuned for 8 GPUs
+#   bash scripts/follow_ups/lora_roberta_large_no_mnli.sh cola --max_steps 20 --output_dir output/try   a quick try
 # Settings: table 9 of LoRA's paper (arXiv 2106.09685), the rows with a dagger, all with 128 tokens. A row's comment has
 # the size of the training set and the paper's dev figure. That table has no weight decay: 0.1 is the other scripts'.
 tuned_for_gpus=${tuned_for_gpus:-8}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # RoBERTa-base + LoRA on MNLI or QQP, trained as LoRA+ (arXiv 2402.12354): B learns at 80 times the rate of A.
-#   bash scripts/follow_ups/loraplus_roberta_base.sh mnli --max_steps 20   extra flags override it; tuned for 1 GPU
+#   bash scripts/follow_ups/loraplus_roberta_base.sh mnli   the recipe, tuned for 1 GPU
+#   bash scripts/follow_ups/loraplus_roberta_base.sh mnli --max_steps 20 --output_dir output/try   a quick try
 # Settings: the RoBERTa-base run of its authors' program (github.com/nikhil-ghosh-berkeley/loraplus, commit a38d3e0).
 # Length, weight decay and warm-up are not among those settings and stay at run_glue.py's defaults. Picked here: an
 # evaluation each epoch, seed 0. For plain LoRA to compare with, add --loraplus_lr_ratio 1 and another --output_dir.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # RoBERTa-base + VeRA (arXiv 2310.11454) on a GLUE task: LoRA with one frozen pair of random matrices for all layers.
-#   bash scripts/follow_ups/vera_roberta_base.sh cola --max_steps 20   extra flags override it; tuned for 1 GPU
+#   bash scripts/follow_ups/vera_roberta_base.sh cola   the recipe, tuned for 1 GPU
+#   bash scripts/follow_ups/vera_roberta_base.sh cola --max_steps 20 --output_dir output/try   a quick try
 # Settings: the paper's rank, its six tasks, and its layers, query and value. The paper reports the best epoch of each
 # of 5 seeds (run_seeds.sh). Its learning rates (the head has its own), epochs, batch and length were not at hand: give
 # --learning_rate, --head_learning_rate, --num_train_epochs, --per_device_train_batch_size and --max_seq_length. Without

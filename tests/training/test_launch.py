@@ -476,6 +476,16 @@ def test_a_run_starts_from_what_the_mnli_script_trained(tmp_path):
     assert flags == ["--seed", "0", "--lora_path", str(mnli), "--max_steps", "5"]
 
 
+def test_a_dry_run_shows_the_command_though_the_mnli_adapter_is_missing_and_says_so(tmp_path):
+    script = Script(str(tmp_path), "python", "rte", "8", NEEDS)
+    mnli = str(tmp_path / "output" / "roberta_base_mnli")
+    command = launch.plan(script, {"devices": "8", "DRY_RUN": "1"})
+    assert launch.last_value(command.flags, "--lora_path") == mnli
+    assert f"{launch.NO_MNLI}: {mnli}; 'bash scripts/roberta_base_mnli.sh' trains it" in command.notes
+    with pytest.raises(UsageError, match="there is none at"):
+        launch.plan(script, {"devices": "8", "DRY_RUN": "0"})
+
+
 def test_the_users_adapter_may_be_a_file_a_folder_or_none(tmp_path):
     file = tmp_path / "my lora.bin"
     with pytest.raises(UsageError, match="my lora.bin"):

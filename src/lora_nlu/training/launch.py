@@ -22,6 +22,7 @@ PROGRAM = "examples/text-classification/run_glue.py"
 BATCH, ACCUMULATION = "--per_device_train_batch_size", "--gradient_accumulation_steps"
 DEFAULT_BATCH = 8  # transformers' default
 RECIPE_SUFFIX = "_paper"  # of the output folder of a script that runs the paper's recipe
+NO_MNLI = "the MNLI adapter that it starts from is missing"
 # With -c and -m Python would import what lies in the current folder; PYTHONSAFEPATH needs 3.11
 SAFE_PATH = "import sys; sys.path = [p for p in sys.path if p]; "
 COUNT = SAFE_PATH + "import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)"
@@ -61,7 +62,7 @@ def plan(script: Script, settings: Mapping[str, str]) -> Command:
     environment = {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "TOKENIZERS_PARALLELISM": "true"}
     notes: list[str] = []
     root = Path(script.root)
-    flags = start_from_mnli(script.flags, root, settings.get("MNLI_LORA"))
+    flags = start_from_mnli(script.flags, root, settings.get("MNLI_LORA"), notes if is_dry_run(settings) else None)
     tuned_for_gpus = whole_number("tuned_for_gpus", script.tuned_for_gpus, 1)
     options = torchrun_options(settings)
     nnodes, rendezvous = find_machines(settings, options, notes)
@@ -186,8 +187,16 @@ def with_recipe(script: Script, recipe: str | None) -> Script:
     return replace(script, name=script.name + RECIPE_SUFFIX, flags=flags)
 
 
-def start_from_mnli(flags: list[str], root: Path, adapter: str | None) -> list[str]:
-    """Replace `--needs_mnli SCRIPT` by `--lora_path` with MNLI_LORA (`adapter`), by default what SCRIPT trained."""
+def is_dry_run(settings: Mapping[str, str]) -> bool:
+    """Whether the command is only printed."""
+    return (settings.get("DRY_RUN") or "0") != "0"
+
+
+def start_from_mnli(flags: list[str], root: Path, adapter: str | None, dry_notes: list[str] | None = None) -> list[str]:
+    """Replace `--needs_mnli SCRIPT` by `--lora_path` with MNLI_LORA (`adapter`), by default what SCRIPT trained.
+
+    Raises UsageError if there is no such adapter. In a dry run, which passes `dry_notes`, it is a line of these.
+    """
     if not (mnli_script := last_value(flags, "--needs_mnli")):
         return flags
     i = flags.index("--needs_mnli")
@@ -197,11 +206,13 @@ def start_from_mnli(flags: list[str], root: Path, adapter: str | None) -> list[s
     if not Path(adapter).is_file() and not Path(adapter, "adapter_model.safetensors").is_file():
         setting = "recipe=paper " * mnli_script.endswith(RECIPE_SUFFIX)
         command = f"{setting}bash scripts/{mnli_script.removesuffix(RECIPE_SUFFIX)}.sh"
-        raise UsageError(
-            f"starts from an MNLI adapter, and there is none at {adapter}.\n"
-            f"Train it with '{command}', or point to one with MNLI_LORA=<published .bin file or "
-            "adapter folder>.\nMNLI_LORA=none starts from the plain pretrained model instead."
-        )
+        if dry_notes is None:
+            raise UsageError(
+                f"starts from an MNLI adapter, and there is none at {adapter}.\n"
+                f"Train it with '{command}', or point to one with MNLI_LORA=<published .bin file or "
+                "adapter folder>.\nMNLI_LORA=none starts from the plain pretrained model instead."
+            )
+        dry_notes.append(f"{NO_MNLI}: {adapter}; '{command}' trains it")
     return [*flags[:i], "--lora_path", adapter, *flags[i + 2 :]]
 
 
@@ -341,7 +352,7 @@ def main(argv: list[str], environment: Mapping[str, str]) -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # and at Ctrl-C
     root, python, name, tuned_for_gpus, *flags = argv
-    script, dry_run = Script(root, python, name, tuned_for_gpus, flags), environment.get("DRY_RUN") or "0"
+    script, dry_run = Script(root, python, name, tuned_for_gpus, flags), environment.get("DRY_RUN")
     try:
         script = with_recipe(script, environment.get("recipe"))
         if dry_run == "json":  # for read_script
@@ -357,5 +368,5 @@ def main(argv: list[str], environment: Mapping[str, str]) -> None:
     for note in command.notes:
         print(f"{name}: {note}", file=sys.stderr)
     print(command, flush=True)
-    if dry_run == "0":
+    if not is_dry_run(environment):
         os.execvpe(python, [*command.program, *command.flags], {**environment, **command.environment})
