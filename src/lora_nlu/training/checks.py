@@ -5,7 +5,7 @@ import shutil
 from typing import Any
 
 import torch
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from lora_nlu.data.metrics import greater_is_better
 from lora_nlu.data.tasks import TASKS
@@ -13,6 +13,9 @@ from lora_nlu.errors import UsageError
 from lora_nlu.methods.description import check_flags, method_flags
 from lora_nlu.training.arguments import parse_names, parse_weights
 from lora_nlu.training.processes import say
+
+# What pip calls a library of --report_to, where that is another name
+_PACKAGES = {"azure_ml": "azureml-core", "comet_ml": "comet-ml", "flyte": "flytekit"}
 
 
 def check_arguments(model_args: Any, data_args: Any, args: Any) -> None:
@@ -93,8 +96,12 @@ def _check_effects(model_args: Any, args: Any) -> None:
 def _check_libraries(args: Any) -> None:
     """Flags that need an installed library or compiler."""
     installed = get_available_reporting_integrations()
-    if absent := [name for name in args.report_to if name not in installed]:
-        raise UsageError(f"--report_to {absent[0]}: not installed. Choose from: {', '.join(['none', *installed])}.")
+    for name in (name for name in args.report_to if name not in installed):
+        try:
+            get_reporting_integration_callbacks([name])
+        except ValueError as e:  # the message lists the names that there are
+            raise UsageError(f"--report_to {name}: {e} none logs nowhere else.") from e
+        raise UsageError(f"--report_to {name}: not installed. Install it: pip install {_PACKAGES.get(name, name)}")
     if args.use_liger_kernel:
         raise UsageError("--use_liger_kernel: Liger has no kernels for these models. Leave it out.")
     backend = args.torch_compile_backend
