@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import json
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,12 @@ def run(main: Callable[[list[str]], None], argv: list[str], environ: Mapping[str
         if not is_first:
             time.sleep(_WAIT_FOR_FIRST)
         process = "" if is_first else f" (process {environ.get('RANK')})"
-        print(f"{Path(argv[0]).name}: error{process}: {printable_lines(message)}", file=sys.stderr, flush=True)
+        text = f"{Path(argv[0]).name}: error{process}: {printable_lines(message)}"
+        print(text, file=sys.stderr, flush=True)
+        if error_file := environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with a summary, which quotes it
+            record = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+            with suppress(OSError):
+                Path(error_file).write_text(json.dumps({"message": record}))
         sys.exit(2 if isinstance(e, UsageError) else 1)
 
 
