@@ -26,15 +26,15 @@ def test_the_model_card_is_one_the_hub_reads(case, tmp_path, capsys):
     assert ("refuses to load" in card.text) == bool(frozen)
 
 
-def test_a_cards_command_names_a_base_that_others_have_or_leaves_its_place_open(case, tmp_path, capsys):
+def test_a_cards_command_names_a_base_that_others_have_or_says_where_to_put_it(case, tmp_path, capsys):
     _, base, adapter = case
     assert run_program(capsys, "convert", adapter, tmp_path / "local", "--to", "peft")[0] == 0
     text = (tmp_path / "local" / "README.md").read_text()
-    assert str(base.parent) not in text and "--model_name_or_path BASE_MODEL " in text and "base_model:" not in text
+    assert str(base.parent) not in text and "--model_name_or_path base " in text and "base_model:" not in text
     assert run_program(capsys, "convert", anonymous(adapter, tmp_path / "a"), tmp_path / "none", "--to", "peft")[0] == 0
     text = (tmp_path / "none" / "README.md").read_text()
     assert "for an unnamed base model on an unnamed task" in text and "| labels | unknown |" in text
-    assert "--model_name_or_path BASE_MODEL " in text
+    assert "--model_name_or_path base " in text
 
 
 HOSTILE = "x\n---\nlicense: mit\n## a | <script>[b](http://c)</script> `rm` ![](//d) <!-- written by lora-nlu -->"
@@ -62,8 +62,8 @@ def test_text_of_an_adapter_adds_no_element_to_its_card(base, folder):
     assert not {*"[]$"} & {*body} and body.count("`") == 6 and body.count("\n#") == 1
     assert all(line.replace("\\|", "").count("|") == 3 for line in body.splitlines() if line.startswith("|"))
     command = body.split("```")[1]
-    assert f"--model_name_or_path {base if base in ('null', '1e5') else 'BASE_MODEL'} " in command
-    assert "--validation_file FILE" in command
+    assert f"--model_name_or_path {base if base in ('null', '1e5') else 'base'} " in command
+    assert "--validation_file examples.csv" in command
 
 
 def test_a_card_is_written_again_unless_somebody_changed_it(folder):

@@ -59,10 +59,13 @@ def card(adapter: Adapter) -> str:
     lines += [
         f"| {fact} | {markdown_text(value)} |" for fact, value in (_facts(adapter) | {"base model": name}).items()
     ]
-    lines += ["", "Evaluate it with lora-nlu:", "", "```bash", "python examples/text-classification/run_glue.py \\"]
-    examples = f"--task_name {task}" if is_glue else "--validation_file FILE"
-    flags = f"--model_name_or_path {base if is_hub_id else 'BASE_MODEL'} --{adapter.row.path_flag} THIS_FOLDER"
-    lines += [f"  {examples} {flags} --do_eval --output_dir OUT", "```", ""]
+    places = ["this folder as adapter"] + ["the base model's as base"] * (not is_hub_id)
+    places += ["labelled examples as examples.csv"] * (not is_glue)
+    lines += ["", f"Evaluate it in the folder of lora-nlu, with {' and '.join(places)} there:", "", "```bash"]
+    lines += ["python examples/text-classification/run_glue.py --do_eval \\"]
+    lines += [f"  --model_name_or_path {base if is_hub_id else 'base'} --{adapter.row.path_flag} adapter \\"]
+    examples = f"--task_name {task}" if is_glue else "--validation_file examples.csv"
+    lines += [f"  {examples} --output_dir adapter-evaluated", "```", ""]
     if adapter.frozen_relative_query and encoder_prefix(adapter) == "deberta":
         key = "AdaLoRA's DeBERTa does, and their key with the update"
         who = key if adapter.relative_query == "key" else "the reference implementation does"
