@@ -235,7 +235,9 @@ def test_a_model_that_is_no_folder_and_no_hub_id_is_refused_in_seconds(refused_b
     nobody = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     began = time.monotonic()
     flags = rte(glue, "--model_name_or_path", "roberta-bose", "--do_train", *LORA)
-    assert "--model_name_or_path roberta-bose" in refused_by_process(1, *flags, env=nobody)
+    message = refused_by_process(1, *flags, env=nobody)
+    assert "--model_name_or_path roberta-bose: no such folder; the Hub (http://127.0.0.1:9) is not reached" in message
+    assert "hf download roberta-bose --local-dir FOLDER" in message
     assert time.monotonic() - began < 90
 
 
@@ -444,6 +446,17 @@ def test_an_output_folder_that_cant_be_written_is_refused_before_anything_is_loa
         assert outcome.code == 1 and f"--output_dir {folder}: can't be written" in outcome.err
     message = refused_by_process(1, *rte(glue, "--do_train", *LORA, "--output_dir", "/proc/sys/output"))
     assert "--output_dir /proc/sys/output: can't be written" in message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--lora_rank", "8"], ["--max_steps", "x"], ["--glue_dir", "nowhere"], ["--lora_path", "none.bin"],
+     ["--model_name_or_path", "someone/no-model"], ["--tokenizer_name", "nowhere"]],
+    ids=lambda flags: flags[0],
+)  # fmt: skip
+def test_a_run_that_is_refused_leaves_no_output_folder(flags, call, glue, tmp_path):
+    outcome = call(*rte(glue, "--do_train", *LORA, "--output_dir", tmp_path / "a" / "o", *flags))
+    assert outcome.code and not [*tmp_path.iterdir()]
 
 
 def test_a_full_disk_ends_with_code_1_and_the_earlier_checkpoint_can_still_be_resumed(start, call, output, glue):

@@ -313,10 +313,12 @@ def test_a_rank_killed_in_mid_epoch_ends_the_run_which_then_goes_on_to_the_same_
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_an_error_of_all_processes_is_printed_once(start, glue, tmp_path):
+def test_an_error_of_all_processes_is_printed_once_and_again_at_the_end_of_torchruns_summary(start, glue, tmp_path):
     outcome = start(*rte(glue, tmp_path / "o", "--do_train", "--lora_path", tmp_path / "none"), launcher=TWO)
-    assert outcome.code != 0 and outcome.err.count("run_glue.py: error") == 1
-    assert "no such file" in outcome.err and "ChildFailedError" in outcome.err.partition("no such file")[2]
+    printed, _, traceback = outcome.err.partition("Traceback")
+    assert outcome.code != 0 and len(re.findall("^run_glue.py: error: .* no such file", printed, re.M)) == 1
+    end = traceback.rpartition("Root Cause")[2]  # torchrun's summary comes last, and quotes it
+    assert re.search(r"traceback : run_glue.py: error: .*no such file or folder\.\n=+\n$", end), outcome.err
 
 
 @pytest.mark.parametrize(

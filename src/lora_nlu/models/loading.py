@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -78,11 +79,11 @@ def load_config(name: str, **hub: Any) -> Any:
                 f"Give it as --{flag}, and its base ({base}) as --model_name_or_path."
             ) from e
         problem = "neither a folder with a config.json nor a model available from the Hub"
-        if huggingface_hub.constants.HF_HUB_OFFLINE and not Path(name).exists():
+        if isinstance(e.__cause__, LocalEntryNotFoundError) and not Path(name).exists():
             raise UserError(
-                f"--model_name_or_path {name}: no such folder, and no model that was downloaded from the Hub before.\n"
-                f"On a machine with a network: hf download {name} --local-dir FOLDER. Then copy FOLDER here, and give "
-                "it as --model_name_or_path."
+                f"--model_name_or_path {name}: no such folder; the Hub ({huggingface_hub.constants.ENDPOINT}) is not "
+                "reached, and no model of this name was downloaded before.\nOn a machine with a network: hf download "
+                f"{name} --local-dir FOLDER. Then give that folder as --model_name_or_path."
             ) from e
         if Path(name, "config.json").is_file():
             problem = "its config.json can't be used"
