@@ -31,7 +31,7 @@ class ModelArguments:
     token: str | None = flag("Access token for private Hub models")
     reg_loss_wgt: float = flag("R-Drop: weight of the distance between two passes with dropout", 0.0)
     masking_prob: float = flag("Cutoff: share of tokens hidden from the second of the two passes", 0.0)
-    class_weights: str | None = flag("Weigh the loss by class: balanced, or numbers, class 0 first: 1,3.5")
+    class_weights: str | None = flag("Weigh the loss by class: balanced, or numbers, class 0 first")
     cls_dropout: float | None = flag("Dropout of the head; default: the model's hidden_dropout_prob")
 
     if TYPE_CHECKING:
