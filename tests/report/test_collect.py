@@ -130,6 +130,7 @@ def test_a_task_that_is_not_in_the_paper_gets_no_figure_and_the_papers_line_no_a
         ({"relative": "key"}, "LoRA r=8 and relative key"),
         ({"loraplus_lr_ratio": 16.0}, "LoRA r=8 with LoRA+ 16"),
         ({"reg_loss_wgt": 0.5}, "LoRA r=8 R-Drop 0.5"),
+        ({"class_weights": [0.55555, 5.0]}, "LoRA r=8 class weights 0.556/5"),
         ({"reg_loss_wgt": 1.0, "masking_prob": 0.1}, "LoRA r=8 cutoff 1"),
         ({"method": HOULSBY}, "Houlsby 8"),
         ({"method": PFEIFFER}, "Pfeiffer 64"),
