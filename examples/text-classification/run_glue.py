@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
         scores = evaluate(trainer, tables, examples.rows, metrics[0], weights) if args.do_eval else {}
         if args.do_train:
             describe_run(trainer, scores, metrics[0])
-        files = predict(trainer, tables, examples.rows, weights) if args.do_predict else []
+        files = predict(trainer, tables, examples, weights) if args.do_predict else []
     say(args, closing_table(trainer, scores, metrics[0], tables), *(f"  predictions: {path}" for path in files))
 
 

@@ -140,6 +140,8 @@ def test_the_references_launcher_trains_scores_and_predicts_a_regression_as_one_
     predicted = (tmp_path / "one" / "predict_results_stsb.tsv").read_text()
     assert len(predicted.splitlines()) == 11
     assert (tmp_path / "scored" / "predict_results_stsb.tsv").read_text() == predicted
+    details = (tmp_path / "scored" / "predictions_stsb.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in details] == [*range(10)]
 
 
 def test_four_processes_on_two_machines_train_what_one_process_does(steady, environment, base_flags, glue, tmp_path):

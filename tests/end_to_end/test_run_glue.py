@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,30 @@ def test_predictions_are_label_names_under_the_header_the_glue_server_wants(rte_
     rows = [line.split("\t") for line in lines[1:]]
     assert [row[0] for row in rows] == [str(i) for i in range(10)]
     assert {row[1] for row in rows} <= {"entailment", "not_entailment"}
+
+
+def details_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of a file of predictions with texts; each has the same index and label as the one for the server."""
+    lines = (folder / f"predictions_{name}.jsonl").read_text(encoding="utf-8").split("\n")
+    details = [json.loads(line) for line in lines[:-1]]
+    answers = [line.split("\t") for line in (folder / f"predict_results_{name}.tsv").read_text().splitlines()[1:]]
+    assert lines[-1] == "" and [int(index) for index, _ in answers] == [one["index"] for one in details]
+    for (_, answer), one in zip(answers, details, strict=True):
+        if "score" in one:
+            assert float(answer) == pytest.approx(one["score"], abs=6e-4)
+            continue
+        probabilities = one["probabilities"]
+        assert one["label"] == answer == max(probabilities, key=probabilities.__getitem__)
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5) and min(probabilities.values()) > 0
+    return details
+
+
+def test_beside_them_are_the_texts_and_the_probability_of_each_class(rte_run, glue):
+    details = details_of(rte_run[0], "rte")
+    rows = [line.split("\t")[1:3] for line in (glue / "RTE" / "test.tsv").read_text().splitlines()[1:]]
+    assert [[one["text"], one["text_pair"]] for one in details] == rows
+    assert all([*one["probabilities"]] == ["entailment", "not_entailment"] for one in details)
+    assert "predictions_rte.jsonl" in read(rte_run[0] / "files.json")
 
 
 @pytest.mark.parametrize(
@@ -308,6 +333,7 @@ def test_mnli_reports_matched_mismatched_and_overall_and_predicts_both_sets_and_
         name = f"predict_results_{name}.tsv"
         lines = (mnli_run / name).read_text().splitlines()
         assert lines[0] == "index\tprediction" and len(lines) == rows + 1
+        assert len({one["text"] for one in details_of(mnli_run, name[16:-4])}) > 1
         assert {line.split("\t")[1] for line in lines[1:]} <= {"entailment", "neutral", "contradiction"}
 
 
@@ -354,7 +380,8 @@ def test_do_predict_alone_needs_no_labels(mnli_run, call, glue, tmp_path):
     flags = ["--task_name", "mnli", "--glue_dir", folder.parent, "--output_dir", tmp_path / "o", "--do_predict"]
     flags += ["--apply_lora", "--lora_r", "8", "--lora_alpha", "16", "--lora_path", mnli_run, "--max_seq_length", "64"]
     outcome = succeeded(call(*flags))
-    for name in ("predict_results_mnli.tsv", "predict_results_mnli-mm.tsv"):
+    names = ("predict_results_mnli.tsv", "predict_results_mnli-mm.tsv")
+    for name in (*names, "predictions_mnli.jsonl", "predictions_mnli-mm.jsonl"):
         assert (tmp_path / "o" / name).read_bytes() == (mnli_run / name).read_bytes()
     assert "No predictions for the diagnostic set (AX): " in outcome.out and "AX/test.tsv" in outcome.out
     assert not (tmp_path / "o" / "predict_results_ax.tsv").exists()
@@ -392,6 +419,9 @@ def test_each_task_reports_its_own_metrics_and_writes_its_own_predictions(task, 
         line.split("\t")[1] for line in (tmp_path / "o" / f"predict_results_{task}.tsv").read_text().split("\n")[1:-1]
     ]
     assert len(answers) == 10
+    assert [{*one} for one in details_of(tmp_path / "o", task)] == [
+        {"index", "text", "text_pair", "score"} if task == "stsb" else {"index", "text", "label", "probabilities"}
+    ] * 10
     assert all(
         re.fullmatch(r"-?\d+\.\d{3}", a) if task == "stsb" else a in ("unacceptable", "acceptable") for a in answers
     )

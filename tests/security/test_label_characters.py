@@ -11,8 +11,10 @@ from helpers import tiny_config
 
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
+from lora_nlu.data.examples import Examples
 from lora_nlu.data.user_files import load_files
 from lora_nlu.errors import UsageError, UserError
+from lora_nlu.escaping import json_line
 from lora_nlu.files import RUN_METADATA
 from lora_nlu.models.loading import load_config
 from lora_nlu.training.arguments import parse_names
@@ -87,5 +89,14 @@ def test_an_older_runs_label_with_a_line_break_makes_one_line_of_predictions(tmp
     args = SimpleNamespace(output_dir=str(tmp_path), process_index=0)
     metadata = {"task": "custom", "labels": ["a\nb\tc", "no"]}
     trainer = SimpleNamespace(metadata=metadata, args=args, precision="fp32", predict=lambda _: predictions)
-    (path,) = predict(trainer, {"test": Dataset.from_dict({"input_ids": [[1], [2]]})}, {"test": 2}, None)
-    assert path.read_text() == "index\tprediction\n0\ta\\nb\\tc\n1\tno\n"
+    texts = ["tab\there, line\nbreak, \u2028 and \x85", 'quote " \\ é 日本 😀 \x1b[2J']
+    examples = Examples({"test": Dataset.from_dict({"text": texts})}, ("a\nb\tc", "no"), rows={"test": 2})
+    answers, details = predict(trainer, {"test": Dataset.from_dict({"input_ids": [[1], [2]]})}, examples, None)
+    assert answers.read_text() == "index\tprediction\n0\ta\\nb\\tc\n1\tno\n"
+    lines = details.read_text().splitlines()  # which also ends lines at \x85 and \u2028
+    assert "é 日本 😀" in lines[1] and "\x1b" not in lines[1]
+    assert [json.loads(line) for line in lines] == [
+        {"index": 0, "text": texts[0], "label": "a\nb\tc", "probabilities": {"a\nb\tc": 0.731059, "no": 0.268941}},
+        {"index": 1, "text": texts[1], "label": "no", "probabilities": {"a\nb\tc": 0.268941, "no": 0.731059}},
+    ]
+    assert json.loads(json_line("half \ud800")) == "half \ud800" and json_line("\ud800") == r'"\ud800"'

@@ -26,7 +26,8 @@ from lora_nlu.training.trainer import AdapterTrainer
 
 _NO_CONTENT = re.compile(rf"\..*\.partial|[._]saving|\.removing|_lock|{FILE_LIST}")  # what a killed process may leave
 _LOCK = "_lock"  # there while a run trains, and after one that was killed; uploads leave out "_*"
-_SCORES = ("eval_results.json", "eval_mm_results.json", "predict_results_")  # of a run that trains, after training
+# Of a run that trains, after training
+_SCORES = ("eval_results.json", "eval_mm_results.json", "predict_results_", "predictions_")
 _AFRESH = "Choose another --output_dir, or --overwrite_output_dir to train afresh."
 # What decides a run's result, and which files it was trained on
 _DECIDING = """

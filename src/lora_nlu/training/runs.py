@@ -2,21 +2,25 @@
 
 import resource
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_nlu.adapters.model_card import write_card
+from lora_nlu.data.examples import Examples
 from lora_nlu.data.metrics import greater_is_better, predicted
 from lora_nlu.data.tokenization import digest, token_count
 from lora_nlu.errors import UserError
-from lora_nlu.escaping import tsv_cell
+from lora_nlu.escaping import json_line, tsv_cell
 from lora_nlu.files import RUN_METADATA, read_json, write_json, write_text
 from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.methods.marking import count_parameters
@@ -180,33 +184,57 @@ def _results(path: Path) -> dict[str, Any]:
     return {}
 
 
-def predict(
-    trainer: AdapterTrainer, tables: dict[str, Any], rows: dict[str, int | None], weights: str | None
-) -> list[Path]:
+def predict(trainer: AdapterTrainer, tables: dict[str, Any], examples: Examples, weights: str | None) -> list[Path]:
     """Write predict_results_<task>.tsv (index, label name or number) for every test set; MNLI has three of them.
 
-    predict_results.json then records the same of each file as `evaluate` does of a set.
+    Beside it, predictions_<task>.jsonl has the texts of each example and the probabilities of all classes.
+    predict_results.json then records the same of each file as `evaluate` does of a set. Returns the paths of both.
     """
     folder = Path(trainer.args.output_dir)
     paths, task, labels = [], trainer.metadata["task"], trainer.metadata["labels"]
     for split in [name for name in tables if name.startswith("test")]:
         name = {"test_mismatched": f"{task}-mm", "test_ax": "ax"}.get(split, task)
-        paths.append(folder / f"predict_results_{name}.tsv")
-        made_of, samples = _results(folder / PREDICTIONS), len(tables[split])
+        answers_path, details_path = folder / f"predict_results_{name}.tsv", folder / f"predictions_{name}.jsonl"
+        paths += [answers_path, details_path]
+        made_of, samples, rows = _results(folder / PREDICTIONS), len(tables[split]), examples.rows.get(split)
         if trainer.args.process_index == 0:
-            earlier = made_of.get(paths[-1].name)
+            earlier = made_of.get(answers_path.name)
             before = earlier.get("samples") if isinstance(earlier, dict) else None
-            check_results(trainer, weights, samples, rows.get(split), before, paths[-1].name)
+            check_results(trainer, weights, samples, rows, before, answers_path.name)
         logits: Any = trainer.predict(tables[split]).predictions  # one row for each example, checked by the trainer
         answers = [tsv_cell(labels[int(x)]) if labels else f"{x:.3f}" for x in predicted(logits)]
         if trainer.args.process_index == 0:
-            list_files(folder, paths[-1].name, PREDICTIONS)
+            list_files(folder, details_path.name, answers_path.name, PREDICTIONS)
+            details = prediction_details(examples.splits[split], logits, labels)
+            write_text(details_path, "".join(f"{json_line(example)}\n" for example in details))
             lines = ["index\tprediction", *(f"{index}\t{answer}" for index, answer in enumerate(answers))]
-            write_text(paths[-1], "\n".join(lines) + "\n")
-            of_set = {"samples": samples, "set_samples": rows.get(split), "data": digest(tables[split])}
+            write_text(answers_path, "\n".join(lines) + "\n")
+            of_set = {"samples": samples, "set_samples": rows, "data": digest(tables[split])}
             of_set["precision"] = trainer.precision
-            write_json(folder / PREDICTIONS, made_of | {paths[-1].name: {WEIGHTS: weights} | of_set})
+            write_json(folder / PREDICTIONS, made_of | {answers_path.name: {WEIGHTS: weights} | of_set})
     return paths
+
+
+def prediction_details(table: Dataset, logits: np.ndarray, labels: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Of each example its index, texts, label and the probabilities of all classes; of a regression its score.
+
+    table: the rows as they were read; logits [N, C]; labels: class 0 first, empty for a regression.
+    """
+    texts = [name for name in ("text", "text_pair") if name in table.column_names]
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    probabilities = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+    for index, (row, answer) in enumerate(zip(table.select_columns(texts), predicted(logits), strict=True)):
+        if labels:
+            of_class = {label: _six_digits(p) for label, p in zip(labels, probabilities[index], strict=True)}
+            result: dict[str, Any] = {"label": labels[int(answer)], "probabilities": of_class}
+        else:
+            result = {"score": _six_digits(answer)}
+        yield {"index": index} | row | result
+
+
+def _six_digits(number: float) -> float:
+    """A number of float32 with the digits that it has; -0.0 is 0.0."""
+    return float(f"{number:.6g}") + 0.0
 
 
 def peak_memory_gib() -> dict[str, float]:
