@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close
@@ -15,6 +16,7 @@ from scipy.linalg import subspace_angles
 from torch import Tensor
 
 from lora_nlu.adapters.adapter import Adapter
+from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import write_adapter
 from lora_nlu.report.__main__ import main
 from lora_nlu.report.similarity import compare, short_names, subspace_similarity, table
@@ -203,8 +205,24 @@ def test_the_picture_is_a_png_and_nothing_half_written_is_left(files, tmp_path, 
         image.load()
         assert image.format == "PNG" and min(image.size) > 800
         assert len(image.convert("RGB").getcolors(maxcolors=1 << 20)) > 50, "no heat maps in it"
-    # first, middle, last and the mean, of query and value; the colour bar
-    assert [len(figure.axes) for figure in figures] == [(3 + 1) * 2 + 1]
+    # first, middle, last, the mean and random matrices, of query and value; the colour bar
+    assert [len(figure.axes) for figure in figures] == [(3 + 2) * 2 + 1]
+
+
+def test_all_heat_maps_have_the_scale_of_their_data_and_the_random_level_is_drawn(files, tmp_path, capsys, figures):
+    assert run_program(capsys, *files, "--modules", "query", "--out", tmp_path / "out")[0] == 0
+    *maps, bar = figures[0].axes
+    assert [ax.get_ylabel() for ax in maps] == ["layer 0", "layer 2", "layer 4", "mean of all", "random"]
+    assert [ax._left_title.get_text() for ax in maps] == [*"abcde"]
+    drawn = [ax.images[0].get_array() for ax in maps]
+    low, high = min(map(np.min, drawn)), max(map(np.max, drawn))
+    for ax in maps:
+        assert low - 0.1 < ax.images[0].norm.vmin <= low < high <= ax.images[0].norm.vmax < high + 0.1
+    pairs = compare(*map(read_adapter, map(str, files)), "query")
+    random = torch.stack([pair.random for pair in pairs]).mean(0)
+    assert np.allclose(drawn[-1], random.numpy(), atol=1e-12)
+    (line,) = (line for line in bar.lines if line.get_color() == "white")
+    assert list(line.get_ydata()) == pytest.approx([float(random.mean())] * 2)
 
 
 def test_layers_and_modules_choose_what_is_drawn_and_the_csv_keeps_every_layer(files, tmp_path, capsys, figures):
@@ -212,7 +230,7 @@ def test_layers_and_modules_choose_what_is_drawn_and_the_csv_keeps_every_layer(f
     code, text, _ = run_program(capsys, *files, "--layers", "3, 1", "--modules", "value", "--out", out)
     assert code == 0 and "query" not in text
     assert [line.split("  ")[2] for line in text.splitlines() if "layer " in line] == ["layer 1", "layer 3"]
-    assert [len(figure.axes) for figure in figures] == [(2 + 1) * 1 + 1]
+    assert [len(figure.axes) for figure in figures] == [(2 + 2) * 1 + 1]
     with open(out / "similarity.csv", newline="", encoding="utf-8") as file:
         assert {(row["layer"], row["module"]) for row in csv.DictReader(file)} == {(str(n), "value") for n in range(5)}
 

@@ -7,11 +7,13 @@ give max(i, j) / in on average.
 """
 
 import csv
+import itertools
+import math
 import re
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -150,40 +152,54 @@ def short_names(paths: list[str]) -> list[str]:
 
 
 def draw(pairs: list[Pair], layers: list[str], names: list[str], ranks: list[str], folder: Path) -> None:
-    """Write similarity.png: heat maps of these layers and of the mean over all. Raises UserError without matplotlib."""
+    """Write similarity.png: heat maps of these layers, of the mean over all and of random matrices, on one scale.
+
+    Raises UserError without matplotlib.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps global state
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-        from lora_nlu.report.pictures import save
+        from lora_nlu.report.pictures import balanced, letters, save
     except ImportError as e:
         raise UserError("--out needs matplotlib, which is not installed: pip install 'lora-nlu[plots]'") from e
     modules = _by_module(pairs)
-    height, width = len(layers) + 1, len(modules)
+    rows = [*(f"layer {layer}" for layer in layers), "mean of all", "random"]
+    height, width = len(rows), len(modules)
+    panels: dict[tuple[int, int], Tensor] = {}  # by row and column
+    for column, own in enumerate(modules.values()):
+        of_layer = {pair.layer: pair.phi for pair in own}
+        shown = [*map(of_layer.get, layers), _mean([pair.phi for pair in own]), _mean([pair.random for pair in own])]
+        panels |= {(row, column): phi for row, phi in enumerate(shown) if phi is not None}
+    random = [float(phi.mean()) for (row, _), phi in panels.items() if row == height - 1]
+    low = math.floor(10 * min(float(phi.min()) for phi in panels.values())) / 10
+    high = max(low + 0.1, math.ceil(10 * max(float(phi.max()) for phi in panels.values())) / 10)
     names = [name if len(name) <= 32 else f"{name[:15]}...{name[-14:]}" for name in names]
     with matplotlib.rc_context({"font.size": 12, "text.parse_math": False}):  # a name may contain dollar signs
-        size = max(6.5, 2.6 + 2.6 * width), max(5.6, 1.8 + 1.9 * height)  # inches
-        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.1))
+        size = max(6.5, 2.6 + 2.6 * width), max(5.6, 1.8 + 1.7 * height)  # inches
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
         grid = figure.subplots(height, width, squeeze=False)
-        for column, (module, own) in enumerate(modules.items()):
-            panels = [next((pair.phi for pair in own if pair.layer == layer), None) for layer in layers]
-            for row, phi in enumerate([*panels, _mean([pair.phi for pair in own])]):
-                axes = grid[row, column]
-                if row == 0:
-                    axes.set_title(textwrap.fill(module, 22), fontsize=12)
-                if column == 0:
-                    axes.set_ylabel(f"layer {layers[row]}" if row < len(layers) else "mean of all")
-                if phi is None:
-                    axes.set(xticks=[], yticks=[], frame_on=False)
-                    continue
-                r1, r2 = phi.shape
-                extent = (0.5, r2 + 0.5, r1 + 0.5, 0.5)  # cell (i, j) is centred on i and j
-                style = {"cmap": "viridis", "aspect": "auto", "interpolation": "nearest"}
-                image = axes.imshow(phi.numpy(), vmin=0, vmax=1, extent=extent, **style)
-                for axis, rank in ((axes.xaxis, r2), (axes.yaxis, r1)):
-                    axis.set_ticks(sorted({1, *(-(-rank * quarter // 4) for quarter in (1, 2, 3, 4))}))
-        figure.colorbar(image, ax=grid, label="phi(i, j): share in common", pad=0.04 / width, shrink=min(1, 2 / height))
+        letter = map(letters, itertools.count())
+        for (row, column), axes in np.ndenumerate(grid):
+            if column == 0:
+                axes.set_ylabel(rows[row])
+            if (row, column) not in panels:
+                axes.set(xticks=[], yticks=[], frame_on=False)
+                continue
+            phi = panels[row, column]
+            r1, r2 = phi.shape
+            extent = (0.5, r2 + 0.5, r1 + 0.5, 0.5)  # cell (i, j) is centred on i and j
+            style = {"cmap": "viridis", "aspect": "auto", "interpolation": "nearest"}
+            image = axes.imshow(phi.numpy(), vmin=low, vmax=high, extent=extent, **style)
+            for axis, rank in ((axes.xaxis, r2), (axes.yaxis, r1)):
+                axis.set_ticks(sorted({1, *(-(-rank * quarter // 4) for quarter in (1, 2, 3, 4))}))
+            axes.set_title(next(letter), loc="left", fontsize=12, fontweight="bold")
+        for axes, module in zip(grid[0], modules, strict=True):
+            axes.set_title(balanced(module, 22), fontsize=12)
+        bar = figure.colorbar(image, ax=grid, pad=0.04 / width, shrink=min(1, 2.5 / height))
+        bar.set_label("phi(i, j): share in common (white line: random)")
+        bar.ax.axhline(sum(random) / len(random), color="white", linewidth=2.5)
         lines = [f"adapter {n}: {name}, rank {rank}" for n, name, rank in zip((1, 2), names, ranks, strict=True)]
         figure.suptitle("\n".join(["Subspace similarity of lora_A", *lines]), fontsize=13)
         figure.supylabel(f"i: top vectors of adapter 1, {names[0]}", fontsize=12)
