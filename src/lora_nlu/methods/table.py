@@ -131,7 +131,7 @@ _DORA_NAMES = r"\.lora_([AB]|magnitude_vector)$"
 _ROWS = (
     _lora("lora", "LoRA", "#D55E00", "s"),
     _lora(
-        "dora", "DoRA", "#44AA99", "h", added=_DORA_NAMES, state=_DORA_NAMES, linear=dora.DoRALinear,
+        "dora", "DoRA", "#44AA99", ">", added=_DORA_NAMES, state=_DORA_NAMES, linear=dora.DoRALinear,
         peft_keys=("use_dora",), tensors=("lora_A", "lora_B", "lora_magnitude_vector"),
         to_peft=lambda adapter: {"use_dora": True},
     ),

@@ -24,10 +24,11 @@ FROM_MNLI = ("mrpc", "rte", "stsb")  # the paper's LoRA starts them from its MNL
 MNLI_START, NO_START = "lora", "lora, no MNLI start"
 TASK_ORDER = (*REPORTED, *(name for name in TASKS if name not in REPORTED))  # the paper's, then the others
 LOOK = ("color", "marker")  # of a method in plots, keys of its record
-# Labels of methods in the records of versions that did not record any.
-LABELS = {
-    "lora": "LoRA", "houlsby": "Houlsby", "pfeiffer": "Pfeiffer", "bitfit": "BitFit", "head": "head alone",
-    "full": "fine-tuning",
+# Label, colour and marker of the methods whose runs earlier versions recorded without them.
+EARLIER = {
+    "lora": ("LoRA", "#D55E00", "s"), "houlsby": ("Houlsby", "#009E73", "D"), "pfeiffer": ("Pfeiffer", "#CC79A7", "^"),
+    "bitfit": ("BitFit", "#E69F00", "v"), "head": ("head alone", "#56B4E9", "P"),
+    "full": ("fine-tuning", "#0072B2", "o"),
 }  # fmt: skip
 
 
@@ -37,13 +38,15 @@ class Run:
 
     place:      where its record was read: its folder, or a line of a file.
     base:       the base model's fingerprint; another model may have the same name, `model`.
-    look:       the method's recorded colour and marker in plots; None in records of earlier versions.
+    label:      the method's name without settings; `method` names them too.
+    look:       the method's colour and marker in plots; None if they are unknown.
     trains_all: whether every parameter trains.
     settings:   all that decides the result, except for the seed and the training data, as hashable items.
     paper:      the paper's line for the same method and settings, if it has this task.
     history:    (step, figure) of every evaluation while training.
     best:       the highest of them and of the one after training; MNLI's are all on the matched set.
     last:       the figure after training, MNLI's on both sets; like `best` None for a run that has not ended.
+    rank:       LoRA's, with its alpha; None for another method, and where layers have different ranks.
     """
 
     folder: Path
@@ -51,6 +54,7 @@ class Run:
     model: str
     base: str | None
     method: str
+    label: str
     look: tuple[str, str] | None
     task: str
     seed: int
@@ -65,6 +69,7 @@ class Run:
     seconds: float | None
     memory_gib: float | None
     rank: int | None
+    alpha: float | None
     targets: str
     train_data: str | None
     eval_data: str | None
@@ -143,7 +148,7 @@ def read_run(record: Record, figures: Figures) -> Run:
     try:
         task, hyper, method = TASKS[run["task"]], run["hyperparameters"], run["method"]
         seed, parameters, lora = hyper["seed"], run["parameters"], run["lora"]
-        label, paper_method = name_method(method, lora, hyper)
+        name, paper_method = name_method(method, lora, hyper)
         trainable, epochs = parameters["encoder"], hyper["num_train_epochs"]
         all_ranks, scalings, relative_query = lora["ranks"], lora["scalings"], lora["lora_relative_query"]
     except KeyError as e:
@@ -165,7 +170,7 @@ def read_run(record: Record, figures: Figures) -> Run:
     starts_from_adapter = run.get("started_from") is not None
     not_compared = {"seed", "data_seed", "train_data", "eval_data", *run.get("left_at_default", ())}
     if_set = dict.fromkeys(("loraplus_lr_ratio", "head_learning_rate", "class_weights"))  # recorded where they are set
-    settings = if_set | {name: value for name, value in hyper.items() if name not in not_compared}
+    settings = if_set | {key: value for key, value in hyper.items() if key not in not_compared}
     settings |= {
         "scaling": ", ".join(f"{scaling:g}" for scaling in scalings),
         "lora_relative_query": relative_query,
@@ -173,28 +178,44 @@ def read_run(record: Record, figures: Figures) -> Run:
     }
     settings |= {key: value for key, value in method.items() if key not in ("name", "label", *LOOK, "targets")}
     if "targets" in method:
-        settings["variant"] = method.get("label") or LABELS.get(method["name"], method["name"])
+        settings["variant"] = label_of(method)
     epoch = state.get("epoch", 0)
     reached = f"its last checkpoint at epoch {epoch:.4g} of {epochs:g}" if state else "no checkpoint yet"
     ranks = all_ranks if "targets" in method else []
+    rank = ranks[0] if len(ranks) == 1 else None
+    alpha = None
+    if rank and len(scalings) == 1:
+        alpha = round(scalings[0] * (rank**0.5 if method["name"] == "rslora" else rank), 3)
     return Run(
-        folder=folder, place=record.place, model=model, base=run.get("base_fingerprint"), method=label,
-        look=(method["color"], method["marker"]) if {*LOOK} <= {*method} else None, task=task.name, seed=seed,
-        settings=tuple((name, str(value)) for name, value in settings.items()),
+        folder=folder, place=record.place, model=model, base=run.get("base_fingerprint"), method=name,
+        label=label_of(method), look=look_of(method), task=task.name, seed=seed,
+        settings=tuple((key, str(value)) for key, value in settings.items()),
         paper=_paper_line(paper_method, task.name, model, all_ranks, starts_from_adapter),
         trainable=trainable, trains_all=parameters.get("trainable") == parameters.get("total"),
         history=tuple(history), best=best, last=last, progress="trained, not evaluated" if is_trained else reached,
         seconds=measured.get("train_seconds"),
         memory_gib=measured.get("peak_gpu_memory_gib", measured.get("peak_memory_gib")),
-        rank=ranks[0] if len(ranks) == 1 else None, targets=", ".join(method.get("targets", [])),
+        rank=rank, alpha=alpha, targets=", ".join(method.get("targets", [])),
         train_data=hyper.get("train_data"), eval_data=(evaluated or {}).get("eval_data"),
     )  # fmt: skip
+
+
+def label_of(method: dict[str, Any]) -> str:
+    """The name of a method without its settings, from its record."""
+    return method.get("label") or EARLIER.get(method["name"], (method["name"],))[0]
+
+
+def look_of(method: dict[str, Any]) -> tuple[str, str] | None:
+    """The colour and marker of a method in plots, from its record."""
+    if {*LOOK} <= {*method}:
+        return method["color"], method["marker"]
+    return EARLIER[method["name"]][1:] if method["name"] in EARLIER else None
 
 
 def name_method(method: dict[str, Any], lora: dict[str, Any], hyper: dict[str, Any]) -> tuple[str, str | None]:
     """The name of a method in tables, and in the paper's lines; None for settings that the paper does not have."""
     name, more = method["name"], []  # more: what differs from the paper's settings
-    label = method.get("label") or LABELS.get(name, name)
+    label = label_of(method)
     if "targets" in method:
         label += f" r={','.join(map(str, lora['ranks']))}"
         if "target_rank" in method:

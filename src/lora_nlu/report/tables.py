@@ -11,7 +11,8 @@ from urllib.parse import quote
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.escaping import csv_cell, latex_text, markdown_text
 from lora_nlu.files import write_text
-from lora_nlu.report.collect import Cell, differences
+from lora_nlu.report.collect import Cell
+from lora_nlu.report.grids import lines_over
 
 PROTOCOL = (
     "Medians over seeds ± standard deviation, in percent. `best epoch` takes each run's best evaluation while "
@@ -40,7 +41,8 @@ def cell_text(cell: Cell | None, protocol: str, seed_count: int) -> str:
 
 def one_decimal(value: float) -> str:
     """One decimal; halves are rounded to the even digit, which gives the averages that the paper prints."""
-    return f"{Decimal(str(round(value, 9))):.1f}"
+    text = f"{Decimal(str(round(value, 9))):.1f}"
+    return "0.0" if text == "-0.0" else text
 
 
 def clock(seconds: float) -> str:
@@ -101,37 +103,18 @@ def seeds(cells: Sequence[Cell]) -> list[int]:
 
 def rank_table(cells: Sequence[Cell]) -> list[list[str]]:
     """The paper's table of ranks, or nothing: a row for each task and set of layers, a column for each rank."""
-    swept, seed_count = rank_cells(cells), len(seeds(cells))
-    if not swept:
+    lines, seed_count = lines_over("rank", cells), len(seeds(cells))
+    if not lines:
         return []
-    ranks = sorted({rank for pairs in swept.values() for rank, _ in pairs})
-    rows = [["task", "LoRA on", *(f"r = {rank}" for rank in ranks)]]
-    for (task, layers), pairs in swept.items():
-        texts = {rank: " / ".join(cell_text(c, "best", seed_count) for r, c in pairs if r == rank) for rank in ranks}
-        rows.append([TASKS[task].title, layers, *(texts[rank] or "-" for rank in ranks)])
+    ranks = sorted({rank for line in lines for rank, _ in line.points})
+    rows = [["task", "LoRA on", *(f"r = {rank:g}" for rank in ranks)]]
+    for line in lines:
+        several = len({other.method for other in lines if other.task == line.task}) > 1
+        details = ", ".join([*[f"variant {line.method}"] * several, *[line.difference] * bool(line.difference)])
+        by_rank = {rank: cell_text(cell, "best", seed_count) for rank, cell in line.points}
+        layers = line.targets + (f" ({details})" if details else "")
+        rows.append([TASKS[line.task].title, layers, *(by_rank.get(rank, "-") for rank in ranks)])
     return rows
-
-
-def rank_cells(cells: Sequence[Cell]) -> dict[tuple[str, str], list[tuple[int, Cell]]]:
-    """For each task and set of layers with LoRA the (rank, cell) pairs of cells that differ in nothing but the rank.
-
-    The scaling may differ too: alpha may stay as the rank changes, or change with it.
-    """
-    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[int, Cell]]] = {}
-    for cell in cells:
-        if (rank := cell.runs[0].rank) is not None:
-            settings = tuple(item for item in cell.runs[0].settings if item[0] != "scaling")
-            groups.setdefault((cell.task, settings), []).append((rank, cell))
-    groups = {key: pairs for key, pairs in groups.items() if len({rank for rank, _ in pairs}) > 1}
-    swept: dict[tuple[str, str], list[tuple[int, Cell]]] = {}
-    for (task, settings), pairs in groups.items():
-        difference = differences([others for name, others in groups if name == task])[settings]
-        sets = {cell.runs[0].targets for _, cell in pairs}
-        for targets in sorted(sets, key=lambda names: (names.count(","), names)):
-            layers = targets + (f" ({difference})" if difference else "")
-            chosen = [(rank, cell) for rank, cell in pairs if cell.runs[0].targets == targets]
-            swept[task, layers] = sorted(chosen, key=lambda pair: pair[0])
-    return swept
 
 
 def all_notes(cells: Sequence[Cell], notes: Sequence[str]) -> list[str]:
@@ -176,7 +159,7 @@ def csv_text(cells: Sequence[Cell]) -> str:
     for cell in cells:
         for run in cell.runs:
             paper = run.paper.figures[run.task][0] if run.paper else None
-            figures = [None if figure is None else round(figure, 4) for figure in (run.best, run.last)]
+            figures = [None if x is None else round(x, 4) + 0.0 for x in (run.best, run.last)]  # -0.0 + 0.0 is 0.0
             state = "done" if run.last is not None else run.progress
             row = [run.model, cell.method, run.task, TASKS[run.task].metrics[0], run.seed, state, *figures, paper]
             row += [run.trainable, run.seconds, run.memory_gib, str(run.folder)]
@@ -193,7 +176,7 @@ def write_report(cells: Sequence[Cell], notes: Sequence[str], folder: Path | Non
         try:
             from lora_nlu.report.pictures import draw
 
-            drawn = {model: draw(own, methods_of(own), rank_cells(own), folder) for model, own in models.items()}
+            drawn = {model: draw(own, methods_of(own), folder) for model, own in models.items()}
         except ImportError:
             notes = [*notes, "no pictures: they need matplotlib (pip install 'lora-nlu[plots]')"]
     text, tex, notes = [], [], all_notes(cells, notes)

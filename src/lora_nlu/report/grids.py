@@ -1,0 +1,88 @@
+"""Grids of runs: the numbers that were varied, and the cells that differ in nothing else."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_nlu.errors import printable
+from lora_nlu.report.collect import Cell, differences
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")  # of a setting that a picture's file may be named after
+_NOT_VARIED = ("scaling", "vera_seed")  # the scaling follows from rank and alpha
+
+
+@dataclass(frozen=True)
+class Line:
+    """Cells of one task and method that differ in one number; for several targets a line each.
+
+    difference: the other settings in which the method's lines on this task differ, as text.
+    points:     (number, cell), ascending.
+    """
+
+    task: str
+    method: str
+    targets: str
+    difference: str
+    points: tuple[tuple[float, Cell], ...]
+
+
+def grids(cells: Sequence[Cell]) -> dict[str, list[Line]]:
+    """The lines over every number that was varied, by its name: rank, alpha, learning_rate or another setting."""
+    names = [name for cell in cells for name, _ in cell.runs[0].settings if _NAME.fullmatch(name)]
+    found = {name: lines_over(name, cells) for name in dict.fromkeys(["rank", "alpha", *names])}
+    is_grid = {name: any(len(line.points) > 1 for line in lines) for name, lines in found.items()}
+    return {name: lines for name, lines in found.items() if is_grid[name] and name not in _NOT_VARIED}
+
+
+def lines_over(name: str, cells: Sequence[Cell]) -> list[Line]:
+    """The lines over one number, in the order of the cells.
+
+    Along the ranks alpha may stay or change with them; only where one rank has several alphas is each a line.
+    """
+    groups: dict[tuple[str, str, tuple[tuple[str, str], ...]], list[tuple[float, Cell]]] = {}
+    for cell in cells:
+        settings = _settings(cell)
+        if (number := _number(settings.pop(name, ""))) is not None:
+            if name == "rank":
+                settings.pop("alpha", None)
+            key = cell.task, printable(cell.runs[0].label, 200), tuple(sorted(settings.items()))
+            groups.setdefault(key, []).append((number, cell))
+    groups = {key: points for key, points in groups.items() if len({number for number, _ in points}) > 1}
+    lines = []
+    for (task, method, settings_of_group), points in groups.items():
+        others = [key[2] for key in groups if key[:2] == (task, method)]
+        difference = differences(others)[settings_of_group]
+        sets = {cell.runs[0].targets for _, cell in points}
+        for targets in sorted(sets, key=lambda names: (names.count(","), names)):
+            own = sorted((p for p in points if p[1].runs[0].targets == targets), key=lambda point: point[0])
+            by_alpha: dict[float, list[tuple[float, Cell]]] = {}
+            for number, cell in own:
+                by_alpha.setdefault(cell.runs[0].alpha or 0.0, []).append((number, cell))
+            if name != "rank" or len({number for number, _ in own}) == len(own):
+                lines.append(Line(task, method, targets, difference, tuple(own)))
+                continue
+            for alpha in sorted(by_alpha):
+                text = ", ".join([*[difference] * bool(difference), f"alpha {alpha:g}"])
+                lines.append(Line(task, method, targets, text, tuple(by_alpha[alpha])))
+    return lines
+
+
+def _settings(cell: Cell) -> dict[str, str]:
+    """All that decides the result of a cell but its task, method and targets; LoRA's scaling as rank and alpha."""
+    run = cell.runs[0]
+    settings = {name: value for name, value in run.settings if name != "variant"}
+    if run.targets:
+        settings["rank"] = cell.method if run.rank is None else str(run.rank)
+    if run.alpha is not None:
+        del settings["scaling"]
+        settings["alpha"] = f"{run.alpha:g}"
+    return settings
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
