@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from lora_nlu.data.metrics import METRICS, compute_metrics, predicted
+from lora_nlu.data.metrics import METRICS, answers_of, compute_metrics, predicted
 
 # Labels and predictions with 3 true positives, 1 false positive, 2 false negatives, 4 true negatives.
 LABELS = np.array([1, 1, 1, 0, 1, 1, 0, 0, 0, 0])
@@ -100,3 +100,13 @@ def test_scores_are_plain_floats_that_json_can_write():
         labels = LABELS.astype(float) if name in ("pearson", "spearmanr", "mse") else LABELS
         logits = logits_of(PREDICTIONS) if labels is LABELS else np.linspace(0, 1, 10)[:, None]
         assert type(compute_metrics([name], logits, labels)[name]) is float
+
+
+def test_answers_are_the_label_and_each_probability_or_the_score():
+    logits = np.array([[1000.0, 1000.0 - np.log(3)], [-2.0, 5.0]])
+    assert answers_of(logits, ["no", "yes"]) == [
+        {"label": "no", "probabilities": {"no": 0.75, "yes": 0.25}},
+        {"label": "yes", "probabilities": {"no": 0.000911051, "yes": 0.999089}},
+    ]
+    scores = answers_of(np.array([[3.14159274], [-0.0]], dtype=np.float32), [])
+    assert scores == [{"score": 3.14159}, {"score": 0.0}] and str(scores[1]["score"]) == "0.0"

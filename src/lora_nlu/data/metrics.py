@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,25 @@ def greater_is_better(metric: str) -> bool:
 def predicted(logits: np.ndarray) -> np.ndarray:
     """Logits [N, C] to class ids [N]; logits [N, 1] (regression) to numbers [N]."""
     return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(axis=1)
+
+
+def answers_of(logits: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each row of logits [N, C] the label and the probability of each class; without labels, a regression's score.
+
+    Numbers have six digits, about what float32 has.
+    """
+    if not labels:
+        return [{"score": _six_digits(score)} for score in predicted(logits)]
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return [
+        {"label": labels[int(i)], "probabilities": dict(zip(labels, map(_six_digits, row), strict=True))}
+        for i, row in zip(predicted(logits), probabilities, strict=True)
+    ]
+
+
+def _six_digits(number: float) -> float:
+    return float(f"{number:.6g}") + 0.0  # which makes -0.0 0.0
 
 
 def compute_metrics(names: Sequence[str], logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

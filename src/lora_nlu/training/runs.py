@@ -2,22 +2,19 @@
 
 import resource
 import sys
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_nlu.adapters.model_card import write_card
-from lora_nlu.data.examples import Examples
-from lora_nlu.data.metrics import greater_is_better, predicted
+from lora_nlu.data.examples import Examples, column
+from lora_nlu.data.metrics import answers_of, greater_is_better, predicted
 from lora_nlu.data.tokenization import digest, token_count
 from lora_nlu.errors import UserError
 from lora_nlu.escaping import json_line, tsv_cell
@@ -195,7 +192,7 @@ def predict(trainer: AdapterTrainer, tables: dict[str, Any], examples: Examples,
     for split in [name for name in tables if name.startswith("test")]:
         name = {"test_mismatched": f"{task}-mm", "test_ax": "ax"}.get(split, task)
         answers_path, details_path = folder / f"predict_results_{name}.tsv", folder / f"predictions_{name}.jsonl"
-        paths += [answers_path, details_path]
+        paths.extend([answers_path, details_path])
         made_of, samples, rows = _results(folder / PREDICTIONS), len(tables[split]), examples.rows.get(split)
         if trainer.args.process_index == 0:
             earlier = made_of.get(answers_path.name)
@@ -205,36 +202,18 @@ def predict(trainer: AdapterTrainer, tables: dict[str, Any], examples: Examples,
         answers = [tsv_cell(labels[int(x)]) if labels else f"{x:.3f}" for x in predicted(logits)]
         if trainer.args.process_index == 0:
             list_files(folder, details_path.name, answers_path.name, PREDICTIONS)
-            details = prediction_details(examples.splits[split], logits, labels)
-            write_text(details_path, "".join(f"{json_line(example)}\n" for example in details))
+            table = examples.splits[split]
+            names = [name for name in ("text", "text_pair") if name in table.column_names]
+            texts = zip(*(column(table, name).to_pylist() for name in names), strict=True)
+            details = enumerate(zip(texts, answers_of(logits, labels), strict=True))
+            objects = [{"index": i, **dict(zip(names, row, strict=True)), **answer} for i, (row, answer) in details]
+            write_text(details_path, "".join(f"{json_line(one)}\n" for one in objects))
             lines = ["index\tprediction", *(f"{index}\t{answer}" for index, answer in enumerate(answers))]
             write_text(answers_path, "\n".join(lines) + "\n")
             of_set = {"samples": samples, "set_samples": rows, "data": digest(tables[split])}
             of_set["precision"] = trainer.precision
             write_json(folder / PREDICTIONS, made_of | {answers_path.name: {WEIGHTS: weights} | of_set})
     return paths
-
-
-def prediction_details(table: Dataset, logits: np.ndarray, labels: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Of each example its index, texts, label and the probabilities of all classes; of a regression its score.
-
-    table: the rows as they were read; logits [N, C]; labels: class 0 first, empty for a regression.
-    """
-    texts = [name for name in ("text", "text_pair") if name in table.column_names]
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    probabilities = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
-    for index, (row, answer) in enumerate(zip(table.select_columns(texts), predicted(logits), strict=True)):
-        if labels:
-            of_class = {label: _six_digits(p) for label, p in zip(labels, probabilities[index], strict=True)}
-            result: dict[str, Any] = {"label": labels[int(answer)], "probabilities": of_class}
-        else:
-            result = {"score": _six_digits(answer)}
-        yield {"index": index} | row | result
-
-
-def _six_digits(number: float) -> float:
-    """A number of float32 with the digits that it has; -0.0 is 0.0."""
-    return float(f"{number:.6g}") + 0.0
 
 
 def peak_memory_gib() -> dict[str, float]:
@@ -257,16 +236,20 @@ def describe_run(trainer: AdapterTrainer, metrics: dict[str, float], metric: str
         write_card(folder)
 
 
+def four_decimals(figure: float) -> str:
+    return f"{round(figure, 4) + 0.0:.4f}"  # never -0.0000
+
+
 def closing_table(trainer: AdapterTrainer, metrics: dict, metric: str, tables: dict[str, Any]) -> str:
     """Scores, parameters, speed, memory and the folder, in two columns."""
     counts, args, history = count_parameters(trainer.model), trainer.args, trainer.state.log_history
     rows = [("task", trainer.metadata["task"])]
-    rows += [(key.removeprefix("eval_"), f"{metrics[key]:.4f}") for key in metrics if metric in key]
+    rows += [(key.removeprefix("eval_"), four_decimals(metrics[key])) for key in metrics if metric in key]
     end = max((i for i, entry in enumerate(history) if "train_loss" in entry), default=0)  # final evaluations follow it
     if epochs := [entry for entry in history[:end] if f"eval_{metric}" in entry]:
         choose = max if greater_is_better(metric) else min
         best = choose(epochs, key=lambda entry: entry[f"eval_{metric}"])
-        rows.append(("best while training", f"{best[f'eval_{metric}']:.4f} at epoch {best['epoch']:.2f}"))
+        rows.append(("best while training", f"{four_decimals(best[f'eval_{metric}'])} at epoch {best['epoch']:.2f}"))
     if stopped := trainer.metadata.get(STOPPED_EARLY):
         rows.append(("stopped early", f"at step {stopped['step']} of {stopped['max_steps']}"))
     method = trainer.metadata["method"]
