@@ -29,10 +29,14 @@ class Line:
 
 def grids(cells: Sequence[Cell]) -> dict[str, list[Line]]:
     """The lines over every number that was varied, by its name: rank, alpha, learning_rate or another setting."""
-    names = [name for cell in cells for name, _ in cell.runs[0].settings if _NAME.fullmatch(name)]
-    found = {name: lines_over(name, cells) for name in dict.fromkeys(["rank", "alpha", *names])}
-    is_grid = {name: any(len(line.points) > 1 for line in lines) for name, lines in found.items()}
-    return {name: lines for name, lines in found.items() if is_grid[name] and name not in _NOT_VARIED}
+    values: dict[str, set[str]] = {}
+    for cell in cells:
+        for name, value in _settings(cell).items():
+            values.setdefault(name, set()).add(value)
+    varied = [name for name, of_name in values.items() if len(of_name) > 1 and _NAME.fullmatch(name)]
+    varied.sort(key=lambda name: (name != "rank", name != "alpha"))
+    found = {name: lines_over(name, cells) for name in varied if name not in _NOT_VARIED}
+    return {name: lines for name, lines in found.items() if any(len(line.points) > 1 for line in lines)}
 
 
 def lines_over(name: str, cells: Sequence[Cell]) -> list[Line]:
@@ -49,10 +53,13 @@ def lines_over(name: str, cells: Sequence[Cell]) -> list[Line]:
             key = cell.task, printable(cell.runs[0].label, 200), tuple(sorted(settings.items()))
             groups.setdefault(key, []).append((number, cell))
     groups = {key: points for key, points in groups.items() if len({number for number, _ in points}) > 1}
+    of_method: dict[tuple[str, str], list[tuple[tuple[str, str], ...]]] = {}
+    for task, method, settings_of_group in groups:
+        of_method.setdefault((task, method), []).append(settings_of_group)
+    texts = {key: differences(settings_of_groups) for key, settings_of_groups in of_method.items()}
     lines = []
     for (task, method, settings_of_group), points in groups.items():
-        others = [key[2] for key in groups if key[:2] == (task, method)]
-        difference = differences(others)[settings_of_group]
+        difference = texts[task, method][settings_of_group]
         sets = {cell.runs[0].targets for _, cell in points}
         for targets in sorted(sets, key=lambda names: (names.count(","), names)):
             own = sorted((p for p in points if p[1].runs[0].targets == targets), key=lambda point: point[0])
