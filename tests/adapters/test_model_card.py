@@ -10,6 +10,7 @@ from small_models import METADATA_OF_RUN, lora_model
 
 from lora_nlu.adapters.model_card import CARD, write_card
 from lora_nlu.adapters.writing import save_adapter
+from lora_nlu.training.parsing import parse_arguments
 
 
 def test_the_model_card_is_one_the_hub_reads(case, tmp_path, capsys):
@@ -24,6 +25,9 @@ def test_the_model_card_is_one_the_hub_reads(case, tmp_path, capsys):
     assert card.data.base_model == "someone/a-base" and card.data.datasets == ["nyu-mll/glue"]
     assert "accuracy: 0.8750" in card.text and "yes, no, perhaps" in card.text
     assert ("refuses to load" in card.text) == bool(frozen)
+    command = card.text.partition("run_glue.py")[2].partition("```")[0].replace("\\\n", " ")
+    flags, data, _ = parse_arguments(command.split(), {})
+    assert (flags.model_name_or_path, flags.lora_path, data.task_name) == ("someone/a-base", "adapter", "mnli")
 
 
 def test_a_cards_command_names_a_base_that_others_have_or_says_where_to_put_it(case, tmp_path, capsys):
