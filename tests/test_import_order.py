@@ -52,7 +52,9 @@ ORDER = {
 # Only these of a package may import adapters: what compares two of them.
 READS_ADAPTERS = {"report": {"similarity"}}
 READS_ENVIRONMENT = {"ops.compiling": {("os", "environ")}}  # where the user's cache is
-NO_LIBRARIES = ["data", "methods", "training", "training.launch", "training.arguments", "training.help", "report"]
+NO_LIBRARIES = [
+    "data", "methods", "training", "training.launch", "training.arguments", "training.help", "report", "adapters.__main__",
+]  # fmt: skip
 
 
 def name_of(path: Path) -> str:

@@ -49,6 +49,7 @@ import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
 
 import lora_nlu.adapters.__main__  # noqa: E402
+import lora_nlu.adapters.converting  # noqa: E402
 import lora_nlu.report.__main__  # noqa: E402
 from lora_nlu.ops import compiling, kernels  # noqa: E402
 from lora_nlu.training.checkpoints import complete_checkpoints  # noqa: E402

@@ -11,12 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lora_nlu.adapters.adapter import Adapter, looks_like_hub_id, with_relative_query
-from lora_nlu.adapters.converting import convert
-from lora_nlu.adapters.model_card import inspect
-from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError, UserError, printable_lines
-from lora_nlu.hub import use_cache_if_unreachable
 from lora_nlu.methods.targets import RELATIVE_QUERY
 
 INSPECT = """Print what an adapter contains: method, layers, rank, alpha, labels, base model, metrics, parameters, and
@@ -35,7 +30,7 @@ example: python -m lora_nlu.adapters convert output/roberta_base_rte rte-model -
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)  # answers --help, so what imports torch is imported below
     try:
         print(printable_lines(args.text(args)))
     except (UserError, OSError) as e:
@@ -52,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspecting = commands.add_parser("inspect", description=INSPECT, help="print what an adapter contains", **form)
     inspecting.add_argument("adapter", **adapter)
-    inspecting.set_defaults(text=lambda args: inspect(_read(args.adapter)))
+    inspecting.set_defaults(text=_inspect)
 
     converting = commands.add_parser("convert", description=CONVERT, help="write an adapter in another form", **form)
     converting.add_argument("adapter", **adapter)
@@ -69,20 +64,30 @@ def _parser() -> argparse.ArgumentParser:
 
 def _look_for_hub(name: str | None) -> None:
     """Before what may be a Hub id is read."""
+    from lora_nlu.adapters.adapter import looks_like_hub_id
+    from lora_nlu.hub import use_cache_if_unreachable
+
     if name and looks_like_hub_id(name) and (note := use_cache_if_unreachable()):
         print(note, file=sys.stderr)
 
 
-def _read(name: str) -> Adapter:
-    _look_for_hub(name)
-    return read_adapter(name)
+def _inspect(args: argparse.Namespace) -> str:
+    from lora_nlu.adapters.model_card import inspect
+    from lora_nlu.adapters.reading import read_adapter
+
+    _look_for_hub(args.adapter)
+    return inspect(read_adapter(args.adapter))
 
 
 def _convert(args: argparse.Namespace) -> str:
-    adapter = _read(args.adapter)
-    base = args.base or adapter.metadata.get("base_model")
+    from lora_nlu.adapters.adapter import with_relative_query
+    from lora_nlu.adapters.converting import convert
+    from lora_nlu.adapters.reading import read_adapter
+
+    _look_for_hub(args.adapter)
+    adapter = read_adapter(args.adapter)
     if args.to == "merged" or args.base:
-        _look_for_hub(base)
+        _look_for_hub(args.base or adapter.metadata.get("base_model"))
     if args.lora_relative_query and adapter.records_relative_query:
         raise UsageError(f"--lora_relative_query: {adapter.source} is no DeBERTa .bin; leave it out.")
     adapter = with_relative_query(adapter, args.lora_relative_query)

@@ -63,6 +63,11 @@ def read_adapter(path: str, flag: str = "", **hub: Any) -> Adapter:
         raise UserError(f"{name}: no such file or folder.")
     try:
         folder = huggingface_hub.snapshot_download(path, allow_patterns=_HUB_FILES, **hub)
+    except huggingface_hub.errors.LocalEntryNotFoundError as e:
+        raise UserError(
+            f"{name}: no such file or folder; the Hub ({huggingface_hub.constants.ENDPOINT}) is not reached, and no "
+            "adapter of this name was downloaded before."
+        ) from e
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
         raise UserError(f"{name}: no such file or folder, and no adapter on the Hub ({first_line(e)}).") from e
     return _read_folder(Path(folder))
