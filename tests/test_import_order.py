@@ -53,7 +53,8 @@ ORDER = {
 READS_ADAPTERS = {"report": {"similarity"}}
 READS_ENVIRONMENT = {"ops.compiling": {("os", "environ")}}  # where the user's cache is
 NO_LIBRARIES = [
-    "data", "methods", "training", "training.launch", "training.arguments", "training.help", "report", "adapters.__main__",
+    "data", "methods", "training", "training.launch", "training.arguments", "training.help", "report",
+    "adapters.__main__",
 ]  # fmt: skip
 
 
