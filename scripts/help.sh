@@ -7,7 +7,7 @@ for word in "$@"; do
   [[ "$word" == --help || "$word" == -h ]] || continue
   print_comment "$0" .
   if [[ "${BASH_SOURCE[1]}" == */launch.sh ]]; then
-    printf '\nFlags after the name of a launch script override its own; all flags: run_glue.py --help.\n'
+    printf '\nFlags after the name of a launch script override its own; all of them: run_glue.py --help.\n'
     print_comment "${BASH_SOURCE[1]}" "What a user may set"
   fi
   exit 0

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before the imports that take seconds, and that ano
         activate = Path(__file__).resolve().parents[2] / ".venv" / "bin" / "activate"
         remedy = f"source {shlex.quote(os.path.relpath(activate))}"
         if not activate.is_file():
-            remedy = "bash scripts/demo.sh makes .venv with all that is needed; docs/troubleshooting.md has other ways"
+            remedy = "bash scripts/demo.sh, which makes .venv (README.md has other ways)"
         sys.exit(f"run_glue.py: error: {sys.executable} has no {missing[0]}. Do this first: {remedy}")
     if {"-h", "--help"} & {*sys.argv[1:]}:
         from lora_nlu.training.help import help_text

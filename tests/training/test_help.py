@@ -77,7 +77,7 @@ def test_another_python_is_told_in_a_line_to_activate_the_environment_or_to_make
         assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
         return done.stderr.removeprefix(f"run_glue.py: error: {sys.executable} has no lora_nlu. Do this first: ")
 
-    assert error().startswith("bash scripts/demo.sh makes .venv")
+    assert error().startswith("bash scripts/demo.sh, which makes .venv")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()
     assert error() == "source .venv/bin/activate\n"
