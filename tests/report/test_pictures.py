@@ -187,7 +187,7 @@ def test_beside_the_papers_medians_stand_ours_task_by_task_for_every_method_that
 
 
 def test_the_picture_of_ranks_has_a_line_for_each_set_of_layers_over_ranks_evenly_apart_by_doubling(swept):
-    figure = pictures.over_number("roberta-base", "rank", lines_over("rank", swept))
+    figure = pictures.over_number("roberta-base", swept, "rank", lines_over("rank", swept))
     (ax,) = figure.axes
     assert (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == ("RTE", "LoRA rank r", "Accuracy (%)")
     assert tick_labels(ax, "x") == ["1", "2", "4", "8", "64"] and ax.get_xscale() == "log"
@@ -274,7 +274,7 @@ def test_every_method_has_one_colour_and_marker_in_all_pictures_and_each_of_its_
         "LoRA r=4": ("#d55e00", "s", "none"),
         "LoRA r=8": (pictures.darker("#d55e00", 0.35), "s", "full"),
     }
-    over_ranks = looks_in(pictures.over_number("roberta-base", "rank", lines_over("rank", cells)))
+    over_ranks = looks_in(pictures.over_number("roberta-base", cells, "rank", lines_over("rank", cells)))
     assert over_ranks["LoRA"][:3] == in_curves["LoRA r=4"]
 
 
@@ -353,7 +353,7 @@ def test_a_grid_is_drawn_against_each_number_that_was_varied(tmp_path):
         "alpha": {"": [8, 16, 32]},
         "learning_rate": {"rank 4": [1e-4, 2e-4, 1e-3], "rank 8": [1e-4, 2e-4, 1e-3]},
     }  # fmt: skip
-    figure = pictures.over_number("roberta-base", "learning_rate", grids(cells)["learning_rate"])
+    figure = pictures.over_number("roberta-base", cells, "learning_rate", grids(cells)["learning_rate"])
     (ax,) = figure.axes
     assert ax.get_xlabel() == "learning rate" and tick_labels(ax, "x") == ["1e-4", "2e-4", "1e-3"]
     assert legend_of(figure) == ["LoRA (rank 4)", "LoRA (rank 8)"]
@@ -411,7 +411,7 @@ def test_pictures_stay_tidy_with_long_names_and_any_number_of_panels(tmp_path, t
     tidy(pictures.sizes("deberta-v2-xxlarge", cells, methods))
     tidy(pictures.against_paper("deberta-v2-xxlarge", full, methods))
     for name, lines in grids(cells).items():
-        tidy(pictures.over_number("deberta-v2-xxlarge", name, lines))
+        tidy(pictures.over_number("deberta-v2-xxlarge", cells, name, lines))
 
 
 PICTURES = [f"roberta-base_{name}" for name in ("curves", "parameters", "paper", "ranks")]
@@ -437,6 +437,12 @@ def test_the_same_runs_give_the_same_files(written, tmp_path):
     assert main([str(written.parents[1] / "runs"), "--out", str(tmp_path)]) == 0
     for path in written.iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+def test_a_picture_with_hundreds_of_panels_is_drawn_smaller(tmp_path):
+    pictures.save(Figure(figsize=(1, 600)), tmp_path, "x")
+    height, width, _ = image.imread(tmp_path / "x.png").shape
+    assert (height, width) == (60_000, 100)
 
 
 def test_a_picture_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):

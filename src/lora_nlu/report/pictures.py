@@ -56,7 +56,7 @@ def draw(cells: Sequence[Cell], methods: list[str], folder: Path) -> list[str]:
         if any(run.paper for cell in finished for run in cell.done):
             figures["paper"] = against_paper(model, finished, methods)
         for name, lines in grids(finished).items():
-            figures[FILES.get(name, name)] = over_number(model, name, lines)
+            figures[FILES.get(name, name)] = over_number(model, finished, name, lines)
         return [save(figure, folder, f"{model}_{name}") for name, figure in figures.items()]
 
 
@@ -143,14 +143,18 @@ def against_paper(model: str, cells: Sequence[Cell], methods: list[str]) -> Figu
     return finish(figure, parts, axes, title, ["here", "paper"], metric_axis="x")
 
 
-def over_number(model: str, name: str, lines: Sequence[Line]) -> Figure:
-    """The best epoch's median against a number that was varied, a line for all that differs in nothing else."""
+def over_number(model: str, cells: Sequence[Cell], name: str, lines: Sequence[Line]) -> Figure:
+    """The best epoch's median against a number that was varied, a line for all that differs in nothing else.
+
+    cells: all of the report, so that methods have the same looks as in the other pictures.
+    """
+    bases = base_looks(cells)
     labels = labels_of(lines)
     by_place = {(line.task, label): line for line, label in zip(lines, labels, strict=True)}
     labels = list(dict.fromkeys(labels))
     cells = [cell for line in lines for _, cell in line.points]
     base_of = {label: line.method for (_, label), line in by_place.items()}
-    look_of = looks_of_settings(base_looks(cells), base_of)
+    look_of = looks_of_settings(bases, base_of)
     groups = chunks(labels)
     parts = parts_of(groups, list(by_place))
     figure, axes = panels(parts)
@@ -405,5 +409,5 @@ def add_legend(place: Any, axes: Sequence[Any], labels: Sequence[str], letters: 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
     with atomic_write(folder / f"{name}.png") as partial:
-        figure.savefig(partial, format="png", dpi=150)
+        figure.savefig(partial, format="png", dpi=min(150, 60_000 / figure.get_size_inches().max()))
     return name
