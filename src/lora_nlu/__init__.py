@@ -7,6 +7,7 @@ from lora_nlu.lazy import lazy_names
 if TYPE_CHECKING:
     from lora_nlu.adapters.adapter import Adapter as Adapter
     from lora_nlu.adapters.attaching import attach_adapter as attach_adapter
+    from lora_nlu.adapters.loading import load as load
     from lora_nlu.adapters.reading import read_adapter as read_adapter
     from lora_nlu.adapters.writing import save_adapter as save_adapter
     from lora_nlu.methods.linear import merge_lora_ as merge_lora_

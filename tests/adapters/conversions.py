@@ -26,6 +26,14 @@ def logits(model: nn.Module) -> Tensor:
         return model.eval()(**ragged_batch([17, 3, 30, 9], pad=model.config.pad_token_id)).logits
 
 
+def write_tokenizer(folder: Path) -> Path:
+    """Two words, a and b."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[UNK]", "[PAD]", "a", "b"])}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
+    return folder
+
+
 def written(kind: str, tmp_path: Path, reading: bool, **settings: int) -> tuple[nn.Module, Path, Path]:
     lora = {"apply_lora": True, "lora_r": R, "lora_alpha": ALPHA, "lora_relative_query": reading}
     config = CONFIGS[kind](**lora, **settings)
@@ -34,11 +42,7 @@ def written(kind: str, tmp_path: Path, reading: bool, **settings: int) -> tuple[
     base = CLASSIFIERS[config.model_type][1](CONFIGS[kind](**settings))
     base.load_state_dict({n: t for n, t in model.state_dict().items() if "lora_" not in n})
     base.save_pretrained(tmp_path / "base")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[UNK]", "[PAD]", "a", "b"])}, "[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(
-        tmp_path / "base"
-    )
+    write_tokenizer(tmp_path / "base")
     metadata = {
         "task": "mnli", "labels": LABELS, "base_model": str(tmp_path / "base"),
         "base_fingerprint": base_fingerprint(model), "metrics": {"eval_accuracy": 0.875},

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from lora_nlu.adapters.adapter import Adapter, encoder_prefix, foreign_layer, looks_like_hub_id
 from lora_nlu.adapters.attaching import attach_adapter
+from lora_nlu.adapters.loading import load_base, recorded_revision
 from lora_nlu.adapters.model_card import write_card
 from lora_nlu.adapters.writing import write_adapter
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import ADAPTER_WEIGHTS, atomic_write, sha256_of
-from lora_nlu.labels import placeholder_labels, set_labels
 from lora_nlu.methods.description import is_added, methods_in, set_method
 from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.methods.table import METHODS
-from lora_nlu.models.loading import base_fingerprint, load_config, load_model
+from lora_nlu.models.loading import base_fingerprint
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
 
 MODEL_WEIGHTS = "model.safetensors"  # of a plain model
@@ -164,21 +164,11 @@ def on_base(adapter: Adapter, base: str) -> tuple[Any, Adapter, list[str]]:
     Raises UserError if there is no such model, with an OSError as its cause if the Hub doesn't provide it, or if names,
     shapes, fingerprint or weights show that the adapter is another model's.
     """
-    metadata, count = adapter.metadata, adapter.label_count
-    revision = metadata.get("base_revision") if base == metadata.get("base_model") else None
-    hub = {"revision": revision} if revision else {}
-    unnamed = () if count == 1 else placeholder_labels(count or 0)
-    try:
-        config = load_config(base, **hub)
-        set_method(config, {})  # an adapter of its own would be replaced: it is refused
-        if count is not None:
-            set_labels(config, unnamed if adapter.labels is None else adapter.labels)
-        model, _ = load_model(base, config, needs_head=False, keeps_head=False, **hub)
-    except UserError as e:
-        raise UserError(str(e).replace("--model_name_or_path", "--base")) from e.__cause__
-    metadata = metadata | {"base_model": base, "base_fingerprint": base_fingerprint(model)}
-    metadata |= {} if hub else {"base_revision": getattr(config, "_commit_hash", None)}
-    notes = attach_adapter(model, adapter, None, allow_new_head=count is None)
+    model = load_base(base, adapter)
+    metadata = adapter.metadata | {"base_model": base, "base_fingerprint": base_fingerprint(model)}
+    if not recorded_revision(adapter, base):
+        metadata["base_revision"] = getattr(model.config, "_commit_hash", None)
+    notes = attach_adapter(model, adapter, None, allow_new_head=adapter.label_count is None)
     return model, replace(adapter, metadata=metadata), notes
 
 

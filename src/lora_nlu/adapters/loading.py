@@ -1,0 +1,258 @@
+"""Trained adapters together with their base model, ready to predict: one base in memory, however many adapters."""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_nlu.adapters.adapter import Adapter, with_relative_query
+from lora_nlu.adapters.attaching import attach_adapter
+from lora_nlu.adapters.reading import read_adapter
+from lora_nlu.errors import UserError, printable
+from lora_nlu.files import ADAPTER_CONFIG, read_json
+from lora_nlu.labels import (
+    check_label_config,
+    label_list,
+    last_head_layer,
+    normalised_label,
+    placeholder_labels,
+    recorded_labels,
+    rows_by_label,
+    set_labels,
+)
+from lora_nlu.methods.description import set_method
+from lora_nlu.models.loading import load_config, load_model, set_task
+from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
+
+_RUN = "run.json"  # beside a complete model, which has no run_metadata.json
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to predict, before its base model is loaded: an adapter, or the folder of a complete model.
+
+    labels: class 0 first, () for a regression; None for a complete model until its config is read.
+    metadata: of the run that trained it, as far as it is recorded.
+    """
+
+    path: str
+    adapter: Adapter | None
+    labels: tuple[str, ...] | None
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that predicts, in evaluation mode, with its tokenizer and its labels: class 0 first, () for a regression.
+
+    Those of several adapters share the weights of their base.
+    """
+
+    source: Source
+    model: Any
+    tokenizer: Any
+    labels: tuple[str, ...]
+
+
+def load(
+    adapter: str | Path,
+    base: str | None = None,
+    lora_alpha: float | None = None,
+    labels: Sequence[str] | None = None,
+) -> tuple[Any, Any, tuple[str, ...]]:
+    """Model, tokenizer and labels of an adapter, ready for transformers' `pipeline("text-classification", ...)`.
+
+    adapter:    whatever --lora_path or --adapter_path takes, or the folder of a complete model.
+    base:       folder or Hub id of its base model; None for the one that it records.
+    lora_alpha: of a `.bin`, which doesn't record it.
+    labels:     class 0 first, of an adapter that doesn't record them; () for a regression.
+
+    The model is in evaluation mode and its config has the labels. What was assumed is a warning. Raises UserError.
+    """
+    source = read_source(str(adapter), lora_alpha, labels)
+    (predictor,), notes = load_sources([source], base, lora_alpha)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return predictor.model, predictor.tokenizer, predictor.labels
+
+
+def read_source(
+    path: str,
+    lora_alpha: float | None = None,
+    labels: Sequence[str] | None = None,
+    task_labels: Sequence[str] | None = None,
+    lora_relative_query: str | None = None,
+) -> Source:
+    """What is in an adapter, or in the folder of a complete model, without its base model.
+
+    labels:      class 0 first, of a file that records none; task_labels: the same, assumed from the task's name.
+    lora_alpha, lora_relative_query: as in `Adapter.layers` and `with_relative_query`.
+    Raises UserError if it can't predict, or if the labels are neither recorded nor given.
+    """
+    if _is_complete_model(Path(path)):
+        metadata = read_json(Path(path, _RUN)) if Path(path, _RUN).is_file() else {}
+        return Source(path, None, None if labels is None else tuple(labels), metadata)
+    adapter = with_relative_query(read_adapter(path), lora_relative_query)
+    if adapter.row.has_ranks:
+        adapter.layers(lora_alpha)  # raises if neither records the alpha, or if they differ
+    if adapter.label_count is None:
+        raise UserError(f"{path}: has no classification head, so it predicts nothing.")
+    if labels is not None:
+        _check_names(path, adapter.labels, adapter.label_count, labels)
+        adapter = replace(adapter, metadata={"labels": [*labels]} | adapter.metadata)
+    names = adapter.labels
+    if names is None:
+        names = () if adapter.label_count == 1 else task_labels
+    elif task_labels is not None and rows_by_label(names, task_labels) is None:
+        of_task = f"those of --task_name are {label_list(task_labels)}"
+        raise UserError(f"{path}: was trained to predict {label_list(names)}; {of_task}.\nLeave --task_name out.")
+    if names is None:
+        raise _no_names(path, adapter.label_count)
+    return Source(path, adapter, tuple(names), adapter.metadata)
+
+
+def _is_complete_model(folder: Path) -> bool:
+    """Whether a folder contains a model, no adapter; a checkpoint of the reference with LoRA is read as an adapter."""
+    config = folder / "config.json"
+    if not config.is_file() or (folder / ADAPTER_CONFIG).is_file():
+        return False
+    return bool([*folder.glob("model*.safetensors")]) or not read_json(config).get("apply_lora")
+
+
+def _check_names(path: str, recorded: Sequence[str] | None, count: int, names: Sequence[str]) -> None:
+    """Raise UserError if these names of classes are not those of a head with `count` outputs."""
+    if recorded is not None:
+        if [*map(normalised_label, names)] != [*map(normalised_label, recorded)]:
+            raise UserError(
+                f"{path}: was trained to predict {label_list(recorded)}, but --labels names {label_list(names)}.\n"
+                "Leave --labels out: the label names are recorded."
+            )
+    elif (len(names) or 1) != count:
+        raise UserError(f"{path}: its head has {count} outputs, but --labels names {label_list(names)}.")
+
+
+def _no_names(path: str, count: int) -> UserError:
+    return UserError(
+        f"{path}: records no names for the {count} classes of its head; a guess could be wrong.\n"
+        "Name them, class 0 first: --labels a,b,c. Of a GLUE task give its name: --task_name mnli."
+    )
+
+
+def load_sources(
+    sources: Sequence[Source],
+    base: str | None = None,
+    lora_alpha: float | None = None,
+    tokenizer_name: str | None = None,
+) -> tuple[list[Predictor], list[str]]:
+    """A predictor for each source, and lines to print.
+
+    base: None for the one that the first adapter records. Raises UserError, also for adapters of several base models.
+    """
+    adapters = {source.path: source.adapter for source in sources if source.adapter}
+    if complete := next((source for source in sources if not source.adapter), None):
+        if len(sources) > 1 or base:
+            raise UserError(f"{complete.path}: is a complete model, no adapter. Predict with it alone, without --base.")
+        return _load_complete_model(complete, tokenizer_name)
+    _check_same_base([*adapters.values()])
+    first = next(iter(adapters.values()))
+    if not (name := base or first.metadata.get("base_model")):
+        raise UserError(f"{first.source} doesn't record its base model: give --base MODEL.")
+    try:
+        shared = load_base(name, first)
+    except UserError as e:
+        hint = "" if base else f"\n{first.source} names this base model. If it is elsewhere now, give --base FOLDER."
+        raise UserError(f"{e}{hint}") from e
+    predictors = []
+    try:
+        tokenizer, notes = load_tokenizer(tokenizer_name or name, shared.config)
+        for source in sources:
+            adapter = adapters[source.path]
+            _check_tokenizer(source, tokenizer)
+            model = _with_shared_weights(shared, adapter, source.labels or ())
+            notes += attach_adapter(model, adapter, lora_alpha, allow_new_head=False)
+            predictors.append(Predictor(source, model.eval(), tokenizer, source.labels or ()))
+    except UserError as e:
+        raise UserError(str(e).replace("--model_name_or_path", "--base")) from e
+    return predictors, notes
+
+
+def load_base(base: str, adapter: Adapter) -> Any:
+    """The base model of an adapter, with a head of as many outputs that is not trained. Raises UserError."""
+    revision, count = recorded_revision(adapter, base), adapter.label_count
+    hub = {"revision": revision} if revision else {}
+    unnamed = () if count == 1 else placeholder_labels(count or 0)
+    try:
+        config = load_config(base, **hub)
+        set_method(config, {})  # an adapter of its own would be replaced: it is refused
+        if count is not None:
+            set_labels(config, unnamed if adapter.labels is None else adapter.labels)
+        model, _ = load_model(base, config, needs_head=False, keeps_head=False, **hub)
+    except UserError as e:
+        raise UserError(str(e).replace("--model_name_or_path", "--base")) from e.__cause__
+    return model
+
+
+def recorded_revision(adapter: Adapter, base: str) -> str | None:
+    """The revision of a base model that an adapter records, if it records this model."""
+    return adapter.metadata.get("base_revision") if base == adapter.metadata.get("base_model") else None
+
+
+def _check_same_base(adapters: Sequence[Adapter]) -> None:
+    """Raise UserError for two adapters that record different base models, by their fingerprints."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        prints = [adapter.metadata.get("base_fingerprint") for adapter in (first, other)]
+        if None not in prints and prints[0] != prints[1]:
+            raise UserError(
+                f"{first.source} and {other.source} were trained on different base models "
+                f"({', '.join(printable(adapter.metadata.get('base_model')) for adapter in (first, other))}).\n"
+                "Predict with each of them alone."
+            )
+
+
+def _check_tokenizer(source: Source, tokenizer: Any) -> None:
+    """Raise UserError if what is to predict was trained with another tokenizer."""
+    remedy = "Give the one it was trained with as --tokenizer_name."
+    check_tokenizer(source.path, source.metadata, tokenizer_fingerprint(tokenizer), remedy)
+
+
+def _with_shared_weights(base: Any, adapter: Adapter, labels: tuple[str, ...]) -> Any:
+    """A model for these labels whose parameters are those of `base`, not copies, but for those that the adapter has."""
+    shared = {id(parameter): parameter for name, parameter in base.named_parameters() if name not in adapter.state}
+    model = copy.deepcopy(base, shared)
+    set_task(model.config, adapter.metadata.get("task", "custom"), labels, None)
+    model.num_labels = model.config.num_labels
+    if last := last_head_layer(adapter.state):
+        features = model.get_submodule(last).in_features
+        model.set_submodule(last, nn.Linear(features, model.num_labels))
+    return model
+
+
+def _load_complete_model(source: Source, tokenizer_name: str | None) -> tuple[list[Predictor], list[str]]:
+    """As `load_sources`, of a model whose weights and head are in one folder."""
+    path = source.path
+    try:
+        config = load_config(path)
+        model_class = next(iter(config.architectures or ()), "")
+        if not model_class.endswith("ForSequenceClassification"):
+            raise UserError(
+                f"{path}: has no trained head, by its config.json (a {printable(model_class)}).\n"
+                "Give an adapter that was trained on it, or the folder of a fine-tuned model."
+            )
+        notes, recorded = check_label_config(path, config), recorded_labels(config)
+        if source.labels is not None:
+            _check_names(path, recorded, config.num_labels, source.labels)
+        labels = recorded if recorded is not None else source.labels
+        if labels is None:
+            raise _no_names(path, config.num_labels)
+        set_task(config, source.metadata.get("task", "custom"), labels, None)
+        model, more = load_model(path, config, needs_head=True, trained_labels=labels)
+        tokenizer, others = load_tokenizer(tokenizer_name or path, config)
+    except UserError as e:
+        raise UserError(str(e).replace("--model_name_or_path ", "")) from e
+    _check_tokenizer(source, tokenizer)
+    return [Predictor(source, model.eval(), tokenizer, labels)], [*notes, *more, *others]

@@ -1,0 +1,145 @@
+"""Adapters loaded with their base: each method gives its trained model's logits; several share one base's weights."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conversions import CONFIGS, LABELS, write_tokenizer
+from helpers import CLASSIFIERS, assert_close, randomise_, settings_of
+from torch import Tensor, nn
+
+import lora_nlu
+from lora_nlu.adapters.loading import load_sources, read_source
+from lora_nlu.adapters.writing import save_adapter
+from lora_nlu.errors import UserError
+from lora_nlu.methods.marking import mark_trainable
+from lora_nlu.methods.table import METHODS
+from lora_nlu.models.loading import base_fingerprint
+
+ADAPTED = [row for row in METHODS.values() if row.peft_types]  # all but full fine-tuning
+
+
+@pytest.fixture(scope="module", params=["roberta", "deberta"])
+def base(request, tmp_path_factory) -> Path:
+    """A base model of each kind as transformers saves it, with a tokenizer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = CONFIGS[request.param](num_labels=2)
+    randomise_(CLASSIFIERS[config.model_type][1](config)).save_pretrained(folder)
+    return write_tokenizer(folder)
+
+
+def trained(base: Path, folder: Path, labels: list[str], **settings: Any) -> nn.Module:
+    """A model over `base` with random trained parameters, which are saved in `folder`."""
+    config = transformers.AutoConfig.from_pretrained(base, num_labels=len(labels) or 1)
+    config.update(settings)
+    model = CLASSIFIERS[config.model_type][0].from_pretrained(base, config=config, ignore_mismatched_sizes=True)
+    mark_trainable(model)
+    metadata = {"base_model": str(base), "base_fingerprint": base_fingerprint(model), "labels": labels}
+    generator = torch.Generator().manual_seed(len(str(settings)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise) if "lora_" in name else parameter.copy_(noise)
+    save_adapter(model, folder, metadata)
+    return model.eval()
+
+
+def logits(model: Any, tokenizer: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**tokenizer(["a b a", "b", "b a a b a"], padding=True, return_tensors="pt")).logits
+
+
+@pytest.mark.parametrize("row", ADAPTED, ids=lambda row: row.name)
+def test_an_adapter_of_every_method_gives_the_logits_of_its_trained_model(row, base, tmp_path):
+    model = trained(base, tmp_path / "a", LABELS, **settings_of(row))
+    loaded, tokenizer, labels = lora_nlu.load(tmp_path / "a")
+    assert_close(logits(loaded, tokenizer), logits(model, tokenizer))
+    assert labels == tuple(LABELS) and loaded.config.id2label == dict(enumerate(LABELS)) and not loaded.training
+
+
+def test_several_adapters_share_the_weights_of_one_base_and_answer_as_each_alone(base, tmp_path):
+    names = {"three": LABELS, "two": ["yes", "no"], "score": []}
+    for name, labels in names.items():
+        trained(base, tmp_path / name, labels, apply_lora=True, lora_r=4, lora_alpha=8)
+    for row in ("bitfit", "houlsby", "dora"):
+        trained(base, tmp_path / row, LABELS, **settings_of(METHODS[row]))
+    folders = [tmp_path / name for name in (*names, "bitfit", "houlsby", "dora")]
+    predictors, _ = load_sources([read_source(str(folder)) for folder in folders])
+    for folder, predictor in zip(folders, predictors, strict=True):
+        alone, tokenizer, labels = lora_nlu.load(folder)
+        assert torch.equal(logits(predictor.model, tokenizer), logits(alone, tokenizer))
+        assert predictor.labels == labels
+    first, *others = [dict(predictor.model.named_parameters()) for predictor in predictors]
+    for name, parameters in zip([folder.name for folder in folders[1:]], others, strict=True):
+        own = [n for n, p in parameters.items() if n in first and p is not first[n]]
+        trains = [n for n in own if n.endswith("bias")] if name == "bitfit" else []
+        assert all("lora_" in n or n.startswith(("classifier.", "pooler.")) or n in trains for n in own), own
+
+
+def test_a_complete_model_is_loaded_from_its_folder(base, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(base)
+    config.id2label, config.label2id = {0: "yes", 1: "no"}, {"yes": 0, "no": 1}
+    theirs = randomise_(CLASSIFIERS[config.model_type][1](config), seed=1).eval()
+    theirs.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    model, tokenizer, labels = lora_nlu.load(tmp_path)
+    assert_close(logits(model, tokenizer), logits(theirs, tokenizer))
+    assert labels == ("yes", "no")
+    with pytest.raises(UserError, match="is a complete model, no adapter. Predict with it alone"):
+        load_sources([read_source(str(tmp_path))] * 2)
+
+
+@pytest.mark.parametrize("base", ["roberta"], indirect=True)
+def test_the_pipeline_of_transformers_answers_with_a_loaded_adapter(base, tmp_path):
+    model = trained(base, tmp_path / "a", LABELS, apply_lora=True, lora_r=4, lora_alpha=8)
+    loaded, tokenizer, labels = lora_nlu.load(tmp_path / "a")
+    classify = transformers.pipeline("text-classification", model=loaded, tokenizer=tokenizer, top_k=None)
+    (answer,) = classify(["b a a b a"])
+    expected = dict(zip(labels, logits(model, tokenizer)[2].softmax(0).tolist(), strict=True))
+    assert {x["label"]: x["score"] for x in answer} == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("base", ["roberta"], indirect=True)
+def test_what_an_adapter_does_not_record_is_given_or_asked_for(base, tmp_path):
+    folder = tmp_path / "a"
+    model = trained(base, folder, LABELS, apply_lora=True, lora_r=4, lora_alpha=8)
+    (folder / "run_metadata.json").unlink()  # as PEFT writes a folder
+    with pytest.raises(UserError, match="records no names for the 3 classes") as error:
+        lora_nlu.load(folder)
+    assert "--labels" in str(error.value) and "--task_name" in str(error.value)
+    with pytest.raises(UserError, match="3 outputs, but --labels names yes, no"):
+        lora_nlu.load(folder, labels=["yes", "no"])
+    loaded, tokenizer, labels = lora_nlu.load(folder, labels=LABELS)
+    assert labels == tuple(LABELS) and torch.equal(logits(loaded, tokenizer), logits(model, tokenizer))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for recorded, message in (
+        (None, "doesn't record its base model: give --base MODEL"),
+        ("gone/elsewhere", "names this base model. If it is elsewhere now, give --base FOLDER"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": recorded}))
+        with pytest.raises(UserError, match=message):
+            lora_nlu.load(folder, labels=LABELS)
+    assert torch.equal(logits(lora_nlu.load(folder, str(base), labels=LABELS)[0], tokenizer), logits(model, tokenizer))
+
+
+@pytest.mark.parametrize("base", ["roberta"], indirect=True)
+def test_adapters_of_two_bases_and_a_base_alone_are_refused(base, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    config = transformers.AutoConfig.from_pretrained(base)
+    randomise_(transformers.RobertaForMaskedLM(config), seed=1).save_pretrained(other)
+    for name, of in (("a", base), ("b", other)):
+        trained(of, tmp_path / name, LABELS, apply_lora=True, lora_r=4, lora_alpha=8)
+    sources = [read_source(str(tmp_path / name)) for name in "ab"]
+    with pytest.raises(UserError, match="were trained on different base models"):
+        load_sources(sources)
+    with pytest.raises(UserError, match="was trained on another base model") as error:
+        load_sources(sources[:1], str(other))
+    assert "Give that model as --base" in str(error.value)
+    with pytest.raises(UserError, match="has no trained head, by its config.json .a RobertaForMaskedLM"):
+        lora_nlu.load(other)
