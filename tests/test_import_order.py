@@ -24,6 +24,7 @@ BELOW: dict[str, set[str]] = {
     "adapters": {"errors", "escaping", "files", "hub", "labels", "ops", "methods", "models"},
     "data": {"errors", "files", "labels"},
     "training": {"errors", "escaping", "files", "labels", "ops", "methods", "models", "adapters", "data"},
+    "predict": {"errors", "escaping", "files", "methods", "models", "adapters", "data", "training"},
     "report": {"errors", "escaping", "files", "labels", "data", "adapters"},
     "similarity": {"report"},  # the earlier spelling of a command
 }
@@ -36,10 +37,11 @@ ORDER = {
     ],  # fmt: skip
     "models": ["losses", "layers", "checkpoints", "modeling_roberta", "modeling_deberta_v2", "loading", "tokenizer"],
     "adapters": [
-        "patterns", "adapter", "peft_format", "reading", "writing", "attaching", "model_card", "converting", "__main__",
+        "patterns", "adapter", "peft_format", "reading", "writing", "attaching", "loading", "model_card", "converting",
+        "__main__",
     ],
     "data": [
-        "tasks", "metrics", "examples", "cache", "lines", "tokenization", "user_rows", "glue",
+        "tasks", "metrics", "examples", "cache", "lines", "user_rows", "texts", "tokenization", "glue",
         "user_labels", "user_files",
     ],
     "training": [
@@ -54,7 +56,7 @@ READS_ADAPTERS = {"report": {"similarity"}}
 READS_ENVIRONMENT = {"ops.compiling": {("os", "environ")}}  # where the user's cache is
 NO_LIBRARIES = [
     "data", "methods", "training", "training.launch", "training.arguments", "training.help", "report",
-    "adapters.__main__",
+    "adapters.__main__", "predict",
 ]  # fmt: skip
 
 

@@ -5,27 +5,27 @@ from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
 
-from datasets.utils import tqdm
+from huggingface_hub.utils import tqdm
 
 from lora_nlu.errors import UserError
 
 
-def read_lines(path: Path, newline: str) -> Iterator[str]:
+def read_lines(path: Path, newline: str, progress: bool = True) -> Iterator[str]:
     """The lines of a UTF-8 file with their ends, without a byte-order mark; newline: as in `open`.
 
-    A progress bar appears on a terminal after five seconds. Raises UserError if the file can't be read, has nothing but
-    white space or, with the line, is not UTF-8.
+    With `progress` a bar appears on a terminal after five seconds. Raises UserError if the file can't be read, has
+    nothing but white space or, with the line, is not UTF-8.
     """
     try:
         with path.open("rb") as binary:
             if not any(line.removeprefix(codecs.BOM_UTF8).strip() for line in binary):
                 raise UserError(f"{path}: the file is empty.")
             binary.seek(0)
-            size, text = path.stat().st_size, f"Reading {path.name}"
-            with tqdm(total=size, desc=text, unit="B", unit_scale=True, delay=5, disable=None) as bar:
+            size, text, disable = path.stat().st_size, f"Reading {path.name}", None if progress else True
+            with tqdm(total=size, desc=text, unit="B", unit_scale=True, delay=5, disable=disable) as bar:
                 for number, line in enumerate(TextIOWrapper(binary, "utf-8-sig", newline=newline), start=1):
                     yield line
-                    if number % 10_000 == 0:
+                    if number % 100 == 0:
                         bar.update(binary.tell() - bar.n)
     except OSError as e:
         raise UserError(f"{path}: {e.strerror or e}.") from e

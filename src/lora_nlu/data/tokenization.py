@@ -17,6 +17,7 @@ from datasets.utils import tqdm
 
 from lora_nlu.data.cache import cached_table
 from lora_nlu.data.examples import LABEL, Examples, column
+from lora_nlu.data.texts import encode
 from lora_nlu.errors import UserError
 
 _LENGTH = "tokens_uncut"  # column of the cached tables: the number of tokens before truncation
@@ -55,12 +56,7 @@ def _encoded(table: Dataset, tokenizer: Any, max_length: int, split: str) -> Ite
     with tqdm(total=len(table), desc=f"Tokenising {split}", unit=" rows", delay=5, disable=None) as bar:
         for batch in table.iter(_BATCH):
             pairs = batch.get("text_pair")
-            ids = tokenizer(batch["text"], pairs, truncation=True, max_length=max_length)
-            lengths = [len(row) for row in ids["input_ids"]]
-            if longest := [i for i, length in enumerate(lengths) if length >= max_length]:  # these may be truncated
-                columns = [[column[i] for i in longest] for column in (batch["text"], pairs) if column]
-                for i, row in zip(longest, tokenizer(*columns, verbose=False)["input_ids"], strict=True):
-                    lengths[i] = len(row)
+            ids, lengths = encode(batch["text"], pairs, tokenizer, max_length)
             arrays = {name: pa.array(rows, pa.list_(_TYPES.get(name, pa.int8()))) for name, rows in ids.items()}
             if LABEL in batch:
                 arrays[LABEL] = pa.array(batch[LABEL], table.features.arrow_schema.field(LABEL).type)

@@ -22,12 +22,9 @@ from lora_nlu.data.user_labels import (
     notes_on_labels,
     read_labels,
 )
-from lora_nlu.data.user_rows import Row, column_list, read_rows
-from lora_nlu.errors import UserError, printable
+from lora_nlu.data.user_rows import check_row, find_text_columns, read_rows
+from lora_nlu.errors import UserError
 
-_PAIRS = [("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence")]
-_PAIRS += [("text", "text_pair")]
-_ROW_NUMBERS = {"idx", "id", "index", ""}
 _TEXTS = ("text", "text_pair")
 _VERSION = 2  # of the tables of parsed files
 
@@ -65,8 +62,8 @@ def load_files(
         path, label = Path(file), None if split == "test" else label_column
         first = next(read_rows(path))
         if not texts:  # the first file decides which columns, and in which order
-            _check_row(path, first, (), label)
-            texts = _find_text_columns(file, first, label_column)
+            check_row(path, first, (), label)
+            texts = find_text_columns(file, first, label_column, is_labelled=True)
         columns[split] = (*texts, label) if label else texts
         if not label and label_column in first.fields and label_column not in texts:
             unread[split] = label_column
@@ -136,7 +133,7 @@ def _batches(
 def _fields(path: Path, texts: Sequence[str], label_column: str | None) -> Iterator[tuple]:
     """Of each row the texts, the label as JSON if it is read, and the line."""
     for row in read_rows(path):
-        _check_row(path, row, texts, label_column)
+        check_row(path, row, texts, label_column)
         label = [label_json(row.fields[label_column], f"{path}:{row.line}")] if label_column else []
         yield *(row.fields[text] for text in texts), *label, row.line
 
@@ -144,37 +141,3 @@ def _fields(path: Path, texts: Sequence[str], label_column: str | None) -> Itera
 def _values(table: Dataset, column: str) -> Iterator[str]:
     for chunk in table.data.column(column).chunks:
         yield from chunk.to_pylist()
-
-
-def _find_text_columns(file: str, row: Row, label_column: str) -> tuple[str, ...]:
-    """The one or two columns to read: the one pair of usual names, or the one column beside label and row numbers."""
-    candidates = tuple(c for c in row.fields if c != label_column and c.lower() not in _ROW_NUMBERS)
-    pairs = [pair for pair in _PAIRS if {*pair} <= {*candidates}]
-    if len(pairs) == 1:
-        return pairs[0]
-    if not pairs and len(candidates) == 1:
-        return candidates
-    raise UserError(
-        f"{file}: found columns {column_list(row.fields)}; which hold the text?\n"
-        "Name one, or two for pairs: --text_columns a or --text_columns a,b. "
-        f"The labels are read from {label_column!r} (--label_column)."
-    )
-
-
-def _check_row(path: Path, row: Row, texts: Sequence[str], label_column: str | None) -> None:
-    """A row must have the columns that are read, and strings for texts. Raises UserError naming file and line."""
-    if label_column is not None and label_column not in row.fields:
-        raise UserError(
-            f"{path}:{row.line}: no column {label_column!r} among {column_list(row.fields)}.\n"
-            "Name the column of the labels: --label_column."
-        )
-    for column in texts:
-        if column not in row.fields:
-            missing = ", ".join(repr(name) for name in texts if name not in row.fields)
-            raise UserError(
-                f"{path}:{row.line}: no column {missing} among {column_list(row.fields)}.\n"
-                f"In all files the text is read from {', '.join(texts)} (--text_columns)."
-            )
-        if not isinstance(row.fields[column], str):
-            value = printable(repr(row.fields[column]))
-            raise UserError(f"{path}:{row.line}: {column!r} is {value}; it must be a string.")

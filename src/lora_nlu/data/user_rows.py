@@ -10,6 +10,10 @@ from lora_nlu.data.lines import read_lines
 from lora_nlu.errors import UserError, printable
 from lora_nlu.labels import shortened_list
 
+_PAIRS = [("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence")]
+_PAIRS += [("text", "text_pair")]
+_ROW_NUMBERS = {"idx", "id", "index", ""}
+
 
 class Row(NamedTuple):
     """One row: its fields by column, and its last line for error messages."""
@@ -18,10 +22,13 @@ class Row(NamedTuple):
     line: int
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, read as the end of its name says. Raises UserError naming file and line."""
+def read_rows(path: Path, progress: bool = True) -> Iterator[Row]:
+    """The rows of a file, read as the end of its name says. Raises UserError naming file and line.
+
+    progress: as in `read_lines`.
+    """
     row, is_json = None, path.suffix in (".json", ".jsonl")
-    lines = read_lines(path, newline="\n" if is_json else "")
+    lines = read_lines(path, "\n" if is_json else "", progress)
     for row in _json_rows(path, lines) if is_json else _csv_rows(path, lines):
         yield row
     if row is None:
@@ -31,6 +38,43 @@ def read_rows(path: Path) -> Iterator[Row]:
 def column_list(names: Iterable[str]) -> str:
     """The names of columns for a message."""
     return shortened_list([printable(name) for name in names])
+
+
+def find_text_columns(file: object, row: Row, label_column: str, is_labelled: bool) -> tuple[str, ...]:
+    """The one or two columns to read: the one pair of usual names, or the one column beside label and row numbers.
+
+    is_labelled: whether labels are read too, for the message. Raises UserError if it is unclear which they are.
+    """
+    candidates = tuple(c for c in row.fields if c != label_column and c.lower() not in _ROW_NUMBERS)
+    pairs = [pair for pair in _PAIRS if {*pair} <= {*candidates}]
+    if len(pairs) == 1:
+        return pairs[0]
+    if not pairs and len(candidates) == 1:
+        return candidates
+    raise UserError(
+        f"{file}: found columns {column_list(row.fields)}; which hold the text?\n"
+        "Name one, or two for pairs: --text_columns a or --text_columns a,b."
+        + (f" The labels are read from {label_column!r} (--label_column)." if is_labelled else "")
+    )
+
+
+def check_row(path: Path, row: Row, texts: Sequence[str], label_column: str | None) -> None:
+    """A row must have the columns that are read, and strings for texts. Raises UserError naming file and line."""
+    if label_column is not None and label_column not in row.fields:
+        raise UserError(
+            f"{path}:{row.line}: no column {label_column!r} among {column_list(row.fields)}.\n"
+            "Name the column of the labels: --label_column."
+        )
+    for column in texts:
+        if column not in row.fields:
+            missing = ", ".join(repr(name) for name in texts if name not in row.fields)
+            raise UserError(
+                f"{path}:{row.line}: no column {missing} among {column_list(row.fields)}.\n"
+                f"In all files the text is read from {', '.join(texts)} (--text_columns)."
+            )
+        if not isinstance(row.fields[column], str):
+            value = printable(repr(row.fields[column]))
+            raise UserError(f"{path}:{row.line}: {column!r} is {value}; it must be a string.")
 
 
 def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[Row]:
