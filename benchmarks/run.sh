@@ -8,7 +8,7 @@ source "$root/scripts/install.sh"
 install dev
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$root/benchmarks/results"
-for run in train_step "train_step --bf16" eval "eval --bf16" memory variants startup scaling levers processes; do
+for run in train_step "train_step --bf16" eval "eval --bf16" memory variants predict startup scaling levers processes; do
   read -r name flags <<< "$run"
   printf '\n## %s.py %s\n\n' "$name" "$flags"
   "$venv/bin/python" "$root/benchmarks/$name.py" $flags

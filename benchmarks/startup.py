@@ -48,12 +48,14 @@ def write_pairs(path: Path) -> None:
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, **sizes: int) -> None:
     """Config, weights and tokenizer as the Hub's roberta-base has them: encoder and language-model head."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
 
-    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
+    config = RobertaConfig(
+        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, **sizes
+    )
     RobertaForMaskedLM(config).save_pretrained(folder)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -55,6 +55,15 @@ def test_the_memory_of_weights_and_of_a_step_is_measured_in_both_precisions(tmp_
         assert result[f"{side}_weights_mb"]["median"] > 10  # embeddings of 50,265 words by 64 in fp32
 
 
+def test_predictions_from_one_adapter_and_from_three_are_measured(tmp_path):
+    rows, results = smoke("predict", tmp_path)
+    assert [result["adapters"] for result in results] == [1, 3] and len(rows) == 2
+    for result in results:
+        assert min(result[f"{side}_peak_mb"]["median"] for side in ("ours", "peer")) > 100
+        rates = [result[f"{side}_sentences_per_second"]["median"] for side in ("ours", "peer")]
+        assert result["times_as_fast"]["median"] == pytest.approx(rates[0] / rates[1])
+
+
 def test_every_variant_has_its_rows(tmp_path):
     rows, results = smoke("variants", tmp_path)
     variants = ["LoRA+"] + [
