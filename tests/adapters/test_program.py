@@ -1,4 +1,4 @@
-"""python -m lora_nlu.adapters: what inspect prints, and the README's uses."""
+"""python -m lora_nlu.adapters: what inspect prints, and what the documents show."""
 
 import json
 import subprocess
@@ -236,12 +236,14 @@ def test_text_from_a_foreign_config_is_escaped_and_cut_in_the_error_message(key,
     assert err.strip().count("\n") < 3
 
 
-SNIPPET = next(block for block in (ROOT / "README.md").read_text().split("```python\n") if "read_adapter" in block)
+SNIPPET = next(
+    block for block in (ROOT / "docs" / "adapters.md").read_text().split("```python\n") if "read_adapter" in block
+)
 
 
 @pytest.mark.parametrize("case", ["roberta"], indirect=True)
 @pytest.mark.parametrize("kind", ["folder", "bin", "regression"])
-def test_the_readmes_python_runs_on_a_folder_and_on_a_published_file_and_is_right(kind, case, tmp_path, capsys):
+def test_the_python_of_the_page_on_adapters_is_right_for_a_folder_and_a_published_file(kind, case, tmp_path, capsys):
     model, base, adapter = case
     code, path = SNIPPET.split("```")[0], adapter
     if kind == "bin":
