@@ -24,7 +24,7 @@ from common import argument_parser, draw_lengths, machine, spread, write_results
 from startup import WORDS, write_model
 
 BATCHES = (1, 8, 32)  # of the peer
-WORKS = [("SST-2", "sst2", 512), ("RTE", "rte", 128)]  # name, lengths of a task's inputs, sentences
+WORKS = [("SST-2", "sst2", 256), ("RTE", "rte", 64)]  # name, lengths of a task's inputs, sentences
 ADAPTERS = (1, 3)
 LORA_R, LORA_ALPHA, LABELS = 8, 16, ("negative", "positive")
 HEADER = """| work | adapters | ours, sentences/s | peer, sentences/s (batch) | times as fast (least to most) | \

@@ -24,7 +24,7 @@ BELOW: dict[str, set[str]] = {
     "adapters": {"errors", "escaping", "files", "hub", "labels", "ops", "methods", "models"},
     "data": {"errors", "files", "labels"},
     "training": {"errors", "escaping", "files", "labels", "ops", "methods", "models", "adapters", "data"},
-    "predict": {"errors", "escaping", "files", "methods", "models", "adapters", "data", "training"},
+    "predict": {"errors", "escaping", "files", "hub", "methods", "models", "adapters", "data", "training"},
     "report": {"errors", "escaping", "files", "labels", "data", "adapters"},
     "similarity": {"report"},  # the earlier spelling of a command
 }

@@ -37,7 +37,7 @@ _WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
 _TEXTS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 _FORMATS = {".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}
 _LONGEST = 512  # tokens of an input, where neither the adapter nor the model's positions set a limit
-_BATCH_TOKENS = 2_048
+_BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}  # of a batch: on a CPU more is hardly faster, and takes memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,11 +115,13 @@ def _check(args: argparse.Namespace, adapters: list[str], file: Path | None) -> 
 
 def _predict(adapters: list[str], file: Path | None, args: argparse.Namespace) -> None:
     """Read, answer and write, window by window. Raises UserError."""
+    import torch
+
     from lora_nlu.adapters.loading import load_sources, read_source
     from lora_nlu.data.texts import Texts
 
     _disable_loading_bar()
-    _check_hub(adapters)
+    _look_for_hub(adapters)
     task_labels = TASKS[args.task_name].labels if args.task_name else None
     given = args.lora_alpha, args.labels, task_labels, args.lora_relative_query
     sources = [read_source(path, *given) for path in adapters]
@@ -128,9 +130,11 @@ def _predict(adapters: list[str], file: Path | None, args: argparse.Namespace) -
         _check_columns(columns)
     trained_on = [names for of_source in columns.values() for names in of_source]
     texts = Texts(file, args.text_columns, trained_on, progress=bool(args.output) or not sys.stdout.isatty())
-    _check_hub([args.base or sources[0].metadata.get("base_model") or ""])
+    _look_for_hub([args.base or sources[0].metadata.get("base_model") or "."])
     predictors, notes = load_sources(sources, args.base, args.lora_alpha, args.tokenizer_name)
     _say(*notes, *(_notes_on_columns(columns, texts) if texts.is_table else ()))
+    for predictor in predictors:
+        predictor.model.to("cuda" if torch.cuda.is_available() else "cpu")
     lengths, notes = _max_lengths(predictors, args.max_seq_length)
     _say(*notes)
     with _output(args.output) as sink:
@@ -150,12 +154,12 @@ def _disable_loading_bar() -> None:
         enable_progress_bars()
 
 
-def _check_hub(names: Sequence[str]) -> None:
-    """Before the Hub is asked for one of these: if it does not answer, only what was downloaded earlier is read."""
+def _look_for_hub(names: Sequence[str]) -> None:
+    """Before what may be a Hub id is read: if the Hub does not answer, say so, and read what was downloaded earlier."""
     if not all(Path(name).exists() for name in names):
-        from lora_nlu.data.glue import use_cache_if_hub_unreachable
+        from lora_nlu.hub import use_cache_if_unreachable
 
-        use_cache_if_hub_unreachable()
+        _say(*filter(None, [use_cache_if_unreachable()]))
 
 
 def _say(*lines: str) -> None:
@@ -229,6 +233,7 @@ def write_answers(
     sink: TextIO, texts: "Texts", predictors: "list[Predictor]", max_lengths: list[int], format: str
 ) -> None:
     """Write a row for each text, in order, as soon as its window is answered; say which texts were cut."""
+    from lora_nlu.data.metrics import answers_of
     from lora_nlu.data.texts import encode
 
     names = _names([predictor.source.path for predictor in predictors])
@@ -244,7 +249,7 @@ def write_answers(
         pairs = columns[1] if len(columns) == 2 else None
         encoded = {n: encode(columns[0], pairs, predictors[0].tokenizer, n) for n in cut.counts}
         answers = [
-            _answers(predictor.labels, _logits(predictor, encoded[n][0]))
+            answers_of(_logits(predictor, encoded[n][0]), predictor.labels)
             for predictor, n in zip(predictors, max_lengths, strict=True)
         ]
         for row, *of_row in zip(window, *answers, strict=True):
@@ -283,50 +288,33 @@ class _Cut:
 
 def _logits(predictor: "Predictor", encoded: dict[str, list[list[int]]]) -> "np.ndarray":
     """The logits [N, C] of encoded texts, computed in batches of about as many tokens, short texts first."""
+    model, device = predictor.model, predictor.model.device
     import torch
     from transformers import DataCollatorWithPadding
 
     collate = DataCollatorWithPadding(predictor.tokenizer)
     lengths = [*map(len, encoded["input_ids"])]
-    logits = torch.empty(len(lengths), predictor.model.config.num_labels)
-    for batch in _batches(lengths):
+    logits = torch.empty(len(lengths), model.config.num_labels)
+    for batch in _batches(lengths, _BATCH_TOKENS[device.type]):
         inputs = collate([{name: values[i] for name, values in encoded.items()} for i in batch])
         with torch.no_grad():
-            logits[batch] = predictor.model(**inputs.to(predictor.model.device)).logits.float().cpu()
+            logits[batch] = model(**inputs.to(device)).logits.float().cpu()
     if wrong := int((~logits.isfinite().all(1)).sum()):
         raise UserError(f"{predictor.source.path}: its logits are not finite for {wrong} of {len(lengths)} texts.")
     return logits.numpy()
 
 
-def _batches(lengths: list[int]) -> Iterator[list[int]]:
-    """The numbers of texts of these lengths in batches of at most `_BATCH_TOKENS` tokens, or of one text."""
+def _batches(lengths: list[int], most: int) -> Iterator[list[int]]:
+    """The numbers of texts of these lengths in batches of at most so many tokens, or of one text."""
     batch: list[int] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and tokens + lengths[i] > _BATCH_TOKENS:
+        if batch and tokens + lengths[i] > most:
             yield batch
             batch, tokens = [], 0
         batch.append(i)
         tokens += lengths[i]
     yield batch
-
-
-def _answers(labels: tuple[str, ...], logits: "np.ndarray") -> list[dict[str, Any]]:
-    """Of each row of logits the label and the probability of each class, or the score of a regression."""
-    import numpy as np
-
-    if not labels:
-        return [{"score": _rounded(x)} for x in logits[:, 0]]
-    exponentials = np.exp((logits - logits.max(1, keepdims=True)).astype(np.float64))
-    probabilities = exponentials / exponentials.sum(1, keepdims=True)
-    return [
-        {"label": labels[row.argmax()], "probabilities": dict(zip(labels, map(_rounded, row), strict=True))}
-        for row in probabilities
-    ]
-
-
-def _rounded(x: float) -> float:
-    return float(f"{x:.6g}")
 
 
 def _names(paths: list[str]) -> list[str]:
