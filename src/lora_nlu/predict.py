@@ -130,7 +130,7 @@ def _predict(adapters: list[str], file: Path | None, args: argparse.Namespace) -
         _check_columns(columns)
     trained_on = [names for of_source in columns.values() for names in of_source]
     texts = Texts(file, args.text_columns, trained_on, progress=bool(args.output) or not sys.stdout.isatty())
-    _look_for_hub([args.base or sources[0].metadata.get("base_model") or "."])
+    _look_for_hub([args.base or (sources[0].metadata.get("base_model") if sources[0].adapter else None) or "."])
     predictors, notes = load_sources(sources, args.base, args.lora_alpha, args.tokenizer_name)
     _say(*notes, *(_notes_on_columns(columns, texts) if texts.is_table else ()))
     for predictor in predictors:

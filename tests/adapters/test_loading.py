@@ -105,6 +105,20 @@ def test_the_pipeline_of_transformers_answers_with_a_loaded_adapter(base, tmp_pa
 
 
 @pytest.mark.parametrize("base", ["roberta"], indirect=True)
+def test_the_readmes_python_answers_a_pair(base, tmp_path, capsys):
+    model = trained(base, tmp_path / "a", LABELS, apply_lora=True, lora_r=4, lora_alpha=8)
+    blocks = Path(__file__).parents[2].joinpath("README.md").read_text().split("```python\n")[1:]
+    (code,) = [block.split("```")[0] for block in blocks if "lora_nlu.load(" in block]
+    names: dict[str, Any] = {}
+    exec(code.replace('"output/roberta_base_rte"', repr(str(tmp_path / "a"))), names)
+    pair = names["tokenizer"]("A man sleeps.", "Nobody is awake.", return_tensors="pt")
+    with torch.no_grad():
+        probabilities = model(**pair).logits[0].softmax(0)
+    expected = {"label": LABELS[probabilities.argmax()], "score": pytest.approx(probabilities.max().item(), abs=1e-5)}
+    assert eval(capsys.readouterr().out.splitlines()[-1]) == expected
+
+
+@pytest.mark.parametrize("base", ["roberta"], indirect=True)
 def test_what_an_adapter_does_not_record_is_given_or_asked_for(base, tmp_path):
     folder = tmp_path / "a"
     model = trained(base, folder, LABELS, apply_lora=True, lora_r=4, lora_alpha=8)

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from lora_nlu.data import user_rows
 from lora_nlu.data.lines import read_lines
 from lora_nlu.data.user_rows import check_row, find_text_columns, read_rows
 from lora_nlu.errors import UserError, printable_lines
@@ -55,8 +56,7 @@ class Texts:
             self._rows: Iterator[Row | None] = self._of_table(file, chain([first], rows))
             return
         self.columns = tuple(columns or next(iter(trained_on), ("text",)))
-        is_stream = file is None or not file.is_file()
-        self._rows = self._of_stream() if is_stream else self._of_lines(file)
+        self._rows = self._of_lines(file) if file is not None and file.is_file() else self._of_stream()
 
     @property
     def is_terminal(self) -> bool:
@@ -82,7 +82,7 @@ class Texts:
         if window:
             yield window
 
-    def _of_table(self, path: Path, rows: Iterable) -> Iterator[Row]:
+    def _of_table(self, path: Path, rows: Iterable[user_rows.Row]) -> Iterator[Row]:
         for row in rows:
             check_row(path, row, self.columns, None)
             yield tuple(row.fields[column] for column in self.columns)
