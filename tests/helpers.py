@@ -49,7 +49,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 def settings_of(row: Method) -> dict[str, Any]:
     """Config settings that choose a method of the table: its switch and what goes with it, and 4 for each size."""
     others = {"target_rank": 2, "init_warmup": 0, "final_warmup": 1, "mask_interval": 1}
-    flags = [flag for flag in row.flags if flag.kind in (int, float) and flag.below is None]
+    flags = [flag for flag in row.flags if flag.kind is int or (flag.kind is float and flag.below is None)]
     sizes = {flag.name: others.get(flag.name, 4) for flag in flags}
     return {**row.chosen_by, **sizes}
 

@@ -368,6 +368,8 @@ OTHER = METHODS["pfeiffer"][0]
         (["--apply_bitfit", "--loraplus_lr_ratio", "16"], ["--loraplus_lr_ratio has no effect with BitFit"]),
         ([*LORA, "--loraplus_lr_ratio", "0"], ["--loraplus_lr_ratio 0.0: must be above 0"]),
         (["--head_learning_rate", "-1"], ["--head_learning_rate -1.0: must be 0 or more"]),
+        (["--apply_lora", "--lora_variant", "vera", "--lora_r", "4", "--vera_seed", str(2**63)],
+         [f"--vera_seed {2**63}: must be from 0 to below"]),
         (["--do_train", "false", "--do_eval", "--head_learning_rate", "1"], ["--head_learning_rate", "Add --do_train"]),
         (["--lora_dropout", "0.1"], ["--lora_dropout", "Add --apply_lora"]),
         (["--apply_bitfit", "--lora_dropout", "0.1"], ["--lora_dropout", "Add --apply_lora"]),

@@ -71,8 +71,9 @@ _ADALORA_FLAGS = (
 )
 _VERA_FLAGS = (
     *(flag for flag in _LORA_FLAGS if flag.name != "lora_alpha"),
-    Flag("vera_seed", "VeRA: seed of the frozen matrices; default: 0", int, unset=0, at_least=0, decides=True),
-)
+    Flag("vera_seed", "VeRA: seed of the frozen matrices; default: 0", int, unset=0, at_least=0, below=2**63,
+         decides=True),
+)  # fmt: skip
 _BOTTLENECK_FLAGS = (
     Flag("apply_adapter", "Train bottleneck adapters, and the head", bool, False),
     Flag("adapter_type", "Where adapters go and what they read", decides=True),
