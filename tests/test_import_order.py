@@ -19,7 +19,7 @@ BELOW: dict[str, set[str]] = {
     "labels": {"errors"},
     "lazy": set(),
     "ops": {"errors", "files"},
-    "methods": {"errors", "ops"},
+    "methods": {"errors", "files", "ops"},
     "models": {"errors", "files", "labels", "ops", "methods"},
     "adapters": {"errors", "escaping", "files", "hub", "labels", "ops", "methods", "models"},
     "data": {"errors", "files", "labels"},

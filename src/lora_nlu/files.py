@@ -211,4 +211,6 @@ def check_json(path: Path, content: dict[str, Any], checks: Iterable[tuple[str, 
     """Raise UserError for the first of `checks` (key, whether its value is valid, what is expected) that fails."""
     for key, is_valid, expected in checks:
         if not is_valid:
-            raise UserError(f"{path}: {key} is {printable(content.get(key))}; expected {expected}.")
+            value = content.get(key)
+            shown = f'"{printable(value)}"' if isinstance(value, str) else printable(value)
+            raise UserError(f"{path}: {key} is {shown}; expected {expected}.")

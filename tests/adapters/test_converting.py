@@ -208,7 +208,7 @@ def test_what_cannot_be_converted_is_refused_in_a_line_or_three_and_nothing_is_w
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda state: {n: t for n, t in state.items() if "lora_" not in n}, "no LoRA matrices"),
+        (lambda state: {n: t for n, t in state.items() if "lora_" not in n}, "no tensor of LoRA"),
         (
             lambda state: {n: t for n, t in state.items() if not n.endswith("1.attention.self.value.lora_B")},
             "lacks rob",

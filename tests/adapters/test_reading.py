@@ -10,7 +10,7 @@ from helpers import (
     GOLDENS,
     tiny_config,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_models import (
     ALPHA,
     METADATA_OF_RUN,
@@ -28,6 +28,7 @@ from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
+from lora_nlu.methods.marking import describe_method
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 
 # --------------------------------------------------------------------------------------------------- published files
@@ -158,7 +159,7 @@ def test_a_file_that_contains_no_state_dict_is_refused(tmp_path):
     for name in ("list.bin", "nested.bin", "numbers.bin"):
         assert "no state dict" in refused(tmp_path / name)
     published(tmp_path / "head.bin", {"classifier.dense.weight": torch.zeros(2, 2)})
-    assert "no LoRA matrices" in refused(tmp_path / "head.bin")
+    assert "no tensor of LoRA" in refused(tmp_path / "head.bin")
 
 
 TEXTS = {
@@ -304,3 +305,65 @@ def test_a_folder_whose_ranks_are_not_those_of_its_tensors_is_refused(saved, tmp
     )
     message = refused(tmp_path)
     assert "self.query.lora_A has rank 4" in message and "says 2" in message
+
+
+def _without(ending):
+    """Leaves out the first tensor whose key ends so."""
+    return lambda tensors, config: tensors.pop(min(key for key in tensors if key.endswith(ending)))
+
+
+def _changed(ending, change):
+    """Replaces the first tensor whose key ends so."""
+
+    def of(tensors, config):
+        key = min(key for key in tensors if key.endswith(ending))
+        tensors[key] = change(tensors[key]).contiguous()
+
+    return of
+
+
+def _set(**settings):
+    return lambda tensors, config: config.update(settings)
+
+
+def _mask(change):
+    """Changes the list of the first layer in AdaLoRA's rank_pattern."""
+    return lambda tensors, config: change(config["rank_pattern"][min(config["rank_pattern"])])
+
+
+@pytest.mark.parametrize(
+    ("variant", "damage", "words"),
+    [
+        ("dora", _set(use_dora=False), "contains roberta.encoder.layer.0.attention.self.query.lora_magnitude_vector"),
+        ("dora", _without("lora_magnitude_vector"), "the file lacks"),
+        ("rslora", _set(use_dora=True), "use_dora=True is not supported"),
+        ("pissa", _set(use_dora=True), "use_dora=True is not supported"),
+        ("lora", _set(init_lora_weights="pissa"), "describes PiSSA, run_metadata.json LoRA"),
+        ("lora", _set(r="4"), 'r is "4"; expected a positive integer'),
+        ("vera", _without("vera_lambda_d"), "query.vera_lambda_d"),
+        ("vera", _without("vera_lambda_b"), "query.vera_lambda_b"),
+        ("vera", _changed("vera_lambda_d", torch.sum), "vera_lambda_d is []; expected [r]"),
+        ("vera", _without("vera_A"), "vera_A is missing and base_model.vera_B is [32, 4]"),
+        ("vera", _changed("vera_A", lambda A: A[:3]), "vera_A is [3, 32] and"),
+        ("vera", _changed("vera_B", torch.flatten), "vera_B is [128]; expected [4, in] and [32, 4]"),
+        ("vera", _set(projection_prng_key=None), "adapter_config.json: projection_prng_key is None"),
+        ("vera", _set(projection_prng_key=3), "adapter_config.json has vera_seed 3, run_metadata.json 0"),
+        ("adalora", _mask(lambda mask: mask.append(False)), "has init_r 4 and a rank_pattern of 5 directions"),
+        ("adalora", _mask(lambda mask: mask.pop()), "has init_r 4 and a rank_pattern of 3 directions"),
+        ("adalora", _set(init_r=8, rank_pattern={}), "has rank 4, adapter_config.json says 8"),
+        ("adalora", _set(beta1=1.5), "beta1 is 1.5; expected a number from 0 to below 1"),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_of_a_variant_is_refused_where_it_is_read(variant, damage, words, tmp_path):
+    alpha = {"lora_alpha": None} if variant == "vera" else {}
+    model = lora_model(lora_variant=variant, **alpha)
+    save_adapter(model, tmp_path, METADATA_OF_RUN | {"method": describe_method(model)})
+    read_adapter(str(tmp_path))
+    tensors = load_file(tmp_path / ADAPTER_WEIGHTS)
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    damage(tensors, config)
+    save_file(tensors, tmp_path / ADAPTER_WEIGHTS, {"format": "pt"})
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError) as error:
+        read_adapter(str(tmp_path))
+    assert words in str(error.value) and str(tmp_path) in str(error.value), error.value

@@ -127,9 +127,12 @@ def _module_pattern(names: list[str] | str) -> str:
     return names if isinstance(names, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, names))})"
 
 
-def check_peft_config(path: Path, config: dict[str, Any]) -> None:
-    """Refuse, by name, each setting of PEFT with which this model would compute something else. Raises UserError."""
-    kind, row = config.get("peft_type"), method_of_config(config)
+def check_peft_config(path: Path, config: dict[str, Any], recorded_method: str | None = None) -> None:
+    """Refuse, by name, each setting of PEFT with which this model would compute something else. Raises UserError.
+
+    recorded_method: as in `peft_fields`.
+    """
+    kind, row = config.get("peft_type"), method_of_config(config, recorded_method)
     if row is None:
         types = ", ".join(dict.fromkeys(other.peft_types[0] for other in METHODS.values() if other.in_peft))
         raise UserError(f"{path}: peft_type is {printable(kind)}; of PEFT's types these are supported: {types}.")
@@ -153,7 +156,7 @@ def _check_settings(path: Path, config: dict[str, Any], row: Method) -> None:
     check_json(path, config, [
         ("lora_dropout", isinstance(p, (int, float)) and 0 <= p <= 1, "a number from 0 to 1"),
         # without one of these two PEFT would take its default of 8
-        ("r", is_positive_number(config.get("r"), int), "a positive number"),
+        ("r", is_positive_number(config.get("r"), int), "a positive integer"),
         ("lora_alpha", not row.has_alpha or is_positive_number(config.get("lora_alpha"), (int, float)),
          "a positive number"),
         ("layers_to_transform", all(type(number) is int and number >= 0 for number in numbers), "layer numbers"),

@@ -35,6 +35,8 @@ from lora_nlu.errors import UserError, first_line, is_out_of_memory, printable
 from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA, check_json, read_json, weights_file_problem
 from lora_nlu.labels import check_label
 from lora_nlu.methods.description import is_added, method_of_config
+from lora_nlu.methods.method import Method
+from lora_nlu.methods.table import METHODS
 from lora_nlu.ops.tensors import fingerprint, load_torch_file
 
 _PICKLED_WEIGHTS = "adapter_model.bin"  # as PEFT wrote it before safetensors
@@ -98,12 +100,12 @@ def _read_folder(folder: Path) -> Adapter:
     config = read_json(folder / ADAPTER_CONFIG, _LARGEST_JSON)
     if (row := method_of_config(config)) and row.read_config:
         config = row.read_config(folder / ADAPTER_CONFIG, config)
-    check_peft_config(folder / ADAPTER_CONFIG, config)
     metadata = read_json(folder / RUN_METADATA, _LARGEST_JSON) if (folder / RUN_METADATA).is_file() else {}
     _check_run_metadata(folder / RUN_METADATA, metadata)
+    method = metadata.get("method", {}).get("name")
+    check_peft_config(folder / ADAPTER_CONFIG, config, method)
     if base := config.get("base_model_name_or_path"):
         metadata = {"base_model": base, "base_revision": config.get("revision")} | metadata
-    method = metadata.get("method", {}).get("name")
     adapter = Adapter(folder, _read_state(weights), metadata=metadata, **peft_fields(config, method))
     if adapter.row.load_frozen:
         added, trained = str(adapter.row.added), str(adapter.row.state)
@@ -201,35 +203,40 @@ def _check_run_metadata(path: Path, metadata: dict[str, Any]) -> None:
 
 def _check_complete(adapter: Adapter) -> None:
     """Raise UserError unless an adapter has all tensors of its method, LoRA's matrices as A [R, in] and B [out, R]."""
-    source, pattern = adapter.source, adapter.row.state
-    if not (adapter.row.has_ranks and adapter.row.rank_of == "lora_A"):
+    source, row, pattern = adapter.source, adapter.row, adapter.row.state
+    if not row.has_ranks:
         trained = [n for n in adapter.state if pattern and re.search(pattern, n) and n.startswith(ENCODER_PREFIXES)]
         if pattern and not trained:
             raise UserError(f"{source}: {ADAPTER_CONFIG} says {adapter.method}, but the file contains no tensor of it.")
-        if adapter.row.block and adapter.adapter_size is None:
+        if row.block and adapter.adapter_size is None:
             lacking = trained[0].replace("adapter_B", "adapter_A")
             raise UserError(f"{source}: not a complete adapter: the file lacks {lacking}.")
         return
-    if not (layers := dict.fromkeys(name.rpartition(".")[0] for name in adapter.state if LORA_KEY.search(name))):
-        raise UserError(f"{source}: {_contents_without_lora(adapter.state)}")
+    if foreign := [name for name in adapter.state if is_added(name) and not re.search(str(row.added), name)]:
+        raise UserError(f"{source}: contains {foreign[0]}, which {row.label} does not have: {_MISMATCH}.")
+    if not (layers := dict.fromkeys(n.rpartition(".")[0] for n in adapter.state if n.endswith(row.tensors))):
+        raise UserError(f"{source}: {_contents_without(row, adapter.state)}")
     for layer in layers:
+        if missing := [name for name in row.tensors if f"{layer}.{name}" not in adapter.state]:
+            raise UserError(f"{source}: not a complete adapter: the file lacks {layer}.{missing[0]}.")
+        if row.rank_of != "lora_A":
+            if not adapter.state[f"{layer}.{row.rank_of}"].dim():
+                raise UserError(f"{source}: {layer}.{row.rank_of} is []; expected [r].")
+            continue
         pair = [f"{layer}.lora_A", f"{layer}.lora_B"]
-        names = [f"{layer}.{name}" for name in adapter.row.tensors]
-        if missing := [name for name in names if name not in adapter.state]:
-            raise UserError(f"{source}: not a complete adapter: the file lacks {missing[0]}.")
         A, B = (list(adapter.state[name].shape) for name in pair)
         is_empty = A[:1] == [0] and layer not in adapter.settings.get("kept", {})
         if len(A) != 2 or len(B) != 2 or A[0] != B[1] or is_empty:
             raise UserError(f"{source}: {pair[0]} is {A} and {pair[1]} is {B}; expected [r, in] and [out, r].")
 
 
-def _contents_without_lora(names: Iterable[str]) -> str:
-    """What a file without LoRA matrices, by our names of them, contains instead, and what to do with it."""
+def _contents_without(row: Method, names: Iterable[str]) -> str:
+    """What a file without the tensors of LoRA or a variant contains instead, and what to do with it."""
     if any(name.startswith(PEFT_PREFIX) for name in names):
         return f"contains PEFT's keys, which record neither rank nor alpha. Give the folder with its {ADAPTER_CONFIG}."
     if any(name.endswith(".word_embeddings.weight") for name in names):
         return "is a complete model, without LoRA. Give it as --model_name_or_path."
-    return "no LoRA matrices (keys ending in lora_A, lora_B) in it."
+    return f"contains no tensor of {row.label} (keys ending in {', '.join(row.tensors)})."
 
 
 def _check_updates(adapter: Adapter, config: dict[str, Any]) -> None:
@@ -263,6 +270,21 @@ def _check_written_together(adapter: Adapter, peft_type: str) -> None:
             f"{source}: {ADAPTER_CONFIG} says {peft_type}, {RUN_METADATA} {printable(recorded_type)}: {_MISMATCH}.\n"
             f"{remedy} peft_type back."
         )
+    recorded_method = metadata.get("method", {})
+    recorded_row = METHODS.get(recorded_method.get("name"), adapter.row)
+    if recorded_row.linear is not adapter.row.linear:
+        raise UserError(
+            f"{source}: {ADAPTER_CONFIG} describes {adapter.row.label}, {RUN_METADATA} {recorded_row.label}: "
+            f"{_MISMATCH}.\n{remedy} it back."
+        )
+    for name, value in adapter.settings.items():
+        is_decisive = any(flag.name == name and flag.decides for flag in adapter.row.flags)
+        if is_decisive and recorded_method.get(name, value) != value:
+            recorded_value = printable(recorded_method[name])
+            raise UserError(
+                f"{source}: {ADAPTER_CONFIG} has {name} {value}, {RUN_METADATA} {recorded_value}: {_MISMATCH}.\n"
+                f"{remedy} it back."
+            )
     recorded_scalings = metadata.get("lora", {}).get("scalings")
     if adapter.row.has_alpha and recorded_scalings is not None:
         in_config, in_run = (", ".join(f"{x:.6g}" for x in sorted(s)) for s in (adapter.scalings(), recorded_scalings))

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_nlu.errors import UserError, printable
+from lora_nlu.errors import UserError
+from lora_nlu.files import check_json
 from lora_nlu.methods import lora
 from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.methods.lora import LoRALinear
@@ -306,7 +307,12 @@ def from_file(adapter: Any) -> Any:
         raise UserError(f"{source}: init_r {rank} is too high for layers of these sizes; the folder is damaged.")
     for name, left in adapter.ranks.items():
         kept = torch.tensor(masks.get(name, [True] * rank), dtype=torch.bool)
-        if state[f"{name}.lora_E"].shape != (left, 1) or int(kept.sum()) != left or len(kept) != rank:
+        if len(kept) != rank:
+            raise UserError(
+                f"{source}: adapter_config.json has init_r {rank} and a rank_pattern of {len(kept)} directions for "
+                f"{name}.lora_E: the files don't belong together."
+            )
+        if state[f"{name}.lora_E"].shape != (left, 1) or int(kept.sum()) != left:
             raise UserError(
                 f"{source}: {name}.lora_A has {left} directions and lora_E the shape "
                 f"{[*state[f'{name}.lora_E'].shape]}, but adapter_config.json keeps {int(kept.sum())} of {rank}."
@@ -336,15 +342,10 @@ def read_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     integers = {"init_r": 1, "target_r": 0, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
     checks = [(key, is_number(config.get(key), int) and config[key] >= least, f"an integer from {least}")
               for key, least in integers.items()]  # fmt: skip
-    for key in ("beta1", "beta2", "orth_reg_weight"):
-        value = config.get(key)
-        checks.append((key, is_number(value) and 0 <= value < (float("inf"), 1)["beta" in key], "a number from 0"))
-    for key, is_valid, expected in [
-        *checks,
-        ("rank_pattern", is_pattern, "lists of true and false by names of lora_E"),
-    ]:
-        if not is_valid:
-            raise UserError(f"{path}: {key} is {printable(config.get(key))}; expected {expected}.")
+    for key, below in (("beta1", 1), ("beta2", 1), ("orth_reg_weight", float("inf"))):
+        value, expected = config.get(key), f"a number from 0{' to below 1' if below == 1 else ''}"
+        checks.append((key, is_number(value) and 0 <= value < below, expected))
+    check_json(path, config, [*checks, ("rank_pattern", is_pattern, "lists of true and false by names of lora_E")])
     kept = {name.removesuffix(".default").removesuffix(".lora_E"): mask for name, mask in pattern.items()}
     return config | {"r": config["init_r"], "rank_pattern": {}, "kept": kept}
 

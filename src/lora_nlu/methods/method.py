@@ -128,7 +128,7 @@ class Method:
     # load_frozen(model, adapter): gives a model that has the adapter's layers the tensors of `Adapter.frozen`. Raises
     # UserError if they don't fit.
     load_frozen: Callable[[Any, Any], None] | None = None
-    # The parameters that a file must contain for each layer with an update; checked if `rank_of` is "lora_A".
+    # The parameters that a file must contain for each layer with an update, if the method has ranks.
     tensors: tuple[str, ...] = ("lora_A", "lora_B")
     rank_of: str = "lora_A"  # the parameter of a layer whose first size is the layer's rank
     # scaling(adapter, rank, alpha): the factor of a layer's update, where it is not alpha / rank or alpha / sqrt(rank).

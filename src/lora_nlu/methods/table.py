@@ -155,11 +155,12 @@ _ROWS = (
     _lora(
         "vera", "VeRA", "#999933", "p", flags=_VERA_FLAGS, settings=(), missing=_missing_vera, read=vera.read_settings,
         added=r"(\.vera_lambda_[bd]|^base_model\.vera_[AB])$", state=r"\.vera_lambda_[bd]$", rank_of="vera_lambda_d",
-        layer=vera.new_layer, linear=vera.VeraLinear, shards=False, peft_types=("VERA", "VERA_FROZEN_RELATIVE_QUERY"),
-        peft_weights=None, peft_settings=("d_initial", "init_weights", "projection_prng_key", "save_projection",
-                                          "vera_dropout"),
-        rebuild=vera.rebuild, load_frozen=vera.load_projections, to_adapter=vera.to_adapter, to_peft=vera.to_peft,
-        from_peft=vera.from_peft, to_config=vera.write_seed, describe=vera.describe, facts=vera.facts,
+        tensors=("vera_lambda_d", "vera_lambda_b"), layer=vera.new_layer, linear=vera.VeraLinear, shards=False,
+        peft_types=("VERA", "VERA_FROZEN_RELATIVE_QUERY"), peft_weights=None,
+        peft_settings=("d_initial", "init_weights", "projection_prng_key", "save_projection", "vera_dropout"),
+        read_config=vera.read_config, to_peft=vera.to_peft, from_peft=vera.from_peft, from_file=vera.from_file,
+        rebuild=vera.rebuild, load_frozen=vera.load_projections, to_adapter=vera.to_adapter, to_config=vera.write_seed,
+        describe=vera.describe, facts=vera.facts,
     ),
     # After the other variants, whose PEFT folders may set use_rslora too: of several rows that fit the first is chosen.
     _lora(

@@ -6,6 +6,7 @@ Dim letters: N rows (tokens), I in_features, O out_features, R rank.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_nlu.errors import UserError
+from lora_nlu.files import check_json
 from lora_nlu.methods import lora
 from lora_nlu.methods.description import Description
 from lora_nlu.methods.linear import UpdatedLinear
@@ -309,16 +311,36 @@ def to_peft(adapter: Any) -> dict[str, Any]:
     return {"projection_prng_key": seed, "save_projection": has_pair, "vera_dropout": adapter.lora_dropout}
 
 
+def read_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """An adapter_config.json as it is. Raises UserError for values that PEFT does not write."""
+    p = config.get("vera_dropout", 0.0)
+    check_json(path, config, [
+        ("projection_prng_key", _is_seed(config.get("projection_prng_key")), "an integer from 0 to 2**63 - 1"),
+        ("vera_dropout", is_number(p) and 0 <= p <= 1, "a number from 0 to 1"),
+        ("rank_pattern", not config.get("rank_pattern"), "none: the layers of VeRA have one rank"),
+    ])  # fmt: skip
+    return config
+
+
 def from_peft(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `Adapter` from adapter_config.json. Raises UserError for values that PEFT does not write."""
-    seed, p = config.get("projection_prng_key", 0), config.get("vera_dropout", 0.0)
-    if not _is_seed(seed):
-        raise UserError(f"adapter_config.json: projection_prng_key is {seed!r}; expected a number from 0 to 2**63 - 1.")
-    if not (is_number(p) and 0 <= p <= 1):
-        raise UserError(f"adapter_config.json: vera_dropout is {p!r}; expected a number from 0 to 1.")
-    if config.get("rank_pattern"):
-        raise UserError("adapter_config.json: rank_pattern: the layers of VeRA have one rank.")
-    return {"lora_dropout": 1.0 * p, "settings": {"vera_seed": seed}}
+    """Fields of `Adapter` from a config of `read_config`."""
+    settings = {"vera_seed": config["projection_prng_key"]}
+    return {"lora_dropout": 1.0 * config.get("vera_dropout", 0.0), "settings": settings}
+
+
+def from_file(adapter: Any) -> Any:
+    """The adapter as it is. Raises UserError unless its pair is missing, or of the sizes of its vectors."""
+    found = {name: list(adapter.frozen[name].shape) for name in _PAIR if name in adapter.frozen}
+    if not found:  # PEFT's save_projection=False
+        return adapter
+    rank = next(iter(adapter.ranks.values()))
+    outputs = max(x.numel() for name, x in adapter.state.items() if name.endswith(".vera_lambda_b"))
+    A, B = (found.get(name, "missing") for name in _PAIR)
+    if A == "missing" or len(A) != 2 or A[0] != rank or B != [outputs, rank]:
+        raise UserError(
+            f"{adapter.source}: {_PAIR[0]} is {A} and {_PAIR[1]} is {B}; expected [{rank}, in] and [{outputs}, {rank}]."
+        )
+    return adapter
 
 
 def write_seed(model: Any) -> None:
