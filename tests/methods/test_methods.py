@@ -35,7 +35,7 @@ from lora_nlu.adapters.converting import merged_state
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.adapters.writing import save_adapter
 from lora_nlu.errors import UserError
-from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
 from lora_nlu.methods.bottleneck import Bottleneck, set_bottlenecks_
 from lora_nlu.methods.description import methods_in, set_method, setting_names
 from lora_nlu.methods.linear import merge_lora_
@@ -811,8 +811,14 @@ def test_another_depth_or_width_is_refused_by_names_and_shapes(kind, method, oth
 
 
 @pytest.mark.parametrize("method", ["bitfit", "houlsby", "pfeiffer", "head"])
-def test_an_adapter_of_the_other_model_is_refused_by_its_names(method, bases, saved):
-    assert "not an adapter of this model" in refused(bases["deberta-v2"], saved("roberta", method)[1])
+def test_an_adapter_of_the_other_model_is_refused_by_its_record_or_its_names(method, bases, saved, tmp_path):
+    folder = saved("roberta", method)[1]
+    message = refused(bases["deberta-v2"], folder)
+    assert "was trained on a roberta model" in message and "the given one is a deberta-v2 model" in message
+    without = Path(shutil.copytree(folder, tmp_path / "adapter"))
+    (without / RUN_METADATA).unlink()
+    message = refused(bases["deberta-v2"], without)
+    assert "roberta" in message and "deberta-v2" in message
 
 
 def saying(kind: str, folder: Path, place: Path) -> Path:
@@ -976,7 +982,7 @@ def test_a_folder_converted_to_one_with_a_card_gives_the_same_logits(kind, metho
     row = methods_in(model)[0]
     in_peft = row.in_peft and not getattr(model, "frozen_relative_query", False)
     assert ("library_name: peft" in card) == in_peft and ("library_name: lora-nlu" in card) != in_peft
-    assert f"--{row.path_flag} THIS_FOLDER" in card
+    assert f"--{row.path_flag} adapter " in card
     assert len(re.findall("--(lora|adapter)_path", card)) == 1
 
 
