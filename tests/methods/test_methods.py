@@ -817,8 +817,8 @@ def test_an_adapter_of_the_other_model_is_refused_by_its_record_or_its_names(met
     assert "was trained on a roberta model" in message and "the given one is a deberta-v2 model" in message
     without = Path(shutil.copytree(folder, tmp_path / "adapter"))
     (without / RUN_METADATA).unlink()
-    message = refused(bases["deberta-v2"], without)
-    assert "roberta" in message and "deberta-v2" in message
+    expected = "not an adapter of this model" if method == "head" else "was trained on a roberta model"
+    assert expected in refused(bases["deberta-v2"], without)
 
 
 def saying(kind: str, folder: Path, place: Path) -> Path:
