@@ -224,8 +224,8 @@ def _max_lengths(predictors: "list[Predictor]", flag: int | None) -> tuple[list[
     for predictor in predictors:
         settings = predictor.source.metadata.get("hyperparameters")
         recorded = settings.get("max_seq_length") if isinstance(settings, dict) else None
-        is_length = isinstance(recorded, int) and recorded >= 4
-        lengths.append(int(min(flag or (recorded if is_length else _LONGEST), limit)))
+        longest = recorded if isinstance(recorded, int) and recorded >= 4 else _LONGEST
+        lengths.append(int(min(flag or longest, limit)))
     return lengths, notes
 
 
@@ -296,7 +296,7 @@ def _logits(predictor: "Predictor", encoded: dict[str, list[list[int]]]) -> "np.
     lengths = [*map(len, encoded["input_ids"])]
     logits = torch.empty(len(lengths), model.config.num_labels)
     for batch in _batches(lengths, _BATCH_TOKENS[device.type]):
-        inputs = collate([{name: values[i] for name, values in encoded.items()} for i in batch])
+        inputs: Any = collate([{name: values[i] for name, values in encoded.items()} for i in batch])
         with torch.no_grad():
             logits[batch] = model(**inputs.to(device)).logits.float().cpu()
     if wrong := int((~logits.isfinite().all(1)).sum()):

@@ -99,19 +99,19 @@ def read_source(
     adapter = with_relative_query(read_adapter(path), lora_relative_query)
     if adapter.row.has_ranks:
         adapter.layers(lora_alpha)  # raises if neither records the alpha, or if they differ
-    if adapter.label_count is None:
+    if (count := adapter.label_count) is None:
         raise UserError(f"{path}: has no classification head, so it predicts nothing.")
     if labels is not None:
-        _check_names(path, adapter.labels, adapter.label_count, labels)
+        _check_names(path, adapter.labels, count, labels)
         adapter = replace(adapter, metadata={"labels": [*labels]} | adapter.metadata)
-    names = adapter.labels
+    names: Sequence[str] | None = adapter.labels
     if names is None:
-        names = () if adapter.label_count == 1 else task_labels
+        names = () if count == 1 else task_labels
     elif task_labels is not None and rows_by_label(names, task_labels) is None:
         of_task = f"those of --task_name are {label_list(task_labels)}"
         raise UserError(f"{path}: was trained to predict {label_list(names)}; {of_task}.\nLeave --task_name out.")
     if names is None:
-        raise _no_names(path, adapter.label_count)
+        raise _no_names(path, count)
     return Source(path, adapter, tuple(names), adapter.metadata)
 
 
@@ -183,7 +183,7 @@ def load_sources(
 def load_base(base: str, adapter: Adapter) -> Any:
     """The base model of an adapter, with a head of as many outputs that is not trained. Raises UserError."""
     revision, count = recorded_revision(adapter, base), adapter.label_count
-    hub = {"revision": revision} if revision else {}
+    hub: dict[str, Any] = {"revision": revision} if revision else {}
     unnamed = () if count == 1 else placeholder_labels(count or 0)
     try:
         config = load_config(base, **hub)

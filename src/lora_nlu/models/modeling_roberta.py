@@ -319,10 +319,10 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel):
 class XLMRobertaForSequenceClassification(RobertaForSequenceClassification):
     """XLM-RoBERTa, in place of transformers' class of that name: RoBERTa under a model type of its own."""
 
-    config_class = XLMRobertaConfig
+    config_class = XLMRobertaConfig  # type: ignore[assignment]
 
 
 class CamembertForSequenceClassification(RobertaForSequenceClassification):
     """CamemBERT, in place of transformers' class of that name: RoBERTa under a model type of its own."""
 
-    config_class = CamembertConfig
+    config_class = CamembertConfig  # type: ignore[assignment]
