@@ -10,7 +10,7 @@ from typing import Any
 from lora_nlu.errors import printable
 
 _LENGTH = 5000  # of the longest text: a path has up to 4,096 characters
-_LINE_ENDS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # that JSON leaves in text; half surrogates too
+_JSON_CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # json.dumps leaves them as they are
 _TSV_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 # "_" and "@" stay: emphasis does no harm, and labels and the names of models contain them.
 _MARKDOWN = str.maketrans(
@@ -46,7 +46,7 @@ def tsv_cell(text: str) -> str:
 def json_line(value: object) -> str:
     """JSON in one line of readable UTF-8, also for readers that end a line at other characters than \\n."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return _LINE_ENDS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return _JSON_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def csv_cell(value: Any) -> Any:

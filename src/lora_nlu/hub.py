@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: whether it answers; without it, what was downloaded before is all there is."""
+"""The Hugging Face Hub: whether it answers. Without it, only what was downloaded before can be read."""
 
 import sys
 import threading
@@ -23,12 +23,12 @@ def use_cache_if_unreachable() -> str:
         with suppress(Exception):  # every HTTP library has its own exceptions for no answer
             answers.append(huggingface_hub.get_session().head(constants.ENDPOINT, timeout=TIMEOUT_S).status_code < 500)
 
-    thread = threading.Thread(target=ask, daemon=True)  # no timeout ends a look-up of the name that gets no answer
+    thread = threading.Thread(target=ask, daemon=True)  # the timeout of `head` does not end a DNS look-up
     thread.start()
     thread.join(TIMEOUT_S)
     if any(answers):
         return ""
     constants.HF_HUB_OFFLINE = True
-    if config := getattr(sys.modules.get("datasets"), "config", None):  # imported later, it reads it from there
+    if config := getattr(sys.modules.get("datasets"), "config", None):  # imported later, it copies the constant
         config.HF_HUB_OFFLINE = config.HF_DATASETS_OFFLINE = True
     return f"The Hub ({constants.ENDPOINT}) does not answer: only what was downloaded before is used."

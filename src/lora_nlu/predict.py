@@ -8,8 +8,7 @@
 ADAPTER is a folder (of an adapter, or a complete model), a .bin, or the Hub id of a PEFT adapter. FILE is any other
 file: .csv, .tsv, .json and .jsonl have columns, one or two of them with text; every other ending is lines of text. Of
 an adapter that was trained on pairs a line has two texts with a tab between them. Without FILE, or with -, standard
-input is read as lines. What exists on the disk is never taken for a Hub id; give a folder that is named like a file as
-FOLDER/. Empty lines are left out.
+input is read as lines. What exists on the disk is never taken for a Hub id. Empty lines are left out.
 """
 
 import argparse
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
 _WEIGHTS = (".bin", ".pt", ".pth", ".safetensors")
 _TEXTS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 _FORMATS = {".tsv": "tsv", ".jsonl": "jsonl", ".json": "jsonl"}
-_LONGEST = 512  # tokens of an input, where neither the adapter nor the model's positions set a limit
-_BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}  # of a batch: on a CPU more is hardly faster, and takes memory
+_LONGEST = 512  # tokens of an input, if the run records no length; the model may have fewer positions
+_BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}  # of a batch; on a CPU more is hardly faster and takes memory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,7 +88,7 @@ def split_operands(words: Sequence[str]) -> tuple[list[str], Path | None]:
     if not adapters:
         raise UsageError(f"{files[0]} is a file of text: give an adapter before it.")
     if repeated := [word for i, word in enumerate(adapters) if word in adapters[:i]]:
-        raise UsageError(f"{repeated[0]} is given twice.")
+        raise UsageError(f"{repeated[0]} is given twice: give it once.")
     return adapters, Path(files[0]) if files and files[0] != "-" else None
 
 
@@ -110,7 +109,7 @@ def _check(args: argparse.Namespace, adapters: list[str], file: Path | None) -> 
     if not args.format:
         raise UsageError(f"--output {args.output}: end it in .tsv or .jsonl, or give --format.")
     if file and args.output and args.output.exists() and file.samefile(args.output):
-        raise UsageError(f"--output {args.output}: is the file of the texts.")
+        raise UsageError(f"--output {args.output}: is the file of the texts. Choose another.")
 
 
 def _predict(adapters: list[str], file: Path | None, args: argparse.Namespace) -> None:
@@ -144,12 +143,12 @@ def _predict(adapters: list[str], file: Path | None, args: argparse.Namespace) -
 
 
 def _disable_loading_bar() -> None:
-    """Turn off transformers' bar of weights that are loaded, which is not only for terminals."""
+    """Turn off transformers' progress bar of weight loading, which is also written to files and pipes."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     others_are_disabled = are_progress_bars_disabled()
-    disable_progress_bar()  # that of downloads, and of files that are read, too
+    disable_progress_bar()  # turns off the Hub's bars too, which the reading of files uses
     if not others_are_disabled:
         enable_progress_bars()
 
@@ -182,7 +181,10 @@ def _output(path: Path | None) -> Iterator[TextIO]:
 
 
 def _trained_columns(source: "Source", task_name: str | None) -> list[tuple[str, ...]]:
-    """The columns of the text that something was trained on, by the names that they may have; [] if unknown."""
+    """The text columns that an adapter or model was trained on; [] if unknown.
+
+    A GLUE task may have two sets of them: the Hub's names and those of the files.
+    """
     recorded = source.metadata.get("text_columns")
     if isinstance(recorded, list) and 1 <= len(recorded) <= 2 and all(isinstance(name, str) for name in recorded):
         return [tuple(recorded)]
@@ -211,7 +213,7 @@ def _notes_on_columns(columns: dict[str, list[tuple[str, ...]]], texts: "Texts")
 
 
 def _max_lengths(predictors: "list[Predictor]", flag: int | None) -> tuple[list[int], list[str]]:
-    """Of each predictor the tokens at which its inputs are cut, and lines to print.
+    """The number of tokens at which the inputs of each predictor are cut, and lines to print.
 
     flag: --max_seq_length; without it the length that the run records, or else the model's limit.
     """
@@ -265,7 +267,7 @@ def write_answers(
 
 
 class _Cut:
-    """How many texts are cut, by the number of tokens at which they are."""
+    """Counts the texts that are cut: how many are longer than each of the predictors' maximum lengths."""
 
     def __init__(self, max_lengths: set[int]) -> None:
         self.counts, self.texts, self.longest = dict.fromkeys(max_lengths, 0), 0, 0
@@ -287,11 +289,11 @@ class _Cut:
 
 
 def _logits(predictor: "Predictor", encoded: dict[str, list[list[int]]]) -> "np.ndarray":
-    """The logits [N, C] of encoded texts, computed in batches of about as many tokens, short texts first."""
-    model, device = predictor.model, predictor.model.device
+    """The logits [N, C] of encoded texts, in their order; computed in batches of about equally many tokens."""
     import torch
     from transformers import DataCollatorWithPadding
 
+    model, device = predictor.model, predictor.model.device
     collate = DataCollatorWithPadding(predictor.tokenizer)
     lengths = [*map(len, encoded["input_ids"])]
     logits = torch.empty(len(lengths), model.config.num_labels)
@@ -305,7 +307,10 @@ def _logits(predictor: "Predictor", encoded: dict[str, list[list[int]]]) -> "np.
 
 
 def _batches(lengths: list[int], most: int) -> Iterator[list[int]]:
-    """The numbers of texts of these lengths in batches of at most so many tokens, or of one text."""
+    """The indices of texts with these lengths, short texts first, in batches of at most `most` tokens.
+
+    A longer text is a batch of its own.
+    """
     batch: list[int] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):

@@ -33,7 +33,7 @@ _RUN = "run.json"  # beside a complete model, which has no run_metadata.json
 
 @dataclass(frozen=True)
 class Source:
-    """What is to predict, before its base model is loaded: an adapter, or the folder of a complete model.
+    """A trained model to predict with, before its weights are loaded: an adapter, or the folder of a complete model.
 
     labels: class 0 first, () for a regression; None for a complete model until its config is read.
     metadata: of the run that trained it, as far as it is recorded.
@@ -181,7 +181,7 @@ def load_sources(
 
 
 def load_base(base: str, adapter: Adapter) -> Any:
-    """The base model of an adapter, with a head of as many outputs that is not trained. Raises UserError."""
+    """The base model of an adapter, with an untrained head that has as many outputs. Raises UserError."""
     revision, count = recorded_revision(adapter, base), adapter.label_count
     hub: dict[str, Any] = {"revision": revision} if revision else {}
     unnamed = () if count == 1 else placeholder_labels(count or 0)
@@ -215,13 +215,13 @@ def _check_same_base(adapters: Sequence[Adapter]) -> None:
 
 
 def _check_tokenizer(source: Source, tokenizer: Any) -> None:
-    """Raise UserError if what is to predict was trained with another tokenizer."""
+    """Raise UserError if a source was trained with another tokenizer."""
     remedy = "Give the one it was trained with as --tokenizer_name."
     check_tokenizer(source.path, source.metadata, tokenizer_fingerprint(tokenizer), remedy)
 
 
 def _with_shared_weights(base: Any, adapter: Adapter, labels: tuple[str, ...]) -> Any:
-    """A model for these labels whose parameters are those of `base`, not copies, but for those that the adapter has."""
+    """A model for these labels that shares the parameters of `base`, except for those that the adapter replaces."""
     shared = {id(parameter): parameter for name, parameter in base.named_parameters() if name not in adapter.state}
     model = copy.deepcopy(base, shared)
     set_task(model.config, adapter.metadata.get("task", "custom"), labels, None)

@@ -26,7 +26,7 @@ Row = tuple[str, ...]  # a text, or the two of a pair
 class Texts:
     """The texts of a file, or of standard input.
 
-    columns:     where they are, one or two names; of lines of text just their number counts.
+    columns:     the names of the one or two columns with text; of lines of text only their number counts, one or two.
     empty_lines: how many were left out so far.
     """
 
@@ -92,7 +92,7 @@ class Texts:
             yield from self._of_line(line, number)
 
     def _of_stream(self) -> Iterator[Row | None]:
-        """The rows of lines as they come; None after those that were there together."""
+        """The rows of lines as they arrive; a None follows those that were read at once."""
         descriptor = 0 if self.file is None else os.open(self.file, os.O_RDONLY)
         number, parts = 0, []
         while chunk := os.read(descriptor, _CHUNK_BYTES):

@@ -43,7 +43,7 @@ def column_list(names: Iterable[str]) -> str:
 def find_text_columns(file: object, row: Row, label_column: str, is_labelled: bool) -> tuple[str, ...]:
     """The one or two columns to read: the one pair of usual names, or the one column beside label and row numbers.
 
-    is_labelled: whether labels are read too, for the message. Raises UserError if it is unclear which they are.
+    is_labelled: whether labels are read too, for the message. Raises UserError if several choices are possible.
     """
     candidates = tuple(c for c in row.fields if c != label_column and c.lower() not in _ROW_NUMBERS)
     pairs = [pair for pair in _PAIRS if {*pair} <= {*candidates}]

@@ -25,8 +25,9 @@ def classification_loss(
     `problem_type` decides, or else the labels: numbers [B] for one label (mean squared error), class ids [B]
     (cross-entropy, rows with a negative id left out), floats [B, C] (binary cross-entropy, or with
     "soft_label_classification" cross-entropy against distributions). With `class_weights` [C] the cross-entropy of an
-    example counts as often as the weight of its class says: sum of w_y CE / number of examples. Raises ValueError for
-    any other problem type, for regression labels of another shape than the logits, and for class weights without ids.
+    example is multiplied by the weight of its class, and the sum is still divided by the number of examples. Raises
+    ValueError for any other problem type, for regression labels of another shape than the logits, and for class weights
+    without class ids.
     """
     problem_type, logits = problem_type or _problem(logits, labels), _wide(logits)
     if problem_type not in PROBLEM_TYPES:
@@ -89,7 +90,8 @@ def output_with_loss(
     """A classifier's output from its logits [B, C] and its encoder's output; the loss is None without labels.
 
     Where `config.problem_type` is not set, it is `several_floats` for labels [B, C]. With a `two_view_weight`, logits
-    are [2 B, C], of both views; the loss and its errors are of `two_view_losses`. `class_weights`: as there.
+    are [2 B, C], of both views; the loss and its errors are of `two_view_losses`. `class_weights`: as in
+    `classification_loss`.
     """
     problem_type: str | None = config.problem_type
     if problem_type is None and labels is not None and labels.dim() == 2 and labels.shape[1] > 1:

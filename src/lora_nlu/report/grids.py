@@ -70,7 +70,7 @@ def lines_over(name: str, cells: Sequence[Cell]) -> list[Line]:
                 lines.append(Line(task, method, targets, difference, tuple(own)))
                 continue
             for alpha in sorted(by_alpha):
-                text = ", ".join([*[difference] * bool(difference), f"alpha {alpha:g}"])
+                text = ", ".join(filter(None, [difference, f"alpha {alpha:g}"]))
                 lines.append(Line(task, method, targets, text, tuple(by_alpha[alpha])))
     return lines
 
@@ -80,6 +80,7 @@ def _settings(cell: Cell) -> dict[str, str]:
     run = cell.runs[0]
     settings = {name: value for name, value in run.settings if name != "variant"}
     if run.targets:
+        # Layers of different ranks have the method's name, which lists them: no number, so no line over ranks
         settings["rank"] = cell.method if run.rank is None else str(run.rank)
     if run.alpha is not None:
         del settings["scaling"]

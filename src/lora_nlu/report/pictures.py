@@ -310,6 +310,7 @@ def letters(i: int) -> str:
 
 
 def percent(task: str) -> str:
+    """The label of a metric's axis."""
     name = TASKS[task].metrics[0].partition("_")[0]
     return f"{name.capitalize()}{' correlation' * (name != 'accuracy')} (%)"
 
@@ -385,8 +386,11 @@ def give_room(axes: Sequence[Any], which: str) -> None:
         getattr(ax, f"set_{which}lim")((low + high) / 2 - half, (low + high) / 2 + half)
 
 
-def add_legend(place: Any, axes: Sequence[Any], labels: Sequence[str], letters: int, **options: Any) -> int:
-    """Add a legend of those labels that the panels have to a figure or panel, `letters` wide; returns its lines."""
+def add_legend(place: Any, axes: Sequence[Any], labels: Sequence[str], width: int, **options: Any) -> int:
+    """Add a legend, `width` letters wide, of the labels that the panels have; returns the number of its lines.
+
+    place: the figure or panel that gets it.
+    """
     handles: dict[str, list[Any]] = {}  # of several methods under one label, that of each
     for ax in reversed(axes):
         found: dict[str, dict[Any, Any]] = {}
@@ -396,8 +400,8 @@ def add_legend(place: Any, axes: Sequence[Any], labels: Sequence[str], letters: 
         for label, own in found.items():
             handles[label] = max([*own.values()], handles.get(label, []), key=len)
     labels = [label for label in labels if label in handles]
-    texts = [balanced(label, letters - 8) for label in labels]
-    columns = max(1, min(len(texts), letters // (max(len(line) for text in texts for line in text.split("\n")) + 8)))
+    texts = [balanced(label, width - 8) for label in labels]
+    columns = max(1, min(len(texts), width // (max(len(line) for text in texts for line in text.split("\n")) + 8)))
     shown = [
         own[0] if len(own) == 1 else tuple(bar.lines[0] for bar in own) for own in (handles[label] for label in labels)
     ]

@@ -110,7 +110,7 @@ def rank_table(cells: Sequence[Cell]) -> list[list[str]]:
     rows = [["task", "LoRA on", *(f"r = {rank:g}" for rank in ranks)]]
     for line in lines:
         several = len({other.method for other in lines if other.task == line.task}) > 1
-        details = ", ".join([*[f"variant {line.method}"] * several, *[line.difference] * bool(line.difference)])
+        details = ", ".join(filter(None, [f"variant {line.method}" if several else "", line.difference]))
         by_rank = {rank: cell_text(cell, "best", seed_count) for rank, cell in line.points}
         layers = line.targets + (f" ({details})" if details else "")
         rows.append([TASKS[line.task].title, layers, *(by_rank.get(rank, "-") for rank in ranks)])

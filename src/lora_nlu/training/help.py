@@ -29,12 +29,12 @@ TRANSFORMERS_FLAGS = {
     "--learning_rate X": "Highest learning rate (default: 5e-5; LoRA: 2e-4 to 5e-4)",
     "--num_train_epochs X": "Epochs (default: 3)",
     "--max_steps N": "Train so many steps, whatever the epochs",
-    "--per_device_train_batch_size N": "Examples a device and forward pass (default: 8)",
-    "--gradient_accumulation_steps N": "Forward passes a step (default: 1)",
+    "--per_device_train_batch_size N": "Examples per device and forward pass (default: 8)",
+    "--gradient_accumulation_steps N": "Forward passes per step (default: 1)",
     "--warmup_steps X": "Steps of warm-up; below 1, their share of all (default: 0)",
     "--weight_decay X": "Weight decay, not of biases (default: 0)",
-    "--eval_strategy WHEN": "Evaluate while training: no (default: no), steps or epoch",
-    "--save_strategy WHEN": "Save a checkpoint: no, steps (default: steps) or epoch",
+    "--eval_strategy WHEN": "Evaluate while training: no, steps or epoch (default: no)",
+    "--save_strategy WHEN": "Save a checkpoint: no, steps or epoch (default: steps)",
     "--load_best_model_at_end": "End with the best checkpoint by --metric_for_best_model",
     "--seed N": "Seed (default: 42)",
     "--bf16": "Compute in bf16",
@@ -64,7 +64,7 @@ def help_text(every_run_flag: Iterable[Field] = ()) -> str:
 
 
 def _explain(items: Iterable[Field]) -> dict[str, str]:
-    """Flags with what stands for their value, and their meaning; not those that are ignored."""
+    """The meaning of each flag, by the flag with a placeholder for its value; without those that are ignored."""
     flags = {}
     for item in items:
         meaning, default = " ".join(str(item.metadata.get("help", "")).split()), item.default
@@ -79,7 +79,7 @@ def _explain(items: Iterable[Field]) -> dict[str, str]:
 
 
 def _value(item: Field) -> str:
-    """What stands for the value of a flag."""
+    """The placeholder for the value of a flag, after a blank; nothing for a flag without value."""
     kind: Any = str(getattr(item.type, "__name__", item.type))
     if kind.startswith("bool"):
         return " false" if item.default is True else ""
@@ -90,6 +90,7 @@ def _value(item: Field) -> str:
 
 
 def _columns(flag: str, meaning: str) -> str:
+    """The lines of a flag: itself on the left, its meaning on the right."""
     start, indent = f"  {flag} ".ljust(_COLUMN), " " * _COLUMN
     text = textwrap.fill(meaning, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     return f"{start.rstrip()}\n{text}" if len(start) > _COLUMN else start + text[_COLUMN:]

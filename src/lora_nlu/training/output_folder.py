@@ -42,7 +42,7 @@ _MEANING = {"train_data": ": the training examples differ", "eval_data": ": the 
 def check_output_dir(output_dir: str, overwrite: bool) -> None:
     """Raise UserError if the output folder can't be written, or contains anything but a run.
 
-    A folder that is not there is not made yet: what stops the run before it writes leaves none.
+    A missing folder is not made yet, so that a run that is refused leaves none behind.
     """
     folder = Path(output_dir)
     try:
