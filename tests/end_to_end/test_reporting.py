@@ -33,7 +33,7 @@ def test_tensorboard_has_the_losses_and_scores_of_the_history(where, fork, glue,
     [
         ("wandb", "--report_to wandb: not installed. Install it: pip install wandb"),
         ("comet_ml", "--report_to comet_ml: not installed. Install it: pip install comet-ml"),
-        ("paper", "--report_to paper: paper is not supported, only .*tensorboard.* none logs nowhere else."),
+        ("paper", "--report_to paper: paper is not supported, only .*tensorboard.* Give one of these, or none."),
     ],
 )
 def test_a_library_that_is_missing_is_answered_in_a_line_with_the_command_that_installs_it(name, expected, tmp_path):

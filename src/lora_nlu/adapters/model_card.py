@@ -61,7 +61,7 @@ def card(adapter: Adapter) -> str:
     ]
     places = ["this folder as adapter"] + ["the base model's as base"] * (not is_hub_id)
     places += ["labelled examples as examples.csv"] * (not is_glue)
-    named = " and ".join([*([", ".join(places[:-1])] if places[1:] else []), places[-1]])
+    named = " and ".join(filter(None, [", ".join(places[:-1]), places[-1]]))
     lines += ["", f"Evaluate it in the folder of lora-nlu, with {named} there:", "", "```bash"]
     lines += ["python examples/text-classification/run_glue.py --do_eval \\"]
     lines += [f"  --model_name_or_path {base if is_hub_id else 'base'} --{adapter.row.path_flag} adapter \\"]

@@ -100,7 +100,7 @@ def _check_libraries(args: Any) -> None:
         try:
             get_reporting_integration_callbacks([name])
         except ValueError as e:  # the message lists the names that there are
-            raise UsageError(f"--report_to {name}: {e} none logs nowhere else.") from e
+            raise UsageError(f"--report_to {name}: {e} Give one of these, or none.") from e
         raise UsageError(f"--report_to {name}: not installed. Install it: pip install {_PACKAGES.get(name, name)}")
     if args.use_liger_kernel:
         raise UsageError("--use_liger_kernel: Liger has no kernels for these models. Leave it out.")
