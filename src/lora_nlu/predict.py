@@ -6,9 +6,9 @@
   python -m lora_nlu.predict output/seed_0 output/seed_1 reviews.csv      several adapters of one base model
 
 ADAPTER is a folder (of an adapter, or a complete model), a .bin, or the Hub id of a PEFT adapter. FILE is any other
-file: .csv, .tsv, .json and .jsonl have columns, one or two of them with text; every other ending is lines of text. Of
-an adapter that was trained on pairs a line has two texts with a tab between them. Without FILE, or with -, standard
-input is read as lines. What exists on the disk is never taken for a Hub id. Empty lines are left out.
+file: .csv, .tsv, .json and .jsonl (or in capitals) have columns, one or two of them with text; every other ending is
+lines of text. Of an adapter that was trained on pairs a line has two texts with a tab between them. Without FILE, or
+with -, standard input is read as lines. What exists on the disk is never taken for a Hub id. Empty lines are left out.
 """
 
 import argparse
@@ -93,7 +93,8 @@ def split_operands(words: Sequence[str]) -> tuple[list[str], Path | None]:
 
 
 def _is_text_file(path: Path) -> bool:
-    return not path.is_dir() and path.suffix not in _WEIGHTS and (path.exists() or path.suffix in _TEXTS)
+    ending = path.suffix.lower()
+    return not path.is_dir() and ending not in _WEIGHTS and (path.exists() or ending in _TEXTS)
 
 
 def _check(args: argparse.Namespace, adapters: list[str], file: Path | None) -> None:
@@ -105,7 +106,7 @@ def _check(args: argparse.Namespace, adapters: list[str], file: Path | None) -> 
         raise UsageError(f"--text_columns {','.join(args.text_columns)}: give one column, or two for pairs.")
     if args.max_seq_length is not None and args.max_seq_length < 4:
         raise UsageError(f"--max_seq_length {args.max_seq_length}: must be 4 or more.")
-    args.format = args.format or _FORMATS.get(args.output.suffix if args.output else ".tsv")
+    args.format = args.format or _FORMATS.get(args.output.suffix.lower() if args.output else ".tsv")
     if not args.format:
         raise UsageError(f"--output {args.output}: end it in .tsv or .jsonl, or give --format.")
     if file and args.output and args.output.exists() and file.samefile(args.output):

@@ -1,5 +1,7 @@
 """A user's own CSV, TSV and JSON lines: columns, labels, and errors with file and line."""
 
+import csv
+import io
 import json
 from pathlib import Path
 
@@ -14,16 +16,18 @@ def json_lines(*rows: dict) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "A.CSV", "A.TSV", "A.JSON", "A.Jsonl"])
 def test_one_text_column_of_any_name_and_string_labels_in_alphabetical_order(tmp_path, name):
-    rows = [("fine", "good"), ("awful", "bad"), ("so-so", "neutral")]
-    if name.startswith("a.json"):
+    rows = [("fine", "good"), ("awful", "bad"), ("so-so, yes", "neutral")]
+    if name.lower().startswith("a.json"):
         content = json_lines(*({"review": text, "label": label} for text, label in rows))
     else:
-        content = "".join(("\t" if name == "a.tsv" else ",").join(row) + "\n" for row in [("review", "label"), *rows])
+        form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if name.lower() == "a.tsv" else {}
+        csv.writer(file := io.StringIO(), **form).writerows([("review", "label"), *rows])
+        content = file.getvalue()
     examples = own(tmp_path, name, content)
     assert examples.labels == ("bad", "good", "neutral")
-    assert_table(examples.splits["train"], ["fine", "awful", "so-so"], None, [1, 0, 2])
+    assert_table(examples.splits["train"], ["fine", "awful", "so-so, yes"], None, [1, 0, 2])
 
 
 def test_two_text_columns_that_are_named_keep_the_order_of_their_names(tmp_path):

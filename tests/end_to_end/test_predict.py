@@ -173,6 +173,8 @@ def test_a_published_file_needs_its_base_its_alpha_and_the_names_of_its_classes(
         ("a.tsv", 'idx\treview\tlabel\n0\tthe "cat\tpositive\n1\tthe bird\tnegative\n'),
         ("a.jsonl", '{"review": "the\\tcat \\u001b[2J \\u009b", "n": 1}\n\n{"review": "the bird", "n": 2}\n'),
         ("a.json", '{"text": "the cat \\ud83d\\ude00"}\n{"text": "the bird"}\n'),
+        ("A.CSV", 'review\n"the ""cat"", sees"\nthe bird\n'),
+        ("A.TSV", 'idx\treview\n0\tthe "cat\n1\tthe bird\n'),
         ("a.txt", "\ufeffthe\tcat\r\n\r\n   \r\nthe bird"),
         ("a.notes", "the cat\n\nthe bird\n"),
     ],
@@ -293,14 +295,14 @@ def test_a_wrong_command_line_has_exit_code_2(words, message, predict, tmp_path,
 
 def test_a_folder_a_bin_and_a_hub_id_are_adapters_and_every_other_file_is_the_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("lora.bin", "notes", "user/name"):
+    for name in ("lora.bin", "LORA.BIN", "notes", "user/name"):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
     for name in ("run", "run.csv"):
         Path(name).mkdir()
-    adapters = ["run", "run.csv", "lora.bin", "none.bin", "someone/adapter"]
+    adapters = ["run", "run.csv", "lora.bin", "LORA.BIN", "none.bin", "someone/adapter"]
     assert split_operands(adapters) == split_operands([*adapters, "-"]) == (adapters, None)
-    for file in ("notes", "user/name", "missing.csv", "missing.txt", "/dev/stdin"):
+    for file in ("notes", "user/name", "missing.csv", "missing.TXT", "/dev/stdin"):
         assert split_operands([*adapters, file]) == (adapters, Path(file))
 
 

@@ -16,7 +16,7 @@ from lora_nlu.data.lines import read_lines
 from lora_nlu.data.user_rows import check_row, find_text_columns, read_rows
 from lora_nlu.errors import UserError, printable_lines
 
-TABLES = (".csv", ".tsv", ".json", ".jsonl")  # endings of files with columns; any other file is lines of text
+TABLES = (".csv", ".tsv", ".json", ".jsonl")  # files with columns, also in capitals; any other is lines of text
 WINDOW_ROWS, WINDOW_CHARACTERS = 256, 2**20
 _CHUNK_BYTES = 2**16  # of a stream; a pipe holds as much
 
@@ -47,7 +47,7 @@ class Texts:
         self.name = "standard input" if file is None else str(file)
         if file is not None and not file.exists():
             raise UserError(f"{file}: no such file or folder.")
-        self.is_table = file is not None and file.suffix in TABLES
+        self.is_table = file is not None and file.suffix.lower() in TABLES
         if file is not None and self.is_table:
             rows = read_rows(file, progress)
             first = next(rows)

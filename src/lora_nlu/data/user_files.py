@@ -90,7 +90,7 @@ def load_files(
                 "nothing to learn, and no correlation to measure.\nName the column of the labels: --label_column."
             )
     for split, file in files.items():
-        suffix = Path(file).suffix  # the same bytes are different examples in CSV and in TSV
+        suffix = Path(file).suffix.lower()  # the same bytes are different examples in CSV and in TSV
         fingerprint = key_digest(f"{split} {names} {columns[split]} {suffix} {digests[split]}")
         table = tables[split].select_columns([*_TEXTS[: len(texts)]])
         if split in labels:
@@ -107,7 +107,7 @@ def _parse(
 
     limit: as in `load_files`; cached: `cached_table` without key and batches.
     """
-    settings = f"{_VERSION} {path.suffix} {[*texts]} {label_column}"
+    settings = f"{_VERSION} {path.suffix.lower()} {[*texts]} {label_column}"
     if limit:
         first, count = hashlib.sha256(), 0
         for batch in _batches(path, texts, label_column, limit + 1):

@@ -27,7 +27,7 @@ def read_rows(path: Path, progress: bool = True) -> Iterator[Row]:
 
     progress: as in `read_lines`.
     """
-    row, is_json = None, path.suffix in (".json", ".jsonl")
+    row, is_json = None, path.suffix.lower() in (".json", ".jsonl")
     lines = read_lines(path, "\n" if is_json else "", progress)
     for row in _json_rows(path, lines) if is_json else _csv_rows(path, lines):
         yield row
@@ -80,7 +80,7 @@ def check_row(path: Path, row: Row, texts: Sequence[str], label_column: str | No
 def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[Row]:
     """CSV as spreadsheets write it; TSV unquoted, as GLUE's files are. The first line names the columns."""
     csv.field_size_limit(2**31 - 1)  # the reader's own limit is 131,072 characters a cell
-    tabs = path.suffix == ".tsv"
+    tabs = path.suffix.lower() == ".tsv"
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
     reader = csv.reader(lines, **options)
     try:
@@ -104,7 +104,7 @@ def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[Row]:
 def _other_separator(path: Path, header: Sequence[str]) -> str:
     """What to do about a header that seems to use another separator than the file's kind; "" if it doesn't."""
     names = {"\t": "tabs", ";": "semicolons", ",": "commas", "|": "bars"}
-    right = "\t" if path.suffix == ".tsv" else ","
+    right = "\t" if path.suffix.lower() == ".tsv" else ","
     found = next((mark for mark in names if mark != right and any(mark in column for column in header)), None)
     if found is None:
         return ""
