@@ -90,5 +90,16 @@ def test_a_hub_that_answers_is_used(online):
     assert hub.use_cache_if_unreachable() == "" and not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
+def test_the_hub_is_asked_only_for_names_that_could_be_on_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "use_cache_if_unreachable", lambda: "no answer")
+    (tmp_path / "someone" / "tokenizer").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub.look_for_hub(None, "", ".", str(tmp_path), "someone/tokenizer", "/missing", "a/b/c") == []
+    for name in ("roberta-base", "someone/model"):
+        assert hub.look_for_hub(None, "someone/tokenizer", name) == ["no answer"]
+    monkeypatch.setattr(hub, "use_cache_if_unreachable", lambda: "")
+    assert hub.look_for_hub("roberta-base") == []
+
+
 def test_the_time_that_it_waits_is_below_five_seconds():
     assert hub.TIMEOUT_S < 5

@@ -26,8 +26,9 @@ if __name__ == "__main__":  # before the imports that take seconds, and that ano
 
 from transformers import DataCollatorWithPadding
 
+from lora_nlu.data.glue import HUB_DATASET
 from lora_nlu.data.metrics import compute_metrics
-from lora_nlu.hub import use_cache_if_unreachable
+from lora_nlu.hub import look_for_hub
 from lora_nlu.models.loading import load_config
 from lora_nlu.training import processes
 from lora_nlu.training.checks import choose_metrics
@@ -53,9 +54,8 @@ def main(argv: list[str]) -> None:
     name, start = model_args.model_name_or_path, model_args.adapter_source
     if args.process_index == 0:
         check_output_dir(args.output_dir, args.overwrite_output_dir)
-    reads_hub = data_args.task_name and not data_args.glue_dir
-    if reads_hub or not all(Path(path).exists() for path in (name, start) if path):
-        say(args, *filter(None, [use_cache_if_unreachable()]))
+    glue = HUB_DATASET if data_args.task_name and not data_args.glue_dir else None
+    say(args, *look_for_hub(name, start, model_args.config_name, model_args.tokenizer_name, glue))
 
     # Data. The base's config and the adapter come first: their labels give the examples' labels their class ids.
     config = load_config(model_args.config_name or name, **model_args.hub)

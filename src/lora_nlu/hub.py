@@ -1,12 +1,30 @@
-"""The Hugging Face Hub: whether it answers. Without it, only what was downloaded before can be read."""
+"""The Hugging Face Hub: what may be on it, and whether it answers. Without it, only earlier downloads can be read."""
 
+import re
 import sys
 import threading
 from contextlib import suppress
+from pathlib import Path
 
 import huggingface_hub
 
 TIMEOUT_S = 4
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether the name of a model, tokenizer, adapter or data set is not a local path and could be a Hub id."""
+    return len(name) < 200 and _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def look_for_hub(*names: str | None) -> list[str]:
+    """Call this before reading what has these names: if one could be a Hub id, see whether the Hub answers.
+
+    If it does not, only what was downloaded before is read from then on. Returns lines to print.
+    """
+    if not any(name and looks_like_hub_id(name) for name in names):
+        return []
+    return [line for line in [use_cache_if_unreachable()] if line]
 
 
 def use_cache_if_unreachable() -> str:

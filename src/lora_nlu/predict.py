@@ -119,9 +119,10 @@ def _predict(adapters: list[str], file: Path | None, args: argparse.Namespace) -
 
     from lora_nlu.adapters.loading import load_sources, read_source
     from lora_nlu.data.texts import Texts
+    from lora_nlu.hub import look_for_hub
 
     _disable_loading_bar()
-    _look_for_hub(adapters)
+    _say(*look_for_hub(*adapters))
     task_labels = TASKS[args.task_name].labels if args.task_name else None
     given = args.lora_alpha, args.labels, task_labels, args.lora_relative_query
     sources = [read_source(path, *given) for path in adapters]
@@ -130,7 +131,8 @@ def _predict(adapters: list[str], file: Path | None, args: argparse.Namespace) -
         _check_columns(columns)
     trained_on = [names for of_source in columns.values() for names in of_source]
     texts = Texts(file, args.text_columns, trained_on, progress=bool(args.output) or not sys.stdout.isatty())
-    _look_for_hub([args.base or (sources[0].metadata.get("base_model") if sources[0].adapter else None) or "."])
+    recorded_base = sources[0].metadata.get("base_model") if sources[0].adapter else None
+    _say(*look_for_hub(args.base or recorded_base, args.tokenizer_name))
     predictors, notes = load_sources(sources, args.base, args.lora_alpha, args.tokenizer_name)
     _say(*notes, *(_notes_on_columns(columns, texts) if texts.is_table else ()))
     for predictor in predictors:
@@ -152,14 +154,6 @@ def _disable_loading_bar() -> None:
     disable_progress_bar()  # turns off the Hub's bars too, which the reading of files uses
     if not others_are_disabled:
         enable_progress_bars()
-
-
-def _look_for_hub(names: Sequence[str]) -> None:
-    """Before what may be a Hub id is read: if the Hub does not answer, say so, and read what was downloaded earlier."""
-    if not all(Path(name).exists() for name in names):
-        from lora_nlu.hub import use_cache_if_unreachable
-
-        _say(*filter(None, [use_cache_if_unreachable()]))
 
 
 def _say(*lines: str) -> None:

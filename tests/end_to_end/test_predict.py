@@ -163,6 +163,18 @@ def test_a_published_file_needs_its_base_its_alpha_and_the_names_of_its_classes(
         assert f"Leave {flag} out" in outcome.err
 
 
+def test_the_hub_is_looked_for_before_a_tokenizer_is_read_from_it(folder, call, predict, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("lora_nlu.hub.use_cache_if_unreachable", lambda: "no answer")
+    (tmp_path / "a.txt").write_text("the cat\n")
+    flag = ["--tokenizer_name", "someone/tokenizer"]
+    outcome = predict(folder / "single", tmp_path / "a.txt", *flag)
+    assert outcome.code == 1 and outcome.err.startswith("no answer\n") and "No tokenizer in someone" in outcome.err
+    files = ["--test_file", folder / "single.csv", "--output_dir", tmp_path / "o"]
+    outcome = call("--do_predict", "--lora_path", folder / "single", *files, *flag)
+    assert outcome.code == 1 and outcome.out.startswith("no answer\n") and "No tokenizer in someone" in outcome.err
+
+
 # ---------------------------------------------------------------------------------------------------------- files
 
 

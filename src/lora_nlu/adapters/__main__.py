@@ -64,11 +64,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _look_for_hub(name: str | None) -> None:
     """Before what may be a Hub id is read."""
-    from lora_nlu.adapters.adapter import looks_like_hub_id
-    from lora_nlu.hub import use_cache_if_unreachable
+    from lora_nlu.hub import look_for_hub
 
-    if name and looks_like_hub_id(name) and (note := use_cache_if_unreachable()):
-        print(note, file=sys.stderr)
+    for line in look_for_hub(name):
+        print(line, file=sys.stderr)
 
 
 def _inspect(args: argparse.Namespace) -> str:

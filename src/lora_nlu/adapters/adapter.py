@@ -31,7 +31,6 @@ LAYERS = {
     ),
 }
 DEFAULT_MODULES = ["query", "value", "query_proj", "value_proj"]  # those that PEFT adapts without target_modules
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -212,11 +211,6 @@ def target_layers(adapter: Adapter, names: Iterable[str]) -> list[str]:
 def layer_count(names: Iterable[str]) -> int:
     """In how many encoder layers tensors or modules of these names are."""
     return len({match.group(1) for name in names if (match := re.search(r"\.(\d+)\.", name))})
-
-
-def looks_like_hub_id(base: str) -> bool:
-    """Whether the name of a base model is not a local path and could be a Hub id."""
-    return len(base) < 200 and _HUB_ID.fullmatch(base) is not None and not Path(base).exists()
 
 
 def check_settings(adapter: Adapter, settings: Mapping[str, Any]) -> None:

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_nlu.adapters.adapter import Adapter, encoder_prefix, foreign_layer, looks_like_hub_id
+from lora_nlu.adapters.adapter import Adapter, encoder_prefix, foreign_layer
 from lora_nlu.adapters.attaching import attach_adapter
 from lora_nlu.adapters.loading import load_base, recorded_revision
 from lora_nlu.adapters.model_card import write_card
 from lora_nlu.adapters.writing import write_adapter
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import ADAPTER_WEIGHTS, atomic_write, sha256_of
+from lora_nlu.hub import looks_like_hub_id
 from lora_nlu.methods.description import is_added, methods_in, set_method
 from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.methods.table import METHODS

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lora_nlu.adapters.adapter import Adapter, encoder_prefix, foreign_layer, layer_count, looks_like_hub_id
+from lora_nlu.adapters.adapter import Adapter, encoder_prefix, foreign_layer, layer_count
 from lora_nlu.adapters.reading import read_adapter, weights_in
 from lora_nlu.errors import printable
 from lora_nlu.escaping import markdown_text, yaml_scalar
 from lora_nlu.files import ADAPTER_CONFIG, RUN_METADATA, write_text
+from lora_nlu.hub import looks_like_hub_id
 from lora_nlu.methods.targets import targets_and_layers
 from lora_nlu.ops.tensors import not_finite
 
