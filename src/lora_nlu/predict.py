@@ -123,8 +123,7 @@ def _predict(adapters: list[str], file: Path | None, args: argparse.Namespace) -
 
     _disable_loading_bar()
     _say(*look_for_hub(*adapters))
-    task_labels = TASKS[args.task_name].labels if args.task_name else None
-    given = args.lora_alpha, args.labels, task_labels, args.lora_relative_query
+    given = args.lora_alpha, args.labels, args.task_name, args.lora_relative_query
     sources = [read_source(path, *given) for path in adapters]
     columns = {source.path: _trained_columns(source, args.task_name) for source in sources}
     if not args.text_columns:

@@ -125,20 +125,64 @@ def test_what_an_adapter_does_not_record_is_given_or_asked_for(base, tmp_path):
     (folder / "run_metadata.json").unlink()  # as PEFT writes a folder
     with pytest.raises(UserError, match="records no names for the 3 classes") as error:
         lora_nlu.load(folder)
-    assert "--labels" in str(error.value) and "--task_name" in str(error.value)
-    with pytest.raises(UserError, match="3 outputs, but --labels names yes, no"):
+    assert " as labels (a,b,c)" in str(error.value) and " as task_name (mnli)" in str(error.value)
+    with pytest.raises(UserError, match="3 outputs, but labels gives yes, no"):
         lora_nlu.load(folder, labels=["yes", "no"])
     loaded, tokenizer, labels = lora_nlu.load(folder, labels=LABELS)
     assert labels == tuple(LABELS) and torch.equal(logits(loaded, tokenizer), logits(model, tokenizer))
     config = json.loads((folder / "adapter_config.json").read_text())
     for recorded, message in (
-        (None, "doesn't record its base model: give --base MODEL"),
-        ("gone/elsewhere", "names this base model. If it is elsewhere now, give --base FOLDER"),
+        (None, "doesn't record its base model: give base MODEL"),
+        ("gone/elsewhere", "names this base model. If it is elsewhere now, give base FOLDER"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": recorded}))
         with pytest.raises(UserError, match=message):
             lora_nlu.load(folder, labels=LABELS)
     assert torch.equal(logits(lora_nlu.load(folder, str(base), labels=LABELS)[0], tokenizer), logits(model, tokenizer))
+
+
+@pytest.mark.parametrize("base", ["roberta"], indirect=True)
+def test_a_tokenizer_that_the_base_lacks_is_given_by_name(base, tmp_path):
+    model = trained(base, tmp_path / "a", LABELS, apply_lora=True, lora_r=4, lora_alpha=8)
+    weights = shutil.copytree(base, tmp_path / "base", ignore=lambda _, names: {n for n in names if "token" in n})
+    with pytest.raises(UserError, match=r"No tokenizer in .* Give tokenizer_name\."):
+        lora_nlu.load(tmp_path / "a", str(weights))
+    loaded, tokenizer, _ = lora_nlu.load(tmp_path / "a", str(weights), tokenizer_name=str(base))
+    assert torch.equal(logits(loaded, tokenizer), logits(model, tokenizer))
+
+
+@pytest.mark.parametrize("base", ["roberta"], indirect=True)
+def test_labels_that_a_complete_model_does_not_record_are_given_or_those_of_a_task(base):
+    with pytest.raises(UserError, match="records no names for the 2 classes"):
+        lora_nlu.load(base)
+    named, tokenizer, labels = lora_nlu.load(base, labels=["negative", "positive"])
+    with pytest.warns(UserWarning, match="assumed to predict negative, positive, in this order.*: labels\\."):
+        of_task, _, task_labels = lora_nlu.load(base, task_name="sst2")
+    assert labels == task_labels == ("negative", "positive")
+    assert named.config.id2label == of_task.config.id2label == {0: "negative", 1: "positive"}
+    assert torch.equal(logits(named, tokenizer), logits(of_task, tokenizer))
+
+
+@pytest.mark.parametrize("base", ["roberta"], indirect=True)
+def test_what_contradicts_a_complete_model_or_has_no_effect_on_it_is_refused(base, tmp_path):
+    wrong: dict[str, dict[str, Any]] = {
+        "2 outputs, but task_name gives entailment, neutral, contradiction": {"task_name": "mnli"},
+        "task_name sst: no GLUE task": {"task_name": "sst"},
+        "labels and task_name both name its classes": {"task_name": "sst2", "labels": ["negative", "positive"]},
+        "is a complete model: lora_alpha has no effect on it": {"task_name": "sst2", "lora_alpha": 16},
+    }
+    for message, given in wrong.items():
+        with pytest.raises(UserError, match=message):
+            lora_nlu.load(base, **given)
+    with pytest.raises(UserError, match="is a complete model: --lora_relative_query has no effect on it"):
+        read_source(str(base), lora_relative_query="both")
+    folder = shutil.copytree(base, tmp_path / "a")
+    config = json.loads((base / "config.json").read_text())
+    names = {"id2label": {0: "not_entailment", 1: "entailment"}, "label2id": {"not_entailment": 0, "entailment": 1}}
+    (folder / "config.json").write_text(json.dumps(config | names))
+    assert lora_nlu.load(folder, task_name="rte")[2] == ("not_entailment", "entailment")  # the model's order
+    with pytest.raises(UserError, match="predict not_entailment, entailment, but task_name gives negative, positive"):
+        lora_nlu.load(folder, task_name="sst2")
 
 
 @pytest.mark.parametrize("base", ["roberta"], indirect=True)

@@ -163,6 +163,26 @@ def test_a_published_file_needs_its_base_its_alpha_and_the_names_of_its_classes(
         assert f"Leave {flag} out" in outcome.err
 
 
+def test_the_classes_of_a_complete_model_are_those_of_the_task_that_is_named(predict, tiny_model, tmp_path):
+    (tmp_path / "a.txt").write_text("the cat\n")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    model.save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
+    given = [tmp_path / "model", tmp_path / "a.txt"]
+    outcome = predict(*given)
+    assert outcome.code == 1 and "as --labels (a,b,c)" in outcome.err and "as --task_name (mnli)" in outcome.err
+    outcome = succeeded(predict(*given, "--task_name", "sst2"))
+    assert outcome.out.startswith("text\tlabel\tp(negative)\tp(positive)\n")
+    assert "assumed to predict negative, positive, in this order" in outcome.err
+    for flag, value, message in (
+        ("--task_name", "mnli", "2 outputs, but --task_name gives entailment"),
+        ("--lora_alpha", "8", "--lora_alpha has no effect"),
+        ("--lora_relative_query", "key", "--lora_relative_query has no effect"),
+    ):
+        outcome = predict(*given, flag, value)
+        assert outcome.code == 1 and message in outcome.err
+
+
 def test_the_hub_is_looked_for_before_a_tokenizer_is_read_from_it(folder, call, predict, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("lora_nlu.hub.use_cache_if_unreachable", lambda: "no answer")

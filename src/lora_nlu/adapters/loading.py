@@ -1,6 +1,7 @@
 """Trained adapters together with their base model, ready to predict: one base in memory, however many adapters."""
 
 import copy
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +13,13 @@ from torch import nn
 from lora_nlu.adapters.adapter import Adapter, with_relative_query
 from lora_nlu.adapters.attaching import attach_adapter
 from lora_nlu.adapters.reading import read_adapter
+from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UserError, printable
 from lora_nlu.files import ADAPTER_CONFIG, read_json
 from lora_nlu.labels import (
     check_label_config,
     label_list,
     last_head_layer,
-    normalised_label,
     placeholder_labels,
     recorded_labels,
     rows_by_label,
@@ -29,20 +30,23 @@ from lora_nlu.models.loading import load_config, load_model, set_task
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
 
 _RUN = "run.json"  # beside a complete model, which has no run_metadata.json
+_FLAG = re.compile(r"--(?=(base|lora_alpha|labels|task_name|tokenizer_name)\b)")  # of what `load` takes as arguments
 
 
 @dataclass(frozen=True)
 class Source:
     """A trained model to predict with, before its weights are loaded: an adapter, or the folder of a complete model.
 
-    labels: class 0 first, () for a regression; None for a complete model until its config is read.
+    labels: class 0 first, () for a regression.
     metadata: of the run that trained it, as far as it is recorded.
+    config: of a complete model; its labels are placeholders if `labels` are assumed from a task's name.
     """
 
     path: str
     adapter: Adapter | None
-    labels: tuple[str, ...] | None
+    labels: tuple[str, ...]
     metadata: dict[str, Any]
+    config: Any = None
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,27 @@ def load(
     base: str | None = None,
     lora_alpha: float | None = None,
     labels: Sequence[str] | None = None,
+    task_name: str | None = None,
+    tokenizer_name: str | None = None,
 ) -> tuple[Any, Any, tuple[str, ...]]:
     """Model, tokenizer and labels of an adapter, ready for transformers' `pipeline("text-classification", ...)`.
 
-    adapter:    whatever --lora_path or --adapter_path takes, or the folder of a complete model.
-    base:       folder or Hub id of its base model; None for the one that it records.
-    lora_alpha: of a `.bin`, which doesn't record it.
-    labels:     class 0 first, of an adapter that doesn't record them; () for a regression.
+    adapter:        whatever --lora_path or --adapter_path takes, or the folder of a complete model.
+    base:           folder or Hub id of its base model; None for the one that it records.
+    lora_alpha:     of a `.bin`, which doesn't record it.
+    labels:         class 0 first, of an adapter or model that doesn't record them; () for a regression.
+    task_name:      the GLUE task whose labels they are, instead of `labels`.
+    tokenizer_name: folder or Hub id of the tokenizer; None for the base model's.
 
     The model is in evaluation mode and its config has the labels. What was assumed is a warning. Raises UserError.
     """
-    source = read_source(str(adapter), lora_alpha, labels)
-    (predictor,), notes = load_sources([source], base, lora_alpha)
+    try:
+        source = read_source(str(adapter), lora_alpha, labels, task_name)
+        (predictor,), notes = load_sources([source], base, lora_alpha, tokenizer_name)
+    except UserError as e:
+        raise UserError(_FLAG.sub("", str(e))) from e
     for note in notes:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(_FLAG.sub("", note), stacklevel=2)
     return predictor.model, predictor.tokenizer, predictor.labels
 
 
@@ -84,35 +95,32 @@ def read_source(
     path: str,
     lora_alpha: float | None = None,
     labels: Sequence[str] | None = None,
-    task_labels: Sequence[str] | None = None,
+    task_name: str | None = None,
     lora_relative_query: str | None = None,
 ) -> Source:
     """What is in an adapter, or in the folder of a complete model, without its base model.
 
-    labels:      class 0 first, of a file that records none; task_labels: the same, assumed from the task's name.
+    labels: class 0 first, of a file that records none; task_name: of a GLUE task, whose labels are assumed then.
     lora_alpha, lora_relative_query: as in `Adapter.layers` and `with_relative_query`.
-    Raises UserError if it can't predict, or if the labels are neither recorded nor given.
+    Raises UserError if it can't predict, if the labels are neither recorded nor given, or if those that are given
+    contradict the recorded ones.
     """
+    if task_name is not None and task_name not in TASKS:
+        raise UserError(f"--task_name {printable(task_name)}: no GLUE task; these are: {', '.join(TASKS)}.")
     if _is_complete_model(Path(path)):
-        metadata = read_json(Path(path, _RUN)) if Path(path, _RUN).is_file() else {}
-        return Source(path, None, None if labels is None else tuple(labels), metadata)
+        for flag, value in (("lora_alpha", lora_alpha), ("lora_relative_query", lora_relative_query)):
+            if value is not None:
+                raise UserError(f"{path}: is a complete model: --{flag} has no effect on it. Leave --{flag} out.")
+        return _read_complete_model(path, labels, task_name)
     adapter = with_relative_query(read_adapter(path), lora_relative_query)
     if adapter.row.has_ranks:
         adapter.layers(lora_alpha)  # raises if neither records the alpha, or if they differ
     if (count := adapter.label_count) is None:
         raise UserError(f"{path}: has no classification head, so it predicts nothing.")
-    if labels is not None:
-        _check_names(path, adapter.labels, count, labels)
-        adapter = replace(adapter, metadata={"labels": [*labels]} | adapter.metadata)
-    names: Sequence[str] | None = adapter.labels
-    if names is None:
-        names = () if count == 1 else task_labels
-    elif task_labels is not None and rows_by_label(names, task_labels) is None:
-        of_task = f"those of --task_name are {label_list(task_labels)}"
-        raise UserError(f"{path}: was trained to predict {label_list(names)}; {of_task}.\nLeave --task_name out.")
-    if names is None:
-        raise _no_names(path, count)
-    return Source(path, adapter, tuple(names), adapter.metadata)
+    names = _choose_labels(path, count, adapter.labels, labels, task_name)
+    if adapter.labels is None and labels is not None:
+        adapter = replace(adapter, metadata=adapter.metadata | {"labels": [*labels]})
+    return Source(path, adapter, names, adapter.metadata)
 
 
 def _is_complete_model(folder: Path) -> bool:
@@ -123,23 +131,53 @@ def _is_complete_model(folder: Path) -> bool:
     return bool([*folder.glob("model*.safetensors")]) or not read_json(config).get("apply_lora")
 
 
-def _check_names(path: str, recorded: Sequence[str] | None, count: int, names: Sequence[str]) -> None:
-    """Raise UserError if these names of classes are not those of a head with `count` outputs."""
-    if recorded is not None:
-        if [*map(normalised_label, names)] != [*map(normalised_label, recorded)]:
+def _read_complete_model(path: str, labels: Sequence[str] | None, task_name: str | None) -> Source:
+    """As `read_source`, of a model whose weights and head are in one folder."""
+    try:
+        config = load_config(path)
+    except UserError as e:
+        raise UserError(str(e).replace("--model_name_or_path ", "")) from e
+    model_class = next(iter(config.architectures or ()), "")
+    if not model_class.endswith("ForSequenceClassification"):
+        raise UserError(
+            f"{path}: has no trained head, by its config.json (a {printable(model_class)}).\n"
+            "Give an adapter that was trained on it, or the folder of a fine-tuned model."
+        )
+    recorded = recorded_labels(config)
+    names = _choose_labels(path, config.num_labels, recorded, labels, task_name)
+    if recorded is None and labels is not None:
+        set_labels(config, names)
+    metadata = read_json(Path(path, _RUN)) if Path(path, _RUN).is_file() else {}
+    return Source(path, None, names, metadata, config)
+
+
+def _choose_labels(
+    path: str, count: int, recorded: Sequence[str] | None, labels: Sequence[str] | None, task_name: str | None
+) -> tuple[str, ...]:
+    """The labels of a head with `count` outputs: the recorded ones, or else `labels`, or else those of the task.
+
+    Raises UserError if there are none, or if those that are given contradict the recorded ones.
+    """
+    if labels is not None and task_name is not None:
+        raise UserError(f"{path}: --labels and --task_name both name its classes: give one of them.")
+    flag = "--labels" if task_name is None else "--task_name"
+    given = labels if task_name is None else TASKS[task_name].labels
+    if given is not None and recorded is not None:
+        rows = rows_by_label(recorded, given)  # a task's labels may be in another order
+        if rows is None or (labels is not None and rows != [*range(len(rows))]):
             raise UserError(
-                f"{path}: was trained to predict {label_list(recorded)}, but --labels names {label_list(names)}.\n"
-                "Leave --labels out: the label names are recorded."
+                f"{path}: was trained to predict {label_list(recorded)}, but {flag} gives {label_list(given)}.\n"
+                f"Leave {flag} out: the label names are recorded."
             )
-    elif (len(names) or 1) != count:
-        raise UserError(f"{path}: its head has {count} outputs, but --labels names {label_list(names)}.")
-
-
-def _no_names(path: str, count: int) -> UserError:
-    return UserError(
-        f"{path}: records no names for the {count} classes of its head; a guess could be wrong.\n"
-        "Name them, class 0 first: --labels a,b,c. Of a GLUE task give its name: --task_name mnli."
-    )
+    elif given is not None and (len(given) or 1) != count:
+        raise UserError(f"{path}: its head has {count} outputs, but {flag} gives {label_list(given)}.")
+    names = given if recorded is None else recorded
+    if names is None and count > 1:
+        raise UserError(
+            f"{path}: records no names for the {count} classes of its head; a guess could be wrong.\n"
+            "Give them, class 0 first, as --labels (a,b,c), or give the name of a GLUE task as --task_name (mnli)."
+        )
+    return tuple(names or ())
 
 
 def load_sources(
@@ -172,9 +210,9 @@ def load_sources(
         for source in sources:
             adapter = adapters[source.path]
             _check_tokenizer(source, tokenizer)
-            model = _with_shared_weights(shared, adapter, source.labels or ())
+            model = _with_shared_weights(shared, adapter, source.labels)
             notes += attach_adapter(model, adapter, lora_alpha, allow_new_head=False)
-            predictors.append(Predictor(source, model.eval(), tokenizer, source.labels or ()))
+            predictors.append(Predictor(source, model.eval(), tokenizer, source.labels))
     except UserError as e:
         raise UserError(str(e).replace("--model_name_or_path", "--base")) from e
     return predictors, notes
@@ -234,25 +272,14 @@ def _with_shared_weights(base: Any, adapter: Adapter, labels: tuple[str, ...]) -
 
 def _load_complete_model(source: Source, tokenizer_name: str | None) -> tuple[list[Predictor], list[str]]:
     """As `load_sources`, of a model whose weights and head are in one folder."""
-    path = source.path
+    path, config = source.path, copy.deepcopy(source.config)
+    recorded = recorded_labels(config)
     try:
-        config = load_config(path)
-        model_class = next(iter(config.architectures or ()), "")
-        if not model_class.endswith("ForSequenceClassification"):
-            raise UserError(
-                f"{path}: has no trained head, by its config.json (a {printable(model_class)}).\n"
-                "Give an adapter that was trained on it, or the folder of a fine-tuned model."
-            )
-        notes, recorded = check_label_config(path, config), recorded_labels(config)
-        if source.labels is not None:
-            _check_names(path, recorded, config.num_labels, source.labels)
-        labels = recorded if recorded is not None else source.labels
-        if labels is None:
-            raise _no_names(path, config.num_labels)
-        set_task(config, source.metadata.get("task", "custom"), labels, None)
-        model, more = load_model(path, config, needs_head=True, trained_labels=labels)
+        notes = check_label_config(path, config)
+        set_task(config, source.metadata.get("task", "custom"), source.labels, None)
+        model, more = load_model(path, config, needs_head=True, trained_labels=recorded)
         tokenizer, others = load_tokenizer(tokenizer_name or path, config)
     except UserError as e:
         raise UserError(str(e).replace("--model_name_or_path ", "")) from e
     _check_tokenizer(source, tokenizer)
-    return [Predictor(source, model.eval(), tokenizer, labels)], [*notes, *more, *others]
+    return [Predictor(source, model.eval(), tokenizer, source.labels)], [*notes, *more, *others]
