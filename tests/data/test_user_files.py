@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_files import BOM, assert_table, own, refusal, write
@@ -22,7 +23,7 @@ def test_one_text_column_of_any_name_and_string_labels_in_alphabetical_order(tmp
     if name.lower().startswith("a.json"):
         content = json_lines(*({"review": text, "label": label} for text, label in rows))
     else:
-        form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if name.lower() == "a.tsv" else {}
+        form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if name.lower() == "a.tsv" else {}
         csv.writer(file := io.StringIO(), **form).writerows([("review", "label"), *rows])
         content = file.getvalue()
     examples = own(tmp_path, name, content)
