@@ -28,6 +28,13 @@ files=(--train_file "$demo/train.csv" --validation_file "$demo/dev.csv")
 model=(--model_name_or_path "$demo/encoder" --max_seq_length 128 --cache_dir "$demo/cache")
 lora=(--apply_lora --lora_r 8 --lora_alpha 16)
 
+# On a CPU with fast bf16 instructions the demo takes half the time in bf16; a run that has begun keeps its precision
+can_use_bf16="import sys, torch; from lora_nlu.training.launch import has_fast_bf16
+sys.exit(torch.cuda.is_available() or not has_fast_bf16())"
+if [[ -f "$demo/lora/run.json" ]]; then
+  ! grep -q '"bf16": true' "$demo/lora/run.json" || lora+=(--bf16)
+elif "$venv/bin/python" -c "$can_use_bf16"; then lora+=(--bf16); fi
+
 step "3/6 Fine-tuning with LoRA on 9,072 sentences, two epochs (minutes)"
 "$venv/bin/python" "$run_glue" "${model[@]}" "${files[@]}" "${lora[@]}" --do_train --do_eval \
   --output_dir "$demo/lora" --per_device_train_batch_size 32 --per_device_eval_batch_size 64 \

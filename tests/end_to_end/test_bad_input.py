@@ -369,7 +369,7 @@ def test_an_adapter_file_that_isnt_this_models_is_refused_with_the_reason(traini
     layer = "roberta.encoder.layer.0.attention.self.query.lora_"
     files = {
         "list.bin": ([torch.zeros(2)], "no state dict"),
-        "deberta.bin": ({k.replace("roberta.", "deberta."): t for k, t in state.items()}, "deberta.encoder.layer.0"),
+        "deberta.bin": ({k.replace("roberta.", "deberta."): t for k, t in state.items()}, "deberta-v2 model"),
         "rank.bin": (
             {k: t[:2] if k.endswith("A") else t[:, :2] if k.endswith("B") else t for k, t in state.items()},
             "--lora_r 2",
