@@ -25,12 +25,12 @@ from lora_nlu.data.glue import read_glue_file
 from lora_nlu.data.tasks import TASKS, Task
 from lora_nlu.data.user_files import load_files
 from lora_nlu.errors import UserError
-from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA
+from lora_nlu.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN, RUN_METADATA
 from lora_nlu.methods.lora import LoRALinear
 from lora_nlu.methods.marking import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.training.checkpoints import STATE, complete_checkpoints
-from lora_nlu.training.output_folder import RUN, check_output_dir
+from lora_nlu.training.output_folder import check_output_dir
 
 many = settings(deadline=None, derandomize=True, database=None, max_examples=300, suppress_health_check=[*HealthCheck])
 

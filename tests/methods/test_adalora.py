@@ -77,14 +77,16 @@ def test_output_and_gradients_are_those_of_the_formula_in_float64(dtype, shape, 
     expected = textbook(exact_x, exact)
     expected.backward(grad_y.double())
 
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    tolerance = 5e-6 if dtype == torch.float32 else 1e-13
     assert_close(y.double(), expected, tolerance)
     assert_close(x.grad.double(), exact_x.grad, tolerance)
     for name, parameter in layer.named_parameters():
         if exact[name].grad is None:
             assert parameter.grad is None and name in ("weight", "bias")
         else:
-            assert_close(parameter.grad.double(), exact[name].grad, tolerance, what=name)
+            # E's is a sum over the inputs of terms of both signs, larger than itself
+            bound = 2 * tolerance if name == "lora_E" else tolerance
+            assert_close(parameter.grad.double(), exact[name].grad, bound, what=name)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
