@@ -17,6 +17,7 @@ from typing import Any
 
 from lora_nlu.errors import UserError, first_line, printable
 
+RUN = "run.json"  # marks an output folder as one of run_glue.py
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_METADATA = "adapter_config.json", "adapter_model.safetensors", "run_metadata.json"
 # In what torch, safetensors and tokenizers raise when a write fails
 _FAILED_WRITE = re.compile(r"inline_container|StreamWriter|iostream|open file failed|\(os error \d+\)")

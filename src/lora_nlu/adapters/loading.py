@@ -15,7 +15,7 @@ from lora_nlu.adapters.attaching import attach_adapter
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UserError, printable
-from lora_nlu.files import ADAPTER_CONFIG, read_json
+from lora_nlu.files import ADAPTER_CONFIG, RUN, read_json
 from lora_nlu.labels import (
     check_label_config,
     label_list,
@@ -29,7 +29,6 @@ from lora_nlu.methods.description import set_method
 from lora_nlu.models.loading import load_config, load_model, set_task
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
 
-_RUN = "run.json"  # beside a complete model, which has no run_metadata.json
 _FLAG = re.compile(r"--(?=(base|lora_alpha|labels|task_name|tokenizer_name)\b)")  # of what `load` takes as arguments
 
 
@@ -147,7 +146,8 @@ def _read_complete_model(path: str, labels: Sequence[str] | None, task_name: str
     names = _choose_labels(path, config.num_labels, recorded, labels, task_name)
     if recorded is None and labels is not None:
         set_labels(config, names)
-    metadata = read_json(Path(path, _RUN)) if Path(path, _RUN).is_file() else {}
+    run = Path(path, RUN)  # a complete model has no run_metadata.json
+    metadata = read_json(run) if run.is_file() else {}
     return Source(path, None, names, metadata, config)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UserError
-from lora_nlu.files import folders_containing, is_training_run, parse_json, read_json, read_text, write_text
+from lora_nlu.files import RUN, folders_containing, is_training_run, parse_json, read_json, read_text, write_text
 
 RECORDS = "runs.jsonl"
-RUN, STATE, EVALUATION, TRAINING = "run.json", "trainer_state.json", "eval_results.json", "train_results.json"
+STATE, EVALUATION, TRAINING = "trainer_state.json", "eval_results.json", "train_results.json"
 WEIGHTS = "weights_fingerprint"  # of the model that a run trained, or that gave results
 
 Form = tuple[str, Callable[[Any], bool]]  # of a value: in words, and whether one is of it

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from lora_nlu.data.tasks import TASKS, Task
 from lora_nlu.errors import UserError
-from lora_nlu.files import atomic_write, read_json, read_text
+from lora_nlu.files import RUN, atomic_write, read_json, read_text
 from lora_nlu.labels import label_number
-from lora_nlu.report.records import RUN, Figures, is_other_model, leave_out, read_figures, read_folders
+from lora_nlu.report.records import Figures, is_other_model, leave_out, read_figures, read_folders
 
 HEADER = "index\tprediction"
 PREDICTIONS = "predict_results.json"  # what each file of predictions is of

@@ -9,6 +9,7 @@ from lora_nlu.errors import UserError
 from lora_nlu.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    RUN,
     RUN_METADATA,
     parse_json,
     read_json,
@@ -16,7 +17,6 @@ from lora_nlu.files import (
     write_json,
 )
 
-RUN = "run.json"  # marks an output folder as one of run_glue.py
 WEIGHTS = "weights_fingerprint"  # in the records of a run and of results: the model that was trained, or gave them
 FILE_LIST = "files.json"
 REMOVING = ".removing"  # the list of files of a checkpoint being removed

@@ -16,11 +16,11 @@ from accelerate.utils import broadcast_object_list
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.data.tokenization import digest
 from lora_nlu.errors import UserError, printable, printable_lines
-from lora_nlu.files import RUN_METADATA, check_json, is_training_run, read_json, write_json
+from lora_nlu.files import RUN, RUN_METADATA, check_json, is_training_run, read_json, write_json
 from lora_nlu.labels import label_list
 from lora_nlu.methods.table import METHODS
 from lora_nlu.training.checkpoints import clear_checkpoint, complete_checkpoints
-from lora_nlu.training.file_list import FILE_LIST, RUN, WEIGHTS, list_files, remove_checkpoint, written_files
+from lora_nlu.training.file_list import FILE_LIST, WEIGHTS, list_files, remove_checkpoint, written_files
 from lora_nlu.training.metadata import IF_SET
 from lora_nlu.training.trainer import AdapterTrainer
 

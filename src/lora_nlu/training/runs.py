@@ -18,7 +18,7 @@ from lora_nlu.data.metrics import answers_of, greater_is_better, predicted
 from lora_nlu.data.tokenization import digest, token_count
 from lora_nlu.errors import UserError
 from lora_nlu.escaping import json_line, tsv_cell
-from lora_nlu.files import RUN_METADATA, read_json, write_json, write_text
+from lora_nlu.files import RUN, RUN_METADATA, read_json, write_json, write_text
 from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.methods.marking import count_parameters
 from lora_nlu.methods.table import METHODS
@@ -31,7 +31,7 @@ from lora_nlu.training.checkpoints import (
     processes_of,
     seconds_trained,
 )
-from lora_nlu.training.file_list import EVALUATION, PREDICTIONS, RUN, WEIGHTS, list_files
+from lora_nlu.training.file_list import EVALUATION, PREDICTIONS, WEIGHTS, list_files
 from lora_nlu.training.output_folder import check_results, clear_earlier_run, record, remaining, wait_for_file
 from lora_nlu.training.processes import Interrupted, deferred_signals, say
 from lora_nlu.training.trainer import AdapterTrainer
