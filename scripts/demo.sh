@@ -29,7 +29,7 @@ model=(--model_name_or_path "$demo/encoder" --max_seq_length 128 --cache_dir "$d
 lora=(--apply_lora --lora_r 8 --lora_alpha 16)
 
 # On a CPU with fast bf16 instructions training takes 0.6 of the time in bf16; a run that has begun keeps its precision
-can_use_bf16="import sys, torch; from lora_nlu.training.launch import has_fast_bf16
+can_use_bf16="import sys, torch; from lora_nlu.ops.processor import has_fast_bf16
 sys.exit(torch.cuda.is_available() or not has_fast_bf16())"
 if [[ -f "$demo/lora/run.json" ]]; then
   ! grep -q '"bf16": true' "$demo/lora/run.json" || lora+=(--bf16)

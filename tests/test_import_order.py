@@ -30,7 +30,7 @@ BELOW: dict[str, set[str]] = {
 }
 # The modules of each package from the lowest: each may import those before it.
 ORDER = {
-    "ops": ["packing", "sharding", "tensors", "compiling", "kernels", "frozen"],
+    "ops": ["processor", "packing", "sharding", "tensors", "compiling", "kernels", "frozen"],
     "methods": [
         "method", "targets", "table", "description", "linear", "lora", "dora", "pissa", "adalora", "vera", "bottleneck",
         "marking",

@@ -16,7 +16,7 @@ from runs import LORA, Outcome, Run, contents, cut_off, sentence, write_deberta,
 from test_run_glue import read, scores, succeeded, trained_flat
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config
 
-from lora_nlu.training.launch import has_fast_bf16
+from lora_nlu.ops.processor import has_fast_bf16
 
 ROOT = Path(__file__).parents[2]
 GLUE = Path(os.environ.get("GLUE_DIR") or ROOT.parent / "shared" / "glue")

@@ -243,23 +243,6 @@ def test_a_processor_that_is_faster_in_bf16_gets_it_in_place_of_fp16(written, mo
         assert "--fp16" not in flags and flags.count("--bf16") == more.count("--bf16")
 
 
-@pytest.mark.parametrize(
-    "vendor, flags, is_fast",
-    [
-        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True),
-        ("GenuineIntel", "avx512f avx512_bf16", False),
-        ("AuthenticAMD", "avx512f avx512_bf16", True),
-        ("AuthenticAMD", "avx2 fma", False),
-        ("GenuineIntel", "avx512f avx512_vnni", False),
-    ],
-)
-def test_bf16_is_fast_with_amx_or_on_amd_with_its_avx512_instructions(tmp_path, vendor, flags, is_fast):
-    cpuinfo = tmp_path / "cpuinfo"
-    assert not launch.has_fast_bf16(cpuinfo)  # as where there is no /proc
-    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags} arat\n")
-    assert launch.has_fast_bf16(cpuinfo) == is_fast
-
-
 # --------------------------------------------------------------------------------------------- processes on one machine
 
 

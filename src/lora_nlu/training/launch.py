@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lora_nlu.errors import UsageError
+from lora_nlu.ops.processor import has_fast_bf16
 
 PROGRAM = "examples/text-classification/run_glue.py"
 BATCH, ACCUMULATION = "--per_device_train_batch_size", "--gradient_accumulation_steps"
@@ -95,18 +96,6 @@ def plan(script: Script, settings: Mapping[str, str]) -> Command:
     if settings.get("GLUE_DIR"):
         folders += ["--glue_dir", settings["GLUE_DIR"]]
     return Command(environment, [*program, str(root / PROGRAM)], [*folders, *batch_flags, *flags], notes)
-
-
-def has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:  # noqa: B008
-    """Whether this processor multiplies faster in bf16 than in fp32: by AMX, or by AVX512-BF16 if it is AMD's.
-
-    Intel's AVX512-BF16 without AMX is slower than fp32.
-    """
-    try:
-        words = set(cpuinfo.read_text().split())
-    except OSError:
-        return False
-    return "amx_bf16" in words or {"avx512_bf16", "AuthenticAMD"} <= words
 
 
 def default_folder(script: Script, settings: Mapping[str, str]) -> str:
