@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora_alpha", type=float, metavar="ALPHA", help="of a .bin, which doesn't record it (published RoBERTa: 16)")
     query = "of a DeBERTa .bin: it was trained with LoRA on the relative positions' query too, as in PEFT (both)"
     add("--lora_relative_query", nargs="?", const="both", choices=RELATIVE_QUERY, help=query)
+    add("--bf16", action="store_true", help="compute in bf16: on a CPU with weights held so, on a GPU by autocast")
     names = parser.add_mutually_exclusive_group()
     names.add_argument("--labels", metavar="A,B,...", help="names of the classes, class 0 first, if none are recorded")
     names.add_argument("--task_name", choices=[name for name in TASKS if name != "ax"], metavar="TASK",
@@ -130,15 +131,18 @@ def _predict(adapters: list[str], file: Path | None, args: argparse.Namespace) -
         _check_columns(columns)
     trained_on = [names for of_source in columns.values() for names in of_source]
     texts = Texts(file, args.text_columns, trained_on, progress=bool(args.output) or not sys.stdout.isatty())
-    recorded_base = sources[0].metadata.get("base_model") if sources[0].adapter else None
-    _say(*look_for_hub(args.base or recorded_base, args.tokenizer_name))
-    predictors, notes = load_sources(sources, args.base, args.lora_alpha, args.tokenizer_name)
+    _say(*look_for_hub(args.base or sources[0].recorded_base, args.tokenizer_name))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    holds_bf16, autocasts = args.bf16 and device == "cpu", args.bf16 and device == "cuda"
+    predictors, notes = load_sources(sources, args.base, args.lora_alpha, args.tokenizer_name, holds_bf16)
+    if autocasts:
+        notes.append("bf16: products are computed in bf16 on the GPU (torch's autocast).")
     _say(*notes, *(_notes_on_columns(columns, texts) if texts.is_table else ()))
     for predictor in predictors:
-        predictor.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        predictor.model.to(device)
     lengths, notes = _max_lengths(predictors, args.max_seq_length)
     _say(*notes)
-    with _output(args.output) as sink:
+    with _output(args.output) as sink, torch.autocast(device, torch.bfloat16, enabled=autocasts):
         write_answers(sink, texts, predictors, lengths, args.format)
     if args.output:
         _say(f"Written to {args.output}.")

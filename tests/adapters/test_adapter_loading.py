@@ -62,6 +62,16 @@ def test_an_adapter_of_every_method_gives_the_logits_of_its_trained_model(row, b
     assert labels == tuple(LABELS) and loaded.config.id2label == dict(enumerate(LABELS)) and not loaded.training
 
 
+@pytest.mark.parametrize("row", ADAPTED, ids=lambda row: row.name)
+@pytest.mark.filterwarnings("ignore:bf16")
+def test_in_bf16_an_adapter_of_every_method_has_the_bits_of_its_trained_model_in_bf16(row, base, tmp_path):
+    model = trained(base, tmp_path / "a", LABELS, **settings_of(row))
+    loaded, tokenizer, _ = lora_nlu.load(tmp_path / "a", bf16=True)
+    in_fp32, in_bf16 = logits(model, tokenizer), logits(loaded, tokenizer)
+    assert 0 < (in_bf16 - in_fp32).abs().max() < 0.02 * in_fp32.abs().max()
+    assert model.hold_in_bf16(trains=False) and torch.equal(logits(model, tokenizer), in_bf16)
+
+
 def test_several_adapters_share_the_weights_of_one_base_and_answer_as_each_alone(base, tmp_path):
     names = {"three": LABELS, "two": ["yes", "no"], "score": []}
     for name, labels in names.items():
@@ -92,6 +102,20 @@ def test_a_complete_model_is_loaded_from_its_folder(base, tmp_path):
     assert labels == ("yes", "no")
     with pytest.raises(UserError, match="is a complete model, no adapter. Predict with it alone"):
         load_sources([read_source(str(tmp_path))] * 2)
+
+
+def test_several_adapters_in_bf16_hold_the_weights_of_one_base_and_answer_as_each_alone(base, tmp_path):
+    names = ["lora", "dora", "pissa", "bitfit"]
+    for name in names:
+        trained(base, tmp_path / name, LABELS, **settings_of(METHODS[name]))
+    predictors, notes = load_sources([read_source(str(tmp_path / name)) for name in names], bf16=True)
+    held = [{n: m.frozen for n, m in p.model.named_modules() if getattr(m, "frozen", None)} for p in predictors]
+    assert all(len(of_one) >= 12 and of_one == held[0] for of_one in held)  # the same objects
+    assert f"bf16: the weights of {len(held[0])} linear layers are held in bf16" in notes[0]
+    for name, predictor in zip(names, predictors, strict=True):
+        with pytest.warns(UserWarning, match="are held in bf16"):
+            alone, tokenizer, _ = lora_nlu.load(tmp_path / name, bf16=True)
+        assert torch.equal(logits(predictor.model, tokenizer), logits(alone, tokenizer))
 
 
 @pytest.mark.parametrize("base", ["roberta"], indirect=True)
@@ -139,6 +163,33 @@ def test_what_an_adapter_does_not_record_is_given_or_asked_for(base, tmp_path):
         with pytest.raises(UserError, match=message):
             lora_nlu.load(folder, labels=LABELS)
     assert torch.equal(logits(lora_nlu.load(folder, str(base), labels=LABELS)[0], tokenizer), logits(model, tokenizer))
+
+
+@pytest.mark.parametrize("base", ["deberta"], indirect=True)
+def test_the_relative_query_of_a_bin_is_given_and_that_of_a_folder_is_recorded(base, tmp_path):
+    settings = {"apply_lora": True, "lora_r": 4, "lora_alpha": 8, "lora_relative_query": True}
+    model = trained(base, tmp_path / "a", LABELS, **settings)
+    own = {name: p for name, p in model.named_parameters() if "lora_" in name or name.startswith(("pooler", "class"))}
+    torch.save(own, tmp_path / "lora.bin")
+    given: dict[str, Any] = {"base": str(base), "lora_alpha": 8, "labels": LABELS}
+    loaded, tokenizer, _ = lora_nlu.load(tmp_path / "lora.bin", **given, lora_relative_query="both")
+    expected = logits(model, tokenizer)
+    assert_close(logits(loaded, tokenizer), expected)
+    assert (logits(lora_nlu.load(tmp_path / "lora.bin", **given)[0], tokenizer) - expected).abs().max() > 1e-3
+    with pytest.raises(UserError, match=r"^lora_relative_query: .* is no DeBERTa .bin. Leave lora_relative_query out"):
+        lora_nlu.load(tmp_path / "a", lora_relative_query="both")
+
+
+@pytest.mark.parametrize("base", ["roberta"], indirect=True)
+def test_the_hub_is_looked_for_before_an_adapter_its_base_and_its_tokenizer_are_read(base, tmp_path, monkeypatch):
+    trained(base, tmp_path / "a", LABELS, apply_lora=True, lora_r=4, lora_alpha=8)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("lora_nlu.hub.use_cache_if_unreachable", lambda: "no answer")
+    for given in (("someone/adapter",), (tmp_path / "a", "someone/base")):
+        with pytest.warns(UserWarning, match="^no answer$"), pytest.raises(UserError, match="someone/"):
+            lora_nlu.load(*given)
+    with pytest.warns(UserWarning, match="^no answer$"), pytest.raises(UserError, match="No tokenizer in someone/it"):
+        lora_nlu.load(tmp_path / "a", tokenizer_name="someone/it")
 
 
 @pytest.mark.parametrize("base", ["roberta"], indirect=True)

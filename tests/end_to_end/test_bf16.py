@@ -8,7 +8,7 @@ import torch
 from runs import LORA
 from safetensors.torch import load_file
 
-from lora_nlu.training import trainer
+from lora_nlu.models import checkpoints
 
 
 def rte(glue: Path, *flags: object) -> list[object]:
@@ -62,7 +62,7 @@ def test_where_every_weight_trains_bf16_computes_in_fp32_and_says_it(call, glue,
 
 
 def test_a_processor_that_is_slower_in_bf16_is_named(call, glue, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "has_fast_bf16", lambda: False)
+    monkeypatch.setattr(checkpoints, "has_fast_bf16", lambda: False)
     outcome = call(*rte(glue, "--do_train", *LORA, *SIZE, "--bf16"), "--output_dir", tmp_path / "o")
     assert outcome.code == 0 and "bf16: this processor has no fast instructions for it" in outcome.out
 

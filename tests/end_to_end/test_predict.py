@@ -129,6 +129,31 @@ def test_answers_are_those_of_transformers_pipeline_with_the_same_folder_in_peft
         assert line["probabilities"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_answers_in_bf16_are_those_of_run_glue_in_bf16_and_their_precision_is_said(
+    folder, call, predict, logits, tmp_path, monkeypatch
+):
+    file = write_csv(tmp_path / "a.csv", "review", [(text,) for text in texts(40)])
+    flags = ["--lora_path", folder / "single", "--max_seq_length", 32, "--output_dir", tmp_path / "o"]
+    run = succeeded(call("--do_predict", "--test_file", file, *flags, "--bf16_full_eval"))
+    single, *all_three = [folder / "single", folder / "other", folder / "score"]
+    outcome = succeeded(predict(single, file, "--format", "jsonl", "--bf16"))
+    held = "bf16: the weights of 12 linear layers are held in bf16, and products summed in fp32; the rest is fp32.\n"
+    assert held in outcome.err and held in run.out
+    answers, in_fp32 = (lines_of(o) for o in (outcome, predict(single, file, "--format", "jsonl")))
+    expected = softmax(logits[0].predictions, axis=1)
+    distances = [
+        max(abs(line["probabilities"]["positive"] - p) for line, p in zip(lines, expected[:, 1], strict=True))
+        for lines in (answers, in_fp32)
+    ]
+    assert distances[0] < 1e-2 and distances[0] < distances[1]
+    monkeypatch.setattr("lora_nlu.models.checkpoints.has_fast_bf16", lambda: False)
+    together = succeeded(predict(single, *all_three, file, "--format", "jsonl", "--bf16"))
+    assert together.err.startswith(f"{held}bf16: this processor has no fast instructions for it")
+    assert [line["answers"]["single"]["probabilities"] for line in lines_of(together)] == [
+        line["probabilities"] for line in answers
+    ]
+
+
 def test_several_adapters_answer_in_columns_of_their_own_as_each_alone(folder, predict, tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(texts(20)))
     names = ["single", "score", "other"]
@@ -157,6 +182,8 @@ def test_a_published_file_needs_its_base_its_alpha_and_the_names_of_its_classes(
     task = [*given[:4], "--lora_alpha", 8, "--base", tiny_model, "--task_name", "sst2"]
     outcome = succeeded(predict(*task))
     assert outcome.out == expected and "assumed to predict negative, positive, in this order" in outcome.err
+    outcome = predict(folder / "single", tmp_path / "a.txt", "--lora_relative_query", "key")
+    assert outcome.code == 2 and f"{folder / 'single'} is no DeBERTa .bin. Leave --lora_relative_query" in outcome.err
     for flag, value in (("--labels", "yes,no"), ("--task_name", "mnli")):
         outcome = predict(folder / "single", tmp_path / "a.txt", flag, value)
         assert outcome.code == 1 and "was trained to predict negative, positive" in outcome.err

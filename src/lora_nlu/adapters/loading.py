@@ -14,8 +14,9 @@ from lora_nlu.adapters.adapter import Adapter, with_relative_query
 from lora_nlu.adapters.attaching import attach_adapter
 from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.data.tasks import TASKS
-from lora_nlu.errors import UserError, printable
+from lora_nlu.errors import UsageError, UserError, printable
 from lora_nlu.files import ADAPTER_CONFIG, RUN, read_json
+from lora_nlu.hub import look_for_hub
 from lora_nlu.labels import (
     check_label_config,
     label_list,
@@ -26,10 +27,12 @@ from lora_nlu.labels import (
     set_labels,
 )
 from lora_nlu.methods.description import set_method
+from lora_nlu.models.checkpoints import hold_in_bf16, notes_on_bf16
 from lora_nlu.models.loading import load_config, load_model, set_task
 from lora_nlu.models.tokenizer import check_tokenizer, load_tokenizer, tokenizer_fingerprint
 
-_FLAG = re.compile(r"--(?=(base|lora_alpha|labels|task_name|tokenizer_name)\b)")  # of what `load` takes as arguments
+# Of what `load` takes as arguments
+_FLAG = re.compile(r"--(?=(base|lora_alpha|labels|task_name|tokenizer_name|lora_relative_query|bf16)\b)")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Source:
     labels: tuple[str, ...]
     metadata: dict[str, Any]
     config: Any = None
+
+    @property
+    def recorded_base(self) -> str | None:
+        """The base model that an adapter records."""
+        return self.metadata.get("base_model") if self.adapter else None
 
 
 @dataclass(frozen=True)
@@ -68,25 +76,35 @@ def load(
     labels: Sequence[str] | None = None,
     task_name: str | None = None,
     tokenizer_name: str | None = None,
+    lora_relative_query: str | None = None,
+    bf16: bool = False,
 ) -> tuple[Any, Any, tuple[str, ...]]:
     """Model, tokenizer and labels of an adapter, ready for transformers' `pipeline("text-classification", ...)`.
 
-    adapter:        whatever --lora_path or --adapter_path takes, or the folder of a complete model.
-    base:           folder or Hub id of its base model; None for the one that it records.
-    lora_alpha:     of a `.bin`, which doesn't record it.
-    labels:         class 0 first, of an adapter or model that doesn't record them; () for a regression.
-    task_name:      the GLUE task whose labels they are, instead of `labels`.
-    tokenizer_name: folder or Hub id of the tokenizer; None for the base model's.
+    adapter:             whatever --lora_path or --adapter_path takes, or the folder of a complete model.
+    base:                folder or Hub id of its base model; None for the one that it records.
+    lora_alpha:          of a `.bin`, which doesn't record it.
+    labels:              class 0 first, of an adapter or model that doesn't record them; () for a regression.
+    task_name:           the GLUE task whose labels they are, instead of `labels`.
+    tokenizer_name:      folder or Hub id of the tokenizer; None for the base model's.
+    lora_relative_query: of a DeBERTa `.bin`, which doesn't record it: none, key or both.
+    bf16:                hold the weights of the encoder's linear layers in bf16; the model then stays on the CPU.
 
-    The model is in evaluation mode and its config has the labels. What was assumed is a warning. Raises UserError.
+    The model is in evaluation mode and its config has the labels. What was assumed is a warning, and so is a Hub that
+    does not answer within seconds: only what was downloaded before is read then. Raises UserError.
     """
+    notes: list[str] = []
     try:
-        source = read_source(str(adapter), lora_alpha, labels, task_name)
-        (predictor,), notes = load_sources([source], base, lora_alpha, tokenizer_name)
+        notes += look_for_hub(str(adapter))
+        source = read_source(str(adapter), lora_alpha, labels, task_name, lora_relative_query)
+        notes += look_for_hub(base or source.recorded_base, tokenizer_name)
+        (predictor,), more = load_sources([source], base, lora_alpha, tokenizer_name, bf16)
+        notes += more
     except UserError as e:
         raise UserError(_FLAG.sub("", str(e))) from e
-    for note in notes:
-        warnings.warn(_FLAG.sub("", note), stacklevel=2)
+    finally:
+        for note in notes:
+            warnings.warn(_FLAG.sub("", note), stacklevel=2)
     return predictor.model, predictor.tokenizer, predictor.labels
 
 
@@ -111,7 +129,10 @@ def read_source(
             if value is not None:
                 raise UserError(f"{path}: is a complete model: --{flag} has no effect on it. Leave --{flag} out.")
         return _read_complete_model(path, labels, task_name)
-    adapter = with_relative_query(read_adapter(path), lora_relative_query)
+    adapter = read_adapter(path)
+    if lora_relative_query is not None and adapter.records_relative_query:
+        raise UsageError(f"--lora_relative_query: {path} is no DeBERTa .bin. Leave --lora_relative_query out.")
+    adapter = with_relative_query(adapter, lora_relative_query)
     if adapter.row.has_ranks:
         adapter.layers(lora_alpha)  # raises if neither records the alpha, or if they differ
     if (count := adapter.label_count) is None:
@@ -185,11 +206,23 @@ def load_sources(
     base: str | None = None,
     lora_alpha: float | None = None,
     tokenizer_name: str | None = None,
+    bf16: bool = False,
 ) -> tuple[list[Predictor], list[str]]:
-    """A predictor for each source, and lines to print.
+    """A predictor for each source, on the CPU, and lines to print.
 
-    base: None for the one that the first adapter records. Raises UserError, also for adapters of several base models.
+    base: None for the one that the first adapter records. bf16: hold the weights of linear layers in it, those of the
+    base once for all predictors. Raises UserError, also for adapters of several base models.
     """
+    predictors, notes = _load_in_fp32(sources, base, lora_alpha, tokenizer_name)
+    if bf16:
+        notes += notes_on_bf16(hold_in_bf16([predictor.model for predictor in predictors], trains=False))
+    return predictors, notes
+
+
+def _load_in_fp32(
+    sources: Sequence[Source], base: str | None, lora_alpha: float | None, tokenizer_name: str | None
+) -> tuple[list[Predictor], list[str]]:
+    """As `load_sources`, in fp32. Nothing else refers to the base's weights afterwards: `hold_in_bf16` frees them."""
     adapters = {source.path: source.adapter for source in sources if source.adapter}
     if complete := next((source for source in sources if not source.adapter), None):
         if len(sources) > 1 or base:
@@ -197,7 +230,7 @@ def load_sources(
         return _load_complete_model(complete, tokenizer_name)
     _check_same_base([*adapters.values()])
     first = next(iter(adapters.values()))
-    if not (name := base or first.metadata.get("base_model")):
+    if not (name := base or sources[0].recorded_base):
         raise UserError(f"{first.source} doesn't record its base model: give --base MODEL.")
     try:
         shared = load_base(name, first)

@@ -19,11 +19,10 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSa
 
 from lora_nlu.errors import UserError, first_line
 from lora_nlu.files import atomic_files
-from lora_nlu.models.checkpoints import Checkpoints
+from lora_nlu.models.checkpoints import Checkpoints, notes_on_bf16
 from lora_nlu.models.losses import classification_loss
 from lora_nlu.training.checkpoints import CheckpointingTrainer, Diverged, seconds_trained
 from lora_nlu.training.graphs import GraphedSteps
-from lora_nlu.training.launch import has_fast_bf16
 from lora_nlu.training.learning_rates import with_rates
 from lora_nlu.training.processes import Interrupted, ignore_signals, lost_process, say, seed_from
 
@@ -151,16 +150,7 @@ class AdapterTrainer(CheckpointingTrainer):
         """Let the model hold weights in bf16, where this run computes so without autocast, and say it."""
         if not getattr(self.args, "bf16_in_model", False) or self.model.is_held_in_bf16:
             return
-        count = self.model.hold_in_bf16(trains=self.args.do_train)
-        note = f"the weights of {count} linear layers are held in bf16, and products summed in fp32; the rest is fp32"
-        reason = "no weight is frozen, or the model was loaded from no file, or its method multiplies in fp32 alone"
-        say(self.args, f"bf16: {note if count else f'all is computed in fp32: {reason}'}.")
-        if count and not has_fast_bf16():
-            say(
-                self.args,
-                "bf16: this processor has no fast instructions for it: a product takes about 3 to 10 times as long as "
-                "in fp32 (measured with AVX2 and AVX-512 alone). Remove --bf16.",
-            )
+        say(self.args, *notes_on_bf16(self.model.hold_in_bf16(trains=self.args.do_train)))
 
     @property
     def precision(self) -> str:
