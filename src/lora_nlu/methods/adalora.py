@@ -32,6 +32,9 @@ SETTINGS = {
     "target_rank": "target_r", "reg_orth_coef": "orth_reg_weight", "init_warmup": "tinit", "final_warmup": "tfinal",
     "mask_interval": "deltaT", "beta1": "beta1", "beta2": "beta2", "total_step": "total_step", "init_r": "init_r",
 }  # fmt: skip
+# Integers are at least, other numbers from 0 to below:
+_LEAST = {"target_rank": 0, "init_warmup": 0, "final_warmup": 0, "mask_interval": 1, "total_step": 1, "init_r": 1}
+_BELOW = {"reg_orth_coef": float("inf"), "beta1": 1, "beta2": 1}
 DIRECTIONS = {"lora_A": 0, "lora_E": 0, "lora_B": 1}  # the dimension of each parameter that numbers the directions
 _MOST_NUMBERS = 2**28  # in all layers with all directions, 1 GiB: a damaged folder must not fill the memory
 DEFAULTS = {"reg_orth_coef": 0.0, "beta1": 0.85, "beta2": 0.85}  # both betas as the authors and PEFT have them
@@ -212,18 +215,23 @@ class RankAllocator:
 def read_settings(config: Any) -> dict[str, Any] | None:
     """As LoRA's; AdaLoRA's own settings are checked too. Raises ValueError, naming the setting."""
     fields = lora.read_settings(config)
-    for name, least in (("target_rank", 1), ("init_warmup", 0), ("final_warmup", 0), ("mask_interval", 1)):
-        value = getattr(config, name, None)
-        if value is not None and not (is_number(value, int) and value >= least):
-            raise ValueError(f"config.{name} {value!r}: expected an integer of at least {least}.")
-    for name, below in (("reg_orth_coef", float("inf")), ("beta1", 1), ("beta2", 1)):
-        value = getattr(config, name, None)
-        if value is not None and not (is_number(value) and 0 <= value < below):
-            raise ValueError(f"config.{name} {value!r}: expected a number from 0{' to below 1' if below == 1 else ''}.")
+    for name in SETTINGS:
+        if (value := getattr(config, name, None)) is not None and (expected := _expected_instead(name, value)):
+            raise ValueError(f"config.{name} {value!r}: expected {expected}.")
     target = getattr(config, "target_rank", None)
-    if fields and target is not None and target >= fields["rank"]:
-        raise ValueError(f"config.target_rank {target}: expected a rank below config.lora_r, {fields['rank']}.")
+    if fields and target is not None and not 1 <= target < fields["rank"]:
+        raise ValueError(f"config.target_rank {target}: expected 1 or more, below config.lora_r, {fields['rank']}.")
     return fields and fields | {"use_rslora": False}
+
+
+def _expected_instead(name: str, value: Any) -> str:
+    """What a setting should be, in words; "" if the value is valid."""
+    if name in _LEAST:
+        is_valid, expected = is_number(value, int) and value >= _LEAST[name], f"an integer from {_LEAST[name]}"
+    else:
+        is_valid, expected = is_number(value) and 0 <= value < _BELOW[name], "a number from 0"
+        expected += " to below 1" if _BELOW[name] == 1 else ""
+    return "" if is_valid else expected
 
 
 def rebuild(model: Any, adapter: Any, lora_alpha: float | None) -> None:
@@ -307,15 +315,12 @@ def from_file(adapter: Any) -> Any:
         raise UserError(f"{source}: init_r {rank} is too high for layers of these sizes; the folder is damaged.")
     for name, left in adapter.ranks.items():
         kept = torch.tensor(masks.get(name, [True] * rank), dtype=torch.bool)
-        if len(kept) != rank:
+        shape = [*state[f"{name}.lora_E"].shape]
+        if len(kept) != rank or int(kept.sum()) != left or shape != [left, 1]:
             raise UserError(
-                f"{source}: adapter_config.json has init_r {rank} and a rank_pattern of {len(kept)} directions for "
-                f"{name}.lora_E: the files don't belong together."
-            )
-        if state[f"{name}.lora_E"].shape != (left, 1) or int(kept.sum()) != left:
-            raise UserError(
-                f"{source}: {name}.lora_A has {left} directions and lora_E the shape "
-                f"{[*state[f'{name}.lora_E'].shape]}, but adapter_config.json keeps {int(kept.sum())} of {rank}."
+                f"{source}: {name}.lora_A has {left} directions and lora_E the shape {shape}, but adapter_config.json "
+                f"has init_r {rank} and a rank_pattern that keeps {int(kept.sum())} of {len(kept)} directions.\n"
+                "The two files don't belong together."
             )
         for part, dim in DIRECTIONS.items():
             tensor = state[f"{name}.{part}"]
@@ -339,12 +344,8 @@ def read_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     is_pattern = isinstance(pattern, dict) and all(
         isinstance(mask, list) and all(type(kept) is bool for kept in mask) for mask in pattern.values()
     )
-    integers = {"init_r": 1, "target_r": 0, "tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 1}
-    checks = [(key, is_number(config.get(key), int) and config[key] >= least, f"an integer from {least}")
-              for key, least in integers.items()]  # fmt: skip
-    for key, below in (("beta1", 1), ("beta2", 1), ("orth_reg_weight", float("inf"))):
-        value, expected = config.get(key), f"a number from 0{' to below 1' if below == 1 else ''}"
-        checks.append((key, is_number(value) and 0 <= value < below, expected))
+    expected = {key: _expected_instead(name, config.get(key)) for name, key in SETTINGS.items()}
+    checks = [(key, not text, text) for key, text in expected.items()]
     check_json(path, config, [*checks, ("rank_pattern", is_pattern, "lists of true and false by names of lora_E")])
     kept = {name.removesuffix(".default").removesuffix(".lora_E"): mask for name, mask in pattern.items()}
     return config | {"r": config["init_r"], "rank_pattern": {}, "kept": kept}
