@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_nlu.errors import UserError
 from lora_nlu.methods.adalora import AdaLoRALinear, RankAllocator, loss_term, sum_of_distances
-from lora_nlu.methods.marking import mark_trainable
+from lora_nlu.methods.marking import count_parameters, mark_trainable
 from lora_nlu.methods.targets import TARGETS
 from lora_nlu.ops.frozen import FrozenWeight
 
@@ -218,6 +218,15 @@ def test_a_direction_with_E_0_adds_nothing_whatever_its_A_and_B():
         expected = layer(x)
         layer.lora_A[1:3], layer.lora_B[:, 1:3] = 0, 0
     assert torch.equal(layer(x), expected)
+
+
+def test_a_layer_of_deberta_v3_base_counts_target_rank_directions_in_each_of_its_six_linear_layers():
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 1}
+    settings = {"apply_lora": True, "lora_variant": "adalora", "lora_r": 3, "lora_alpha": ALPHA}
+    settings |= SCHEDULE | {"target_rank": 1, "lora_target_modules": [*TARGETS]}
+    model = CLASSIFIERS["deberta-v2"][0](tiny_deberta_config(**sizes, **settings))
+    mark_trainable(model)
+    assert 12 * count_parameters(model).encoder == 12 * (4 * (768 + 768 + 1) + 2 * (768 + 3072 + 1)) == 165_960
 
 
 # The loss term.
