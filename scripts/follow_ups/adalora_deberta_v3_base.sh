@@ -3,7 +3,8 @@
 #   bash scripts/follow_ups/adalora_deberta_v3_base.sh cola   the recipe, tuned for 1 GPU
 #   bash scripts/follow_ups/adalora_deberta_v3_base.sh cola --max_steps 60 --init_warmup 20 --final_warmup 20 \
 #     --output_dir output/try   a quick try
-# Settings: those of its authors' published scripts. lora_deberta_v3_base.sh is plain LoRA of the same final rank.
+# Settings: those of its authors' published scripts. The paper reports the mean over 5 seeds (run_seeds.sh).
+# lora_deberta_v3_base.sh is plain LoRA of the same final rank.
 # Training must be longer than --init_warmup and --final_warmup together: hence the flags of the try.
 tuned_for_gpus=${tuned_for_gpus:-1}
 source "$(dirname -- "${BASH_SOURCE[0]}")/../launch.sh"

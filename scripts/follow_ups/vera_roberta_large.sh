@@ -2,10 +2,10 @@
 # RoBERTa-large + VeRA (arXiv 2310.11454) on a GLUE task: LoRA with one frozen pair of random matrices for all layers.
 #   bash scripts/follow_ups/vera_roberta_large.sh cola   the recipe, tuned for 1 GPU
 #   bash scripts/follow_ups/vera_roberta_large.sh cola --max_steps 20 --output_dir output/try   a quick try
-# Settings: the paper's rank, its six tasks, and its layers, query and value. The paper reports the best epoch of each
-# of 5 seeds (run_seeds.sh). Its learning rates (the head has its own), epochs, batch and length were not at hand: give
-# --learning_rate, --head_learning_rate, --num_train_epochs, --per_device_train_batch_size and --max_seq_length. Without
-# them run_glue.py's defaults are used, which are not the paper's.
+# Settings: the paper's rank, its six tasks, and its layers, query and value. The paper reports the median, over 5 seeds
+# (run_seeds.sh), of each one's best epoch. Its learning rates (the head has its own), epochs, batch and length were not
+# at hand: give --learning_rate, --head_learning_rate, --num_train_epochs, --per_device_train_batch_size and
+# --max_seq_length. Without them run_glue.py's defaults are used, which are not the paper's.
 tuned_for_gpus=${tuned_for_gpus:-1}
 source "$(dirname -- "${BASH_SOURCE[0]}")/../launch.sh"
 task="${1:-}"
