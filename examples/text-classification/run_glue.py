@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
         else:
             weights = loaded_weights(trainer)
             record_evaluation(trainer, start or name, weights)
-        scores = evaluate(trainer, tables, examples.rows, metrics[0], weights) if args.do_eval else {}
+        scores = evaluate(trainer, tables, examples, metrics[0], weights) if args.do_eval else {}
         if args.do_train:
             describe_run(trainer, scores, metrics[0])
         files = predict(trainer, tables, examples, weights) if args.do_predict else []

@@ -68,11 +68,36 @@ def choose_rows(examples: Examples, limits: dict[str, int | None], seed: int | N
     return replace(examples, splits=tables, rows=rows | examples.rows)
 
 
-def _check_labels_vary(examples: Examples, split: str, chosen: Dataset, is_drawn: bool) -> None:
-    """Rows that all have one label teach and measure nothing, if the split has more. Raises UserError."""
+def split_validation(examples: Examples, count: int) -> Examples:
+    """The examples with a validation set of `count` training rows, the same in every run, which no longer train.
+
+    Raises UserError if none would be left to train on, or the drawn rows all have one label and the set has several.
+    """
+    table = examples.splits["train"]
+    if count >= len(table):
+        text = f"--validation_from_train {count}: leaves none of the {len(table)} training rows to train on."
+        raise UserError(f"{text} Give a smaller number.")
+    drawn = {*random.Random(0).sample(range(len(table)), count)}
+    kept_out, others = table.select(sorted(drawn)), table.select([i for i in range(len(table)) if i not in drawn])
+    _check_labels_vary(examples, "train", kept_out, True, "--validation_from_train")
+    note = f"--validation_from_train: {count} of the {len(table)} training rows, drawn at random, do not train."
+    return replace(
+        examples,
+        splits={"train": others, "validation": kept_out, **{k: t for k, t in examples.splits.items() if k != "train"}},
+        columns=examples.columns | {"validation": examples.columns["train"]},
+        rows=examples.rows | {"train": len(others), "validation": count},
+        notes=(*examples.notes, note),
+    )
+
+
+def _check_labels_vary(examples: Examples, split: str, chosen: Dataset, is_drawn: bool, flag: str = "") -> None:
+    """Rows that all have one label teach and measure nothing, if the split has more. Raises UserError.
+
+    flag: that chose them; by default --max_train_samples or --max_eval_samples.
+    """
     chosen_counts, counts = (_label_counts(table, examples) for table in (chosen, examples.splits[split]))
     if len(chosen) > 1 and len(chosen_counts) < 2 <= len(counts):
-        flag = f"--max_{'train' if split == 'train' else 'eval'}_samples"
+        flag = flag or f"--max_{'train' if split == 'train' else 'eval'}_samples"
         raise UserError(
             f"{split}: the {'drawn' if is_drawn else 'first'} {len(chosen)} of {len(examples.splits[split])} rows all "
             f"have the label {next(iter(chosen_counts), '')[:80]!r}; the set has {_counts_text(counts)}.\n"

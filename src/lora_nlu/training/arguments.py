@@ -78,6 +78,7 @@ class DataArguments:
     max_eval_samples: int | None = flag("Evaluate on the first so many examples (of each set)")
     max_predict_samples: int | None = flag("Predict the first so many examples (of each set)")
     sample_seed: int | None = flag("Seed: the train and eval samples are drawn at random")
+    validation_from_train: int | None = flag("Evaluate on so many training rows, kept out of training")
     train_file: str | None = flag("CSV, TSV or JSON lines with a text column (or two) and 'label'")
     validation_file: str | None = flag("The same, to evaluate on")
     test_file: str | None = flag("The same, to predict; 'label' not needed")
@@ -99,6 +100,7 @@ class OurRunArguments:
     """The flags of the run beside transformers' `TrainingArguments`, or in their place."""
 
     overwrite_output_dir: bool = flag("Start afresh: remove the run that is in the folder", False)
+    write_eval_predictions: bool = flag("Also write the answer to each validation example", False)
     logging_dir: str | None = flag("Folder of the TensorBoard logs")
     log_on_each_node: bool = flag("Print losses and scores once a machine, not once in all", False)
     early_stopping_patience: int | None = flag("Stop after so many evaluations in a row without improvement")

@@ -36,8 +36,14 @@ def _check_data(data_args: Any, args: Any) -> None:
     if bool(task) == bool(data_args.train_file or data_args.validation_file or data_args.test_file):
         raise UsageError("give --task_name or files of your own (--train_file, ...), one of the two.")
     for action, flag in (("train", "train_file"), ("eval", "validation_file"), ("predict", "test_file")):
-        if not task and getattr(args, f"do_{action}") and not getattr(data_args, flag):
+        is_from_train = action == "eval" and data_args.validation_from_train is not None
+        if not task and getattr(args, f"do_{action}") and not (getattr(data_args, flag) or is_from_train):
             raise UsageError(f"--do_{action} needs --{flag}.")
+    if data_args.validation_from_train is not None:
+        if not (args.do_train and args.do_eval):
+            raise UsageError("--validation_from_train splits the training rows of a run: add --do_train and --do_eval.")
+        if data_args.validation_file:
+            raise UsageError("--validation_from_train takes the place of --validation_file: give one of them.")
     names = parse_names("text_columns", text_columns) or ()
     for flag, value in (("text_columns", text_columns), ("label_column", label_column)):
         if value is not None and task:
@@ -89,6 +95,8 @@ def _check_effects(model_args: Any, args: Any) -> None:
             raise UsageError(f"--{name} has no effect without --do_train. Add --do_train, or remove --{name}.")
     if (ratio := args.loraplus_lr_ratio) is not None and not 0 < ratio < math.inf:
         raise UsageError(f"--loraplus_lr_ratio {ratio}: must be above 0.")
+    if args.write_eval_predictions and not args.do_eval:
+        raise UsageError("--write_eval_predictions has no effect without --do_eval. Add it.")
     if args.save_on_each_node:
         raise UsageError("--save_on_each_node: the output folder is on a disk that all machines share; one writes.")
 
@@ -122,6 +130,7 @@ def _check_ranges(model_args: Any, data_args: Any, args: Any) -> None:
         (model_args, 0, 1, ("cls_dropout", "masking_prob")),
         (args, 0, 1, ("label_smoothing_factor",)),
         (data_args, 1, math.inf, ("max_train_samples", "max_eval_samples", "max_predict_samples")),
+        (data_args, 1, math.inf, ("validation_from_train",)),
         (data_args, 4, math.inf, ("max_seq_length",)),
         (data_args, 0, math.inf, ("sample_seed",)),
         (args, 1, math.inf, (*counts, "early_stopping_patience")),

@@ -8,7 +8,7 @@ import numpy as np
 
 from lora_nlu import labels
 from lora_nlu.adapters.adapter import Adapter
-from lora_nlu.data.examples import LABEL, Examples, choose_rows, column, describe_examples
+from lora_nlu.data.examples import LABEL, Examples, choose_rows, column, describe_examples, split_validation
 from lora_nlu.data.glue import load_glue, with_diagnostics
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.data.tokenization import tokenize
@@ -105,7 +105,8 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
     model_args, data_args, args = flags
     task = data_args.task_name
     reads = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
-    splits = [split for split, is_read in reads.items() if is_read]
+    kept_out = data_args.validation_from_train
+    splits = [split for split, is_read in reads.items() if is_read and not (split == "validation" and kept_out)]
     flag_labels = parse_names("labels", data_args.labels)
     names = flag_labels if args.do_train else head.labels
     named_by = head.source if flag_labels is None else "--labels"
@@ -122,7 +123,8 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
             files = {split: getattr(data_args, f"{split}_file") for split in splits}
             examples = load_files(
                 files, names, text_columns, data_args.label_column or LABEL, named_by,
-                limits if data_args.sample_seed is None else None, model_args.cache_dir, data_args.overwrite_cache,
+                limits if data_args.sample_seed is None and not kept_out else None,
+                model_args.cache_dir, data_args.overwrite_cache,
             )  # fmt: skip
         reason = ""
         if task == "mnli" and args.do_predict:
@@ -134,6 +136,8 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
         labels.check_labels(head.source, head.labels, examples.labels)
     if reason:
         say(args, f"No predictions for the diagnostic set (AX): {reason}")
+    if kept_out:
+        examples = split_validation(examples, kept_out)
     examples = choose_rows(examples, limits, data_args.sample_seed)
     say(args, *describe_examples(examples, data_args.sample_seed))
     trained = adapter.metadata.get("text_columns") if adapter and not task else None  # older versions recorded none

@@ -32,7 +32,7 @@ WITHOUT_EFFECT = frozenset(
     log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug
     eval_strategy eval_steps eval_delay eval_on_start prediction_loss_only eval_do_concat_batches
-    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics
+    eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics write_eval_predictions
     save_strategy save_steps save_only_model save_on_each_node save_total_limit enable_jit_checkpoint
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
     restore_callback_states_from_checkpoint remove_unused_columns dataloader_num_workers dataloader_pin_memory
@@ -113,6 +113,8 @@ def _settings_of_data(flags: Flags, examples: Examples, tables: dict[str, Any], 
     settings |= {name: getattr(flags.model, name) for name in ("cls_dropout", "reg_loss_wgt", "masking_prob")}
     if flags.data.sample_seed is not None and settings["train_samples"] < examples.rows.get("train", 0):
         settings["sample_seed"] = flags.data.sample_seed
+    if flags.data.validation_from_train is not None:
+        settings["validation_from_train"] = flags.data.validation_from_train
     return settings
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from lora_nlu.adapters.model_card import write_card
-from lora_nlu.data.examples import Examples, column
+from lora_nlu.data.examples import LABEL, Examples, column
 from lora_nlu.data.metrics import answers_of, greater_is_better, predicted
 from lora_nlu.data.tokenization import digest, token_count
 from lora_nlu.errors import UserError
@@ -144,13 +144,15 @@ def loaded_weights(trainer: AdapterTrainer) -> str:
 
 
 def evaluate(
-    trainer: AdapterTrainer, tables: dict[str, Any], rows: dict[str, int | None], metric: str, weights: str | None
+    trainer: AdapterTrainer, tables: dict[str, Any], examples: Examples, metric: str, weights: str | None
 ) -> dict[str, Any]:
     """The metrics of every validation set; those of MNLI's second one end in _mm, of both together in _overall.
 
-    rows: of each set before some were chosen, None if unknown; weights: the model's fingerprint. Both are recorded, and
-    the digest of the examples. Raises UserError rather than replace a run's results by those of fewer examples.
+    weights: the model's fingerprint; it is recorded, and the digest of each set's examples and its size before some
+    were chosen. --write_eval_predictions writes eval_predictions_<task>.jsonl beside.
+    Raises UserError rather than replace a run's results by those of fewer examples.
     """
+    rows = examples.rows
     sets = [name for name in tables if name.startswith("validation")]
     if trainer.args.process_index == 0:
         earlier = _results(Path(trainer.args.output_dir, EVALUATION))
@@ -161,6 +163,11 @@ def evaluate(
     for name in sets:
         of_set = {"eval_set_samples": rows.get(name), "eval_data": digest(tables[name])}
         metrics: dict[str, Any] = trainer.evaluate(tables[name]) | of_set
+        if trainer.args.write_eval_predictions and trainer.args.process_index == 0:
+            task = trainer.metadata["task"] + "-mm" * name.endswith("mismatched")
+            path = Path(trainer.args.output_dir, f"eval_predictions_{task}.jsonl")
+            list_files(path.parent, path.name)
+            _write_answers(path, examples, name, trainer.evaluated_logits)
         if name.endswith("mismatched"):
             metrics = {f"{key}_mm": value for key, value in metrics.items() if key.startswith("eval_")}
             trainer.save_metrics("eval_mm", metrics, combined=False)
@@ -202,18 +209,26 @@ def predict(trainer: AdapterTrainer, tables: dict[str, Any], examples: Examples,
         answers = [tsv_cell(labels[int(x)]) if labels else f"{x:.3f}" for x in predicted(logits)]
         if trainer.args.process_index == 0:
             list_files(folder, details_path.name, answers_path.name, PREDICTIONS)
-            table = examples.splits[split]
-            names = [name for name in ("text", "text_pair") if name in table.column_names]
-            texts = zip(*(column(table, name).to_pylist() for name in names), strict=True)
-            details = enumerate(zip(texts, answers_of(logits, labels), strict=True))
-            objects = [{"index": i, **dict(zip(names, row, strict=True)), **answer} for i, (row, answer) in details]
-            write_text(details_path, "".join(f"{json_line(one)}\n" for one in objects))
+            _write_answers(details_path, examples, split, logits)
             lines = ["index\tprediction", *(f"{index}\t{answer}" for index, answer in enumerate(answers))]
             write_text(answers_path, "\n".join(lines) + "\n")
             of_set = {"samples": samples, "set_samples": rows, "data": digest(tables[split])}
             of_set["precision"] = trainer.precision
             write_json(folder / PREDICTIONS, made_of | {answers_path.name: {WEIGHTS: weights} | of_set})
     return paths
+
+
+def _write_answers(path: Path, examples: Examples, split: str, logits: Any) -> None:
+    """Write a JSON line for each example of a split: its texts, the answer, and its own label where it has one."""
+    table, labels = examples.splits[split], examples.labels
+    names = [name for name in ("text", "text_pair", LABEL) if name in table.column_names]
+    values = [column(table, name).to_pylist() for name in names]
+    if LABEL in names:
+        names[-1] = "expected"
+        values[-1] = [labels[i] for i in values[-1]] if labels else values[-1]
+    details = enumerate(zip(zip(*values, strict=True), answers_of(logits, labels), strict=True))
+    objects = [{"index": i, **dict(zip(names, row, strict=True)), **answer} for i, (row, answer) in details]
+    write_text(path, "".join(f"{json_line(one)}\n" for one in objects))
 
 
 def peak_memory_gib() -> dict[str, float]:

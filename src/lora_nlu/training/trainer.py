@@ -366,6 +366,7 @@ class AdapterTrainer(CheckpointingTrainer):
             output: Any = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         logits, labels = output.predictions, output.label_ids
         _check_logits(logits, len(dataloader.dataset))
+        self.evaluated_logits = logits  # [examples, classes], of the last evaluation
         scores: dict[str, float] = {"samples": len(logits)}
         if labels is not None:
             problem_type = self.model.config.problem_type
