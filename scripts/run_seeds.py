@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -256,20 +256,47 @@ def slots(jobs: int | None) -> tuple[list[str | None], dict[str, str]]:
     return [None] * (jobs or 1), settings
 
 
-def status(runs: list[Run], start_seconds: float, slot_count: int) -> str:
-    """A line: how many runs are done and failed, how far the running ones are, the time so far and about to go."""
+def status(
+    runs: Sequence[Run], start_seconds: float, slot_count: int, seconds_to_go: Callable[[], float | None] | None = None
+) -> str:
+    """A line: how many runs are done and failed, how far the running ones are, the time so far and about to go.
+
+    seconds_to_go: of all runs one after another, None if unknown; by default from the mean of those that are done.
+    """
     count = Counter(run.state for run in runs)
     running = [run.progress() for run in runs if run.state == "running"]
-    durations = [run.seconds for run in runs if run.state == "done" and run.process]
-    runs_to_go = count["waiting"] + len(running) / 2  # on average, running ones are half done
-    to_go = f", about {clock(mean(durations) * runs_to_go / slot_count)} to go" if durations else ""
+    if seconds_to_go:
+        seconds = seconds_to_go()
+    else:
+        durations = [run.seconds for run in runs if run.state == "done" and run.process]
+        runs_to_go = count["waiting"] + len(running) / 2  # on average, running ones are half done
+        seconds = mean(durations) * runs_to_go if durations else None
+    to_go = "" if seconds is None else f", about {clock(seconds / slot_count)} to go"
     failed = f", {count['failed']} failed" if count["failed"] else ""
     elapsed = clock(time.monotonic() - start_seconds)
     return "; ".join([f"{count['done']} of {len(runs)} done{failed}", *running, elapsed + to_go])
 
 
-def run_all(runs: list[Run], slots: list[str | None], settings: dict[str, str], interrupts: list[int]) -> None:
+def catch_interrupts() -> list[int]:
+    """The signals to end that this program receives from now on; empty at first."""
+    interrupts: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # A signal that is ignored, as under nohup, stays ignored. Handlers are not passed on to the runs.
+        ignored = signal.getsignal(number) == signal.SIG_IGN
+        signal.signal(number, lambda number, _, ignored=ignored: None if ignored else interrupts.append(number))
+    return interrupts
+
+
+def run_all(
+    runs: Sequence[Run],
+    slots: list[str | None],
+    settings: dict[str, str],
+    interrupts: list[int],
+    seconds_to_go: Callable[[], float | None] | None = None,
+) -> None:
     """Start runs as slots become free, until none is left.
+
+    seconds_to_go: as of `status`.
 
     interrupts: signals received, appended by their handler. After the first no run starts, and the running ones are
     interrupted and waited for; Ctrl-C after it kills them.
@@ -281,6 +308,9 @@ def run_all(runs: list[Run], slots: list[str | None], settings: dict[str, str], 
     def show(*lines: str) -> None:
         print(erase + "\n".join(lines), file=sys.stderr, flush=True)
 
+    def line() -> str:
+        return status(runs, start_seconds, len(slots), seconds_to_go)
+
     try:
         while any(run.state == "running" or (run.state == "waiting" and not interrupts) for run in runs):
             if interrupts and not is_stopping:
@@ -289,7 +319,7 @@ def run_all(runs: list[Run], slots: list[str | None], settings: dict[str, str], 
             for run in runs:
                 if run.state == "running" and run.finished():
                     free.append(run.slot)
-                    show(f"{run.outcome()} ({clock(run.seconds)})", status(runs, start_seconds, len(slots)))
+                    show(f"{run.outcome()} ({clock(run.seconds)})", line())
                 elif run.state == "running" and interrupts:
                     run.send(signal.SIGKILL if signal.SIGINT in interrupts[1:] else signal.SIGINT)
                 if run.state != "waiting" or interrupts:
@@ -308,7 +338,7 @@ def run_all(runs: list[Run], slots: list[str | None], settings: dict[str, str], 
                         show(f"{run.name} can't start: {e}")
             if is_terminal:
                 width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-                print(erase + status(runs, start_seconds, len(slots))[: width - 1], end="", file=sys.stderr, flush=True)
+                print(erase + line()[: width - 1], end="", file=sys.stderr, flush=True)
             time.sleep(0.1)
         print(erase, end="", file=sys.stderr, flush=True)
     finally:  # no process is left behind after an error
@@ -333,11 +363,7 @@ def main(argv: list[str]) -> int:
     if done:
         print(f"{len(done)} of {len(runs)} are done already", file=sys.stderr)
     if len(done) < len(runs):
-        interrupts: list[int] = []
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            # A signal that is ignored, as under nohup, stays ignored. Handlers are not passed on to the runs.
-            ignored = signal.getsignal(number) == signal.SIG_IGN
-            signal.signal(number, lambda number, _, ignored=ignored: None if ignored else interrupts.append(number))
+        interrupts = catch_interrupts()
         run_all(runs, *slots(args.jobs), interrupts)
         if interrupts:
             raise KeyboardInterrupt

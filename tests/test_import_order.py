@@ -49,7 +49,10 @@ ORDER = {
         "metadata", "file_list", "checkpoints", "graphs", "learning_rates", "trainer", "sharded", "output_folder",
         "model", "runs",
     ],
-    "report": ["paper", "records", "submission", "collect", "grids", "pictures", "tables", "similarity", "__main__"],
+    "report": [
+        "paper", "records", "submission", "collect", "grids", "pictures", "tables", "comparison", "similarity",
+        "__main__",
+    ],
 }  # fmt: skip
 # Only these of a package may import adapters: what compares two of them.
 READS_ADAPTERS = {"report": {"similarity"}}

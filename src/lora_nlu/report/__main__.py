@@ -1,6 +1,7 @@
 """Tables of runs, a submission to the GLUE server, and the similarity of two adapters.
 
   python -m lora_nlu.report runs RUN... [--out FOLDER]             runs over seeds to the paper's table and pictures
+  python -m lora_nlu.report methods RUN... [--out FOLDER]          methods compared, and which differ by more than seeds
   python -m lora_nlu.report submission RUN... --out glue.zip       the file for the GLUE test server
   python -m lora_nlu.report similarity ADAPTER1 ADAPTER2           whether two adapters learned the same directions
 
@@ -21,6 +22,11 @@ from lora_nlu.report.tables import write_report
 RUNS = """Tables of runs over seeds, in the form of the paper's. Runs that differ in nothing but the seed are one line.
 
 example: python -m lora_nlu.report runs output/seeds --out report
+"""
+METHODS = """Methods compared, each at the learning rate that runs with --validation_from_train choose: figures,
+differences and whether seeds explain them, pictures and one page. compare_methods.sh makes the runs.
+
+example: python -m lora_nlu.report methods output/methods --out report
 """
 SUBMISSION = """The zip file for the GLUE test server, made of the predictions of runs with --do_predict. Of
 several runs on one task, the one with the best dev figure counts.
@@ -59,6 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--out", type=Path, metavar="FOLDER", help=out)
     runs.set_defaults(lines=_runs)
 
+    methods = commands.add_parser("methods", description=METHODS, help="compare methods", **form)
+    methods.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=f"{folder}, or a {RECORDS} file")
+    with_which = "method that the others are compared with, by its name in the table; default: plain LoRA"
+    methods.add_argument("--reference", metavar="NAME", help=with_which)
+    out = f"write report.md, report.html, report.csv, pictures and {RECORDS}"
+    methods.add_argument("--out", type=Path, metavar="FOLDER", help=out)
+    methods.set_defaults(lines=_methods)
+
     submission = commands.add_parser("submission", description=SUBMISSION, help="the zip for the GLUE server", **form)
     submission.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=folder)
     submission.add_argument("--out", type=Path, required=True, metavar="ZIP", help="the file to write")
@@ -81,14 +95,14 @@ def _with_command(words: list[str]) -> list[str]:
     A first word that is both a command and a folder is the command if operands follow that the command can take.
     """
     flags = argparse.ArgumentParser(add_help=False)
-    for flag in ("--out", "--layers", "--modules"):
+    for flag in ("--out", "--layers", "--modules", "--reference"):
         flags.add_argument(flag)
     operands = [word for word in flags.parse_known_args(words)[1] if not word.startswith("-")]
     first, asks_for_help = "".join(operands[:1]), bool({"-h", "--help"} & {*words})
-    if first not in ("runs", "submission", "similarity"):
+    if first not in ("runs", "methods", "submission", "similarity"):
         return words if not words or asks_for_help else ["runs", *words]
     if first != "submission" and Path(first).is_dir() and not asks_for_help:
-        if len(operands) <= {"runs": 1, "similarity": 2}[first]:
+        if len(operands) <= {"runs": 1, "methods": 1, "similarity": 2}[first]:
             print(f"lora_nlu.report: {first!r} is taken as the folder of that name.", file=sys.stderr)
             return ["runs", *words]
         note = f"{first!r} is taken as the command, not as the folder of that name; ./{first} is the folder."
@@ -104,6 +118,13 @@ def _runs(args: argparse.Namespace) -> list[str]:
         return [text.removesuffix("\n")]
     write_records(args.out / RECORDS, records)
     return [text, f"Written to {args.out}."]
+
+
+def _methods(args: argparse.Namespace) -> list[str]:
+    from lora_nlu.report.comparison import write_comparison  # needs numpy, which the other commands do not
+
+    text = write_comparison(*training_records(args.runs), args.runs, args.reference, args.out)
+    return [text, f"Written to {args.out}."] if args.out else [text.removesuffix("\n")]
 
 
 def _similarity(args: argparse.Namespace) -> list[str]:

@@ -169,7 +169,9 @@ def read_run(record: Record, figures: Figures) -> Run:
     model = model.encode()[:200].decode(errors="ignore")  # it is in the names of pictures too, of 255 bytes at most
     starts_from_adapter = run.get("started_from") is not None
     not_compared = {"seed", "data_seed", "train_data", "eval_data", *run.get("left_at_default", ())}
-    if_set = dict.fromkeys(("loraplus_lr_ratio", "head_learning_rate", "class_weights"))  # recorded where they are set
+    if_set = dict.fromkeys(
+        ("loraplus_lr_ratio", "head_learning_rate", "class_weights", "validation_from_train")
+    )  # recorded where they are set
     settings = if_set | {key: value for key, value in hyper.items() if key not in not_compared}
     settings |= {
         "scaling": ", ".join(f"{scaling:g}" for scaling in scalings),
@@ -238,6 +240,8 @@ def name_method(method: dict[str, Any], lora: dict[str, Any], hyper: dict[str, A
         more.append(f"{'cutoff' if hyper.get('masking_prob') else 'R-Drop'} {hyper['reg_loss_wgt']:g}")
     if weights := hyper.get("class_weights"):
         more.append(f"class weights {'/'.join(f'{weight:.3g}' for weight in weights)}")
+    if kept_out := hyper.get("validation_from_train"):
+        more.append(f"scored on {kept_out:,} training rows")
     return " ".join([label, *more]), None if more else name
 
 

@@ -15,6 +15,7 @@ from lora_nlu.files import RUN, folders_containing, is_training_run, parse_json,
 
 RECORDS = "runs.jsonl"
 STATE, EVALUATION, TRAINING = "trainer_state.json", "eval_results.json", "train_results.json"
+ANSWERS = "answers"  # in a line of RECORDS: to each validation example, as `report methods` reads and writes them
 WEIGHTS = "weights_fingerprint"  # of the model that a run trained, or that gave results
 
 Form = tuple[str, Callable[[Any], bool]]  # of a value: in words, and whether one is of it
@@ -35,7 +36,7 @@ _FORMS: dict[str, Any] = {
         "left_at_default": [_TEXT],
         "hyperparameters": {
             "seed": _COUNT, "num_train_epochs": _NUMBER, "train_data": _TEXT, "reg_loss_wgt": _NUMBER_OR_NONE,
-            "loraplus_lr_ratio": _NUMBER_OR_NONE, "class_weights": [_NUMBER],
+            "loraplus_lr_ratio": _NUMBER_OR_NONE, "class_weights": [_NUMBER], "validation_from_train": _COUNT,
         },
         "parameters": {"encoder": _COUNT},
         "lora": {"ranks": [_COUNT], "scalings": [_NUMBER]},
@@ -49,7 +50,10 @@ _FORMS: dict[str, Any] = {
         WEIGHTS: _DIGEST, "eval_data": _TEXT, "eval_samples": _COUNT, "eval_samples_mm": _COUNT,
         "eval_set_samples": _COUNT_OR_NONE, "eval_set_samples_mm": _COUNT_OR_NONE,
     },
-    TRAINING: dict.fromkeys(("train_seconds", "peak_memory_gib", "peak_gpu_memory_gib"), _NUMBER),
+    TRAINING: dict.fromkeys(
+        ("train_seconds", "num_input_tokens_seen", "peak_memory_gib", "peak_gpu_memory_gib"), _NUMBER
+    ),
+    ANSWERS: {"expected": [_NUMBER], "given": [_NUMBER]},
 }  # fmt: skip
 
 
