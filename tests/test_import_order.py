@@ -50,8 +50,8 @@ ORDER = {
         "model", "runs",
     ],
     "report": [
-        "paper", "records", "submission", "collect", "grids", "pictures", "tables", "comparison", "similarity",
-        "__main__",
+        "paper", "records", "submission", "collect", "grids", "pictures", "tables", "comparison_pictures",
+        "comparison", "similarity", "__main__",
     ],
 }  # fmt: skip
 # Only these of a package may import adapters: what compares two of them.

@@ -122,7 +122,7 @@ def test_the_table_has_median_rate_and_seeds_and_the_words_say_what_differs(tmp_
     assert rates == ["0.002 (3)", "0.002 (5)"]  # fewest parameters first
     difference = next(row for row in rows if row[0] == "BitFit" and len(row) == 2)[1]
     mean, p = -100 * (0.10 + 0.12 + 0.12) / 3, ttest_rel([50, 49, 50], [60, 61, 62]).pvalue
-    assert difference == f"{mean:.1f} ± 0.7 (p {p:.2g})"
+    assert difference == f"{mean:.1f} ± 0.7 (p {p:.3f})"
     assert "- CoLA. below LoRA r=8 by more than seeds explain: BitFit." in text
     assert "6 runs to choose the rates trained for 0:10:00, 8 runs at the chosen rates trained for 0:13:20" in text
 
@@ -135,7 +135,7 @@ def test_the_page_is_one_file_with_the_same_tables_and_pictures_and_needs_nothin
     cells = re.findall("<t[dh]>(.*?)</t[dh]>", page)
     assert cells == [cell for row in rows_of(text) for cell in row]
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
-    names = ["roberta-base_learning_rates.png", "roberta-base_parameters.png"]
+    names = [f"roberta-base_{name}.png" for name in ("learning_rates", "parameters", "differences")]
     assert pictures == [(out / name).read_bytes() for name in names]
     assert not re.search(r"<script|https?:|<link|@import|url\(", page)
     # the records alone make it again

@@ -18,10 +18,10 @@ from lora_nlu.errors import UserError, printable
 from lora_nlu.escaping import markdown_text
 from lora_nlu.files import parse_json, read_text, write_text
 from lora_nlu.report.collect import Cell, Run, cells_of
-from lora_nlu.report.grids import lines_over
 from lora_nlu.report.records import ANSWERS, RECORDS, Record, write_records
 from lora_nlu.report.tables import clock, csv_text, headings, markdown, methods_of, one_decimal, spread
 
+KEPT_OUT = "validation_from_train"  # the setting of runs that choose
 LEVEL = 0.05  # chance of any false claim on a task
 RESAMPLES = 1000
 METRIC = (
@@ -38,7 +38,8 @@ class Difference:
 
     mean:    over the seeds that both have.
     error:   standard error of that mean, from the spread of the seeds' differences; None for fewer than two seeds.
-    p:       of Student's paired test, adjusted by Holm's method over the task's comparisons; None like `error`.
+    p_alone: of Student's paired test of this comparison alone; None like `error`.
+    p:       the same, adjusted by Holm's method over the task's comparisons.
     of_rows: standard error of the mean under another draw of the validation set, all seeds as they are; None where the
              answers to the examples were not kept.
     """
@@ -46,6 +47,7 @@ class Difference:
     mean: float
     seeds: int
     error: float | None
+    p_alone: float | None
     p: float | None
     of_rows: float | None
 
@@ -53,6 +55,11 @@ class Difference:
     def is_told(self) -> bool:
         """Whether it is more than the seeds' spread explains."""
         return self.p is not None and self.p < LEVEL
+
+    @property
+    def needs_seeds(self) -> bool:
+        """Whether it would be more than seeds explain if it were the task's only comparison."""
+        return not self.is_told and self.p_alone is not None and self.p_alone < LEVEL
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -121,6 +128,12 @@ def with_answers(record: Record) -> Record:
     return replace(record, files=record.files | {ANSWERS: answers})
 
 
+def named_as_final(record: Record) -> Record:
+    """The record of a run that chooses, under the name that its method has in the runs that are compared."""
+    hyper = {key: x for key, x in record.run["hyperparameters"].items() if key != KEPT_OUT}
+    return replace(record, run=record.run | {"hyperparameters": hyper})
+
+
 def answers_of(records: Sequence[Record]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The expected and given answers of the runs that kept them, by the place of the record."""
     return {
@@ -149,9 +162,10 @@ def differences_from(
             rows = [(mine[0], mine[1], other[1]) for mine, other in kept]
             of_rows = error_of_rows(TASKS[task].metrics[0], rows) if len(rows) == len(pairs) else None
             error = stdev(figures) / len(figures) ** 0.5 if len(figures) > 1 else None
-            found[cell.method, task] = Difference(mean(figures), len(figures), error, None, of_rows)
-            if len(figures) > 1:
-                tested[cell.method, task] = paired_p(figures)
+            p = paired_p(figures) if len(figures) > 1 else None
+            found[cell.method, task] = Difference(mean(figures), len(figures), error, p, None, of_rows)
+            if p is not None:
+                tested[cell.method, task] = p
         for place, p in zip(tested, holm([*tested.values()]), strict=True):
             found[place] = replace(found[place], p=p)
     return found
@@ -212,7 +226,8 @@ def difference_text(difference: Difference | None) -> str:
     if difference is None:
         return "-"
     text = signed(difference.mean) + (f" ± {one_decimal(difference.error)}" if difference.error is not None else "")
-    notes = [] if difference.p is None else [f"p {difference.p:.2g}" if difference.p >= 0.0005 else "p < 0.0005"]
+    p = difference.p
+    notes = [] if p is None else ["p < 0.001" if p < 0.001 else f"p {p:.3f}" if p < 0.1 else f"p {p:.2f}"]
     notes += [] if difference.of_rows is None else [f"rows ± {one_decimal(difference.of_rows)}"]
     return text + (f" ({'; '.join(notes)})" if notes else "")
 
@@ -230,7 +245,10 @@ def in_words(reference: str, cells: Sequence[Cell], found: Mapping[tuple[str, st
         groups = {
             f"above {reference} by more than seeds explain": [m for m, d in own.items() if d.is_told and d.mean > 0],
             f"below {reference} by more than seeds explain": [m for m, d in own.items() if d.is_told and d.mean < 0],
-            "not told apart": [m for m, d in own.items() if d.p is not None and not d.is_told],
+            "probably different, but not sure among so many comparisons without more seeds": [
+                f"{m} ({signed(d.mean)})" for m, d in own.items() if d.needs_seeds
+            ],
+            "not told apart": [m for m, d in own.items() if d.p is not None and not (d.is_told or d.needs_seeds)],
             "not tested, for want of a second seed": [m for m, d in own.items() if d.p is None],
         }
         parts = [f"{words}: {', '.join(methods)}" for words, methods in groups.items() if methods]
@@ -262,7 +280,7 @@ def write_comparison(records: list[Record], notes: list[str], paths: Sequence[Pa
 
     Raises UserError for runs of several models, or that no method can be compared with.
     """
-    is_choosing = [bool(record.run.get("hyperparameters", {}).get("validation_from_train")) for record in records]
+    is_choosing = [bool(record.run.get("hyperparameters", {}).get(KEPT_OUT)) for record in records]
     chosen = [record for record, is_one in zip(records, is_choosing, strict=True) if is_one]
     final = [with_answers(record) for record, is_one in zip(records, is_choosing, strict=True) if not is_one]
     if not final:
@@ -270,7 +288,7 @@ def write_comparison(records: list[Record], notes: list[str], paths: Sequence[Pa
     cells, notes = cells_of(final, notes, paths)
     choosing: list[Cell] = []
     if chosen:
-        choosing, notes = cells_of(chosen, notes, paths)
+        choosing, notes = cells_of([named_as_final(record) for record in chosen], notes, paths)
     if len(models := {cell.model for cell in (*cells, *choosing)}) > 1:
         raise UserError(f"runs of several models: {', '.join(sorted(models))}. Name those of one.")
     cells = [cell for cell in cells if cell.done]
@@ -288,7 +306,7 @@ def write_comparison(records: list[Record], notes: list[str], paths: Sequence[Pa
         ("text", costs_text(chosen, final)),
     ]  # fmt: skip
     if folder:
-        pictures, no_pictures = draw(cells, choosing, folder)
+        pictures, no_pictures = draw(cells, choosing, reference, found, folder)
         sections += [("picture", name) for name in pictures]
         notes = [*notes, *no_pictures]
     if notes:
@@ -315,14 +333,19 @@ def difference_words(cells: Sequence[Cell], found: Mapping[tuple[str, str], Diff
     return text
 
 
-def draw(cells: Sequence[Cell], choosing: Sequence[Cell], folder: Path) -> tuple[list[str], list[str]]:
-    """Draw the metric against rate and against parameters; names of the pictures, and notes."""
+def draw(
+    cells: Sequence[Cell],
+    choosing: Sequence[Cell],
+    reference: str,
+    found: Mapping[tuple[str, str], Difference],
+    folder: Path,
+) -> tuple[list[str], list[str]]:
+    """Draw the pictures; their names, and notes."""
     try:
-        from lora_nlu.report.pictures import draw_comparison
+        from lora_nlu.report.comparison_pictures import draw_comparison
     except ImportError:
         return [], ["no pictures: they need matplotlib (pip install 'lora-nlu[plots]')"]
-    lines = lines_over("learning_rate", choosing)
-    return draw_comparison(cells, choosing, lines, methods_of([*cells, *choosing]), folder), []
+    return draw_comparison(cells, choosing, methods_of(cells), reference, found, folder), []
 
 
 def as_markdown(sections: Sequence[tuple[str, Any]]) -> str:

@@ -32,7 +32,6 @@ FILLS = ("none", "full", "left", "bottom", "right", "top")
 LINES = ("-", "--", ":", "-.", (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1)))
 LARGER = {"P": 1.3, "X": 1.3, "*": 1.5}  # of markers that look smaller than others
 BEST = "best\N{NO-BREAK SPACE}epoch"
-PROTOCOLS = {"best": f"{BEST}, ", "last": ""}
 MOST_LINES = 7  # of a panel
 WIDTH = 3.9  # of a panel, inches; two beside each other are readable in a page of 600 pixels
 DEVIATION = "±\N{NO-BREAK SPACE}standard\N{NO-BREAK SPACE}deviation"
@@ -58,23 +57,6 @@ def draw(cells: Sequence[Cell], methods: list[str], folder: Path) -> list[str]:
             figures["paper"] = against_paper(model, finished, methods)
         for name, lines in grids(finished).items():
             figures[FILES.get(name, name)] = over_number(model, finished, name, lines)
-        return [save(figure, folder, f"{model}_{name}") for name, figure in figures.items()]
-
-
-def draw_comparison(
-    cells: Sequence[Cell], choosing: Sequence[Cell], lines: Sequence[Line], methods: list[str], folder: Path
-) -> list[str]:
-    """Draw what `report methods` shows: the metric against the rates that were tried, and against parameters.
-
-    cells: at the chosen rates; choosing: at all rates, and `lines` over them. Returns the names of the pictures.
-    """
-    model = cells[0].model
-    with matplotlib.rc_context({"font.size": 12, "text.parse_math": False}):
-        figures = {}
-        if any(len(line.points) > 1 for line in lines):
-            figures["learning_rates"] = over_number(model, choosing, "learning_rate", lines, "last")
-        if len({cell.method for cell in cells}) > 1:
-            figures["parameters"] = sizes(model, cells, methods, "last")
         return [save(figure, folder, f"{model}_{name}") for name, figure in figures.items()]
 
 
@@ -107,8 +89,8 @@ def plot_band(ax: Any, x: Sequence[float], figures: Sequence[Sequence[float]], l
         ax.fill_between(x, list(map(min, figures)), list(map(max, figures)), color=look["color"], alpha=0.15, lw=0)
 
 
-def sizes(model: str, cells: Sequence[Cell], methods: list[str], protocol: str = "best") -> Figure:
-    """The median, of the best epoch or the last, against the number of parameters that train in the encoder."""
+def sizes(model: str, cells: Sequence[Cell], methods: list[str]) -> Figure:
+    """The best epoch's median against the number of parameters that train in the encoder."""
     look_of, groups = looks(cells, methods), groups_of(cells, methods)
     parts = parts_of(groups, [(cell.task, cell.method) for cell in cells])
     by_place = {(cell.task, cell.method): cell for cell in cells}
@@ -126,13 +108,13 @@ def sizes(model: str, cells: Sequence[Cell], methods: list[str], protocol: str =
             cell, look = by_place[task, label], look_of[label] | {"linestyle": "none"}
             look["markersize"] *= 1.3
             # Of points in the same place the caps have different widths
-            error_bar(ax, cell.done[0].trainable, cell.figures(protocol), label=label, capsize=3 + 2 * (i % 3), **look)
+            error_bar(ax, cell.done[0].trainable, cell.figures("best"), label=label, capsize=3 + 2 * (i % 3), **look)
         ax.set_xticks(ticks if trained[0] else [0, *ticks])
         ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short(n)))
         ax.minorticks_off()
         ax.set_xlim(least if trained[0] else -least / 2, most)
         ax.set(xlabel="parameters trained in the encoder", ylabel=percent(task))
-    title = f"{model} by parameters trained: {PROTOCOLS[protocol]}{over_seeds(cells, DEVIATION)}"
+    title = f"{model} by parameters trained: {BEST}, {over_seeds(cells, DEVIATION)}"
     return finish(figure, parts, axes, title, [method for group in groups for method in group], len(groups) > 1)
 
 
@@ -161,11 +143,10 @@ def against_paper(model: str, cells: Sequence[Cell], methods: list[str]) -> Figu
     return finish(figure, parts, axes, title, ["here", "paper"], metric_axis="x")
 
 
-def over_number(model: str, cells: Sequence[Cell], name: str, lines: Sequence[Line], protocol: str = "best") -> Figure:
-    """The median against a number that was varied, a line for all that differs in nothing else.
+def over_number(model: str, cells: Sequence[Cell], name: str, lines: Sequence[Line]) -> Figure:
+    """The best epoch's median against a number that was varied, a line for all that differs in nothing else.
 
-    protocol: best, of each run's best evaluation, or last. cells: all of the report, so that methods look as they do
-    in the other pictures.
+    cells: all of the report, so that methods have the same looks as in the other pictures.
     """
     bases = base_looks(cells)
     labels = labels_of(lines)
@@ -182,7 +163,7 @@ def over_number(model: str, cells: Sequence[Cell], name: str, lines: Sequence[Li
     for (task, own), ax in zip(parts, axes, strict=True):
         for label in own:
             points = by_place[task, label].points
-            figures = [cell.figures(protocol) for _, cell in points]
+            figures = [cell.figures("best") for _, cell in points]
             plot_band(ax, [number for number, _ in points], figures, label, look_of[label])
         ax.set_xscale("log" if is_log else "linear")
         ticks = apart(numbers, math.log if is_log else float)
@@ -190,9 +171,7 @@ def over_number(model: str, cells: Sequence[Cell], name: str, lines: Sequence[Li
         ax.minorticks_off()
         ax.margins(x=0.07)
         ax.set(xlabel=AXES.get(name, name.replace("_", " ")), ylabel=percent(task))
-    title = (
-        f"{model} by {AXES.get(name, name.replace('_', ' '))}: {PROTOCOLS[protocol]}{over_seeds(cells, 'and range')}"
-    )
+    title = f"{model} by {AXES.get(name, name.replace('_', ' '))}: {BEST}, {over_seeds(cells, 'and range')}"
     return finish(figure, parts, axes, title, labels, len(groups) > 1)
 
 
