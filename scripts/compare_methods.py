@@ -174,19 +174,21 @@ class Comparison:
         return [self.run("choosing", task, m, rate, 0) for task, m in places if len(m.rates) > 1 for rate in m.rates]
 
     def chosen_rates(self, runs: Sequence[MethodRun]) -> dict[tuple[str, str], str]:
-        """The best rate by (task, method), the lowest of equal ones.
+        """The best rate by (task, method); of equal figures the one with the lower loss.
 
-        There is none where all rates diverged, or one failed: that has to be tried again.
+        Until a model tells the classes apart its Matthews correlation is 0 at every rate, but its loss falls. There is
+        no rate where all diverged, or where one failed: that has to be tried again.
         """
-        best: dict[tuple[str, str], tuple[float, float, str]] = {}
+        best: dict[tuple[str, str], tuple[float, float, float, str]] = {}
         failed = {(run.task, run.method) for run in runs if run.state == "failed" and not run.has_diverged()}
         for run in runs:
             place = run.task, run.method
             if place not in failed and (figure := run.figure()) is not None:
-                ranked = figure, -float(run.rate), run.rate
+                loss = read(run.folder / "eval_results.json").get("eval_loss", 0.0)
+                ranked = figure, -loss, -float(run.rate), run.rate
                 best[place] = max(best.get(place, ranked), ranked)
         only = {(task, m.name): m.rates[0] for m in self.plan.methods if len(m.rates) == 1 for task in self.plan.tasks}
-        return only | {place: rate for place, (_, _, rate) in best.items()}
+        return only | {place: rate for place, (*_, rate) in best.items()}
 
     def final_runs(self, rates: dict[tuple[str, str], str], seeds: range) -> list[MethodRun]:
         """The runs at the chosen rates, seed by seed."""

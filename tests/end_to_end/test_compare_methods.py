@@ -29,7 +29,7 @@ with open("journal", "a") as file:
 while Path("hold").exists() and "choosing" in str(folder):
     time.sleep(0.02)
 name = "bitfit" if "--apply_bitfit" in flags else "head" if "--head_only" in flags else "lora"
-peak = {"lora": 2e-3, "bitfit": 1e-3, "head": 1e-3}[name]
+peak = {"lora": 2e-3, "bitfit": 2e-3, "head": 1e-3}[name]
 level = {"lora": 0.8, "bitfit": 0.79, "head": 0.5}[name]
 hyper = {"seed": seed, "learning_rate": rate, "num_train_epochs": 1, "train_samples": 640, "examples_a_step": 32}
 if "--validation_from_train" in flags:
@@ -44,8 +44,10 @@ if rate > 1:
     run["diverged"] = "the loss is nan"
 folder.mkdir(parents=True, exist_ok=True)
 figure = level - 0.01 * abs(rate / peak - 1) + 0.001 * seed
+if name == "bitfit":  # equal figures: the loss decides
+    figure = level + 0.001 * seed
 trained = {"train_seconds": 2.0, "num_input_tokens_seen": 6400}
-results = {"train_results": trained, "eval_results": {"eval_accuracy": figure}}
+results = {"train_results": trained, "eval_results": {"eval_accuracy": figure, "eval_loss": abs(rate - peak)}}
 for file, content in {"run": run, **(results if rate <= 1 else {})}.items():
     (folder / (file + ".json")).write_text(json.dumps(content))
 sys.exit(rate > 1)
@@ -128,7 +130,7 @@ def test_the_best_rates_run_with_all_seeds_and_nothing_is_repeated_after_an_inte
 
     code, _, err = bench.run()
     assert code == 0, err
-    chosen = {"LoRA_r=8": "2e-3", "BitFit": "1e-3", "head_alone": "1e-3"}
+    chosen = {"LoRA_r=8": "2e-3", "BitFit": "2e-3", "head_alone": "1e-3"}
     seeds = {"LoRA_r=8": 3, "BitFit": 3, "head_alone": 2}  # within 2 points of LoRA, and far below
     final = {f"final/rte/{name}/{chosen[name]}/seed_{seed}" for name in chosen for seed in range(seeds[name])}
     names = bench.journal()
@@ -136,7 +138,7 @@ def test_the_best_rates_run_with_all_seeds_and_nothing_is_repeated_after_an_inte
     for line in (
         "head alone on RTE: 1e-3, the only rate",
         "LoRA r=8 on RTE: 2e-3 (80.0)",
-        "BitFit on RTE: 1e-3 (79.0); 1e3 diverged; the lowest that was tried: a lower one may be better",
+        "BitFit on RTE: 2e-3 (79.0); 1e3 diverged",
     ):
         assert f"  {line}\n" in err
     for name, flags in names.items():

@@ -55,7 +55,8 @@ def draw_comparison(
         figures = {}
         if any(len(points) > 1 for points in tried.values()):
             shown = [method for method in methods if any(m == method for _, m in tried)]
-            figures["learning_rates"] = against_rates(model, tried, shown, reference, look_of)
+            chosen = {(cell.task, cell.runs[0].method): rate_of(cell) for cell in cells}
+            figures["learning_rates"] = against_rates(model, tried, chosen, shown, reference, look_of)
         if len({cell.method for cell in cells}) > 1:
             figures["parameters"] = against_parameters(model, cells, methods, look_of)
         if differences:
@@ -67,14 +68,22 @@ def rates_tried(choosing: Sequence[Cell]) -> Tried:
     tried: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for cell in choosing:
         for run in cell.done:
-            rate = float(dict(run.settings)["learning_rate"])
             assert run.last is not None
-            tried.setdefault((cell.task, run.method), []).append((rate, run.last))
+            tried.setdefault((cell.task, run.method), []).append((rate_of(cell), run.last))
     return {place: sorted(points) for place, points in tried.items()}
 
 
+def rate_of(cell: Cell) -> float:
+    return float(dict(cell.runs[0].settings)["learning_rate"])
+
+
 def against_rates(
-    model: str, tried: Tried, methods: Sequence[str], reference: str, look_of: Mapping[str, Style]
+    model: str,
+    tried: Tried,
+    chosen: Mapping[tuple[str, str], float],
+    methods: Sequence[str],
+    reference: str,
+    look_of: Mapping[str, Style],
 ) -> Figure:
     """A row a task; a line a method, in as few columns as a panel's lines allow. Filled: the rate that was chosen."""
     others = [method for method in methods if method != reference]
@@ -89,8 +98,8 @@ def against_rates(
             for method in (method for method in group if (task, method) in tried):
                 points, look = tried[task, method], look_of[method] | {"fillstyle": "none"}
                 ax.plot(*zip(*points, strict=True), label=method, **look)
-                best = max(points, key=lambda point: (point[1], -point[0]))
-                ax.plot(*best, **look | {"fillstyle": "full", "linestyle": "none"})
+                for point in (point for point in points if point[0] == chosen.get((task, method))):
+                    ax.plot(*point, **look | {"fillstyle": "full", "linestyle": "none"})
             rates = sorted({rate for method in group for rate, _ in tried.get((task, method), ())})
             ax.set_xscale("log")
             ticks = apart(rates, math.log) if len(rates) > 1 else rates
