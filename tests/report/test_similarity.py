@@ -363,9 +363,12 @@ def test_the_module_runs_as_a_program_without_a_display(files, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
 
 
-def test_a_folder_of_another_method_is_refused_and_the_message_names_its_method(files, tmp_path, capsys):
-    state = {"roberta.encoder.layer.0.output.dense.bias": torch.zeros(HIDDEN)}
-    write_adapter(Adapter(tmp_path, state, method="bitfit"), tmp_path / "biases")
-    for pair in ((files[0], tmp_path / "biases"), (tmp_path / "biases", files[0])):
+@pytest.mark.parametrize("method", ["bitfit", "vera"])
+def test_a_folder_of_another_method_is_refused_and_the_message_names_its_method(method, files, tmp_path, capsys):
+    names = {"bitfit": ["bias"], "vera": ["vera_lambda_d", "vera_lambda_b"]}
+    state = {f"{layer_name(0, 'query')}.{name}": torch.zeros(HIDDEN) for name in names[method]}
+    other = tmp_path / "other"
+    write_adapter(Adapter(tmp_path, state, method=method, settings={"vera_seed": 0}), other)
+    for pair in ((files[0], other), (other, files[0]), (other, other)):
         message = refused(capsys, *pair)
-        assert f"{tmp_path / 'biases'}: an adapter of bitfit, which has no LoRA matrices" in message
+        assert f"{other}: contains {method}, which trains no LoRA matrices" in message

@@ -65,8 +65,8 @@ def compare(one: Adapter, two: Adapter, modules: str | None = None) -> list[Pair
     Raises UserError if there are none, for an unknown module and for matrices that can't be compared.
     """
     for adapter in (one, two):
-        if not adapter.ranks:
-            raise UserError(f"{adapter.source}: an adapter of {adapter.method}, which has no LoRA matrices to compare.")
+        if not adapter.ranks or "lora_A" not in adapter.row.tensors:
+            raise UserError(f"{adapter.source}: contains {adapter.method}, which trains no LoRA matrices to compare.")
         adapter.check_values()
     places = {name: _place(name) for name in one.ranks if name in two.ranks}
     if not places:
