@@ -4,9 +4,10 @@
 
 Both sides answer the same sentences, from one adapter and from three of one base: ours as `python -m lora_nlu.predict`
 does, from the file to the table; the peer with `pipeline("text-classification")` over a PEFT model, at the fastest of
-the batch sizes 1, 8 and 32, three adapters by `set_adapter` before each batch. The base has RoBERTa-base's shape and
-random weights; sentences have the lengths of a task's. Every measurement is a process of its own; its loading does not
-count, its peak memory is of the complete process.
+the batch sizes 1, 8 and 32, three adapters by `set_adapter` before each batch. In bf16 ours holds weights in it
+(`--bf16`), and the peer runs under torch's autocast; a processor without bf16 products has no such rows. The base has
+RoBERTa-base's shape and random weights; sentences have the lengths of a task's. Every measurement is a process of its
+own; its loading does not count, its peak memory is of the complete process.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,9 @@ BATCHES = (1, 8, 32)  # of the peer
 WORKS = [("SST-2", "sst2", 256), ("RTE", "rte", 64)]  # name, lengths of a task's inputs, sentences
 ADAPTERS = (1, 3)
 LORA_R, LORA_ALPHA, LABELS = 8, 16, ("negative", "positive")
-HEADER = """| work | adapters | ours, sentences/s | peer, sentences/s (batch) | times as fast (least to most) | \
-ours, peak MB | peer, peak MB |
-|---|---|---|---|---|---|---|"""
+HEADER = """| work | adapters | precision | ours, sentences/s | peer, sentences/s (batch) | \
+times as fast (least to most) | ours, peak MB | peer, peak MB |
+|---|---|---|---|---|---|---|---|"""
 
 
 def write_adapters(folder: Path, count: int) -> None:
@@ -58,13 +60,13 @@ def write_sentences(path: Path, task: str, count: int) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def ours(sentences: Path, folders: list[Path]) -> dict[str, Any]:
+def ours(sentences: Path, folders: list[Path], bf16: bool) -> dict[str, Any]:
     """Seconds of the second of two passes over the sentences."""
     from lora_nlu.adapters.loading import load_sources, read_source
     from lora_nlu.data.texts import Texts
     from lora_nlu.predict import write_answers
 
-    predictors, _ = load_sources([read_source(str(folder)) for folder in folders])
+    predictors, _ = load_sources([read_source(str(folder)) for folder in folders], bf16=bf16)
     with open(os.devnull, "w") as sink:
         for _ in range(2):
             texts, start = Texts(sentences), time.perf_counter()
@@ -73,8 +75,9 @@ def ours(sentences: Path, folders: list[Path]) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
-def peer(sentences: Path, folders: list[Path]) -> dict[str, Any]:
+def peer(sentences: Path, folders: list[Path], bf16: bool) -> dict[str, Any]:
     """Seconds at the batch size that is fastest on some of the sentences."""
+    import torch
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -98,14 +101,16 @@ def peer(sentences: Path, folders: list[Path]) -> dict[str, Any]:
         return time.perf_counter() - start
 
     some = lines[: max(BATCHES)]
-    seconds(some, BATCHES[-1])  # not counted: memory is still being taken from the system
-    best = min(BATCHES, key=lambda size: seconds(some, size))
-    return {"seconds": seconds(lines, best), "batch": best}
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        seconds(some, BATCHES[-1])  # not counted: memory is still being taken from the system
+        best = min(BATCHES, key=lambda size: seconds(some, size))
+        return {"seconds": seconds(lines, best), "batch": best}
 
 
-def measured(side: str, sentences: Path, count: int) -> dict[str, Any]:
+def measured(side: str, sentences: Path, count: int, bf16: bool) -> dict[str, Any]:
     """What a side prints in a process of its own."""
     command = [sys.executable, __file__, "--side", side, "--sentences", str(sentences), "--adapters", str(count)]
+    command += ["--bf16"] * bf16
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -113,23 +118,24 @@ def measured(side: str, sentences: Path, count: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(name: str, sentences: Path, rows: int, adapters: int, pairs: int) -> dict[str, Any]:
+def compare(name: str, sentences: Path, rows: int, adapters: int, precision: str, pairs: int) -> dict[str, Any]:
     mine, theirs = [], []
     for _ in range(pairs):
-        mine.append(measured("ours", sentences, adapters))
-        theirs.append(measured("peer", sentences, adapters))
+        mine.append(measured("ours", sentences, adapters, precision == "bf16"))
+        theirs.append(measured("peer", sentences, adapters, precision == "bf16"))
     import torch
 
     return {
         "name": name,
         "adapters": adapters,
+        "precision": precision,
         "times_as_fast": spread([b["seconds"] / a["seconds"] for a, b in zip(mine, theirs, strict=True)]),
         "ours_sentences_per_second": spread([rows / a["seconds"] for a in mine]),
         "peer_sentences_per_second": spread([rows / b["seconds"] for b in theirs]),
         "peer_batch": [b["batch"] for b in theirs],
         "ours_peak_mb": spread([a["peak_mb"] for a in mine]),
         "peer_peak_mb": spread([b["peak_mb"] for b in theirs]),
-        "machine": machine(torch.get_num_threads()),
+        "machine": machine(torch.get_num_threads(), precision),
     }
 
 
@@ -138,14 +144,15 @@ def row(result: dict[str, Any]) -> str:
     peaks = [f"{result[f'{side}_peak_mb']['median']:.0f}" for side in ("ours", "peer")]
     ratio = "{median:.2f} ({min:.2f} to {max:.2f})".format(**result["times_as_fast"])
     batches = "/".join(map(str, sorted({*result["peer_batch"]})))
-    cells = [result["name"], str(result["adapters"]), rates[0], f"{rates[1]} ({batches})", ratio, *peaks]
+    cells = [result["name"], str(result["adapters"]), result["precision"]]
+    cells += [rates[0], f"{rates[1]} ({batches})", ratio, *peaks]
     return f"| {' | '.join(cells)} |"
 
 
 def answer(args: argparse.Namespace) -> None:
     """Be one side: print what it measured as JSON."""
     folders = [args.sentences.parent / f"adapter{i}" for i in range(args.adapters)]
-    result = {"ours": ours, "peer": peer}[args.side](args.sentences, folders)
+    result = {"ours": ours, "peer": peer}[args.side](args.sentences, folders, args.bf16)
     result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(json.dumps(result))
 
@@ -156,14 +163,18 @@ def main() -> None:
     parser.add_argument("--side", choices=["ours", "peer"], help="be this side, on the files beside --sentences")
     parser.add_argument("--sentences", type=Path)
     parser.add_argument("--adapters", type=int)
+    parser.add_argument("--bf16", action="store_true", help="of --side")
     args = parser.parse_args()
     if args.side:
         answer(args)
         return
+    from lora_nlu.ops.frozen import has_bf16_products
+
     works = [work for work in WORKS if args.only in work[0]]
+    kinds = [*product(ADAPTERS, ["fp32", "bf16"] if has_bf16_products() else ["fp32"])]
     sizes: dict[str, int] = {}
     if args.smoke:
-        works, args.pairs = [("SST-2", "sst2", 8)], 1
+        works, args.pairs, kinds = [("SST-2", "sst2", 8)], 1, [kinds[0], kinds[-1]]
         sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     print(HEADER)
     results = []
@@ -173,8 +184,8 @@ def main() -> None:
         write_adapters(folder, max(ADAPTERS))
         for title, task, count in works:
             write_sentences(folder / "sentences.txt", task, count)
-            for adapters in ADAPTERS:
-                results.append(compare(title, folder / "sentences.txt", count, adapters, args.pairs))
+            for adapters, precision in kinds:
+                results.append(compare(title, folder / "sentences.txt", count, adapters, precision, args.pairs))
                 print(row(results[-1]), flush=True)
     write_results(args, "predict", results)
 
