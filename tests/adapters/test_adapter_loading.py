@@ -10,6 +10,7 @@ import torch
 import transformers
 from conversions import CONFIGS, LABELS, write_tokenizer
 from helpers import CLASSIFIERS, assert_close, randomise_, settings_of
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_nlu
@@ -234,6 +235,21 @@ def test_what_contradicts_a_complete_model_or_has_no_effect_on_it_is_refused(bas
     assert lora_nlu.load(folder, task_name="rte")[2] == ("not_entailment", "entailment")  # the model's order
     with pytest.raises(UserError, match="predict not_entailment, entailment, but task_name gives negative, positive"):
         lora_nlu.load(folder, task_name="sst2")
+
+
+@pytest.mark.parametrize("base", ["roberta"], indirect=True)
+def test_a_complete_model_whose_weights_have_no_head_or_another_is_refused(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "a")
+    config = json.loads((base / "config.json").read_text())
+    ids = {f"LABEL_{i}": i for i in range(3)}
+    others = {"id2label": {i: label for label, i in ids.items()}, "label2id": ids}
+    (folder / "config.json").write_text(json.dumps(config | others))
+    with pytest.raises(UserError, match="in its weights has 2 rows; they can't be the labels entailment, neutral"):
+        lora_nlu.load(folder, task_name="mnli")
+    state = {name: x for name, x in load_file(base / "model.safetensors").items() if "classifier" not in name}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="a has no trained head.\nTrain one .* or give an adapter"):
+        lora_nlu.load(folder, labels=["a", "b", "c"])
 
 
 @pytest.mark.parametrize("base", ["roberta"], indirect=True)

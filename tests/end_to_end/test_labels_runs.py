@@ -451,7 +451,7 @@ def test_the_first_message_on_an_encoder_without_a_head_is_that_it_has_no_traine
     assert first == f"{tiny_model}: has no trained head, by its config.json (a RobertaForMaskedLM)."
     assert "--do_train" in rest[0] and "--lora_path" in rest[0] and "class 0 first, with --labels" in rest[1]
     outcome = call(*flags, "--labels", "negative,positive")
-    assert outcome.code == 1 and f"{tiny_model} has no trained head. Train (--do_train)" in outcome.err
+    assert outcome.code == 1 and f"{tiny_model} has no trained head.\nTrain one (run_glue.py --do_train)" in outcome.err
     headless = tmp_path / "headless"
     shutil.copytree(adapter, headless)
     state = load_file(headless / "adapter_model.safetensors")

@@ -111,8 +111,8 @@ def test_a_new_call_evaluates_a_methods_folder_to_the_same_numbers_without_the_m
     assert scores(tmp_path / "o" / "eval_results.json") == pytest.approx(want, rel=1e-9)
     contents_of = {"houlsby": "houlsby, size 8.", "pfeiffer": "pfeiffer, size 8.", "bitfit": "bitfit.", "head": "head."}
     row = row_of(method)
-    variant = f"{row.label}, rank 4" if row.name != "lora" else "rank 4"
-    other = "rank 4, alpha 8." if method in WITH_NUMBERS else variant if row.has_ranks else method
+    variant = f"{row.label}, rank 4" + ", alpha 8." * (method in WITH_NUMBERS)
+    other = variant if row.has_ranks else method
     assert f"Loaded {folder}: {contents_of.get(method, other)}" in outcome.out
 
 
@@ -400,16 +400,20 @@ def test_flags_of_methods_that_make_no_sense_end_with_code_2(flags, message_part
         ("bitfit", ["--lora_path"], ["contains bitfit", "Give it as --adapter_path"]),
         ("head", ["--lora_path"], ["contains head", "Give it as --adapter_path"]),
         ("lora elsewhere", ["--adapter_path"], ["contains lora", "Give it as --lora_path"]),
-        ("houlsby", [*OTHER, "--adapter_path"], ["contains houlsby, size 8", "the flags differ"]),
+        ("houlsby", [*OTHER, "--adapter_path"], ["houlsby, size 8; the flags differ: --adapter_type pfeiffer"]),
         ("houlsby", ["--adapter_type", "pfeiffer", "--adapter_path"], ["contains houlsby", "the flags differ"]),
-        ("houlsby", [*HOULSBY, "--adapter_size", "4", "--adapter_path"], ["size 8", "the flags differ"]),
-        ("houlsby", ["--apply_bitfit", "--adapter_path"], ["contains houlsby", "the flags differ"]),
+        ("houlsby", [*HOULSBY, "--adapter_size", "4", "--adapter_path"],
+         ["size 8; the flags differ: --adapter_size 4.\nLeave it out"]),
+        ("houlsby", ["--apply_bitfit", "--adapter_path"], ["contains houlsby", "the flags differ: --apply_bitfit."]),
         ("bitfit", ["--apply_adapter", "--adapter_path"], ["contains bitfit", "the flags differ"]),
-        ("bitfit", [*HOULSBY, "--adapter_path"], ["contains bitfit", "the flags differ"]),
+        ("bitfit", [*HOULSBY, "--adapter_path"],
+         ["differ: --apply_adapter, --adapter_type houlsby, --adapter_size 8.\nLeave them out"]),
         ("head", ["--apply_bitfit", "--adapter_path"], ["contains head", "the flags differ"]),
         ("lora elsewhere", ["--lora_target_modules", "query,value", "--lora_path"],
          ["updates in key,dense,output", "Leave --lora_target_modules out"]),
         ("lora elsewhere", ["--lora_target_modules", "key,dense", "--lora_path"], ["Leave --lora_target_modules out"]),
+        ("lora elsewhere", [*LORA, "--lora_variant", "dora", "--lora_path"],
+         ["contains LoRA, rank 4, alpha 8; the flags differ: --lora_variant dora.\nLeave it out"]),
         ("lora elsewhere", ["--lora_layers", "0-1", "--lora_path"], ["updates in 1", "Leave --lora_layers out"]),
         ("houlsby", ["--head_only", "--adapter_path"], ["contains houlsby", "the flags differ"]),
     ],

@@ -262,20 +262,22 @@ def _method_settings(flags: Any) -> list[tuple[Flag, list[Method]]]:
     return [(flag, [row for row in METHODS.values() if flag in row.flags]) for flag in changed]
 
 
-def contradicts(flags: Any, method: str) -> bool:
-    """Whether the flags choose another method, or a setting of another, than the `method` of an adapter."""
+def contradicting_flags(flags: Any, method: str) -> list[str]:
+    """The flags, with their values, that choose another method, or a setting of another, than an adapter's `method`."""
     row, chosen = METHODS[method], methods_of_flags(flags)
     others = [other for other in METHODS.values() if other.switch != row.switch]
     is_chosen = any(other.switch == row.switch for other in chosen)
-    if chosen and not is_chosen and any(other.path_flag == row.path_flag for other in others):
-        return True
+    is_other = bool(chosen) and not is_chosen and any(other.path_flag == row.path_flag for other in others)
+    found = []
     for flag, rows in _method_settings(flags):
         value = getattr(flags, flag.name)
-        if row in rows and value != row.chosen_by.get(flag.name, value):
-            return True
-        if row not in rows and not any(other in chosen and other in others for other in rows):
-            return True
-    return False
+        if row in rows:
+            contradicts = value != row.chosen_by.get(flag.name, value)
+        else:
+            contradicts = is_other or not any(other in chosen and other in others for other in rows)
+        if contradicts:
+            found.append(f"--{flag.name}" if value is True else f"--{flag.name} {value}")
+    return found
 
 
 def check_flags(flags: Any) -> None:

@@ -227,15 +227,20 @@ def _no_head(name: str, config: Any, trained: Sequence[str] | None, report: dict
     shapes = {key: shape for key, shape, _ in report["mismatched_keys"]}
     last = last_head_layer(shapes)
     if last is None:
-        return UserError(f"{name} has no trained head. Train (--do_train), or give an adapter with --lora_path.")
+        return UserError(
+            f"{name} has no trained head.\n"
+            "Train one (run_glue.py --do_train), or give an adapter that was trained on it (run_glue.py: --lora_path)."
+        )
     rows = shapes[f"{last}.weight"][0]
     if trained is not None and rows != (len(trained) or 1):
         return UserError(
             f"{name}: the head in its weights has {rows} rows, and its config.json has {len(trained) or 1} labels: "
             f"{label_list(trained)}."
         )
-    told = f"{rows} classes" if trained is None else label_list(trained)
-    return UserError(f"{name}: was trained to predict {told}; the examples have {label_list(config_labels(config))}.")
+    labels = label_list(config_labels(config))
+    if trained is None:
+        return UserError(f"{name}: the head in its weights has {rows} rows; they can't be the labels {labels}.")
+    return UserError(f"{name}: was trained to predict {label_list(trained)}; the examples have {labels}.")
 
 
 def own_adapter(model: Any) -> list[str]:

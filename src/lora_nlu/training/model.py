@@ -13,7 +13,13 @@ from lora_nlu.adapters.reading import read_adapter
 from lora_nlu.errors import UsageError, UserError, printable
 from lora_nlu.files import ADAPTER_CONFIG
 from lora_nlu.labels import config_labels, recorded_labels
-from lora_nlu.methods.description import contradicts, description_of, methods_of_flags, set_method, settings_of_flags
+from lora_nlu.methods.description import (
+    contradicting_flags,
+    description_of,
+    methods_of_flags,
+    set_method,
+    settings_of_flags,
+)
 from lora_nlu.methods.lora import lora_layers
 from lora_nlu.methods.method import Method
 from lora_nlu.methods.table import METHODS
@@ -38,8 +44,15 @@ def load_adapter(flags: Flags, config: Any) -> Adapter | None:
     adapter = with_relative_query(adapter, settings["lora_relative_query"])
     if (path_flag := METHODS[adapter.method].path_flag) != m.path_flag:
         raise UserError(f"{adapter.source}: contains {adapter.method}. Give it as --{path_flag}.")
-    if contradicts(m, adapter.method) or m.adapter_size not in (None, adapter.adapter_size):
-        raise UserError(f"{adapter.source}: contains {_contents(adapter, m)}; the flags differ.")
+    contradicting = contradicting_flags(m, adapter.method)
+    if not contradicting and m.adapter_size not in (None, adapter.adapter_size):
+        contradicting = [f"--adapter_size {m.adapter_size}"]
+    if contradicting:
+        contents, out = _contents(adapter, m), "it out" if len(contradicting) == 1 else "them out"
+        raise UserError(
+            f"{adapter.source}: contains {contents}; the flags differ: {', '.join(contradicting)}.\n"
+            f"Leave {out}: the file's own method and sizes are used."
+        )
     check_settings(adapter, settings)
     own = {flag.name for flag in adapter.row.flags if not flag.decides} & {*adapter.settings}
     of_run = {name: settings[name] for name in own if settings.get(name) is not None}
@@ -54,8 +67,7 @@ def _contents(adapter: Adapter, model_args: ModelArguments) -> str:
     if not adapter.ranks:
         return adapter.method + (f", size {adapter.adapter_size}" if adapter.adapter_size else "")
     ranks, alpha = sorted(set(adapter.ranks.values())), adapter.lora_alpha
-    contents = "" if adapter.row is METHODS["lora"] else f"{adapter.row.label}, "
-    contents += f"rank {', '.join(map(str, ranks))}"
+    contents = f"{adapter.row.label}, rank {', '.join(map(str, ranks))}"
     if not adapter.row.has_alpha:
         return contents
     scaling = f"{alpha:g}" if alpha is not None else f"{model_args.lora_alpha:g}, which the file can't confirm"
