@@ -245,13 +245,18 @@ class Times:
         return total
 
     def tokens(self, run: MethodRun) -> float:
-        """About how many tokens a run trains on: its examples, as long as those of its task's first steps."""
+        """About how many tokens a run trains on: its examples, as long as those of its task's first steps.
+
+        0 before these steps have ended.
+        """
         if run.task not in self.of_task:
-            folder = self.first[run.task].folder
-            hyper = read(folder / "run.json").get("hyperparameters", {})
-            tokens = read(folder / "train_results.json").get("num_input_tokens_seen", 0)
-            rows, batch = hyper.get("train_samples", 0), hyper.get("examples_a_step", 1)
-            self.of_task[run.task] = tokens / (SPEED_STEPS * batch), rows, batch
+            first = self.first[run.task]
+            hyper = read(first.folder / "run.json").get("hyperparameters")
+            tokens = read(first.folder / "train_results.json").get("num_input_tokens_seen")
+            if first.state != "done" or not hyper or not tokens:
+                return 0.0
+            batch = hyper["examples_a_step"]
+            self.of_task[run.task] = tokens / (SPEED_STEPS * batch), hyper["train_samples"], batch
         length, rows, batch = self.of_task[run.task]
         steps = int(launch.last_value(run.flags, "--max_steps") or 0)
         epochs = float(launch.last_value(run.flags, "--num_train_epochs") or 3)

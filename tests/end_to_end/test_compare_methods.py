@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shlex
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -171,6 +174,34 @@ def test_a_rate_that_failed_is_tried_again_before_its_method_goes_on(bench):
 def test_a_dry_run_prints_the_commands_that_choose_and_flags_after_the_dashes_go_to_each(bench):
     code, out, _ = bench.run("--", "--bf16", DRY_RUN="1")
     assert code == 0 and out.count("run_glue.py") == out.count("--bf16") == 6 and not (bench.folder / "out").exists()
+
+
+def test_the_time_to_go_counts_each_task_by_the_tokens_of_its_first_steps(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    program = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "compare_methods.py")))
+
+    def run(name: str, task: str, *flags: str) -> Any:
+        return program.MethodRun([], None, [*flags], tmp_path / name, name, task=task, method="LoRA")
+
+    def end(first: Any, tokens: int) -> None:
+        first.state = "done"
+        first.folder.mkdir()
+        hyper = {"train_samples": 1000, "examples_a_step": 10}
+        (first.folder / "run.json").write_text(json.dumps({"hyperparameters": hyper}))
+        result = {"num_input_tokens_seen": tokens, "train_seconds": tokens / 100}  # 100 tokens a second
+        (first.folder / "train_results.json").write_text(json.dumps(result))
+
+    firsts = [run("speed_cola", "cola"), run("speed_rte", "rte")]
+    times = program.Times(firsts)
+    runs = [run("a", "cola", "--num_train_epochs", "2"), run("b", "rte", "--max_steps", "50")]
+    assert times.seconds_to_go(runs) is None
+    end(firsts[0], 400)  # 20 steps of 10 examples: 2 tokens an example
+    assert times.seconds_to_go(runs) == pytest.approx(2000 * 2 / 100 + 2 * program.STARTUP_SECONDS)
+    end(firsts[1], 2000)
+    assert times.seconds_to_go(runs) == pytest.approx(2000 * 2 / 100 + 500 * 10 / 100 + 2 * program.STARTUP_SECONDS)
+    runs[0].state = "running"
+    times.waiting = [run("c", "rte", "--max_steps", "50")]
+    assert times.seconds_to_go(runs) == pytest.approx(25 + 2 * 60)
 
 
 @pytest.mark.parametrize(
