@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -103,8 +104,14 @@ def fork(base_flags, environment, tmp_path_factory) -> Run:
     """
     start_parent(environment)
 
-    def run(*argv: object, processes: int = 1, base: bool = True, script: Path = SCRIPT) -> Outcome:
+    def run(
+        *argv: object,
+        processes: int = 1,
+        base: bool = True,
+        script: Path = SCRIPT,
+        meanwhile: Callable[[list[int]], None] | None = None,
+    ) -> Outcome:
         flags = [*(base_flags if base else []), *map(str, argv)]
-        return torch_run(flags, environment, tmp_path_factory.mktemp("printed"), processes, script)
+        return torch_run(flags, environment, tmp_path_factory.mktemp("printed"), processes, script, meanwhile)
 
     return run

@@ -9,6 +9,8 @@ import os
 import runpy
 import socket
 import sys
+import time
+from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -29,7 +31,8 @@ gc.freeze()
 def start_parent(environment: dict[str, str]) -> None:
     """Start it in this environment, which a library may read when it is imported."""
     PARENT.set_forkserver_preload(IMPORTS)
-    with mock.patch.dict(os.environ, environment | {"PYTHONPATH": os.pathsep.join(sys.path)}, clear=True):
+    folders = [str(Path(__file__).parent), *sys.path]  # tests/stress/ has a forked.py too
+    with mock.patch.dict(os.environ, environment | {"PYTHONPATH": os.pathsep.join(folders)}, clear=True):
         forkserver.ensure_running()
 
 
@@ -49,8 +52,18 @@ def run_script(argv: list[str], environment: dict[str, str], output: str, script
     runpy.run_path(script, run_name="__main__")
 
 
-def torch_run(argv: list[str], environment: dict[str, str], folder: Path, processes: int, script: Path) -> Outcome:
-    """One run in so many processes; the first that fails ends the others. What they print is written into `folder`."""
+def torch_run(
+    argv: list[str],
+    environment: dict[str, str],
+    folder: Path,
+    processes: int,
+    script: Path,
+    meanwhile: Callable[[list[int]], None] | None = None,
+) -> Outcome:
+    """One run in so many processes; the first that fails ends the others. What they print is written into `folder`.
+
+    meanwhile: is called with the ids of the processes once all have started.
+    """
     torchrun = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     running = []
     for rank in range(processes):
@@ -58,12 +71,15 @@ def torch_run(argv: list[str], environment: dict[str, str], folder: Path, proces
         arguments = argv, environment | (own if processes > 1 else {}), str(folder / "run"), str(script)
         running.append(PARENT.Process(target=run_script, args=arguments))
         running[-1].start()
+    if meanwhile:
+        meanwhile([process.pid for process in running])
     codes = []
     while running:
         ended = wait([process.sentinel for process in running], timeout=240)
         codes += [process.exitcode for process in running if process.sentinel in ended]
         running = [process for process in running if process.sentinel not in ended]
         if not ended or any(codes):
+            time.sleep(0.1 * bool(running))  # as torchrun, which looks ten times a second: the others meet the failure
             for process in running:
                 process.terminate()
         assert ended, f"no end in 240 seconds: {argv}"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,19 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+
+
+def flags_of_command(printed: str) -> list[str]:
+    """The flags of run_glue.py in the command that a script prints."""
+    words = shlex.split(printed.replace("\\\n", " "))
+    return words[next(i for i, word in enumerate(words) if word.endswith(SCRIPT.name)) + 1 :]
+
+
+def program(folder: Path, first: str, script: Path = SCRIPT) -> Path:
+    """These lines and then what a script of the repository does, as a program of the script's name in `folder`."""
+    path = folder / script.name
+    path.write_text(f"import os, runpy, sys\n{first}\nrunpy.run_path({str(script)!r}, run_name='__main__')\n")
+    return path
 
 
 def sentence(rng: random.Random, marker: str = "") -> str:

@@ -2,7 +2,6 @@
 
 import os
 import random
-import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,7 +11,18 @@ import pytest
 import sentencepiece
 import torch
 from peft import LoraConfig, get_peft_model
-from runs import LORA, Outcome, Run, contents, cut_off, sentence, write_deberta, write_sentencepiece, write_tsv
+from runs import (
+    LORA,
+    Outcome,
+    Run,
+    contents,
+    cut_off,
+    flags_of_command,
+    sentence,
+    write_deberta,
+    write_sentencepiece,
+    write_tsv,
+)
 from test_run_glue import read, scores, succeeded, trained_flat
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2Config
 
@@ -81,9 +91,7 @@ def printed_command(script, fork) -> Run:
 
     def run(*argv: object, **settings: str) -> Outcome:
         dry = succeeded(script(*argv, DRY_RUN="1", **settings))
-        words = shlex.split(dry.out.replace("\\\n", " "))
-        place = next(i for i, word in enumerate(words) if word.endswith("run_glue.py"))
-        done = fork(*words[place + 1 :], base=False)
+        done = fork(*flags_of_command(dry.out), base=False)
         return Outcome(done.code, done.out, dry.err + done.err)
 
     return run

@@ -3,13 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from forked import free_port
-from runs import LORA, SCRIPT, contents, cut_off
+from runs import LORA, contents, cut_off, program
 from test_run_glue import read, rte, succeeded
 from test_training_data import flipped, rows, write
 
@@ -113,25 +110,16 @@ def test_a_full_models_checkpoint_of_a_run_on_other_data_is_refused(call, tmp_pa
 
 
 @pytest.mark.parametrize("split, flags", [("validation", ["--do_eval"]), ("test", ["--do_predict"])])
-def test_two_processes_do_not_evaluate_or_predict_different_files(
-    split, flags, started, base_flags, environment, tmp_path
-):
+def test_two_processes_do_not_evaluate_or_predict_different_files(split, flags, started, fork, tmp_path):
     """Each process scores a part of its own file, and the parts would be taken for one set."""
-    names = []
     for rank in range(2):
         lines = [line.replace(",yes", ",entailment").replace(",no", ",not_entailment") for line in rows(rank)]
-        names.append(write(tmp_path / f"{rank}.csv", lines))
-    run = [*base_flags, "--lora_path", started / "a", *flags, *LORA]
-    running = []
-    port = str(free_port())
-    for rank, name in enumerate(names):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, SCRIPT, *run, f"--{split}_file", name, "--output_dir", tmp_path / "o"]
-        env = environment | {name: str(value) for name, value in own.items()}
-        running.append(subprocess.Popen([*map(str, command)], env=env, stderr=subprocess.PIPE, text=True))
-    err = "".join(process.communicate(timeout=240)[1] for process in running)
-    assert f"{split}_data " in err and "was started otherwise than the first" in err, err
-    assert running[1].returncode == 1 and not [*(tmp_path / "o").glob("*results*")]
+        write(tmp_path / f"{rank}.csv", lines)
+    own = program(tmp_path, f"sys.argv += ['--{split}_file', {str(tmp_path)!r} + '/' + os.environ['RANK'] + '.csv']")
+    run = ["--lora_path", started / "a", *flags, *LORA, "--output_dir", tmp_path / "o"]
+    outcome = fork(*run, processes=2, script=own)
+    assert f"{split}_data " in outcome.err and "was started otherwise than the first" in outcome.err, outcome.err
+    assert outcome.code == 1 and not [*(tmp_path / "o").glob("*results*")]
 
 
 @pytest.mark.parametrize("flag", ["--seed", "--data_seed"])

@@ -62,15 +62,33 @@ def trained_flat(folder: Path) -> dict[str, torch.Tensor]:
 # --------------------------------------------------------------------------------------------------------- one task
 
 
+# Runs the program that its arguments name and prints which of these modules our code imported meanwhile.
+WATCHED_IMPORTS = """
+import builtins, runpy, sys
+plain, backends, seen = builtins.__import__, ("torch.distributed.fsdp", "transformers.integrations.deepspeed"), set()
+def watch(name, globals=None, locals=None, fromlist=(), level=0):
+    names = (name, *(f"{name}.{part}" for part in fromlist or ()))
+    if (globals or {}).get("__name__", "").startswith(("lora_nlu", "__main__")):
+        seen.update(name for name in names if name.startswith((*backends, "deepspeed", "lora_nlu.training.sharded")))
+    return plain(name, globals, locals, fromlist, level)
+builtins.__import__ = watch
+sys.argv.pop(0)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("imported:", sorted(seen))
+"""
+
+
 @pytest.fixture(scope="module")
 def rte_run(start, glue, tmp_path_factory) -> tuple[Path, Outcome]:
-    """RTE trained, evaluated and predicted by a process of its own, in the flags of 2021's scripts."""
+    """RTE trained, evaluated and predicted by a process of its own, in the flags of 2021's scripts, imports watched."""
     output = tmp_path_factory.mktemp("rte") / "output"
     flags = [*LEARN, "--do_train", "--do_eval", "--do_predict", "--evaluation_strategy", "epoch"]
     flags += ["--warmup_ratio", "0.06", "--use_deterministic_algorithms", "--local_rank", "-1", "--seed", "0"]
     flags += ["--overwrite_output_dir", "--save_strategy", "epoch", "--per_gpu_train_batch_size", "8"]
     flags += ["--logging_dir", output.parent / "log"]
-    return output, succeeded(start(*rte(glue, output, *flags)))
+    return output, succeeded(start(*rte(glue, output, *flags), launcher=("-c", WATCHED_IMPORTS)))
 
 
 def test_train_eval_predict_writes_the_adapter_and_every_result_file(rte_run, tiny_model):
@@ -96,6 +114,10 @@ def test_train_eval_predict_writes_the_adapter_and_every_result_file(rte_run, ti
     assert "Traceback" not in outcome.err
     for part in ("accuracy", "trainable parameters", "of them LoRA", "best while training", str(output)):
         assert part in outcome.out, part
+
+
+def test_a_run_without_a_sharded_backend_imports_none(rte_run):
+    assert rte_run[1].out.splitlines()[-1] == "imported: []"
 
 
 def test_training_learns_what_the_examples_teach(rte_run):
@@ -163,10 +185,10 @@ def test_logging_dir_gets_tensorboards_files_or_a_line_that_it_stays_empty(
     assert args.report_to == [] and "run_glue.py: --logging_dir log: nothing is written there" in printed.getvalue()
 
 
-def test_a_new_process_evaluates_the_output_folder_to_exactly_the_same_numbers(rte_run, start, glue, tmp_path):
+def test_a_new_process_evaluates_the_output_folder_to_exactly_the_same_numbers(rte_run, fork, glue, tmp_path):
     trained, _ = rte_run
     flags = ["--do_eval", "--do_predict", "--max_seq_length", "64", "--lora_path", trained]
-    outcome = succeeded(start(*rte(glue, tmp_path / "eval", *flags)))
+    outcome = succeeded(fork(*rte(glue, tmp_path / "eval", *flags)))
     assert scores(tmp_path / "eval" / "eval_results.json") == scores(trained / "eval_results.json")
     predictions = "predict_results_rte.tsv"
     assert (tmp_path / "eval" / predictions).read_bytes() == (trained / predictions).read_bytes()
@@ -512,7 +534,7 @@ def test_a_csv_with_decimal_labels_is_a_regression(call, tmp_path):
 
 
 def test_an_interrupted_run_says_how_to_resume_and_its_re_run_ends_bit_equal(
-    call, start, glue, environment, base_flags, tmp_path
+    call, fork, glue, environment, base_flags, tmp_path
 ):
     long = [
         "--max_steps",
@@ -550,7 +572,7 @@ def test_an_interrupted_run_says_how_to_resume_and_its_re_run_ends_bit_equal(
         assert len(trained_flat(checkpoint)) == 12
         assert len(torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]) == 12
 
-    outcome = succeeded(start(*rte(glue, output, *long)))
+    outcome = succeeded(fork(*rte(glue, output, *long)))
     assert f"Resuming from {output / 'checkpoint-'}" in outcome.out
     succeeded(call(*rte(glue, tmp_path / "complete", *long)))
     got, want = trained_flat(output), trained_flat(tmp_path / "complete")
@@ -578,8 +600,7 @@ def test_plain_fine_tuning_saves_a_model_that_transformers_own_class_loads(call,
     assert written == answers
 
 
-def test_two_processes_train_one_model_and_write_one_set_of_results(start, glue, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+def test_two_processes_train_one_model_and_write_one_set_of_results(fork, glue, tmp_path):
     flags = [
         *SHORT,
         "--do_train",
@@ -590,34 +611,10 @@ def test_two_processes_train_one_model_and_write_one_set_of_results(start, glue,
         "--save_steps",
         "3",
     ]
-    outcome = succeeded(start(*rte(glue, tmp_path / "o", *flags), launcher=launcher))
+    outcome = succeeded(fork(*rte(glue, tmp_path / "o", *flags), processes=2))
     assert outcome.out.count("trainable parameters") == 1
     assert read(tmp_path / "o" / "train_results.json")["epoch"] == 1.0  # 6 steps of 2 x 4 examples are all 48
     assert read(tmp_path / "o" / "eval_results.json")["eval_samples"] == 24
     assert len((tmp_path / "o" / "predict_results_rte.tsv").read_text().splitlines()) == 11
     assert sorted(path.name for path in (tmp_path / "o").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
     assert len(trained_flat(tmp_path / "o")) == 12
-
-
-# Runs the program that its arguments name and prints which of these modules our code imported meanwhile.
-WATCHED_IMPORTS = """
-import builtins, runpy, sys
-plain, backends, seen = builtins.__import__, ("torch.distributed.fsdp", "transformers.integrations.deepspeed"), set()
-def watch(name, globals=None, locals=None, fromlist=(), level=0):
-    names = (name, *(f"{name}.{part}" for part in fromlist or ()))
-    if (globals or {}).get("__name__", "").startswith(("lora_nlu", "__main__")):
-        seen.update(name for name in names if name.startswith((*backends, "deepspeed", "lora_nlu.training.sharded")))
-    return plain(name, globals, locals, fromlist, level)
-builtins.__import__ = watch
-sys.argv.pop(0)
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    print("imported:", sorted(seen))
-"""
-
-
-def test_a_run_without_a_sharded_backend_imports_none(start, glue, tmp_path):
-    flags = ["--max_steps", 2, "--max_train_samples", 16, "--max_eval_samples", 8, "--save_strategy", "no"]
-    run = start(*rte(glue, tmp_path / "o", "--do_train", "--do_eval", *flags), launcher=("-c", WATCHED_IMPORTS))
-    assert succeeded(run).out.splitlines()[-1] == "imported: []"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import program, write_models
 from safetensors.torch import save_file
 
 from lora_nlu.files import ADAPTER_WEIGHTS
@@ -78,11 +79,20 @@ def test_a_damaged_adapter_file_is_refused_or_read_and_values_change_only_where_
     assert fuzzed[kind]["refused"] > 150 and fuzzed[kind]["same"] > 0
 
 
-def test_a_case_recorded_twice_is_equal_and_with_another_seed_its_losses_and_weights_differ(tmp_path):
+def test_a_case_recorded_twice_is_equal_and_with_another_seed_its_losses_and_weights_differ(fork, tmp_path):
+    """The record of the other seed as a user makes it; of the equal ones the part that trains, in forked processes."""
     one, again, other = (tmp_path / f"{name}.json" for name in ("one", "again", "other"))
-    for record, seed in ((one, 0), (again, 0), (other, 1)):
-        done = stress("same_results.py", "record", record, "--seed", seed, "--cases", "^roberta houlsby, cutoff$")
-        assert done.returncode == 0 and "2 cases" in done.stdout, done.stdout + done.stderr[-3000:]
+    done = stress("same_results.py", "record", other, "--seed", 1, "--cases", "^roberta houlsby, cutoff$")
+    assert done.returncode == 0 and "2 cases" in done.stdout, done.stdout + done.stderr[-3000:]
+    for record in (one, again):
+        folder = tmp_path / record.stem
+        folder.mkdir()
+        there = program(folder, f"os.chdir({str(folder)!r})", STRESS / "same_results.py")
+        arguments = json.dumps([str(STRESS.parents[1]), "roberta", ["roberta houlsby, cutoff"], 0])
+        outcome = fork("run", arguments, base=False, script=there)
+        assert outcome.code == 0, outcome
+        cases = json.loads((folder / "record.json").read_text())
+        record.write_text(json.dumps(json.loads(other.read_text()) | {"seed": 0, "cases": cases}))
     done = stress("same_results.py", "compare", one, again)
     assert done.returncode == 0 and "0 differences" in done.stdout, done.stdout
     done = stress("same_results.py", "compare", one, other)
@@ -112,10 +122,17 @@ def test_a_file_a_value_or_a_case_that_one_record_lacks_is_a_difference_and_a_ne
     assert len(same_results.compare(record, record | {"cases": {}})[0]) == 1
 
 
-def test_a_method_trains_in_two_processes_with_sharded_weights_what_it_trains_in_one():
-    done = stress("distributed_methods.py", "--cases", "roberta pfeiffer, FSDP2")
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert re.search("1 runs in two processes against one, .* 0 failures", done.stdout)
+def test_a_method_trains_in_two_processes_with_sharded_weights_what_it_trains_in_one(call, fork, glue, tmp_path):
+    """A case of distributed_methods.py by its flags and its comparison; it starts them by torchrun."""
+    base = write_models(tmp_path / "models", glue, **distributed_methods.NO_DROPOUT)["roberta"]
+    flags = ["--model_name_or_path", base, *distributed_methods.FLAGS, *distributed_methods.METHODS["pfeiffer"]]
+    flags += ["--glue_dir", glue, "--cache_dir", tmp_path / "cache", "--output_dir"]
+    size, sharded = "--per_device_train_batch_size", distributed_methods.BACKENDS["FSDP2"]
+    assert call(*flags, tmp_path / "one", size, 8).code == 0
+    outcome = fork(*flags, tmp_path / "two", size, 4, *sharded, processes=2)
+    assert outcome.code == 0, outcome
+    found, largest = distributed_methods.differences(tmp_path / "one", tmp_path / "two")
+    assert found == [] and largest > 0
 
 
 def test_runs_whose_losses_weights_or_predictions_differ_are_not_taken_for_equal(tmp_path):
