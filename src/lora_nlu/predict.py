@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora_alpha", type=float, metavar="ALPHA", help="of a .bin, which doesn't record it (published RoBERTa: 16)")
     query = "of a DeBERTa .bin: it was trained with LoRA on the relative positions' query too, as in PEFT (both)"
     add("--lora_relative_query", nargs="?", const="both", choices=RELATIVE_QUERY, help=query)
-    add("--bf16", action="store_true", help="compute in bf16: on a CPU with weights held so, on a GPU by autocast")
+    add("--bf16", action="store_true", help="compute in bf16 (on a CPU: weights held in it; on a GPU: autocast)")
     names = parser.add_mutually_exclusive_group()
     names.add_argument("--labels", metavar="A,B,...", help="names of the classes, class 0 first, if none are recorded")
     names.add_argument("--task_name", choices=[name for name in TASKS if name != "ax"], metavar="TASK",

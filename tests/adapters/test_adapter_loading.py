@@ -101,6 +101,9 @@ def test_a_complete_model_is_loaded_from_its_folder(base, tmp_path):
     model, tokenizer, labels = lora_nlu.load(tmp_path)
     assert_close(logits(model, tokenizer), logits(theirs, tokenizer))
     assert labels == ("yes", "no")
+    with pytest.warns(UserWarning, match="are held in bf16"):
+        in_bf16 = logits(lora_nlu.load(tmp_path, bf16=True)[0], tokenizer)
+    assert model.hold_in_bf16(trains=False) and torch.equal(in_bf16, logits(model, tokenizer))
     with pytest.raises(UserError, match="is a complete model, no adapter. Predict with it alone"):
         load_sources([read_source(str(tmp_path))] * 2)
 
