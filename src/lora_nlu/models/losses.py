@@ -66,10 +66,10 @@ class TwoViewOutput(SequenceClassifierOutput):
     consistency_loss: Tensor | None = None
 
 
-def two_views(config: PreTrainedConfig, inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+def two_views(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a batch and the same again, or their cutoff, as one batch of 2 B. Raises ValueError for cutoff."""
     ids = inputs["input_ids"]
-    replaced: dict[str, Tensor] = {}
+    replaced: dict[str, Any] = {}
     if p := getattr(config, "masking_prob", 0):
         if ids is None:
             raise ValueError("masking_prob replaces tokens: give input_ids, not inputs_embeds.")
@@ -77,9 +77,10 @@ def two_views(config: PreTrainedConfig, inputs: dict[str, Tensor | None]) -> dic
             raise ValueError("masking_prob needs the tokenizer's special_token_ids and unk_token_id in the config.")
         replaced["input_ids"] = cutoff(ids, inputs["attention_mask"], p, config.special_token_ids, config.unk_token_id)
     for name, x in inputs.items():
-        # one row of types or positions is for all sequences
-        if x is not None and not (name in ("token_type_ids", "position_ids") and x.shape[0] == 1):
-            replaced[name] = torch.cat([x, replaced.get(name, x)])
+        if name == "sequence_lengths":
+            replaced[name] = x and [*x, *x]
+        elif x is not None and not (name in ("token_type_ids", "position_ids") and x.shape[0] == 1):
+            replaced[name] = torch.cat([x, replaced.get(name, x)])  # but one row of types or positions is for all
     return inputs | replaced
 
 

@@ -20,6 +20,7 @@ A heads, D head size, C labels; L the length shared by one group of sequences, n
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -470,7 +471,7 @@ class DebertaV2Model(DebertaV2PreTrainedModel):
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None, output_hidden_states: bool | None = None,
         return_dict: bool | None = None, first_token_only: bool = False, views: int = 1,
-        packed: PackedBatch | None = None, **keywords: object,
+        packed: PackedBatch | None = None, sequence_lengths: Sequence[int] | None = None, **keywords: object,
     ) -> BaseModelOutput | tuple:  # fmt: skip
         """Encode a batch; arguments, results and errors as of `RobertaModel.forward`, without a pooler.
 
@@ -485,7 +486,7 @@ class DebertaV2Model(DebertaV2PreTrainedModel):
         batch, length, device = layers.input_shape(input_ids, inputs_embeds)
 
         if packed is None:
-            packed = PackedBatch.from_mask(attention_mask, batch, length, device, keep_distances=True)
+            packed = PackedBatch.from_mask(attention_mask, batch, length, device, True, sequence_lengths)
         rows = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, packed)  # [N, H]
         encoded = self.encoder(rows, packed, first_token_only, with_hidden, with_probs, views)
         output = BaseModelOutput(
@@ -532,7 +533,8 @@ class DebertaV2ForSequenceClassification(DebertaV2PreTrainedModel):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None, output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None, return_dict: bool | None = None, **keywords: object,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None,
+        sequence_lengths: Sequence[int] | None = None, **keywords: object,
     ) -> SequenceClassifierOutput | tuple:  # fmt: skip
         """Classify a batch; inputs, requests and errors as in `DebertaV2Model.forward`.
 
@@ -542,9 +544,9 @@ class DebertaV2ForSequenceClassification(DebertaV2PreTrainedModel):
         """
         config = self.config
         two_view_weight = getattr(config, "reg_loss_wgt", 0) if self.training and labels is not None else 0
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids,
-            "position_ids": position_ids, "inputs_embeds": inputs_embeds,
+            "position_ids": position_ids, "inputs_embeds": inputs_embeds, "sequence_lengths": sequence_lengths,
         }  # fmt: skip
         if two_view_weight:
             inputs = two_views(config, inputs)  # from here to the logits, B is twice the batch

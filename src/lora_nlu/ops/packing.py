@@ -5,7 +5,7 @@ Packed rows are sorted by sequence length, so that sequences of equal length lie
 view [count, L, ...] of its rows: attention needs no mask and no padding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -24,6 +24,19 @@ def is_batched(x: Tensor) -> bool:
             return True
         x = functorch.get_unwrapped(x)  # torch.func.grad's and the like
     return False
+
+
+def lengths_of(mask: Tensor) -> list[int] | None:
+    """The tokens of each sequence of a mask [B, S]; None for another mask than one of padding on the right.
+
+    Reads values: a mask on a GPU is waited for.
+    """
+    if mask.dim() != 2 or mask.is_floating_point():
+        return None
+    real = mask != 0
+    lengths = real.sum(1)
+    is_real = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+    return lengths.tolist() if lengths.all() and torch.equal(real, is_real) else None
 
 
 def _real_first(real: Tensor, places: Tensor) -> Tensor:
@@ -62,12 +75,15 @@ class PackedBatch:
 
     @classmethod
     def from_mask(
-        cls, mask: Tensor | None, batch: int, length: int, device: torch.device, keep_distances: bool = False
-    ) -> "PackedBatch":
+        cls, mask: Tensor | None, batch: int, length: int, device: torch.device, keep_distances: bool = False,
+        lengths: Sequence[int] | None = None,
+    ) -> "PackedBatch":  # fmt: skip
         """Plan the packing of a [B, S] batch from its attention mask ([B, S], 0 = padding; None = all real).
 
-        With `keep_distances`, a mask with holes takes the fallback. Waits for the GPU once, for the lengths. Raises
-        ValueError for another shape or floats other than 0 and 1, RuntimeError in torch.jit.trace, torch.export, vmap.
+        With `keep_distances`, a mask with holes takes the fallback. `lengths`: what `lengths_of` gives for the mask.
+        Without them, or if they are of another number of sequences (a whole batch's, for a part of it), waits for the
+        GPU once, to read the mask. Raises ValueError for another shape, impossible lengths, or floats other than 0 and
+        1, RuntimeError in torch.jit.trace, torch.export, vmap.
         """
         first_rows = torch.arange(batch, device=device) * length
         dense = cls(batch, length, slots=None, first_rows=first_rows, unsort=None, groups=((batch, length),))
@@ -87,25 +103,29 @@ class PackedBatch:
             )
         mask = mask.to(device)
         real = mask != 0
-        in_place = real[:, 0].all()
-        if keep_distances:
-            in_place &= (real[:, 1:] <= real[:, :-1]).all()
-        values = [real.sum(1), in_place[None].long()]
-        if mask.is_floating_point():
-            values.append(((mask == 0) | (mask == 1)).all()[None].long())
-        numbers = torch.cat(values).tolist()  # one transfer
-        lengths, (packable, *is_binary) = numbers[:batch], numbers[batch:]
-        if not all(is_binary):
-            raise ValueError(
-                "attention_mask has values other than 0 and 1. Give 1 for a token and 0 for padding; an additive mask, "
-                "0 for a token and -inf for padding, is not supported."
-            )
-        if not packable:
-            return replace(dense, key_mask=real[:, None, None, :])
+        counts = real.sum(1)
+        if lengths is None or len(lengths) != batch:
+            in_place = real[:, 0].all()
+            if keep_distances:
+                in_place &= (real[:, 1:] <= real[:, :-1]).all()
+            values = [counts, in_place[None].long()]
+            if mask.is_floating_point():
+                values.append(((mask == 0) | (mask == 1)).all()[None].long())
+            numbers = torch.cat(values).tolist()  # one transfer
+            lengths, (packable, *is_binary) = numbers[:batch], numbers[batch:]
+            if not all(is_binary):
+                raise ValueError(
+                    "attention_mask has values other than 0 and 1. Give 1 for a token and 0 for padding; an additive "
+                    "mask, 0 for a token and -inf for padding, is not supported."
+                )
+            if not packable:
+                return replace(dense, key_mask=real[:, None, None, :])
+        elif not all(0 < n <= length for n in lengths):
+            raise ValueError(f"sequence_lengths must be 1 to {length}, the columns of attention_mask, got {lengths}.")
         if all(n == length for n in lengths):
             return dense
-        order = values[0].argsort(stable=True)  # [B]
-        starts = values[0][order]
+        order = counts.argsort(stable=True)  # [B]
+        starts = counts[order]
         places = (order[:, None] * length + torch.arange(length, device=device)).flatten()  # [B * S]
         slots = _real_first(real[order].flatten(), places)[: sum(lengths)]
         groups = tuple((len(list(run)), n) for n, run in groupby(sorted(lengths)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_nlu.errors import first_line
-from lora_nlu.ops.packing import PackedBatch
+from lora_nlu.ops.packing import PackedBatch, lengths_of
 
 logger = logging.getLogger(__name__)
 MOST = 64  # graphs; batches of other shapes run without one
@@ -165,23 +165,23 @@ def converted(halves: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
 
 
 def with_fixed_size(inputs: dict[str, Any], longest: int, pad_id: int) -> tuple[dict[str, Any], int | None] | None:
-    """Inputs padded to one of few lengths, and to how many rows they are packed; waits for the GPU once.
+    """Inputs padded to one of few lengths, and to how many rows they are packed.
 
-    Inputs without padding have no mask and None rows. None for a mask that is not one of padding on the right.
+    Inputs without padding have no mask and None rows. None for a mask that is not one of padding on the right. Waits
+    for the GPU once if the inputs have no `sequence_lengths`.
     """
+    inputs = dict(inputs)
+    lengths = inputs.pop("sequence_lengths", None)
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None or ids.dim() != 2:
         return None
     if mask is None:
         return inputs, None
     batch, length = ids.shape
-    if mask.shape != ids.shape or mask.is_floating_point():
+    lengths = lengths_of(mask.cpu()) if lengths is None else lengths
+    if mask.shape != ids.shape or lengths is None:
         return None
-    real = mask.cpu() != 0
-    lengths = real.sum(1)
-    if not lengths.all() or (real != (torch.arange(length) < lengths[:, None])).any():
-        return None
-    count, size = int(lengths.sum()), rounded(length, LENGTHS)
+    count, size = sum(lengths), rounded(length, LENGTHS)
     size = size if size <= longest else length
     if count == batch * length and size == length:
         return {name: x for name, x in inputs.items() if name != "attention_mask"}, None

@@ -21,6 +21,7 @@ from lora_nlu.errors import UserError, first_line
 from lora_nlu.files import atomic_files
 from lora_nlu.models.checkpoints import Checkpoints, notes_on_bf16
 from lora_nlu.models.losses import classification_loss
+from lora_nlu.ops.packing import lengths_of
 from lora_nlu.training.checkpoints import CheckpointingTrainer, Diverged, seconds_trained
 from lora_nlu.training.graphs import GraphedSteps
 from lora_nlu.training.learning_rates import with_rates
@@ -117,6 +118,13 @@ class _ByLength(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
+def _collated_with_lengths(collate: Callable[[Any], Any], features: Any) -> dict[str, Any]:
+    """A batch with its `sequence_lengths`, read here because the mask is on the CPU, where no GPU is waited for."""
+    batch = dict(collate(features))
+    lengths = lengths_of(batch["attention_mask"]) if "attention_mask" in batch else None
+    return batch if lengths is None else batch | {"sequence_lengths": lengths}
+
+
 class AdapterTrainer(CheckpointingTrainer):
     """transformers' Trainer for adapters. A step's loss is the mean over its examples, however they are divided."""
 
@@ -142,6 +150,10 @@ class AdapterTrainer(CheckpointingTrainer):
         self._graphs: GraphedSteps | None = None  # made in the first step, where a step can be recorded
         self._training_since: float | None = None
         self._seconds_before: float | None = None  # of training before this process started, once read
+        if not self.args.torch_compile:  # it would compile anew for other lengths
+            self.data_collator = partial(_collated_with_lengths, self.data_collator)
+        if self.args.device.type == "cuda" and self.args.dataloader_pin_memory:
+            self.accelerator.dataloader_config.non_blocking = True  # else moving a batch waits for the step before
         self.before_steps()
         if self.args.bf16:
             self._hold_in_bf16()
