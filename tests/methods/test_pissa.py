@@ -151,7 +151,7 @@ def test_a_layer_whose_weight_is_the_residual_is_neither_merged_saved_nor_loaded
 
 
 @pytest.mark.parametrize("subtracted", [False, True])
-def test_gradients_of_gradients_half_precision_and_autocast_take_the_plain_path(subtracted):
+def test_gradients_of_gradients_half_precision_and_autocast_are_computed_too(subtracted):
     layer, x = layer_of(2), random(3, I).requires_grad_(True)
     want = layer(x.detach())
     if subtracted:

@@ -60,6 +60,37 @@ class _LoRALinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
 
 
+class _HalfLoRALinear(torch.autograd.Function):
+    """y = x W^T + b + s (x A^T) B^T of x [N, I], A and B in half precision, to which W and b are converted.
+
+    The update is added to the product's result, because in the weight it would be rounded away. The backward keeps x,
+    x A^T and references to what it was given, and converts W again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
+        down = F.linear(x, A)  # [N, R]
+        ctx.save_for_backward(x, weight, A, B, down)
+        ctx.scaling = s
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return y.addmm_(down, B.t(), alpha=s)  # [N, O]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, down = ctx.saved_tensors
+        s, (need_x, need_weight, need_bias, need_A, need_B, _) = ctx.scaling, ctx.needs_input_grad
+        up = grad @ B  # [N, R]
+        if torch.is_grad_enabled():  # for gradients of gradients: the x A^T of the forward has no autograd history
+            down = F.linear(x, A)
+        grad_x = torch.addmm(grad @ weight.to(x.dtype), up, A, alpha=s) if need_x else None  # [N, I]
+        grad_weight = grad.t() @ x if need_weight else None
+        grad_bias = grad.sum(0) if need_bias else None
+        # with beta=0 the first matrix gives its shape alone
+        grad_A = torch.addmm(A, up.t(), x, beta=0, alpha=s) if need_A else None  # [R, N] [N, I]
+        grad_B = torch.addmm(B, grad.t(), down, beta=0, alpha=s) if need_B else None  # [O, N] [N, R]
+        return grad_x, grad_weight, grad_bias, grad_A, grad_B, None
+
+
 class LoRALinear(UpdatedLinear):
     """`nn.Linear` with a trainable low-rank update: y = x W^T + b + scaling x A^T B^T, scaling = lora_alpha / r.
 
@@ -68,7 +99,8 @@ class LoRALinear(UpdatedLinear):
     the x that the update reads; the reference has none. With `use_rslora` the scaling is lora_alpha / sqrt(r).
 
     In fp32 the update is part of the product. In half precision and under autocast the low-rank path runs beside the
-    frozen one, because a small B A would be rounded away in the sum.
+    frozen one, because a small B A would be rounded away in the sum. In fp32 and under autocast both are one function,
+    which keeps x and x A^T for the backward.
     """
 
     multiplies_frozen = True
@@ -135,8 +167,10 @@ class LoRALinear(UpdatedLinear):
             dropped, (A, B) = self.dropout(x), self.factors()
             if dropped is x and frozen is not None:
                 return frozen.product_with_update(x, bias, A, B, self.scaling)
-            if dropped is x and x.numel() and self._can_fuse(x, weight, bias, A, B):
-                return kernels.as_grid(_LoRALinear.apply(kernels.as_rows(x), weight, bias, A, B, self.scaling), x)
+            if dropped is x and x.numel() and (dtype := self._dtype_to_fuse(x, weight, bias, A, B)):
+                function = _LoRALinear if dtype is torch.float32 else _HalfLoRALinear
+                rows, A, B = (each.to(dtype) for each in (kernels.as_rows(x), A, B))
+                return kernels.as_grid(function.apply(rows, weight, bias, A, B, self.scaling), x)
             update = F.linear(F.linear(kernels.widened(dropped, A), A), B)
         if frozen is not None:
             y = frozen.product(x, bias)
@@ -152,14 +186,20 @@ class LoRALinear(UpdatedLinear):
         return self.lora_A, self.lora_B
 
     @staticmethod
-    def _can_fuse(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-        """Whether `_LoRALinear` can compute product and update together: plain fp32 tensors, no autocast, no trace."""
-        if x.dtype is not torch.float32 or weight.dtype is not torch.float32:
-            return False
-        device = x.device.type
-        if kernels.is_traced() or (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return False
-        return all(other is None or type(other) in kernels.PLAIN_TENSORS for other in (x, weight, *others))
+    def _dtype_to_fuse(x: Tensor, *parameters: Tensor | None) -> torch.dtype | None:
+        """In which dtype one function can compute product and update together: fp32, or autocast's half precision.
+
+        None under a trace, for tensors of other libraries, and where dtypes are mixed and autocast does not decide.
+        """
+        tensors, device = [p for p in (x, *parameters) if p is not None], x.device.type
+        if kernels.is_traced() or not all(type(p) in kernels.PLAIN_TENSORS for p in tensors):
+            return None
+        dtype = torch.float32
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            if torch.compiler.is_compiling() or dtype not in (torch.float16, torch.bfloat16):
+                return None
+        return dtype if all(p.dtype in (torch.float32, dtype) for p in tensors) else None
 
     def check_shapes(self) -> None:
         """Raise ValueError unless lora_A [R, I] and lora_B [O, R] are of the weight's sizes, on its device."""

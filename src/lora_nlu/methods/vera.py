@@ -209,7 +209,7 @@ class VeraLinear(lora.LoRALinear):
         y = kernels.linear(rows, weight, bias) if frozen is None else frozen.product(rows, bias)  # [N, O]
         if has_update:
             dropped, in_bf16 = self.dropout(rows), frozen is not None
-            fuses = in_bf16 or self._can_fuse(rows, weight, bias, d, b)
+            fuses = in_bf16 or self._dtype_to_fuse(rows, weight, bias, d, b) is torch.float32
             if fuses and x.numel() and not torch.compiler.is_compiling():
                 matrices = self.projections.sliced(self, x.device, torch.float32)
                 weights = self.projections.weights(self, x.device, in_bf16)
