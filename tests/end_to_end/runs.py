@@ -161,12 +161,11 @@ def write_deberta(folder: Path, **settings) -> Path:
         relative_attention=True,
         position_buckets=16,
         norm_rel_ebd="layer_norm",
-        share_att_key=True,
         pos_att_type="p2c|c2p",
         position_biased_input=False,
         conv_kernel_size=3,
         conv_act="gelu",
-        **(TINY | settings),
+        **(TINY | {"share_att_key": True} | settings),
     )
     torch.manual_seed(0)
     DebertaV2ForMaskedLM(config).save_pretrained(folder)

@@ -346,6 +346,20 @@ def test_lora_on_the_relative_query_of_a_roberta_ends_with_code_2(call, glue, tm
     assert outcome.code == 2 and "--lora_relative_query" in outcome.err and "roberta" in outcome.err
 
 
+def test_where_relative_positions_have_their_own_projections_the_flag_is_refused_and_none_contradicts_no_adapter(
+    call, glue, text, tmp_path
+):
+    write_sentencepiece(tmp_path / "base", text)
+    base = ["--model_name_or_path", write_deberta(tmp_path / "base", share_att_key=False)]
+    flags = [*base, "--task_name", "rte", "--glue_dir", glue, *LORA]
+    outcome = call(*flags, "--do_train", "--lora_relative_query", "key", "--output_dir", tmp_path / "none")
+    assert outcome.code == 2 and "relative positions with projections of their own" in outcome.err
+    flags += ["--lora_relative_query", "none"]
+    succeeded(call(*flags, *SHORT, "--max_steps", "1", "--do_train", "--output_dir", tmp_path / "run"))
+    evaluate = ["--do_eval", "--max_seq_length", "64", "--output_dir", tmp_path / "o"]
+    succeeded(call(*flags, *evaluate, "--lora_path", tmp_path / "run"))
+
+
 def test_cutoff_with_a_tokenizer_without_an_unknown_token_is_refused(run, tiny_deberta, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_deberta)
     tokenizer.unk_token = None

@@ -53,7 +53,8 @@ def load_adapter(flags: Flags, config: Any) -> Adapter | None:
             f"{adapter.source}: contains {contents}; the flags differ: {', '.join(contradicting)}.\n"
             f"Leave {out}: the file's own method and sizes are used."
         )
-    check_settings(adapter, settings)
+    ignored = set() if _shares_projections(config) else {"lora_relative_query"}
+    check_settings(adapter, {name: value for name, value in settings.items() if name not in ignored})
     own = {flag.name for flag in adapter.row.flags if not flag.decides} & {*adapter.settings}
     of_run = {name: settings[name] for name in own if settings.get(name) is not None}
     adapter = replace(adapter, settings=adapter.settings | of_run)  # of training, which may be another now
@@ -128,8 +129,10 @@ def _load_model(flags: Flags, config: Any, adapter: Adapter | None, base_labels:
     if adapter:  # it brings its own layers
         settings |= {row.switch: False for row in METHODS.values() if row.added}
     saved = set_method(config, settings)
-    if settings["lora_relative_query"] not in (None, "none") and config.model_type != "deberta-v2":
-        raise UsageError(f"--lora_relative_query: a {config.model_type} model has no relative positions.")
+    if settings["lora_relative_query"] not in (None, "none") and not _shares_projections(config):
+        has_own = config.model_type == "deberta-v2" and config.relative_attention
+        positions = "relative positions with projections of their own" if has_own else "no relative positions"
+        raise UsageError(f"--lora_relative_query: this {config.model_type} model has {positions}. Leave the flag out.")
     replaces_head = adapter and (not args.do_train or head_rows(adapter, config_labels(config)) is not None)
     needs_head = not args.do_train and adapter is None
     set_seed(args.seed)  # A and the head are drawn while loading
@@ -147,6 +150,12 @@ def _load_model(flags: Flags, config: Any, adapter: Adapter | None, base_labels:
         _check_is_trained(model, model_args, args, saved)
     say(args, *notes)
     return model
+
+
+def _shares_projections(config: Any) -> bool:
+    """Whether a model's relative positions use `query_proj` and `key_proj`, as tokens do."""
+    is_relative = config.model_type == "deberta-v2" and config.relative_attention
+    return bool(is_relative and getattr(config, "share_att_key", False))
 
 
 def _check_is_trained(model: Any, model_args: ModelArguments, args: RunArguments, saved: dict[str, Any]) -> None:
