@@ -19,10 +19,9 @@ from typing import Any
 import gpu_speed
 import torch
 from common import draw_lengths, spread
-from gpu_speed import BLOCK, DTYPES, MODELS, D, L, R, X, build, counts, held, wait
-from sides import Side, make_batch
+from gpu_speed import BLOCK, DTYPES, D, L, R, X, build, counts, draw, held, wait
+from sides import Side
 from torch import Tensor
-from transformers import RobertaConfig
 
 from lora_nlu.training.graphs import GraphedSteps, logger
 
@@ -90,7 +89,7 @@ class Graphed(Side):
         with torch.autocast(device, dtype=self.dtype) if self.dtype else nullcontext():
             return self.model(**inputs).loss
 
-    def train(self, batch: dict[str, Tensor], autocast: torch.dtype | None = None) -> Tensor:
+    def train(self, batch: dict[str, Any], autocast: torch.dtype | None = None) -> Tensor:
         if not self.model.training:
             self.model.train()
         loss = self.steps.step(batch)
@@ -109,13 +108,6 @@ def work(stage: Any, smoke: bool) -> list[tuple[str, Callable[[], dict[str, Any]
     return [(row.name, partial(measures[row.do], row, stage.device, 12 if smoke else STREAM)) for row in rows]
 
 
-def stream(row: Work, device: torch.device, count: int) -> list[dict[str, Tensor]]:
-    vocabulary = min(MODELS[row.model][1]["vocab_size"], 50000)
-    pad = 1 if MODELS[row.model][0] is RobertaConfig else 0
-    drawn = [make_batch(draw_lengths(row.task, row.batch, n), 0, n, pad, vocabulary) for n in range(count)]
-    return [{name: x.to(device) for name, x in batch.items()} for batch in drawn]
-
-
 def release(device: torch.device) -> int:
     """Give back memory that no tensor uses; the bytes that torch still holds, from where its peak counts anew."""
     if device.type != "cuda":
@@ -126,7 +118,7 @@ def release(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device)
 
 
-def run(side: Side, batches: list[dict[str, Tensor]], dtype: torch.dtype | None) -> list[float]:
+def run(side: Side, batches: list[dict[str, Any]], dtype: torch.dtype | None) -> list[float]:
     """Milliseconds a step of each block of steps that follow each other without a wait."""
     device, taken = batches[0]["input_ids"].device, []
     for first in range(0, len(batches), BLOCK):
@@ -142,7 +134,7 @@ def run(side: Side, batches: list[dict[str, Tensor]], dtype: torch.dtype | None)
 def timed_row(row: Work, device: torch.device, count: int) -> dict[str, Any]:
     if row.batch > 16 or row.model in (L, X):
         count = min(count, 100 if row.model != X else 60)
-    batches, dtype = stream(row, device, count), DTYPES[row.precision]
+    batches, dtype = draw(row, device, count), DTYPES[row.precision]
     sizes = [draw_lengths(row.task, row.batch, n) for n in range(count)]
     result: dict[str, Any] = {
         "steps": count,
@@ -190,7 +182,7 @@ def gpu_release() -> None:
 
 def same_row(row: Work, device: torch.device, count: int) -> dict[str, Any]:
     """Trained from one start: plain steps, steps of fixed size, and graphs. The last two should agree bit for bit."""
-    dtype, batches = DTYPES[row.precision], stream(row, device, 5)
+    dtype, batches = DTYPES[row.precision], draw(row, device, 5)
     start = build("ours", row.model, device)
     for module in start.model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -236,7 +228,7 @@ def same_row(row: Work, device: torch.device, count: int) -> dict[str, Any]:
 class Plain(Side):
     """As `Side`, and a step returns its loss."""
 
-    def train(self, batch: dict[str, Tensor], autocast: torch.dtype | None = None) -> Tensor:
+    def train(self, batch: dict[str, Any], autocast: torch.dtype | None = None) -> Tensor:
         seen: list[Tensor] = []
         handle = self.model.register_forward_hook(lambda module, inputs, output: seen.append(output.loss.detach()))
         super().train(batch, autocast)
@@ -246,7 +238,7 @@ class Plain(Side):
 
 def failure_row(row: Work, device: torch.device, count: int) -> dict[str, Any]:
     """A step that can't be recorded, because it waits for the device, trains all the same, and so do those after it."""
-    batches, dtype = stream(row, device, 2), DTYPES[row.precision]
+    batches, dtype = draw(row, device, 2), DTYPES[row.precision]
     side = build("ours", row.model, device)
     side = Graphed(side.model, side.pad, dtype)
     side.train(batches[0])

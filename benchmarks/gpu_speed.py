@@ -133,16 +133,25 @@ def build(side: str, model: str, device: torch.device) -> Side:
     torch.manual_seed(0)
     with device:
         built = (build_ours if side == "ours" else build_peer)(config)
-    return Side(built.to(device), config.pad_token_id)
+    return (Side if side == "ours" else WithoutLengths)(built.to(device), config.pad_token_id)
 
 
-def draw(row: Work, device: torch.device, count: int) -> list[dict[str, torch.Tensor]]:
+class WithoutLengths(Side):
+    """A model that can't be given the lengths of a batch, or one that would be compiled anew for each."""
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        return super().loss({name: x for name, x in batch.items() if name != "sequence_lengths"})
+
+
+def draw(row: Work, device: torch.device, count: int) -> list[dict[str, Any]]:
+    """Batches on the device, with the lengths of their sequences, as the trainer has them."""
     vocabulary = MODELS[row.model][1]["vocab_size"]
     pad = 1 if MODELS[row.model][0] is RobertaConfig else 0
     batches = []
     for seed in range(count):
-        batch = make_batch(draw_lengths(row.task, row.batch, seed), 0, seed, pad, min(vocabulary, 50000))
-        batches.append({name: x.to(device) for name, x in batch.items()})
+        lengths = draw_lengths(row.task, row.batch, seed)
+        batch = make_batch(lengths, 0, seed, pad, min(vocabulary, 50000))
+        batches.append({name: x.to(device) for name, x in batch.items()} | {"sequence_lengths": lengths})
     return batches
 
 
@@ -151,7 +160,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def block(side: Side, batches: list[dict[str, torch.Tensor]], dtype: torch.dtype | None) -> tuple[float, float]:
+def block(side: Side, batches: list[dict[str, Any]], dtype: torch.dtype | None) -> tuple[float, float]:
     """Seconds a step, and the bytes by which the device's memory rose above what was in use before."""
     device = batches[0]["input_ids"].device
     wait(device)
@@ -173,7 +182,7 @@ def held(side: Side) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def counts(side: Side, batches: list[dict[str, torch.Tensor]], dtype: torch.dtype | None) -> dict[str, Any]:
+def counts(side: Side, batches: list[dict[str, Any]], dtype: torch.dtype | None) -> dict[str, Any]:
     """Of one step: kernels launched, milliseconds that the device works, and the places that wait for the device."""
     device = batches[0]["input_ids"].device
     block(side, batches[:BLOCK], dtype)
@@ -211,7 +220,7 @@ def compiled(row: Work, device: torch.device) -> dict[str, Any]:
     """One side under torch.compile: the seconds of its first steps, which compile, and then milliseconds a step."""
     side = build(row.do.removeprefix("compile "), row.model, device)
     batches, dtype = draw(row, device, 4 * BLOCK), DTYPES[row.precision]
-    side.model = torch.compile(side.model)  # type: ignore[assignment]
+    side = WithoutLengths(torch.compile(side.model), side.pad)  # type: ignore[arg-type]
     start = time.monotonic()
     block(side, batches, dtype)
     first = time.monotonic() - start
