@@ -189,7 +189,7 @@ class PackedBatch:
     def unpack(self, rows: Tensor) -> Tensor:
         """[N, ...] back to [B, S, ...]; padding is 0. Differentiable; never waits for the GPU."""
         shape = (self.batch * self.length, *rows.shape[1:])
-        grid = rows if self.slots is None else rows.new_zeros(shape).index_copy(0, self.slots, rows)
+        grid = rows if self.slots is None else rows.new_zeros(shape).index_copy_(0, self.slots, rows)
         return grid.view(self.batch, self.length, *rows.shape[1:])
 
     def attends_padded(self, device: torch.device, with_probs: bool) -> bool:
@@ -218,7 +218,7 @@ class PackedBatch:
         """The inverse of `to_padded`."""
         if len(rows) == self.batch * self.length:
             return rows.index_select(0, self.slots)  # type: ignore
-        return rows if self.unsort is None else torch.zeros_like(rows).index_copy(0, self.unsort, rows)
+        return rows if self.unsort is None else torch.zeros_like(rows).index_copy_(0, self.unsort, rows)
 
     def in_batch_order(self, sequences: Tensor) -> Tensor:
         """[B, ...], one row a sequence, from packed order to the batch's."""
