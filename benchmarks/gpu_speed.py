@@ -26,6 +26,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import DebertaV2Config, RobertaConfig
 
+from lora_nlu.training.graphs import converted, halves_of
+
 BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
 LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 24}
 TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 500}
@@ -133,7 +135,21 @@ def build(side: str, model: str, device: torch.device) -> Side:
     torch.manual_seed(0)
     with device:
         built = (build_ours if side == "ours" else build_peer)(config)
-    return (Side if side == "ours" else WithoutLengths)(built.to(device), config.pad_token_id)
+    return (Ours if side == "ours" else WithoutLengths)(built.to(device), config.pad_token_id)
+
+
+class Ours(Side):
+    """A step without a graph as the trainer runs it: frozen weights are converted to half precision once."""
+
+    def __init__(self, model: torch.nn.Module, pad: int) -> None:
+        super().__init__(model, pad)
+        self.halves: dict[torch.dtype | None, list] = {}
+
+    def train(self, batch: dict[str, Any], autocast: torch.dtype | None = None) -> None:
+        if autocast not in self.halves:
+            self.halves = {autocast: halves_of(self.model, autocast)}
+        with converted(self.halves[autocast]):
+            super().train(batch, autocast)
 
 
 class WithoutLengths(Side):
@@ -176,8 +192,10 @@ def block(side: Side, batches: list[dict[str, Any]], dtype: torch.dtype | None) 
 
 
 def held(side: Side) -> int:
-    """Bytes of a side's parameters, buffers and optimizer states."""
+    """Bytes of a side's parameters, converted ones too, buffers and optimizer states."""
     tensors = [*side.model.parameters(), *side.model.buffers()]
+    if isinstance(side, Ours):
+        tensors += [half for halves in side.halves.values() for _, half in halves]
     tensors += [x for state in side.optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
     return sum(x.numel() * x.element_size() for x in tensors)
 

@@ -8,6 +8,8 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from helpers import randomise_, tiny_config, tiny_deberta_config
 from torch._subclasses import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
 
 from lora_nlu.methods.marking import mark_only_lora_as_trainable
 from lora_nlu.models.modeling_deberta_v2 import DebertaV2ForSequenceClassification
@@ -15,7 +17,7 @@ from lora_nlu.models.modeling_roberta import RobertaForSequenceClassification
 from lora_nlu.ops.packing import PackedBatch
 from lora_nlu.training import graphs
 from lora_nlu.training.graphs import GraphedSteps, rounded, with_fixed_size
-from lora_nlu.training.trainer import can_record
+from lora_nlu.training.trainer import AdapterTrainer, can_record
 
 KINDS = {
     "roberta": (RobertaForSequenceClassification, tiny_config),
@@ -72,9 +74,11 @@ def test_a_batch_of_fixed_size_has_the_loss_and_the_gradients_of_its_tokens(kind
         torch.testing.assert_close(gradient, expected[parameter], rtol=1e-5, atol=1e-6, msg=parameter)
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("kind", ["roberta", "deberta"])
-def test_frozen_weights_that_are_converted_once_change_no_bit_and_stay_as_they_are(kind):
-    model, batch = new_model(kind, **({"conv_kernel_size": 3} if kind == "deberta" else {})), batch_of(5, 2, 9)
+def test_frozen_weights_that_are_converted_once_change_no_bit_and_stay_as_they_are(kind, variant):
+    settings = {"conv_kernel_size": 3} if kind == "deberta" else {}
+    model, batch = new_model(kind, lora_variant=variant, **settings), batch_of(5, 2, 9)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
     def loss_of(inputs):
@@ -87,6 +91,9 @@ def test_frozen_weights_that_are_converted_once_change_no_bit_and_stay_as_they_a
         found.append((steps.step(batch), gradients(model)))
         model.zero_grad()
     assert len(steps.halves) > 10
+    assert {id(p) for p, _ in steps.halves}.isdisjoint(
+        id(x.weight) for x in model.modules() if hasattr(x, "reads_weight")
+    )
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
     torch.testing.assert_close({name: p.detach() for name, p in model.named_parameters()}, before, rtol=0, atol=0)
 
@@ -264,6 +271,48 @@ def test_graphs_are_of_plain_steps_on_one_gpu():
     trainer = trainer_on("cuda")
     trainer.optimizer.optimizer.train = lambda: None  # an optimizer without a schedule of its own
     assert not can_record(trainer, trainer.model)
+
+
+def training_on(device: str, **settings):
+    """A trainer whose model trains in bf16, and the dtypes that a weight has while transformers' step runs."""
+    seen: list[torch.dtype] = []
+    plain = trainer_on(device, **{"bf16": True, "torch_compile": False} | settings)
+    trainer = AdapterTrainer.__new__(AdapterTrainer)
+    vars(trainer).update(vars(plain), _graphs=None, _halves=None, seen=seen)
+    trainer.model.config.reg_loss_wgt = 1.0  # no step of a graph
+    return trainer, seen
+
+
+def test_a_step_without_a_graph_computes_with_frozen_weights_that_were_converted_once(monkeypatch):
+    def step(trainer, model, inputs, count):
+        weight = trainer.model.roberta.encoder.layer[0].attention.self.key.weight
+        trainer.seen.append((weight.dtype, weight.data_ptr()))
+        return torch.ones(())
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+    trainer, seen = training_on("cuda")
+    weight = trainer.model.roberta.encoder.layer[0].attention.self.key.weight
+    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
+    torch.nn.Module.__init__(wrapped)
+    wrapped.module = trainer.model
+    for model in (trainer.model, wrapped):
+        trainer.training_step(model, {})
+        assert weight.dtype is torch.float32
+    assert seen[0] == seen[1] and seen[0][0] is torch.bfloat16
+    others = [
+        {"gradient_checkpointing": True},
+        {"torch_compile": True},
+        {"is_sharded": True},
+        {"bf16": False, "fp16": False},
+    ]
+    for settings in others:
+        trainer, seen = training_on("cuda", **settings)
+        trainer.training_step(trainer.model, {})
+        assert seen[0][0] is torch.float32, settings
+    for device, of in (("cpu", lambda trainer: trainer.model), ("cuda", lambda trainer: torch.nn.Sequential())):
+        trainer, seen = training_on(device)
+        trainer.training_step(of(trainer), {})
+        assert seen[0][0] is torch.float32
 
 
 def test_cutoff_spares_special_tokens_as_before():

@@ -84,6 +84,7 @@ class DoRALinear(LoRALinear):
 
     method = "dora"
     multiplies_frozen = True
+    reads_weight = True  # in fp32, for its lengths (graphs.py)
     update_names = ("lora_A", "lora_B", "lora_magnitude_vector")
     _squares: Any = None  # a weight, its version, and the squared length of each of its rows
 

@@ -49,7 +49,7 @@ class GraphedSteps:
         half: torch.dtype | None = None, scale: Callable[[Any], Any] | None = None,
     ) -> None:  # fmt: skip
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.halves = [(p, p.detach().to(half)) for p in frozen_parameters(model)] if half else []
+        self.halves = halves_of(model, half)
         self.loss_of, self.longest, self.pad_id, self.scale = loss_of, longest, pad_id, scale
         self.gradients: dict[int, Tensor] = {}  # what graphs add to, by the parameter's number
         self.recorded: dict[tuple, Recorded] = {}
@@ -144,11 +144,16 @@ class GraphedSteps:
             torch._foreach_zero_(new)
 
 
-def frozen_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The fp32 parameters of layers that autocast computes in half precision, where they don't train."""
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv1d)]
+def halves_of(model: nn.Module, half: torch.dtype | None) -> list[tuple[nn.Parameter, Tensor]]:
+    """The fp32 parameters that autocast would convert to `half` in each step and that don't train, and them converted.
+
+    None of a layer that also reads its weight in fp32.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv1d)] if half else []
+    layers = [layer for layer in layers if not getattr(layer, "reads_weight", False)]
     found = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-    return [p for p in found if not p.requires_grad and type(p) is nn.Parameter and p.dtype is torch.float32]
+    frozen = [p for p in found if not p.requires_grad and type(p) is nn.Parameter and p.dtype is torch.float32]
+    return [(p, p.detach().to(half)) for p in frozen]
 
 
 @contextmanager

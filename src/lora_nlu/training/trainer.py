@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
@@ -23,7 +24,7 @@ from lora_nlu.models.checkpoints import Checkpoints, notes_on_bf16
 from lora_nlu.models.losses import classification_loss
 from lora_nlu.ops.packing import lengths_of
 from lora_nlu.training.checkpoints import CheckpointingTrainer, Diverged, seconds_trained
-from lora_nlu.training.graphs import GraphedSteps
+from lora_nlu.training.graphs import GraphedSteps, converted, halves_of
 from lora_nlu.training.learning_rates import with_rates
 from lora_nlu.training.processes import Interrupted, ignore_signals, lost_process, say, seed_from
 
@@ -148,6 +149,9 @@ class AdapterTrainer(CheckpointingTrainer):
         self._loss_parts: dict[str, Tensor] = {}  # sums over the steps since the last log
         self._steps = 0
         self._graphs: GraphedSteps | None = None  # made in the first step, where a step can be recorded
+        self._halves: list | None = (
+            None  # of steps without a graph: frozen weights in half precision, made in the first
+        )
         self._training_since: float | None = None
         self._seconds_before: float | None = None  # of training before this process started, once read
         if not self.args.torch_compile:  # it would compile anew for other lengths
@@ -176,11 +180,11 @@ class AdapterTrainer(CheckpointingTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; every log has the seconds of training up to it, without interruptions."""
         self._training_since, self._seconds_before = time.monotonic(), None
-        self._total_loss, self._graphs = 0.0, None
+        self._total_loss, self._graphs, self._halves = 0.0, None, None
         try:
             return super().train(*args, **kwargs)
         finally:
-            self._training_since = self._graphs = None
+            self._training_since = self._graphs = self._halves = None
 
     # --------------------------------------------------------------------------------------------------- a step
 
@@ -293,7 +297,11 @@ class AdapterTrainer(CheckpointingTrainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         loss = self._recorded_step(model, inputs, num_items_in_batch)
         if loss is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self._halves is None:
+                can_use = self._graphs is None and can_convert(self, model)
+                self._halves = halves_of(self.model, self._half) if can_use else []
+            with converted(self._graphs.halves if self._graphs else self._halves):
+                loss = super().training_step(model, inputs, num_items_in_batch)
         self._loss = loss.to("cpu", non_blocking=loss.is_cuda)
         return loss
 
@@ -304,13 +312,17 @@ class AdapterTrainer(CheckpointingTrainer):
         if self._graphs is None:
             config = self.model.config
             limit = config.max_position_embeddings - (config.pad_token_id or 0) - 1
-            half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
             scale = self.accelerator.scaler.scale if self.accelerator.scaler else None
             loss_of = partial(self._loss_of, model)
-            self._graphs = GraphedSteps(model, loss_of, limit, config.pad_token_id or 0, half, scale)
+            self._graphs = GraphedSteps(model, loss_of, limit, config.pad_token_id or 0, self._half, scale)
         if not model.training:
             model.train()
         return self._graphs.step(self._prepare_inputs(inputs) | {"num_items_in_batch": num_items_in_batch})
+
+    @property
+    def _half(self) -> torch.dtype | None:
+        """The dtype of autocast in training; None without it."""
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
 
     def _loss_of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         count = inputs.pop("num_items_in_batch")
@@ -463,6 +475,21 @@ def can_record(trainer: Any, model: Any) -> bool:
     if any(row.loss_term for row in trainer.methods) or trainer.after_steps or getattr(model.config, "reg_loss_wgt", 0):
         return False  # what these do besides is the host's work
     return not any(p._post_accumulate_grad_hooks or p._backward_hooks for p in model.parameters() if p.requires_grad)
+
+
+def can_convert(trainer: Any, model: Any) -> bool:
+    """Whether a step without a graph may compute with frozen weights that were converted to half precision before.
+
+    Not where a backend keeps the weights or compiles with them, and not with checkpoints, which are for memory: without
+    them a step holds all of the converted weights for its backward anyway.
+    """
+    args = trainer.args
+    if args.device.type != "cuda" or args.torch_compile or args.gradient_checkpointing:
+        return False
+    if getattr(args, "is_sharded", False):
+        return False
+    replica = model.module if isinstance(model, DistributedDataParallel) else model
+    return replica is trainer.model and isinstance(replica, Checkpoints)
 
 
 def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
