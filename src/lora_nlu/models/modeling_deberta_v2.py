@@ -330,7 +330,7 @@ class ConvLayer(nn.Module):
         sequence, count = packed.sequences(rows)
         places = torch.arange(rows, device=device) + self.margin * sequence  # [N]
         stream = embedded.new_zeros(rows + self.margin * (count - 1), size)
-        stream.index_copy_(0, places, embedded)
+        stream = stream.index_copy(0, places, embedded)
         convolved = self.conv(stream.t()[None])[0].t().index_select(0, places)  # [N, H]
         return only_real(self.LayerNorm(residual + self.activation(self.dropout(convolved))), packed)
 
