@@ -149,9 +149,7 @@ class AdapterTrainer(CheckpointingTrainer):
         self._loss_parts: dict[str, Tensor] = {}  # sums over the steps since the last log
         self._steps = 0
         self._graphs: GraphedSteps | None = None  # made in the first step, where a step can be recorded
-        self._halves: list | None = (
-            None  # of steps without a graph: frozen weights in half precision, made in the first
-        )
+        self._halves: list | None = None  # frozen weights in half precision; made in the first step without a graph
         self._training_since: float | None = None
         self._seconds_before: float | None = None  # of training before this process started, once read
         if not self.args.torch_compile:  # it would compile anew for other lengths
@@ -484,9 +482,8 @@ def can_convert(trainer: Any, model: Any) -> bool:
     them a step holds all of the converted weights for its backward anyway.
     """
     args = trainer.args
-    if args.device.type != "cuda" or args.torch_compile or args.gradient_checkpointing:
-        return False
-    if getattr(args, "is_sharded", False):
+    is_for_memory = args.gradient_checkpointing or getattr(args, "is_sharded", False)
+    if args.device.type != "cuda" or args.torch_compile or is_for_memory:
         return False
     replica = model.module if isinstance(model, DistributedDataParallel) else model
     return replica is trainer.model and isinstance(replica, Checkpoints)
