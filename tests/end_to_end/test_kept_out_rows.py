@@ -43,6 +43,22 @@ def test_kept_out_rows_are_scored_and_the_validation_set_is_not_read(glue, call,
     assert read(tmp_path / "other" / "run.json")["hyperparameters"]["train_samples"] == 20
 
 
+def test_kept_out_rows_are_evaluated_again_without_training_and_a_card_names_them_and_the_label_column(call, tmp_path):
+    rows = [{"note": f"a good day {i}", "mood": "happy"} for i in range(20)]
+    rows += [{"note": f"a bad day {i}", "mood": "sad"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--train_file", tmp_path / "rows.jsonl", "--label_column", "mood", "--validation_from_train", 12]
+    succeeded(call(*flags, *TRAIN, "--output_dir", tmp_path / "o", "--write_eval_predictions"))
+    again = [*flags, "--lora_path", tmp_path / "o", "--do_eval", "--write_eval_predictions"]
+    outcome = succeeded(call(*again, "--output_dir", tmp_path / "again"))
+    assert "\ntrain: " not in outcome.out and "validation: 12 rows" in outcome.out
+    first, second = (read_lines(tmp_path / name / "eval_predictions_custom.jsonl") for name in ("o", "again"))
+    assert first == second
+    card = (tmp_path / "o" / "README.md").read_text()
+    assert "Measured on 12 rows of the training set that were kept out of training when it was trained:" in card
+    assert "--validation_file examples.csv --label_column mood --output_dir" in card
+
+
 def test_answers_to_the_validation_set_are_written_in_order_for_pairs_numbers_and_both_sets_of_mnli(
     glue, call, tmp_path
 ):
@@ -67,7 +83,7 @@ def test_answers_to_the_validation_set_are_written_in_order_for_pairs_numbers_an
     [
         (["--validation_from_train", 48], "leaves none of the 48 training rows to train on. Give a smaller number."),
         (["--validation_from_train", 0], "--validation_from_train 0"),
-        (["--validation_from_train", 8, "--no_do_train"], "add --do_train and --do_eval."),
+        (["--validation_from_train", 8, "--no_do_eval"], "--validation_from_train has no effect without --do_eval."),
         (["--write_eval_predictions", "--no_do_eval"], "--write_eval_predictions has no effect without --do_eval."),
         (["--validation_from_train", 8, "--validation_file", "dev.csv"], "takes the place of --validation_file"),
     ],

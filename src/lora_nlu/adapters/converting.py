@@ -20,6 +20,7 @@ from lora_nlu.adapters.writing import write_adapter
 from lora_nlu.errors import UsageError, UserError
 from lora_nlu.files import ADAPTER_WEIGHTS, atomic_write, sha256_of
 from lora_nlu.hub import looks_like_hub_id
+from lora_nlu.labels import label_list
 from lora_nlu.methods.description import is_added, methods_in, set_method
 from lora_nlu.methods.linear import unmerged_parameters
 from lora_nlu.methods.table import METHODS
@@ -43,6 +44,8 @@ def convert(adapter: Adapter, destination: Path, to: str, lora_alpha: float | No
     if to == "bin":
         alpha = write_published(adapter, destination)
         line = f"{destination}: published layout. It records no alpha: load it with --lora_alpha {alpha}."
+        if adapter.labels and adapter.metadata.get("task", "custom") == "custom":
+            line += f" Nor does it record labels, class 0 first: {label_list(adapter.labels)} (--labels)."
     elif to == "merged":
         notes += write_merged(adapter, base, destination)
         line = f"{destination}: a plain model; load it with transformers' from_pretrained."

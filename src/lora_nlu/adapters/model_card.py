@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ def card(adapter: Adapter) -> str:
     lines += ["python examples/text-classification/run_glue.py --do_eval \\"]
     lines += [f"  --model_name_or_path {base if is_hub_id else 'base'} --{adapter.row.path_flag} adapter \\"]
     examples = f"--task_name {task}" if is_glue else "--validation_file examples.csv"
+    label_column = adapter.metadata.get("label_column")
+    if not is_glue and isinstance(label_column, str):
+        examples += f" --label_column {shlex.quote(printable(label_column, 200))}"
     lines += [f"  {examples} --output_dir adapter-evaluated", "```", ""]
     if adapter.frozen_relative_query and encoder_prefix(adapter) == "deberta":
         key = "AdaLoRA's DeBERTa does, and their key with the update"
@@ -76,7 +80,12 @@ def card(adapter: Adapter) -> str:
     elif not is_in_peft and not adapter.frozen_relative_query:
         lines += [f"PEFT has no {adapter.method} and refuses to load this folder.", ""]
     if metrics:
-        lines += ["Measured on the validation set when it was trained:", ""]
+        settings = adapter.metadata.get("hyperparameters")
+        kept_out = settings.get("validation_from_train") if isinstance(settings, dict) else None
+        rows = (
+            f"{kept_out} rows of the training set that were kept out of training" if kept_out else "the validation set"
+        )
+        lines += [f"Measured on {markdown_text(rows)} when it was trained:", ""]
         lines += [f"- {markdown_text(name)}: {value}" for name, value in _figures(metrics)]
     return "\n".join([*header, _MARK, "", *lines, ""])
 

@@ -46,6 +46,7 @@ def write_similarity(paths: list[str], layers: str | None, modules: str | None, 
     if count := len(adapters[0].ranks.keys() ^ adapters[1].ranks.keys()):
         lines.append(f"  Left out: {count} layers with LoRA in only one of them.")
     lines += ["", table(pairs, shown)]
+    lines += ["", "  phi(i, i) is the share of the first i directions that both learned: 0 is none, 1 is all."]
     lines += ["", f"  {out}: similarity.png and, with every number, similarity.csv."] if out else []
     return "\n".join(lines)
 

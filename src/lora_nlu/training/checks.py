@@ -40,8 +40,10 @@ def _check_data(data_args: Any, args: Any) -> None:
         if not task and getattr(args, f"do_{action}") and not (getattr(data_args, flag) or is_from_train):
             raise UsageError(f"--do_{action} needs --{flag}.")
     if data_args.validation_from_train is not None:
-        if not (args.do_train and args.do_eval):
-            raise UsageError("--validation_from_train splits the training rows of a run: add --do_train and --do_eval.")
+        if not args.do_eval:
+            raise UsageError("--validation_from_train has no effect without --do_eval. Add it.")
+        if not (task or data_args.train_file):
+            raise UsageError("--validation_from_train keeps rows of --train_file: give that file.")
         if data_args.validation_file:
             raise UsageError("--validation_from_train takes the place of --validation_file: give one of them.")
     names = parse_names("text_columns", text_columns) or ()

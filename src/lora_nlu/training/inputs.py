@@ -104,9 +104,9 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
     """The examples that the flags ask for, and the head with the label names that follow from them."""
     model_args, data_args, args = flags
     task = data_args.task_name
-    reads = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     kept_out = data_args.validation_from_train
-    splits = [split for split, is_read in reads.items() if is_read and not (split == "validation" and kept_out)]
+    reads = {"train": args.do_train or kept_out, "validation": args.do_eval and not kept_out, "test": args.do_predict}
+    splits = [split for split, is_read in reads.items() if is_read]
     flag_labels = parse_names("labels", data_args.labels)
     names = flag_labels if args.do_train else head.labels
     named_by = head.source if flag_labels is None else "--labels"
@@ -138,6 +138,8 @@ def read_examples(flags: Flags, adapter: Adapter | None, head: Head) -> tuple[Ex
         say(args, f"No predictions for the diagnostic set (AX): {reason}")
     if kept_out:
         examples = split_validation(examples, kept_out)
+        if not args.do_train:
+            del examples.splits["train"]
     examples = choose_rows(examples, limits, data_args.sample_seed)
     say(args, *describe_examples(examples, data_args.sample_seed))
     trained = adapter.metadata.get("text_columns") if adapter and not task else None  # older versions recorded none

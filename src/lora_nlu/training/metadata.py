@@ -79,6 +79,7 @@ def run_metadata(
     of_files: dict[str, Any] = {}
     if data_args.train_file and args.do_train:
         of_files = {"train_file": Path(data_args.train_file).name, "text_columns": [*examples.texts]}
+        of_files |= {"label_column": data_args.label_column} if data_args.label_column else {}
     return {
         "task": data_args.task,
         "dataset": HUB_DATASET if file is None else Path(file).name,
