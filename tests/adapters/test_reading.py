@@ -348,7 +348,7 @@ def _mask(change):
         ("vera", _changed("vera_B", torch.flatten), "vera_B is [128]; expected [4, in] and [32, 4]"),
         ("vera", _set(projection_prng_key=None), "adapter_config.json: projection_prng_key is None"),
         ("vera", _set(projection_prng_key=3), "adapter_config.json has vera_seed 3, run_metadata.json 0"),
-        ("adalora", _mask(lambda mask: mask.append(False)), "has init_r 4 and a rank_pattern that keeps 4 of 5 directions"),
+        ("adalora", _mask(lambda mask: mask.append(False)), "a rank_pattern that keeps 4 of 5 directions"),
         ("adalora", _mask(lambda mask: mask.pop()), "has init_r 4 and a rank_pattern that keeps 3 of 3 directions"),
         ("adalora", _set(init_r=8, rank_pattern={}), "has rank 4, adapter_config.json says 8"),
         ("adalora", _set(beta1=1.5), "beta1 is 1.5; expected a number from 0 to below 1"),
