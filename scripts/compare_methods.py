@@ -1,6 +1,7 @@
 """The program behind compare_methods.sh, which shows how to call it."""
 
 import argparse
+import math
 import os
 import re
 import shlex
@@ -15,13 +16,16 @@ from run_seeds import ROOT, Run, catch_interrupts, read, run_all, slots
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UserError
 from lora_nlu.report.__main__ import main as report
-from lora_nlu.report.collect import name_method
-from lora_nlu.report.records import read_figures, read_folders
+from lora_nlu.report.records import Figures, read_figures, read_folders
 from lora_nlu.report.tables import clock
 from lora_nlu.training import launch
 
 KEPT_OUT = "--validation_from_train"
-OWN_FLAGS = ("--task_name", "--learning_rate", "--seed", "--output_dir")  # set by this program
+REFUSED = dict.fromkeys(("--task_name", "--learning_rate", "--seed", "--output_dir"), "is set for each run") | {
+    "--max_eval_samples": "would score a part of a set",
+    "--load_best_model_at_end": "would choose an epoch on the set that is reported",
+    "--early_stopping_patience": "would choose an epoch on the set that is reported",
+}
 FORMS = {
     "every run": "FLAGS", "choosing": "FLAGS", "final": "FLAGS", "seeds": "LEAST, MOST and POINTS",
     "task": "NAME and FLAGS", "method": "NAME, RATES and FLAGS",
@@ -59,60 +63,82 @@ def read_plan(path: Path) -> Plan:
     """The plan in a table. Raises UserError with file and line."""
     plan = Plan()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # utf-8-sig: some editors begin a file with a mark
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: no table of methods ({e}).") from e
     for number, line in enumerate(lines, start=1):
         if line.strip() and not line.startswith("#"):
             try:
                 add_row(plan, [cell.strip() for cell in line.split("\t")])
-            except (ValueError, IndexError) as e:
+            except (UserError, ValueError) as e:
                 raise UserError(f"{path}:{number}: {e}") from e
-    if KEPT_OUT not in plan.flags["choosing"]:
-        text = f"{path}: rates would be chosen on the set that is reported."
-        raise UserError(f"{text} Add a row: choosing<tab>{KEPT_OUT} 1000")
     if not plan.tasks or not plan.methods:
         raise UserError(f"{path}: needs a row `task` and a row `method`, with tabs between the columns.")
+    if not any(launch.is_flag(flag, KEPT_OUT) for flag in plan.flags["choosing"]):
+        text = f"{path}: rates would be chosen on the set that is reported."
+        raise UserError(f"{text} Add a row: choosing<tab>{KEPT_OUT} 1000")
     return plan
 
 
 def add_row(plan: Plan, cells: list[str]) -> None:
-    """Add a row of the table to the plan. Raises ValueError or IndexError."""
+    """Add a row of the table to the plan. Raises ValueError or UserError."""
     kind, *values = [cell for cell in cells if cell]
+    if odd := [c for cell in cells for c in cell if not c.isprintable()]:  # also spaces that shlex takes for letters
+        raise ValueError(f"has the character {ascii(odd[0])}: remove it, or type a space.")
     if kind not in FORMS:
         raise ValueError(f"{kind!r} begins no row: {', '.join(FORMS)}. Columns have tabs between them.")
     texts = {"task": 2, "method": 3, "seeds": 3}.get(kind, 1)
     if not texts - (kind in ("task", "method")) <= len(values) <= texts:
         raise ValueError(f"after {kind!r}, and with tabs between them, come {FORMS[kind]}; here are {len(values)}.")
     text = "" if kind == "seeds" else "".join(values[texts - 1 :])
-    flags = shlex.split(text.replace("{root}", shlex.quote(str(ROOT))))
-    if own := [flag for flag in flags if launch.is_flag(flag, *OWN_FLAGS)]:
-        raise ValueError(f"{own[0]} is set for each run: leave it out.")
+    flags = [word.replace("{root}", str(ROOT)) for word in shlex.split(text)]
+    if refusal := refused(flags):
+        raise ValueError(refusal)
+    if kind != "choosing" and any(launch.is_flag(flag, KEPT_OUT) for flag in flags):
+        raise ValueError(f"{KEPT_OUT} is for the row `choosing`: what is reported is on the validation set.")
     if kind in plan.flags:
         plan.flags[kind] += flags
-        if kind != "choosing" and KEPT_OUT in flags:
-            raise ValueError(f"{KEPT_OUT} is for the row `choosing`: what is reported is on the validation set.")
     elif kind == "seeds":
         least, most = (launch.whole_number("seeds", value, 1) for value in values[:2])
         if most < least:
             raise ValueError(f"seeds {least} {most}: the second is below the first.")
-        plan.seeds, plan.points = (least, most), float(values[2])
+        if not 0 <= to_number(values[2]) < math.inf:
+            raise ValueError(f"{values[2]!r}: POINTS is a number, 0 or more.")
+        plan.seeds, plan.points = (least, most), to_number(values[2])
     elif kind == "task":
         if values[0] not in TASKS or values[0] in plan.tasks:
             raise ValueError(f"{values[0]!r}: is no GLUE task, or listed before.")
         plan.tasks[values[0]] = flags
     else:
         name, rates = values[0], values[1].split()
-        if any(slug(name) == slug(method.name) for method in plan.methods):
+        if any(slug(name).casefold() == slug(method.name).casefold() for method in plan.methods):
             raise ValueError(f"{name!r}: listed before, or under a name that gives the same folder.")
-        if len({float(rate) for rate in rates}) < len(rates):
+        if len(slug(name).encode()) > 200:
+            raise ValueError(f"{name[:40]!r}...: too long for the name of a folder.")
+        if not all(0 < to_number(rate) < math.inf for rate in rates):
+            raise ValueError(f"{values[1]!r}: RATES are numbers above 0, with spaces between them.")
+        if len({to_number(rate) for rate in rates}) < len(rates):
             raise ValueError(f"{values[1]!r}: a rate is listed twice.")
         plan.methods.append(Method(name, rates, flags))
 
 
+def refused(flags: Sequence[str]) -> str:
+    """Why a comparison's runs can't have one of these flags; "" if they can."""
+    texts = [f"{flag} {why}: leave it out." for flag, why in REFUSED.items() for f in flags if launch.is_flag(f, flag)]
+    return "".join(texts[:1])
+
+
+def to_number(text: str) -> float:
+    """The number that a text is; nan if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def slug(name: str) -> str:
     """A method's name as a folder's."""
-    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", name)
+    return re.sub(r"^\.+|([^\w.=+-]|_)+", "_", name)
 
 
 @dataclass
@@ -125,17 +151,25 @@ class MethodRun(Run):
     rate: str = ""
 
     def has_diverged(self) -> bool:
-        return bool(read(self.folder / "run.json").get("diverged"))
+        return bool((figures := self.figures()) and figures.diverged)
 
     def has_ended(self) -> bool:
         """Whether nothing is left to do. Raises UserError if it was made with other flags."""
         return self.is_done() or (self.has_diverged() and self.logged_flags() == self.recorded_flags)
 
+    def figures(self) -> Figures | None:
+        """What its folder has; None if that is no run on its task. Raises UserError for a damaged one."""
+        records, _ = read_folders(self.folder) if self.folder.is_dir() else ([], [])
+        return read_figures(records[0]) if records and records[0].run.get("task") == self.task else None
+
     def figure(self) -> float | None:
         """Its task's first metric, in percent; None without one."""
-        records, _ = read_folders(self.folder) if self.folder.is_dir() else ([], [])
-        figures = read_figures(records[0]) if records else None
+        figures = self.figures()
         return None if figures is None or figures.last is None or figures.diverged else 100 * figures.last
+
+    def has_failed(self) -> bool:
+        """Whether it has to be tried again."""
+        return self.figure() is None and not self.has_diverged()
 
 
 @dataclass
@@ -180,7 +214,7 @@ class Comparison:
         no rate where all diverged, or where one failed: that has to be tried again.
         """
         best: dict[tuple[str, str], tuple[float, float, float, str]] = {}
-        failed = {(run.task, run.method) for run in runs if run.state == "failed" and not run.has_diverged()}
+        failed = {(run.task, run.method) for run in runs if run.has_failed()}
         for run in runs:
             place = run.task, run.method
             if place not in failed and (figure := run.figure()) is not None:
@@ -196,14 +230,16 @@ class Comparison:
         return [self.run("final", task, m, rates[task, m.name], seed) for seed in seeds for task, m in places]
 
     def near(self, runs: Sequence[MethodRun]) -> set[tuple[str, str]]:
-        """The (task, method) whose median is within the plan's points of the first method's."""
+        """The (task, method) whose median is within the plan's points of the first method's, itself among them."""
         figures: dict[tuple[str, str], list[float]] = {}
         for run in runs:
             if (figure := run.figure()) is not None:
                 figures.setdefault((run.task, run.method), []).append(figure)
         first = self.plan.methods[0].name
         medians = {place: median(of_place) for place, of_place in figures.items()}
-        return {(t, m) for (t, m), x in medians.items() if abs(x - medians.get((t, first), x)) <= self.plan.points}
+        return {
+            (t, m) for (t, m), x in medians.items() if abs(x - medians.get((t, first), math.nan)) <= self.plan.points
+        }
 
 
 class Times:
@@ -274,8 +310,10 @@ def parse(argv: list[str]) -> tuple[Comparison, argparse.Namespace]:
     if args.jobs is not None and args.jobs < 1:
         parser.error("--jobs is 1 or more.")
     extra = argv[own_count + 1 :]
-    if own := [flag for flag in extra if launch.is_flag(flag, *OWN_FLAGS, KEPT_OUT)]:
-        parser.error(f"{own[0]} is set for each run: leave it out.")
+    if refusal := refused(extra):
+        parser.error(refusal)
+    if any(launch.is_flag(flag, KEPT_OUT) for flag in extra):
+        parser.error(f"{KEPT_OUT} is for the table's row `choosing`: leave it out.")
     words = [str(ROOT / "scripts" / "one_run.sh")]
     script = launch.read_script(words, os.environ)
     return Comparison(read_plan(args.table), extra, args.output_dir.absolute(), script, words), args
@@ -308,10 +346,11 @@ def run_stage(runs: Sequence[MethodRun], times: Times, args: argparse.Namespace,
 
 def say_chosen(comparison: Comparison, runs: Sequence[MethodRun], rates: dict[tuple[str, str], str]) -> Iterator[str]:
     """A line for each method and task: its rate, and what a reader should know of the choice."""
-    for (task, method), rate in rates.items():
+    for task, method in ((task, method.name) for task in comparison.plan.tasks for method in comparison.plan.methods):
         tried = {run.rate: run for run in runs if (run.task, run.method) == (task, method)}
+        rate, place = rates.get((task, method)), f"{method} on {TASKS[task].title}"
         if not tried:
-            yield f"{method} on {TASKS[task].title}: {rate}, the only rate"
+            yield f"{place}: {rate}, the only rate"
             continue
         ordered = sorted(tried, key=float)
         notes = [
@@ -320,8 +359,7 @@ def say_chosen(comparison: Comparison, runs: Sequence[MethodRun], rates: dict[tu
         if rate in (ordered[0], ordered[-1]):
             side = "lowest" if rate == ordered[0] else "highest"
             notes.append(f"the {side} that was tried: a {side[:-3]}er one may be better")
-        text = f"{method} on {TASKS[task].title}: {rate} ({tried[rate].figure():.1f})"
-        yield "; ".join([text, *notes])
+        yield "; ".join([f"{place}: {rate} ({tried[rate].figure():.1f})" if rate else f"{place}: no rate", *notes])
 
 
 def main(argv: list[str]) -> int:
@@ -335,6 +373,8 @@ def main(argv: list[str]) -> int:
     times = Times(speed)
     print(f"{SPEED_STEPS} steps of {plan.methods[0].name} on each task, to tell how long all takes", file=sys.stderr)
     run_stage(speed, times, args, interrupts)
+    if all(run.state == "failed" for run in speed):
+        raise UserError("these steps failed on every task: nothing else is started.")
     least, most = plan.seeds
     guess = {(task, method.name): method.rates[0] for task in plan.tasks for method in plan.methods}
     times.waiting = comparison.final_runs(guess, range(least))
@@ -355,7 +395,7 @@ def main(argv: list[str]) -> int:
     run_stage(more, times, args, interrupts)
 
     runs = [*choosing, *final, *more]
-    if failed := [run.name for run in runs if run.state == "failed" and not run.has_diverged()]:
+    if failed := [run.name for run in runs if run.has_failed()]:
         print(f"Failed: {', '.join(failed)}. The same command tries again.", file=sys.stderr)
     folders = [str(run.folder) for run in runs if (run.folder / "run.json").is_file()]
     settings = ["--reference", reference(comparison, final), "--out", str(comparison.output / "report")]
@@ -363,11 +403,10 @@ def main(argv: list[str]) -> int:
 
 
 def reference(comparison: Comparison, final: Sequence[MethodRun]) -> str:
-    """The name in reports of the method that the others are compared with. Raises UserError if it has no run."""
+    """The folder of a run of the method that the others are compared with. Raises UserError if none has ended."""
     first = comparison.plan.methods[0].name
-    for run in (run for run in final if run.method == first):
-        if found := read(run.folder / "run.json"):
-            return name_method(found["method"], found["lora"], found["hyperparameters"])[0]
+    for run in (run for run in final if run.method == first and run.figure() is not None):
+        return str(run.folder)
     raise UserError(f"no run of {first} at a chosen rate has ended: nothing can be compared with it.")
 
 

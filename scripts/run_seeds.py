@@ -160,11 +160,12 @@ def open_no_link(path: str, flags: int) -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is none yet."""
+    """The JSON object in a file; empty if there is none yet, or something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def tail(path: Path, size: int) -> list[str]:

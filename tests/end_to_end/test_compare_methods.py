@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from lora_nlu.errors import UserError
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "scripts" / "compare_methods.sh"
 
@@ -46,7 +48,7 @@ if rate > 1:
     del run["trained"]
     run["diverged"] = "the loss is nan"
 folder.mkdir(parents=True, exist_ok=True)
-figure = level - 0.01 * abs(rate / peak - 1) + 0.001 * seed
+figure = level - 0.01 * abs(rate / peak - 1) + 0.001 * seed * (2 if name == "lora" else 1)
 if name == "bitfit":  # equal figures: the loss decides
     figure = level + 0.001 * seed
 trained = {"train_seconds": 2.0, "num_input_tokens_seen": 6400}
@@ -104,6 +106,12 @@ def bench(tmp_path) -> Bench:
     return Bench(tmp_path)
 
 
+@pytest.fixture
+def program(monkeypatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "compare_methods.py")))
+
+
 def wait_until(condition: Callable[[], object]) -> None:
     end = time.monotonic() + 120
     while not condition():
@@ -149,7 +157,8 @@ def test_the_best_rates_run_with_all_seeds_and_nothing_is_repeated_after_an_inte
         assert ("--validation_from_train" in flags) != is_final and ("--write_eval_predictions" in flags) == is_final
     report = (bench.folder / "out" / "report" / "report.md").read_text()
     assert "| LoRA r=8   |" in report and "## Differences from LoRA r=8" in report
-    assert "below LoRA r=8 by more than seeds explain: BitFit, head alone." in report  # each pair differs by as much
+    assert "below LoRA r=8 by more than seeds explain: BitFit, head alone." in report
+    assert "with one seed, except for head alone on RTE (none was tried)." in report
     code, _, err = bench.run()  # all has ended, also the run that diverged
     assert code == 0 and bench.journal() == names and "starts" not in err
 
@@ -168,7 +177,32 @@ def test_a_rate_that_failed_is_tried_again_before_its_method_goes_on(bench):
     (bench.folder / "journal").unlink()
     code, _, err = bench.run()
     assert code == 0, err
-    assert {name.split("/")[2] for name in bench.journal()} == {"LoRA_r=8"}  # the others had ended
+    others = {name for name in bench.journal() if "LoRA_r=8" not in name}
+    assert others == {"final/rte/BitFit/2e-3/seed_2"}  # whether it is near was not known
+
+
+def test_settings_of_one_method_are_compared_and_what_diverged_at_every_rate_is_said(bench):
+    lora = "--apply_lora --lora_r 8 --lora_alpha 16"
+    methods = f"LoRA\t2e-3\t{lora}", f"decayed\t2e-3\t{lora} --weight_decay 0.1", "fast\t1e2 1e3\t--apply_bitfit"
+    table = [*TABLE.split("method")[:1], *(f"method\t{method}\n" for method in methods)]
+    (bench.folder / "table.tsv").write_text("".join(table).replace("seeds\t2\t3", "seeds\t1\t1"))
+    decay = 'hyper["weight_decay"] = float(last.get("--weight_decay", 0))\n'
+    (bench.folder / "pretend.py").write_text(PRETEND.replace("method = {", decay + "method = {"))
+    code, _, err = bench.run()
+    assert code == 0, err
+    assert "  fast on RTE: no rate; 1e2 diverged; 1e3 diverged\n" in err
+    report = (bench.folder / "out" / "report" / "report.md").read_text().replace("\\", "")
+    assert "## Differences from LoRA r=8 (weight_decay 0.0)" in report and "| LoRA r=8 (weight_decay 0.1) |" in report
+    (bench.folder / "out" / "final" / "rte" / "LoRA" / "2e-3" / "seed_0" / "run.json").write_text("[]")
+    code, _, err = bench.run()
+    assert code == 2 and "seed_0/run.json: " in err and "Traceback" not in err
+
+
+def test_nothing_is_started_when_the_first_steps_fail_on_every_task(bench):
+    (bench.folder / "pretend.py").write_text("raise SystemExit('no GLUE data')")
+    code, _, err = bench.run()
+    assert code == 2 and err.count(" starts, log in") == 1 and "no GLUE data" in err
+    assert "error: these steps failed on every task: nothing else is started." in err
 
 
 def test_a_dry_run_prints_the_commands_that_choose_and_flags_after_the_dashes_go_to_each(bench):
@@ -176,10 +210,7 @@ def test_a_dry_run_prints_the_commands_that_choose_and_flags_after_the_dashes_go
     assert code == 0 and out.count("run_glue.py") == out.count("--bf16") == 6 and not (bench.folder / "out").exists()
 
 
-def test_the_time_to_go_counts_each_task_by_the_tokens_of_its_first_steps(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    program = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "compare_methods.py")))
-
+def test_the_time_to_go_counts_each_task_by_the_tokens_of_its_first_steps(program, tmp_path):
     def run(name: str, task: str, *flags: str) -> Any:
         return program.MethodRun([], None, [*flags], tmp_path / name, name, task=task, method="LoRA")
 
@@ -204,41 +235,61 @@ def test_the_time_to_go_counts_each_task_by_the_tokens_of_its_first_steps(tmp_pa
     assert times.seconds_to_go(runs) == pytest.approx(25 + 2 * 60)
 
 
+KEPT = "--validation_from_train is for the row `choosing`: what is reported is on the validation set."
+RATES = "RATES are numbers above 0, with spaces between them."
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected_message"),
     [
-        ("task\trte", "task\tnews", "table.tsv:6: 'news': is no GLUE task, or listed before."),
-        (
-            "task\trte",
-            "tasks\trte",
-            "table.tsv:6: 'tasks' begins no row: every run, choosing, final, seeds, task, method.",
-        ),
-        (
-            "method\tBitFit\t",
-            "method\tLoRA, r=8\t",
-            "table.tsv:8: 'LoRA, r=8': listed before, or under a name that gives",
-        ),
-        ("1e-3 2e-3 1e3", "1e-3 0.001", "table.tsv:8: '1e-3 0.001': a rate is listed twice."),
-        ("1e-3 2e-3 1e3", "fast", "table.tsv:8: could not convert string to float: 'fast'"),
-        ("--head_only", "--head_only --seed 3", "table.tsv:9: --seed is set for each run: leave it out."),
-        ("--validation_from_train 100", "", "rates would be chosen on the set that is reported. Add a row: choosing"),
-        (
-            "final\t",
-            "final\t--validation_from_train 9 ",
-            "table.tsv:4: --validation_from_train is for the row `choosing`",
-        ),
-        ("seeds\t2\t3\t2", "seeds\t3\t2\t2", "table.tsv:5: seeds 3 2: the second is below the first."),
-        ("task\trte", "", "needs a row `task` and a row `method`"),
-        ("\t--head_only", "\t--head_only\tmore\t", "table.tsv:9: after 'method', and with tabs between them, come"),
+        ("task\trte", "task\tnews", ":6: 'news': is no GLUE task, or listed before."),
+        ("task\trte", "tasks\trte", ":6: 'tasks' begins no row: every run, choosing, final, seeds, task, method."),
+        ("task\trte", "", ": needs a row `task` and a row `method`"),
+        ("method\tBitFit\t", "method\tLoRA, r=8\t", ":8: 'LoRA, r=8': listed before, or under a name that gives"),
+        ("BitFit", "lora R=8", ":8: 'lora R=8': listed before, or under a name that gives the same folder."),
+        ("head alone", "h" * 300, f":9: '{'h' * 40}'...: too long for the name of a folder."),
+        ("1e-3 2e-3 1e3", "1e-3 0.001", ":8: '1e-3 0.001': a rate is listed twice."),
+        *(("1e-3 2e-3 1e3", x, f":8: {x!r}: {RATES}") for x in ("fast", "1e-3,2e-3", "1 nan", "inf", "-1", "0")),
+        ("1e-3 2e-3 1e3\t", "", f":8: '--apply_bitfit': {RATES}"),
+        ("seeds\t2\t3\t2", "seeds\t3\t2\t2", ":5: seeds 3 2: the second is below the first."),
+        ("seeds\t2\t3\t2", "seeds\tx\t3\t2", ":5: seeds='x' is not a whole number, 1 or more."),
+        ("seeds\t2\t3\t2", "seeds\t2\t3\tnan", ":5: 'nan': POINTS is a number, 0 or more."),
+        ("--validation_from_train 100", "", ": rates would be chosen on the set that is reported. Add a row: choosing"),
+        ("every run\t", "every run\t--validation_from_train=9 ", f":2: {KEPT}"),
+        ("final\t", "final\t--validation_from_train 9 ", f":4: {KEPT}"),
+        ("task\trte", "task\trte\t--validation-from-train 9", f":6: {KEPT}"),
+        ("--head_only", "--head_only --validation_from_train 9", f":9: {KEPT}"),
+        ("--head_only", "--head_only --seed 3", ":9: --seed is set for each run: leave it out."),
+        ("--head_only", "--load-best-model-at-end", ":9: --load_best_model_at_end would choose an epoch on the set"),
+        ("--head_only", "--max_eval_samples=9", ":9: --max_eval_samples would score a part of a set: leave it out."),
+        ("--head_only", "'--head_only", ":9: No closing quotation"),
+        ("--head_only", "--head_only\0", ":9: has the character '\\x00': remove it, or type a space."),
+        ("--head_only", "--a\xa0--b", ":9: has the character '\\xa0': remove it, or type a space."),
+        ("\t--head_only", "\t--head_only\tmore\t", ":9: after 'method', and with tabs between them, come"),
     ],
 )
-def test_a_table_that_is_wrong_is_refused_with_its_line(bench, old, new, expected_message):
-    table = (bench.folder / "table.tsv").read_text()
-    assert old in table
-    (bench.folder / "table.tsv").write_text(table.replace(old, new))
-    code, out, err = bench.run(DRY_RUN="1")
-    assert code == 2 and expected_message in err and not out, err
-    assert "Traceback" not in err
+def test_a_table_that_is_wrong_is_refused_with_its_line(program, tmp_path, old, new, expected_message):
+    assert old in TABLE
+    path = tmp_path / "table.tsv"
+    path.write_text(TABLE.replace(old, new))
+    with pytest.raises(UserError) as error:
+        program.read_plan(path)
+    assert f"{path}{expected_message}" in str(error.value)
+
+
+def test_a_wrong_table_ends_the_program_before_anything_runs(bench):
+    (bench.folder / "table.tsv").write_text("")
+    code, out, err = bench.run()
+    assert code == 2 and err.startswith("compare_methods.sh: error: table.tsv: needs a row `task`") and not out
+    assert not (bench.folder / "out").exists()
+
+
+def test_a_table_of_another_editor_is_read_and_names_are_folders(program, tmp_path):
+    path, odd = tmp_path / "table.tsv", '../../..\t1e-3\t--lora_path "{root}/a b"\nmethod\tметод\t1e-3\nmethod\t方法'
+    path.write_bytes(b"\xef\xbb\xbf" + TABLE.lstrip().replace("head alone", odd).replace("\n", "\r\n").encode())
+    methods = program.read_plan(path).methods
+    assert methods[2].flags == ["--lora_path", f"{ROOT}/a b"] and methods[-1].flags == ["--head_only"]
+    assert [program.slug(method.name) for method in methods] == ["LoRA_r=8", "BitFit", "__.._..", "метод", "方法"]
 
 
 def test_choosing_needs_no_validation_set_and_a_killed_comparison_ends_as_one_in_one_go(tiny_model, glue, tmp_path):

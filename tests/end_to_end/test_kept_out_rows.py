@@ -4,9 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from runs import LORA
 from sklearn.metrics import matthews_corrcoef
 from test_run_glue import read, succeeded
+
+from lora_nlu.data.examples import Examples, split_validation
+from lora_nlu.errors import UserError
 
 TRAIN = ["--max_steps", 2, "--save_strategy", "no", "--learning_rate", "1e-3", *LORA, "--do_train", "--do_eval"]
 
@@ -76,6 +80,13 @@ def test_answers_to_the_validation_set_are_written_in_order_for_pairs_numbers_an
             expected = [float(row[-1]) for row in rows] if task == "stsb" else [row[-1] for row in rows]
             assert [answer["expected"] for answer in answers] == expected
             assert {*answers[0]} >= ({"score"} if task == "stsb" else {"label", "probabilities"})
+
+
+def test_kept_out_rows_of_one_class_are_refused_with_what_changes_them():
+    labels = [0] * 40 + [1]
+    table = Dataset.from_dict({"text": ["a"] * 41, "label": labels})
+    with pytest.raises(UserError, match=r"drawn 4 of 41 .*\nGive a larger --validation_from_train\.$"):
+        split_validation(Examples({"train": table}, ("no", "yes"), {"train": ("text", "label")}), 4)
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,14 @@ def _check_labels_vary(examples: Examples, split: str, chosen: Dataset, is_drawn
     """
     chosen_counts, counts = (_label_counts(table, examples) for table in (chosen, examples.splits[split]))
     if len(chosen) > 1 and len(chosen_counts) < 2 <= len(counts):
-        flag = flag or f"--max_{'train' if split == 'train' else 'eval'}_samples"
+        remedy = f"Give a larger {flag}."  # its draw is the same in every run
+        if not flag:
+            flag = f"--max_{'train' if split == 'train' else 'eval'}_samples"
+            remedy = f"Draw them with {'another' if is_drawn else 'a'} --sample_seed N, or give a larger {flag}."
         raise UserError(
             f"{split}: the {'drawn' if is_drawn else 'first'} {len(chosen)} of {len(examples.splits[split])} rows all "
             f"have the label {next(iter(chosen_counts), '')[:80]!r}; the set has {_counts_text(counts)}.\n"
-            f"Draw them with {'another' if is_drawn else 'a'} --sample_seed N, or give a larger {flag}."
+            f"{remedy}"
         )
 
 

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
     methods = commands.add_parser("methods", description=METHODS, help="compare methods", **form)
     methods.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=f"{folder}, or a {RECORDS} file")
-    with_which = "method that the others are compared with, by its name in the table; default: plain LoRA"
+    with_which = "method to compare the others with: its name in the table, or a run's folder; default: plain LoRA"
     methods.add_argument("--reference", metavar="NAME", help=with_which)
     out = f"write report.md, report.html, report.csv, pictures and {RECORDS}"
     methods.add_argument("--out", type=Path, metavar="FOLDER", help=out)

@@ -1,6 +1,6 @@
 """Records of runs to the cells of a table: one model, method and task over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,10 @@ class Cell:
     def runs(self) -> tuple[Run, ...]:
         return *self.done, *self.unfinished
 
+    @property
+    def learning_rate(self) -> float:
+        return float(dict(self.runs[0].settings).get("learning_rate", "nan"))
+
     def figures(self, protocol: str) -> list[float]:
         return [figure for run in self.done if (figure := getattr(run, protocol)) is not None]
 
@@ -98,10 +102,13 @@ def collect(paths: Sequence[Path]) -> tuple[list[Cell], list[str]]:
     return cells_of(*training_records(paths), paths)
 
 
-def cells_of(records: list[Record], notes: list[str], paths: Sequence[Path]) -> tuple[list[Cell], list[str]]:
+def cells_of(
+    records: list[Record], notes: list[str], paths: Sequence[Path], unnamed: Collection[str] = ()
+) -> tuple[list[Cell], list[str]]:
     """The cells of all tables, in the paper's order of tasks, and notes on what is not in them. Raises UserError.
 
-    notes: of reading the records at these paths; they are among those returned.
+    notes:   of reading the records at these paths; they are among those returned.
+    unnamed: settings that are in no method's name; cells that differ in nothing else have the same name.
     """
     runs = []
     for record in records:
@@ -123,7 +130,9 @@ def cells_of(records: list[Record], notes: list[str], paths: Sequence[Path]) -> 
         groups.setdefault((run.model, run.method, run.task), []).append(run)
     cells = []
     for (model, method, task), members in groups.items():
-        for settings, difference in differences([run.settings for run in members]).items():
+        named = {run.settings: tuple(pair for pair in run.settings if pair[0] not in unnamed) for run in members}
+        texts = differences([*named.values()])
+        for settings, difference in ((settings, texts[short]) for settings, short in named.items()):
             same = sorted((run for run in members if run.settings == settings), key=lambda run: run.seed)
             for one, other in zip(same, same[1:], strict=False):
                 if one.seed == other.seed:

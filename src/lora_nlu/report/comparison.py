@@ -5,7 +5,8 @@ Runs with --validation_from_train chose the rates; the others are what is compar
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -14,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from lora_nlu.data.tasks import TASKS
-from lora_nlu.errors import UserError, printable
+from lora_nlu.errors import UserError, first_line, printable
 from lora_nlu.escaping import markdown_text
 from lora_nlu.files import parse_json, read_text, write_text
 from lora_nlu.report.collect import Cell, Run, cells_of
-from lora_nlu.report.records import ANSWERS, RECORDS, Record, write_records
+from lora_nlu.report.records import ANSWERS, RECORDS, Record, read_figures, write_records
 from lora_nlu.report.tables import clock, csv_text, headings, markdown, methods_of, one_decimal, spread
 
 KEPT_OUT = "validation_from_train"  # the setting of runs that choose
@@ -26,10 +27,12 @@ LEVEL = 0.05  # chance of any false claim on a task
 RESAMPLES = 1000
 METRIC = (
     "Medians over seeds ± standard deviation, in percent, of the model that training ended with. `rate` is the "
-    "learning rate, chosen for each method and task on training rows that were kept out of training, with one seed; "
-    "beside it is the number of seeds. `trainable` counts the encoder's parameters, the head trains in every method; "
-    "`tokens/s` counts real tokens of training; `memory` is the highest peak of a run."
+    "learning rate; beside it is the number of seeds. `trainable` counts the encoder's parameters, the head trains in "
+    "every method; `tokens/s` counts real tokens of training; `memory` is the highest peak of a run."
 )
+CHOSEN = " Each rate is the best of those tried on training rows that were kept out of training, with one seed"
+CHOOSING = ", scored on training rows"  # in the CSV
+MOST_ANSWERS = 100_000  # no GLUE set has as many
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class Difference:
 
     mean:    over the seeds that both have.
     error:   standard error of that mean, from the spread of the seeds' differences; None for fewer than two seeds.
-    p_alone: of Student's paired test of this comparison alone; None like `error`.
-    p:       the same, adjusted by Holm's method over the task's comparisons.
+    p_alone: of Student's paired test of this comparison alone; None where `paired_p` has none.
+    p:       p_alone, adjusted by Holm's method over the task's comparisons.
     of_rows: standard error of the mean under another draw of the validation set, all seeds as they are; None where the
              answers to the examples were not kept.
     """
@@ -58,7 +61,7 @@ class Difference:
 
     @property
     def needs_seeds(self) -> bool:
-        """Whether it would be more than seeds explain if it were the task's only comparison."""
+        """Whether it is more than the seeds' spread explains only without regard to the other comparisons."""
         return not self.is_told and self.p_alone is not None and self.p_alone < LEVEL
 
 
@@ -71,13 +74,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def paired_p(differences: Sequence[float]) -> float:
-    """p-value of Student's test that paired differences, two or more, have mean 0."""
+def paired_p(differences: Sequence[float]) -> float | None:
+    """p-value of Student's test that paired differences have mean 0.
+
+    None for fewer than two, and for differences that are all the same and not 0: on a small set, where figures are
+    multiples of one example's share, equal methods often have such, and the test would take them for certain.
+    """
     from scipy.stats import t
 
-    deviation = stdev(differences)
-    if deviation == 0:
-        return 0.0 if differences[0] else 1.0
+    if len(differences) < 2:
+        return None
+    if (deviation := stdev(differences)) < 1e-9:  # percent: of rounding
+        return 1.0 if abs(mean(differences)) < 1e-9 else None
     statistic = abs(mean(differences)) / (deviation / len(differences) ** 0.5)
     return float(2 * t.sf(statistic, len(differences) - 1))
 
@@ -102,30 +110,61 @@ def error_of_rows(metric: str, pairs: Sequence[tuple[np.ndarray, np.ndarray, np.
 
     pairs: of each seed the expected answers, the method's and those of the one that it is compared with; [examples].
     """
-    count = len(pairs[0][0])
-    weights = np.random.default_rng(0).multinomial(count, [1 / count] * count, RESAMPLES).astype(np.float64)
-    sums = sum(resampled(metric, e, a, weights) - resampled(metric, e, b, weights) for e, a, b in pairs)
-    return float(100 * np.std(sums / len(pairs), ddof=1))
+    count, rng = len(pairs[0][0]), np.random.default_rng(0)
+    means: list[np.ndarray] = []
+    for _ in range(0, RESAMPLES, 100):  # 100 at a time, for memory
+        weights = rng.multinomial(count, [1 / count] * count, 100).astype(np.float64)
+        found = [resampled(metric, e, a, weights) - resampled(metric, e, b, weights) for e, a, b in pairs]
+        means.append(np.mean(found, axis=0))
+    return float(100 * np.std(np.concatenate(means), ddof=1))
 
 
-def with_answers(record: Record) -> Record:
-    """The record with the answers to the validation set, if its folder or the record has them.
+def with_answers(record: Record, notes: list[str]) -> Record:
+    """The record with the answers to the validation set if it or its folder has them, MNLI's to both sets.
 
-    Raises UserError for answers that are not those of the run's labels.
+    Answers that do not give the run's figure are left out, with a note.
     """
-    path = record.folder / f"eval_predictions_{record.run.get('task')}.jsonl"
-    if ANSWERS in record.files or not path.is_file():
+    task = record.run.get("task")
+    names = ("mnli", "mnli-mm") if task == "mnli" else (task,)
+    paths = [record.folder / f"eval_predictions_{name}.jsonl" for name in names]
+    if task not in TASKS or not (ANSWERS in record.files or all(path.is_file() for path in paths)):
         return record
     try:
-        rows = [parse_json(line) for line in read_text(path).splitlines()]
-        if labels := record.run["labels"]:
-            ids = {label: i for i, label in enumerate(labels)}
-            answers = {"expected": [ids[row["expected"]] for row in rows], "given": [ids[row["label"]] for row in rows]}
-        else:
-            answers = {"expected": [row["expected"] for row in rows], "given": [round(row["score"], 3) for row in rows]}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: not the answers of this run ({type(e).__name__}: {e}). Train the run again.") from e
+        answers = record.files[ANSWERS] if ANSWERS in record.files else read_answers(record, paths)
+        metric, figure = TASKS[task].metrics[0], read_figures(record).last
+        score = score_of(metric, np.array(answers["expected"], float), np.array(answers["given"], float))
+        if figure is None or not abs(score - figure) < 0.001:
+            raise ValueError(f"their {metric} is {score:.4f}, the run's {'unknown' if figure is None else figure}")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
+        place = record.place if ANSWERS in record.files else paths[0]
+        notes.append(f"left out, answers that are not the run's: {place} ({type(e).__name__}: {first_line(e)})")
+        return replace(record, files={name: content for name, content in record.files.items() if name != ANSWERS})
     return replace(record, files=record.files | {ANSWERS: answers})
+
+
+def read_answers(record: Record, paths: Sequence[Path]) -> dict[str, list[float]]:
+    """The answers in a run's files, classes by number. Raises what a damaged file does."""
+    rows = [parse_json(line) for path in paths for line in read_text(path).splitlines()]
+    ids = {label: i for i, label in enumerate(record.run["labels"])}
+    if ids:
+        return {"expected": [ids[row["expected"]] for row in rows], "given": [ids[row["label"]] for row in rows]}
+    return {"expected": [row["expected"] for row in rows], "given": [float(f"{row['score']:.6g}") for row in rows]}
+
+
+def score_of(metric: str, expected: np.ndarray, given: np.ndarray) -> float:
+    """The metric of answers. Raises ValueError if these are no two lists of as many numbers."""
+    if not (expected.ndim == given.ndim == 1 and 0 < len(expected) == len(given) <= MOST_ANSWERS):
+        raise ValueError(f"{expected.size:,} expected answers, {given.size:,} given")
+    with np.errstate(all="ignore"):  # of numbers that are too large for a square
+        return float(resampled(metric, expected, given, np.ones((1, len(expected))))[0])
+
+
+def is_unscored(record: Record) -> bool:
+    """Whether a run has not ended, or was scored on a part of the set, as compare_methods.sh's first steps are."""
+    if record.run.get("task") not in TASKS:
+        return False
+    figures = read_figures(record)
+    return figures.last is None and not figures.diverged
 
 
 def named_as_final(record: Record) -> Record:
@@ -162,7 +201,7 @@ def differences_from(
             rows = [(mine[0], mine[1], other[1]) for mine, other in kept]
             of_rows = error_of_rows(TASKS[task].metrics[0], rows) if len(rows) == len(pairs) else None
             error = stdev(figures) / len(figures) ** 0.5 if len(figures) > 1 else None
-            p = paired_p(figures) if len(figures) > 1 else None
+            p = paired_p(figures)
             found[cell.method, task] = Difference(mean(figures), len(figures), error, p, None, of_rows)
             if p is not None:
                 tested[cell.method, task] = p
@@ -193,13 +232,9 @@ def figures_table(cells: Sequence[Cell], records: Sequence[Record]) -> list[list
         speed = tokens_a_second([by_place[run.place] for run in runs])
         costs = [f"{speed:,.0f}" if speed else "-", f"{max(memory):.1f} GiB" if memory else "-"]
         rows.append([method, sizes, "median", *texts, average, *costs])
-        rates = [f"{rate_of(own[task])} ({len(figures[task])})" if figures[task] else "-" for task in tasks]
+        rates = [f"{own[task].learning_rate:g} ({len(figures[task])})" if figures[task] else "-" for task in tasks]
         rows.append(["", "", "rate (seeds)", *rates, "", "", ""])
     return rows
-
-
-def rate_of(cell: Cell) -> str:
-    return f"{float(dict(cell.runs[0].settings)['learning_rate']):g}"
 
 
 def tokens_a_second(records: Sequence[Record]) -> float | None:
@@ -245,11 +280,11 @@ def in_words(reference: str, cells: Sequence[Cell], found: Mapping[tuple[str, st
         groups = {
             f"above {reference} by more than seeds explain": [m for m, d in own.items() if d.is_told and d.mean > 0],
             f"below {reference} by more than seeds explain": [m for m, d in own.items() if d.is_told and d.mean < 0],
-            "probably different, but not sure among so many comparisons without more seeds": [
+            f"more seeds may tell, as p is below {LEVEL} before Holm's correction and above after it": [
                 f"{m} ({signed(d.mean)})" for m, d in own.items() if d.needs_seeds
             ],
             "not told apart": [m for m, d in own.items() if d.p is not None and not (d.is_told or d.needs_seeds)],
-            "not tested, for want of a second seed": [m for m, d in own.items() if d.p is None],
+            "not tested, with one seed or the same difference in each": [m for m, d in own.items() if d.p is None],
         }
         parts = [f"{words}: {', '.join(methods)}" for words, methods in groups.items() if methods]
         if parts:
@@ -262,8 +297,23 @@ def costs_text(chosen: Sequence[Record], final: Sequence[Record]) -> str:
     parts = []
     for name, records in (("to choose the rates", chosen), ("at the chosen rates", final)):
         seconds = [record.files.get("train_results.json", {}).get("train_seconds") or 0.0 for record in records]
-        parts.append(f"{len(records)} runs {name} trained for {clock(sum(seconds))}")
+        parts.append(f"{len(records)} run{'s' * (len(records) != 1)} {name} trained for {clock(sum(seconds))}")
     return f"What it cost: {', '.join(parts)}, one run after another."
+
+
+def not_chosen(cells: Sequence[Cell], choosing: Sequence[Cell]) -> str:
+    """The end of the sentence CHOSEN, with the cells for which it is not true."""
+    tried: dict[tuple[str, str], dict[float, float]] = {}
+    for cell in choosing:
+        tried.setdefault((cell.task, cell.method), {}).update((cell.learning_rate, x) for x in cell.figures("last"))
+    texts = []
+    for cell in cells:
+        figures = tried.get((cell.task, cell.method), {})
+        figure = figures.get(cell.learning_rate)
+        if figure is None or figure < max(figures.values()):
+            why = "none was tried" if not figures else "another was tried" if figure is None else "another was better"
+            texts.append(f"{cell.method} on {TASKS[cell.task].title} ({why})")
+    return f", except for {', '.join(texts)}" * bool(texts)
 
 
 def default_reference(cells: Sequence[Cell]) -> str:
@@ -278,29 +328,38 @@ def write_comparison(records: list[Record], notes: list[str], paths: Sequence[Pa
                      folder: Path | None) -> str:  # fmt: skip
     """The comparison as Markdown; in a folder also as a page, with pictures, a CSV of all runs and the records.
 
+    reference: a method's name in the table, or the folder of one of its runs.
     Raises UserError for runs of several models, or that no method can be compared with.
     """
     is_choosing = [bool(record.run.get("hyperparameters", {}).get(KEPT_OUT)) for record in records]
-    chosen = [record for record, is_one in zip(records, is_choosing, strict=True) if is_one]
-    final = [with_answers(record) for record, is_one in zip(records, is_choosing, strict=True) if not is_one]
+    chosen = [record for record, is_one in zip(records, is_choosing, strict=True) if is_one and not is_unscored(record)]
+    final = [with_answers(record, notes) for record, is_one in zip(records, is_choosing, strict=True) if not is_one]
     if not final:
         raise UserError("no runs on the validation set: all of these keep training rows for it, to choose settings.")
-    cells, notes = cells_of(final, notes, paths)
+    cells, notes = cells_of(final, notes, paths, ["learning_rate"])
     choosing: list[Cell] = []
-    if chosen:
-        choosing, notes = cells_of([named_as_final(record) for record in chosen], notes, paths)
+    if any(record.run.get("task") in TASKS and not read_figures(record).diverged for record in chosen):
+        choosing, notes = cells_of([named_as_final(record) for record in chosen], notes, paths, ["learning_rate"])
+    elif chosen:
+        notes.append(f"left out, the runs to choose the rates ({len(chosen)}): each diverged, or is on no GLUE task")
     if len(models := {cell.model for cell in (*cells, *choosing)}) > 1:
         raise UserError(f"runs of several models: {', '.join(sorted(models))}. Name those of one.")
     cells = [cell for cell in cells if cell.done]
     if not cells:
         raise UserError("\n".join(["no run has ended with an evaluation of the complete validation set.", *notes]))
-    reference = reference or default_reference(cells)
+    rates_text = CHOSEN + not_chosen(cells, choosing) + "." if choosing else " No runs here chose between rates."
+    places = Counter((cell.task, cell.method) for cell in cells)
+    cells = [with_rate(cell) if places[cell.task, cell.method] > 1 else cell for cell in cells]
+    notes += [f"compared, but evaluated on different examples: {text}" for text in different_examples(cells)]
+    of_folder = {str(run.folder): cell.method for cell in cells for run in cell.done}
+    reference = of_folder.get(reference, reference) if reference else default_reference(cells)
     if reference not in {cell.method for cell in cells}:
         names = ", ".join(methods_of(cells))
         raise UserError(f"--reference {printable(reference, 80)}: no finished run has this method. There are: {names}.")
     found = differences_from(reference, cells, answers_of(final))
     sections: list[Any] = [
-        ("heading", f"Methods on {cells[0].model}"), ("table", figures_table(cells, final)), ("text", METRIC),
+        ("heading", f"Methods on {cells[0].model}"), ("table", figures_table(cells, final)),
+        ("text", METRIC + rates_text),
         ("heading", f"Differences from {reference}"), ("table", differences_table(cells, found)),
         ("text", difference_words(cells, found)), ("list", in_words(reference, cells, found)),
         ("text", costs_text(chosen, final)),
@@ -315,9 +374,22 @@ def write_comparison(records: list[Record], notes: list[str], paths: Sequence[Pa
     if folder:
         write_text(folder / "report.md", text)
         write_text(folder / "report.html", as_page(sections, folder))
-        write_text(folder / "report.csv", csv_text([*cells, *choosing]))
+        write_text(folder / "report.csv", csv_text([*cells, *(with_rate(cell, CHOOSING) for cell in choosing)]))
         write_records(folder / RECORDS, [*chosen, *final])
     return text
+
+
+def with_rate(cell: Cell, note: str = "") -> Cell:
+    return replace(cell, method=f"{cell.method} (learning_rate {cell.learning_rate:g}{note})")
+
+
+def different_examples(cells: Sequence[Cell]) -> Iterator[str]:
+    """For each task whose runs were not all evaluated on the same examples a run of each kind."""
+    for task in dict.fromkeys(cell.task for cell in cells):
+        runs = [run for cell in cells if cell.task == task for run in cell.done]
+        folders = {run.eval_data: run.folder for run in runs if run.eval_data}  # older versions recorded none
+        if len(folders) > 1:
+            yield ", ".join(map(str, folders.values()))
 
 
 def difference_words(cells: Sequence[Cell], found: Mapping[tuple[str, str], Difference]) -> str:

@@ -49,13 +49,13 @@ def draw_comparison(
     others are compared with. differences: of each from it, by (method, task), as `comparison.Difference`.
     """
     model, tried = cells[0].model, rates_tried(choosing)
-    base_of = {cell.runs[0].method: cell.runs[0].label for cell in (*cells, *choosing)}
-    look_of = looks_of_settings(base_looks([*cells, *choosing]), {m: base_of[m] for m in methods if m in base_of})
+    base_of = {cell.method: cell.runs[0].label for cell in cells}
+    look_of = looks_of_settings(base_looks(cells), {method: base_of[method] for method in methods})
     with matplotlib.rc_context({"font.size": 12, "text.parse_math": False}):
         figures = {}
         if any(len(points) > 1 for points in tried.values()):
             shown = [method for method in methods if any(m == method for _, m in tried)]
-            chosen = {(cell.task, cell.runs[0].method): rate_of(cell) for cell in cells}
+            chosen = {(cell.task, cell.method): cell.learning_rate for cell in cells}
             figures["learning_rates"] = against_rates(model, tried, chosen, shown, reference, look_of)
         if len({cell.method for cell in cells}) > 1:
             figures["parameters"] = against_parameters(model, cells, methods, look_of)
@@ -66,15 +66,9 @@ def draw_comparison(
 
 def rates_tried(choosing: Sequence[Cell]) -> Tried:
     tried: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for cell in choosing:
-        for run in cell.done:
-            assert run.last is not None
-            tried.setdefault((cell.task, run.method), []).append((rate_of(cell), run.last))
+    for cell in (cell for cell in choosing if cell.learning_rate > 0):  # an axis of logarithms has no other
+        tried.setdefault((cell.task, cell.method), []).extend((cell.learning_rate, x) for x in cell.figures("last"))
     return {place: sorted(points) for place, points in tried.items()}
-
-
-def rate_of(cell: Cell) -> float:
-    return float(dict(cell.runs[0].settings)["learning_rate"])
 
 
 def against_rates(
@@ -131,10 +125,8 @@ def against_parameters(
             ax.set_xscale("symlog", linthresh=least, linscale=0.6)
         own = sorted((cell for cell in cells if cell.task == task), key=lambda cell: methods.index(cell.method))
         for k, cell in enumerate(own):
-            look = look_of[cell.runs[0].method] | {"linestyle": "none"}
-            error_bar(
-                ax, cell.done[0].trainable, cell.figures("last"), label=cell.method, capsize=3 + 2 * (k % 3), **look
-            )
+            look = look_of[cell.method] | {"linestyle": "none", "capsize": 3 + 2 * (k % 3)}
+            error_bar(ax, cell.done[0].trainable, cell.figures("last"), label=cell.method, **look)
         ax.set_xticks(ticks if trained[0] else [0, *ticks])
         ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short(n)))
         ax.minorticks_off()

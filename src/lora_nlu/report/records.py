@@ -35,7 +35,8 @@ _FORMS: dict[str, Any] = {
         "task": _PRINTABLE, "base_fingerprint": _DIGEST, WEIGHTS: _DIGEST, "diverged": _TEXT,
         "left_at_default": [_TEXT],
         "hyperparameters": {
-            "seed": _COUNT, "num_train_epochs": _NUMBER, "train_data": _TEXT, "reg_loss_wgt": _NUMBER_OR_NONE,
+            "seed": _COUNT, "num_train_epochs": _NUMBER, "train_data": _TEXT, "learning_rate": _NUMBER,
+            "reg_loss_wgt": _NUMBER_OR_NONE,
             "loraplus_lr_ratio": _NUMBER_OR_NONE, "class_weights": [_NUMBER], "validation_from_train": _COUNT,
         },
         "parameters": {"encoder": _COUNT},
