@@ -333,7 +333,8 @@ def plan_text(comparison: Comparison, choosing: Sequence[MethodRun], final: int,
         lines[-1] += (
             f"; up to {most - final} more, for {highest} seeds of what is within {plan.points:g} points of {first}"
         )
-    return "\n".join([*lines, f"about {clock(seconds)} for what is left of these, from measured tokens a second"])
+    left = f"about {clock(seconds)} for what is left of these, from measured tokens a second"
+    return "\n".join([*lines, f"{left}; so is the time to go below"])
 
 
 def run_stage(runs: Sequence[MethodRun], times: Times, args: argparse.Namespace, interrupts: list[int]) -> None:

@@ -154,7 +154,11 @@ def test_every_field_of_the_pinned_training_arguments_is_on_one_side_on_purpose(
     """What decides is a list here and the rest in metadata.py; a field that transformers adds stands on neither."""
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert not WITHOUT_EFFECT & {*DECIDING} and (transformers.__version__ < "5.23" or not ABSENT)
-    assert names == {*DECIDING} | WITHOUT_EFFECT - {"overwrite_output_dir", "logging_dir", "cuda_graphs"} - ABSENT
+    assert (
+        names
+        == {*DECIDING}
+        | WITHOUT_EFFECT - {"overwrite_output_dir", "logging_dir", "cuda_graphs", "write_eval_predictions"} - ABSENT
+    )
     ours = {field.name for field in dataclasses.fields(RunArguments)} - names
     rates = {"loraplus_lr_ratio", "head_learning_rate"}
     assert ours - WITHOUT_EFFECT == {"early_stopping_patience", "early_stopping_threshold"} | rates

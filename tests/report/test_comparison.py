@@ -141,7 +141,8 @@ def test_the_table_has_median_rate_and_seeds_and_the_words_say_what_differs(tmp_
     assert by_name["LoRA r=8"][3:] == ["61.0 ± 0.8", "61.0", "500", "2.0 GiB"]
     assert by_name["BitFit"][1] == "83,000" and by_name["BitFit"][3] == "50.0 ± 0.6"
     rates = [row[3] for row in rows if "rate (seeds)" in row]
-    assert rates == ["0.002 (3)", "0.002 (5)"]  # fewest parameters first
+    assert rates == ["2e-3 (3)", "2e-3 (5)"]  # fewest parameters first
+    assert "- LoRA r=8 on CoLA: 2e-3 is the highest rate that was tried; higher ones were not" in text
     difference = next(row for row in rows if row[0] == "BitFit" and len(row) == 2)[1]
     mean, p = -100 * (0.10 + 0.12 + 0.12) / 3, ttest_rel([50, 49, 50], [60, 61, 62]).pvalue
     assert difference == f"{mean:.1f} ± 0.7 (p {p:.3f})"

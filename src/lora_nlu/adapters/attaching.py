@@ -69,7 +69,7 @@ def _check_model_type(model: Any, adapter: Adapter) -> None:
         trained = {"deberta": "deberta-v2"}.get(prefix, prefix)
     if trained != model_type:
         base = adapter.metadata.get("base_model")
-        named = f" ({printable(base)})" if base else ""
+        named = f" ({printable(base, 300)})" if base else ""
         raise UserError(
             f"{adapter.source}: was trained on a {printable(trained)} model{named}; the given one is a {model_type} "
             "model.\nGive the adapter's own base model."
@@ -198,7 +198,7 @@ def _check_base_model(model: Any, adapter: Adapter) -> list[str]:
     recorded, fingerprint = adapter.metadata.get("base_fingerprint"), base_fingerprint(model)
     if recorded is not None and recorded != fingerprint:
         raise UserError(
-            f"{source}: was trained on another base model: {printable(name)}, fingerprint {printable(recorded)}; "
+            f"{source}: was trained on another base model: {printable(name, 300)}, fingerprint {printable(recorded)}; "
             f"this one has {fingerprint}.\nGive that model as --model_name_or_path."
         )
     if recorded is not None or not name or not model_name or Path(name).name == Path(model_name).name:
@@ -206,7 +206,9 @@ def _check_base_model(model: Any, adapter: Adapter) -> list[str]:
     with suppress(OSError, ValueError):  # of a name that no file can have, or that has none
         if os.path.samefile(name, model_name):
             return []
-    return [f"{source}: names the base model {printable(name)}, but no fingerprint; it is loaded into {model_name}."]
+    return [
+        f"{source}: names the base model {printable(name, 300)}, but no fingerprint; it is loaded into {model_name}."
+    ]
 
 
 def base_holds_update(model: Any, adapter: Adapter, layers: dict[str, tuple[int, float]]) -> bool:

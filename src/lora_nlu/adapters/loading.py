@@ -280,7 +280,7 @@ def _check_same_base(adapters: Sequence[Adapter]) -> None:
         if None not in prints and prints[0] != prints[1]:
             raise UserError(
                 f"{first.source} and {other.source} were trained on different base models "
-                f"({', '.join(printable(adapter.metadata.get('base_model')) for adapter in (first, other))}).\n"
+                f"({', '.join(printable(adapter.metadata.get('base_model'), 300) for adapter in (first, other))}).\n"
                 "Predict with each of them alone."
             )
 

@@ -73,7 +73,7 @@ def load_config(name: str, **hub: Any) -> Any:
             settings = read_json(Path(name, ADAPTER_CONFIG))
             row = method_of_config(settings)
             flag = row.path_flag if row else "adapter_path"
-            base = printable(settings.get("base_model_name_or_path") or "the model it was trained from")
+            base = printable(settings.get("base_model_name_or_path") or "the model it was trained from", 300)
             raise UserError(
                 f"--model_name_or_path {name}: is an adapter.\n"
                 f"Give it as --{flag}, and its base ({base}) as --model_name_or_path."

@@ -19,6 +19,7 @@ from lora_nlu.errors import UserError, first_line, printable
 from lora_nlu.escaping import markdown_text
 from lora_nlu.files import parse_json, read_text, write_text
 from lora_nlu.report.collect import Cell, Run, cells_of
+from lora_nlu.report.grids import short
 from lora_nlu.report.records import ANSWERS, RECORDS, Record, read_figures, write_records
 from lora_nlu.report.tables import clock, csv_text, headings, markdown, methods_of, one_decimal, spread
 
@@ -232,7 +233,7 @@ def figures_table(cells: Sequence[Cell], records: Sequence[Record]) -> list[list
         speed = tokens_a_second([by_place[run.place] for run in runs])
         costs = [f"{speed:,.0f}" if speed else "-", f"{max(memory):.1f} GiB" if memory else "-"]
         rows.append([method, sizes, "median", *texts, average, *costs])
-        rates = [f"{own[task].learning_rate:g} ({len(figures[task])})" if figures[task] else "-" for task in tasks]
+        rates = [f"{short(own[task].learning_rate)} ({len(figures[task])})" if figures[task] else "-" for task in tasks]
         rows.append(["", "", "rate (seeds)", *rates, "", "", ""])
     return rows
 
@@ -298,7 +299,7 @@ def costs_text(chosen: Sequence[Record], final: Sequence[Record]) -> str:
     for name, records in (("to choose the rates", chosen), ("at the chosen rates", final)):
         seconds = [record.files.get("train_results.json", {}).get("train_seconds") or 0.0 for record in records]
         parts.append(f"{len(records)} run{'s' * (len(records) != 1)} {name} trained for {clock(sum(seconds))}")
-    return f"What it cost: {', '.join(parts)}, one run after another."
+    return f"What it cost: {', '.join(parts)}, added up, without the time to start and to evaluate."
 
 
 def not_chosen(cells: Sequence[Cell], choosing: Sequence[Cell]) -> str:
@@ -314,6 +315,19 @@ def not_chosen(cells: Sequence[Cell], choosing: Sequence[Cell]) -> str:
             why = "none was tried" if not figures else "another was tried" if figure is None else "another was better"
             texts.append(f"{cell.method} on {TASKS[cell.task].title} ({why})")
     return f", except for {', '.join(texts)}" * bool(texts)
+
+
+def at_the_end(cells: Sequence[Cell], choosing: Sequence[Cell]) -> Iterator[str]:
+    """A line on each chosen rate that is the lowest or the highest of those tried."""
+    tried: dict[tuple[str, str], set[float]] = {}
+    for cell in choosing:
+        tried.setdefault((cell.task, cell.method), set()).add(cell.learning_rate)
+    for cell in cells:
+        rates = tried.get((cell.task, cell.method), set())
+        if len(rates) > 1 and cell.learning_rate in (min(rates), max(rates)):
+            which, better = ("lowest", "lower") if cell.learning_rate == min(rates) else ("highest", "higher")
+            place = f"{cell.method} on {TASKS[cell.task].title}"
+            yield f"{place}: {short(cell.learning_rate)} is the {which} rate that was tried; {better} ones were not"
 
 
 def default_reference(cells: Sequence[Cell]) -> str:
@@ -347,6 +361,7 @@ def write_comparison(records: list[Record], notes: list[str], paths: Sequence[Pa
     cells = [cell for cell in cells if cell.done]
     if not cells:
         raise UserError("\n".join(["no run has ended with an evaluation of the complete validation set.", *notes]))
+    notes += at_the_end(cells, choosing)
     rates_text = CHOSEN + not_chosen(cells, choosing) + "." if choosing else " No runs here chose between rates."
     places = Counter((cell.task, cell.method) for cell in cells)
     cells = [with_rate(cell) if places[cell.task, cell.method] > 1 else cell for cell in cells]
@@ -400,7 +415,7 @@ def difference_words(cells: Sequence[Cell], found: Mapping[tuple[str, str], Diff
     if any(difference.of_rows is not None for difference in found.values()):
         text += (
             " `rows` is the standard error that another draw of the validation set would add (a bootstrap over its "
-            "examples): a difference below twice that may be this set's."
+            "examples): a difference of less than twice that may be an accident of these examples."
         )
     return text
 

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter
 
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.report.collect import TASK_ORDER, Cell
+from lora_nlu.report.grids import short
 from lora_nlu.report.pictures import (
     DEVIATION,
     MOST_LINES,
@@ -28,7 +29,6 @@ from lora_nlu.report.pictures import (
     over_seeds,
     percent,
     save,
-    short,
 )
 
 HEIGHT = 2.9  # of a panel, inches

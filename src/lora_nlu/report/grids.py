@@ -94,3 +94,14 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
+
+
+def short(n: float) -> str:
+    """10000 to 10k, 0.0005 to 5e-4."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= unit:
+            return f"{n / unit:g}{letter}"
+    if 0 < n < 0.01:
+        digits, _, exponent = f"{n:.2e}".partition("e")
+        return f"{float(digits):g}e{int(exponent)}"
+    return f"{n:g}"

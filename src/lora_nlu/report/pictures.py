@@ -21,7 +21,7 @@ from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import printable
 from lora_nlu.files import atomic_write
 from lora_nlu.report.collect import TASK_ORDER, Cell
-from lora_nlu.report.grids import Line, grids
+from lora_nlu.report.grids import Line, grids, short
 
 # Okabe and Ito's palette and markers, for methods whose look is unknown
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
@@ -313,17 +313,6 @@ def percent(task: str) -> str:
     """The label of a metric's axis."""
     name = TASKS[task].metrics[0].partition("_")[0]
     return f"{name.capitalize()}{' correlation' * (name != 'accuracy')} (%)"
-
-
-def short(n: float) -> str:
-    """10000 to 10k, 0.0005 to 5e-4."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= unit:
-            return f"{n / unit:g}{letter}"
-    if 0 < n < 0.01:
-        digits, _, exponent = f"{n:.2e}".partition("e")
-        return f"{float(digits):g}e{int(exponent)}"
-    return f"{n:g}"
 
 
 def error_bar(ax: Any, at: float, figures: Sequence[float], upright: bool = True, **look: Any) -> None:
