@@ -316,21 +316,16 @@ def test_a_step_without_a_graph_computes_with_frozen_weights_that_were_converted
 
 
 @pytest.mark.parametrize("kind", ["roberta", "deberta"])
-def test_converted_weights_change_no_bit_of_a_step_of_several_processes_on_two_views(kind):
+def test_converted_weights_change_no_bit_of_a_step_on_two_views(kind):
     model, batch = new_model(kind, reg_loss_wgt=1.0), batch_of(5, 2, 9) | {"sequence_lengths": [5, 2, 9]}
     halves, found = halves_of(model, torch.bfloat16), []
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        wrapped = DistributedDataParallel(model)
-        for values in ([], halves):
-            model.zero_grad()
-            with converted(values):
-                with torch.autocast("cpu", dtype=torch.bfloat16):
-                    loss = wrapped(**batch).loss
-                loss.backward()
-            found.append((loss.detach(), gradients(model)))
-    finally:
-        torch.distributed.destroy_process_group()
+    for values in ([], halves):
+        model.zero_grad()
+        with converted(values):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(**batch).loss
+            loss.backward()
+        found.append((loss.detach(), gradients(model)))
     assert len(halves) > 10 and len(found[0][1]) > 10
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
