@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 
-from run_seeds import ROOT, Run, catch_interrupts, read, run_all, slots
+from run_seeds import ROOT, Run, catch_interrupts, read, run_all, run_program, slots
 
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UserError
@@ -337,12 +337,13 @@ def plan_text(comparison: Comparison, choosing: Sequence[MethodRun], final: int,
     return "\n".join([*lines, f"{left}; so is the time to go below"])
 
 
-def run_stage(runs: Sequence[MethodRun], times: Times, args: argparse.Namespace, interrupts: list[int]) -> None:
+def run_stage(runs: Sequence[MethodRun], times: Times, args: argparse.Namespace) -> None:
     """Run what has not ended. Raises KeyboardInterrupt after a signal."""
     if any(run.state == "waiting" for run in runs):
-        run_all([*runs], *slots(args.jobs), interrupts, lambda: times.seconds_to_go(runs))
-    if interrupts:
-        raise KeyboardInterrupt
+        with catch_interrupts() as interrupts:
+            run_all(runs, *slots(args.jobs), interrupts, lambda: times.seconds_to_go(runs))
+        if interrupts:
+            raise KeyboardInterrupt
 
 
 def say_chosen(comparison: Comparison, runs: Sequence[MethodRun], rates: dict[tuple[str, str], str]) -> Iterator[str]:
@@ -370,30 +371,27 @@ def main(argv: list[str]) -> int:
     if launch.is_dry_run(os.environ):
         print(*(run.plan() for run in choosing), sep="\n")
         return 0
-    interrupts = catch_interrupts()
     times = Times(speed)
     print(f"{SPEED_STEPS} steps of {plan.methods[0].name} on each task, to tell how long all takes", file=sys.stderr)
-    run_stage(speed, times, args, interrupts)
+    run_stage(speed, times, args)
     if all(run.state == "failed" for run in speed):
         raise UserError("these steps failed on every task: nothing else is started.")
     least, most = plan.seeds
     guess = {(task, method.name): method.rates[0] for task in plan.tasks for method in plan.methods}
     times.waiting = comparison.final_runs(guess, range(least))
-    slot_count = len(slots(args.jobs)[0])
-    seconds = (times.seconds_to_go(choosing) or 0) / slot_count
-    places = len(guess)
-    print(plan_text(comparison, choosing, places * least, places * most, seconds), file=sys.stderr)
+    seconds = (times.seconds_to_go(choosing) or 0) / len(slots(args.jobs)[0])
+    print(plan_text(comparison, choosing, len(guess) * least, len(guess) * most, seconds), file=sys.stderr)
 
-    run_stage(choosing, times, args, interrupts)
+    run_stage(choosing, times, args)
     rates = comparison.chosen_rates(choosing)
     print("Chosen learning rates, and the metric on the rows kept out of training:", file=sys.stderr)
     print(*(f"  {line}" for line in say_chosen(comparison, choosing, rates)), sep="\n", file=sys.stderr)
     times.waiting = []
     final = comparison.final_runs(rates, range(least))
-    run_stage(final, times, args, interrupts)
+    run_stage(final, times, args)
     near = comparison.near(final)
     more = comparison.final_runs({place: rate for place, rate in rates.items() if place in near}, range(least, most))
-    run_stage(more, times, args, interrupts)
+    run_stage(more, times, args)
 
     runs = [*choosing, *final, *more]
     if failed := [run.name for run in runs if run.has_failed()]:
@@ -412,11 +410,4 @@ def reference(comparison: Comparison, final: Sequence[MethodRun]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, OSError) as e:
-        print(f"compare_methods.sh: error: {e}", file=sys.stderr)
-        sys.exit(1 if isinstance(e, OSError) else 2)
-    except KeyboardInterrupt:
-        print("Interrupted; the same command continues.", file=sys.stderr)
-        sys.exit(130)
+    run_program("compare_methods.sh", main)

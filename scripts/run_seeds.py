@@ -14,10 +14,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NoReturn
 
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.errors import UserError
@@ -278,14 +279,19 @@ def status(
     return "; ".join([f"{count['done']} of {len(runs)} done{failed}", *running, elapsed + to_go])
 
 
-def catch_interrupts() -> list[int]:
-    """The signals to end that this program receives from now on; empty at first."""
+@contextmanager
+def catch_interrupts() -> Iterator[list[int]]:
+    """The signals to end that this program receives while the context lasts; empty at first."""
     interrupts: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # A signal that is ignored, as under nohup, stays ignored. Handlers are not passed on to the runs.
-        ignored = signal.getsignal(number) == signal.SIG_IGN
-        signal.signal(number, lambda number, _, ignored=ignored: None if ignored else interrupts.append(number))
-    return interrupts
+    # A signal that is ignored, as under nohup, stays ignored. Handlers are not passed on to the runs.
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in (number for number, handler in before.items() if handler != signal.SIG_IGN):
+        signal.signal(number, lambda number, _: interrupts.append(number))
+    try:
+        yield interrupts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_all(
@@ -350,6 +356,18 @@ def run_all(
             run.process.wait()
 
 
+def run_program(name: str, main: Callable[[list[str]], int]) -> NoReturn:
+    """End with the status that `main` returns for the command line, or with its error, after the program's name."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (UserError, OSError) as e:
+        print(f"{name}: error: {e}", file=sys.stderr)
+        sys.exit(1 if isinstance(e, OSError) else 2)
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from the last checkpoints.", file=sys.stderr)
+        sys.exit(130)
+
+
 def main(argv: list[str]) -> int:
     runs, args = parse(argv)
     commands = [run.plan() for run in runs]
@@ -364,8 +382,8 @@ def main(argv: list[str]) -> int:
     if done:
         print(f"{len(done)} of {len(runs)} are done already", file=sys.stderr)
     if len(done) < len(runs):
-        interrupts = catch_interrupts()
-        run_all(runs, *slots(args.jobs), interrupts)
+        with catch_interrupts() as interrupts:
+            run_all(runs, *slots(args.jobs), interrupts)
         if interrupts:
             raise KeyboardInterrupt
     code = report([*(str(run.folder) for run in runs), "--out", str(args.output_dir / "report")])
@@ -375,11 +393,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (UserError, OSError) as e:
-        print(f"run_seeds.sh: error: {e}", file=sys.stderr)
-        sys.exit(1 if isinstance(e, OSError) else 2)
-    except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from the last checkpoints.", file=sys.stderr)
-        sys.exit(130)
+    run_program("run_seeds.sh", main)

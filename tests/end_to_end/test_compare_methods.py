@@ -126,7 +126,7 @@ def test_the_best_rates_run_with_all_seeds_and_nothing_is_repeated_after_an_inte
     interrupted = [name for name in bench.journal() if name.startswith("choosing")]
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Interrupted; the same command continues." in err
+    assert process.returncode == 130 and "Interrupted; the same command goes on from the last checkpoints." in err
     plan, _ = err.split("choosing/rte/LoRA_r=8/1e-3/seed_0 starts")
     for words in (
         "choosing: 6 runs",

@@ -19,7 +19,7 @@ from lora_nlu.errors import UserError, first_line, printable
 from lora_nlu.escaping import markdown_text
 from lora_nlu.files import parse_json, read_text, write_text
 from lora_nlu.report.collect import Cell, Run, cells_of
-from lora_nlu.report.grids import short
+from lora_nlu.report.grids import rates_tried, short
 from lora_nlu.report.records import ANSWERS, RECORDS, Record, read_figures, write_records
 from lora_nlu.report.tables import clock, csv_text, headings, markdown, methods_of, one_decimal, spread
 
@@ -302,11 +302,8 @@ def costs_text(chosen: Sequence[Record], final: Sequence[Record]) -> str:
     return f"What it cost: {', '.join(parts)}, added up, without the time to start and to evaluate."
 
 
-def not_chosen(cells: Sequence[Cell], choosing: Sequence[Cell]) -> str:
+def not_chosen(cells: Sequence[Cell], tried: Mapping[tuple[str, str], Mapping[float, float]]) -> str:
     """The end of the sentence CHOSEN, with the cells for which it is not true."""
-    tried: dict[tuple[str, str], dict[float, float]] = {}
-    for cell in choosing:
-        tried.setdefault((cell.task, cell.method), {}).update((cell.learning_rate, x) for x in cell.figures("last"))
     texts = []
     for cell in cells:
         figures = tried.get((cell.task, cell.method), {})
@@ -317,15 +314,12 @@ def not_chosen(cells: Sequence[Cell], choosing: Sequence[Cell]) -> str:
     return f", except for {', '.join(texts)}" * bool(texts)
 
 
-def at_the_end(cells: Sequence[Cell], choosing: Sequence[Cell]) -> Iterator[str]:
+def at_the_end(cells: Sequence[Cell], tried: Mapping[tuple[str, str], Mapping[float, float]]) -> Iterator[str]:
     """A line on each chosen rate that is the lowest or the highest of those tried."""
-    tried: dict[tuple[str, str], set[float]] = {}
-    for cell in choosing:
-        tried.setdefault((cell.task, cell.method), set()).add(cell.learning_rate)
     for cell in cells:
-        rates = tried.get((cell.task, cell.method), set())
-        if len(rates) > 1 and cell.learning_rate in (min(rates), max(rates)):
-            which, better = ("lowest", "lower") if cell.learning_rate == min(rates) else ("highest", "higher")
+        rates = [*tried.get((cell.task, cell.method), {})]
+        if len(rates) > 1 and cell.learning_rate in (rates[0], rates[-1]):
+            which, better = ("lowest", "lower") if cell.learning_rate == rates[0] else ("highest", "higher")
             place = f"{cell.method} on {TASKS[cell.task].title}"
             yield f"{place}: {short(cell.learning_rate)} is the {which} rate that was tried; {better} ones were not"
 
@@ -361,8 +355,9 @@ def write_comparison(records: list[Record], notes: list[str], paths: Sequence[Pa
     cells = [cell for cell in cells if cell.done]
     if not cells:
         raise UserError("\n".join(["no run has ended with an evaluation of the complete validation set.", *notes]))
-    notes += at_the_end(cells, choosing)
-    rates_text = CHOSEN + not_chosen(cells, choosing) + "." if choosing else " No runs here chose between rates."
+    tried = rates_tried(choosing)
+    notes += at_the_end(cells, tried)
+    rates_text = CHOSEN + not_chosen(cells, tried) + "." if choosing else " No runs here chose between rates."
     places = Counter((cell.task, cell.method) for cell in cells)
     cells = [with_rate(cell) if places[cell.task, cell.method] > 1 else cell for cell in cells]
     notes += [f"compared, but evaluated on different examples: {text}" for text in different_examples(cells)]

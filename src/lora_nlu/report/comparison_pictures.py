@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 
 from lora_nlu.data.tasks import TASKS
 from lora_nlu.report.collect import TASK_ORDER, Cell
-from lora_nlu.report.grids import short
+from lora_nlu.report.grids import rates_tried, short
 from lora_nlu.report.pictures import (
     DEVIATION,
     MOST_LINES,
@@ -32,7 +32,7 @@ from lora_nlu.report.pictures import (
 )
 
 HEIGHT = 2.9  # of a panel, inches
-Tried = Mapping[tuple[str, str], Sequence[tuple[float, float]]]  # (rate, figure) by task and method, ascending
+Tried = Mapping[tuple[str, str], Mapping[float, float]]  # as of `rates_tried`
 
 
 def draw_comparison(
@@ -48,7 +48,8 @@ def draw_comparison(
     cells: at the chosen rates; choosing: at all rates. methods: in the legend's order. reference: the method that the
     others are compared with. differences: of each from it, by (method, task), as `comparison.Difference`.
     """
-    model, tried = cells[0].model, rates_tried(choosing)
+    # an axis of logarithms has only rates above 0
+    model, tried = cells[0].model, rates_tried([cell for cell in choosing if cell.learning_rate > 0])
     base_of = {cell.method: cell.runs[0].label for cell in cells}
     look_of = looks_of_settings(base_looks(cells), {method: base_of[method] for method in methods})
     with matplotlib.rc_context({"font.size": 12, "text.parse_math": False}):
@@ -62,13 +63,6 @@ def draw_comparison(
         if differences:
             figures["differences"] = from_reference(model, differences, methods, reference, look_of)
         return [save(figure, folder, f"{model}_{name}") for name, figure in figures.items()]
-
-
-def rates_tried(choosing: Sequence[Cell]) -> Tried:
-    tried: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for cell in (cell for cell in choosing if cell.learning_rate > 0):  # an axis of logarithms has no other
-        tried.setdefault((cell.task, cell.method), []).extend((cell.learning_rate, x) for x in cell.figures("last"))
-    return {place: sorted(points) for place, points in tried.items()}
 
 
 def against_rates(
@@ -91,10 +85,10 @@ def against_rates(
             ax = axes[i][j]
             for method in (method for method in group if (task, method) in tried):
                 points, look = tried[task, method], look_of[method] | {"fillstyle": "none"}
-                ax.plot(*zip(*points, strict=True), label=method, **look)
-                for point in (point for point in points if point[0] == chosen.get((task, method))):
-                    ax.plot(*point, **look | {"fillstyle": "full", "linestyle": "none"})
-            rates = sorted({rate for method in group for rate, _ in tried.get((task, method), ())})
+                ax.plot([*points], [*points.values()], label=method, **look)
+                if (rate := chosen.get((task, method), 0.0)) in points:
+                    ax.plot(rate, points[rate], **look | {"fillstyle": "full", "linestyle": "none"})
+            rates = sorted({rate for method in group for rate in tried.get((task, method), ())})
             ax.set_xscale("log")
             ticks = apart(rates, math.log) if len(rates) > 1 else rates
             ax.set_xticks(ticks, [short(rate) for rate in ticks])

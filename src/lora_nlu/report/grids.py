@@ -96,6 +96,15 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def rates_tried(cells: Sequence[Cell]) -> dict[tuple[str, str], dict[float, float]]:
+    """The figures after training by (task, method) and learning rate, ascending; of each the cells have one run."""
+    tried: dict[tuple[str, str], dict[float, float]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.learning_rate):
+        for figure in cell.figures("last"):
+            tried.setdefault((cell.task, cell.method), {})[cell.learning_rate] = figure
+    return tried
+
+
 def short(n: float) -> str:
     """10000 to 10k, 0.0005 to 5e-4."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
