@@ -283,10 +283,11 @@ def status(
 def catch_interrupts() -> Iterator[list[int]]:
     """The signals to end that this program receives while the context lasts; empty at first."""
     interrupts: list[int] = []
-    # A signal that is ignored, as under nohup, stays ignored. Handlers are not passed on to the runs.
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number in (number for number, handler in before.items() if handler != signal.SIG_IGN):
-        signal.signal(number, lambda number, _: interrupts.append(number))
+    for number, handler in before.items():
+        # A signal that is ignored, as under nohup, stays so, but by a handler: the runs would inherit SIG_IGN
+        ignored = handler == signal.SIG_IGN
+        signal.signal(number, lambda number, _, ignored=ignored: None if ignored else interrupts.append(number))
     try:
         yield interrupts
     finally:
