@@ -251,6 +251,11 @@ def test_the_answers_to_both_sets_of_mnli_give_the_error_of_their_common_figure(
 
 
 def test_what_can_not_be_compared_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no training run on a GLUE task. .*\n?missing: .*nowhere"):
+        compare(tmp_path / "nowhere")
+    write_run(tmp_path / "own" / "choosing", "custom", 0, (0.5,), validation_from_train=10)
+    with pytest.raises(UserError, match=r"no training run on a GLUE task.*\nleft out, not a GLUE task: .*choosing"):
+        compare(tmp_path / "own")
     write_run(tmp_path / "bitfit", "cola", 0, (0.5,), method=BITFIT)
     with pytest.raises(UserError, match="no runs of plain LoRA to compare with"):
         compare(tmp_path)

@@ -339,6 +339,8 @@ def write_comparison(records: list[Record], notes: list[str], paths: Sequence[Pa
     reference: a method's name in the table, or the folder of one of its runs.
     Raises UserError for runs of several models, or that no method can be compared with.
     """
+    if not any(record.run.get("task") in TASKS for record in records):
+        cells_of(records, notes, paths)  # raises the error on runs of no GLUE task, or none at all
     is_choosing = [bool(record.run.get("hyperparameters", {}).get(KEPT_OUT)) for record in records]
     chosen = [record for record, is_one in zip(records, is_choosing, strict=True) if is_one and not is_unscored(record)]
     final = [with_answers(record, notes) for record, is_one in zip(records, is_choosing, strict=True) if not is_one]
