@@ -35,6 +35,9 @@ setup(
         "peft": ["peft"],  # a peer to test against, never imported by the package
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "peft", "matplotlib", "tensorboard"]
         + ["onnx", "onnxscript"]  # torch.onnx.export needs both
+        + [
+            "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
+        ]  # its interpreter runs ops/packed_attention.py without a GPU
         + ["parameterized"],  # transformers' own tests need it (tests/foreign)
     },
 )

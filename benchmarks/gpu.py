@@ -4,7 +4,7 @@
 
 Writes each row to DIR/STAGE.json as soon as it is measured, and the tables of all rows to DIR/gpu.md. A row that is in
 the file already is not measured again, so an interrupted stage goes on with the next one. Exits with 1 if a row of
-`numerics` is not within its bound, or a row raised an error.
+`numerics` or `attention` is not within its bound, or a row raised an error.
 """
 
 import argparse
@@ -25,7 +25,13 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
 import torch  # noqa: E402
 from common import RESULTS, machine  # noqa: E402
 
-STAGES = {"numerics": 200, "speed": 400, "graphs": 400, "finetune": 400}  # seconds that a stage may take
+STAGES = {
+    "numerics": 200,
+    "attention": 400,
+    "speed": 400,
+    "graphs": 400,
+    "finetune": 400,
+}  # seconds that a stage may take
 MARGIN = 5.0  # seconds before the limit after which no row starts
 
 

@@ -1,5 +1,6 @@
 """benchmarks/gpu.sh, which measures on a machine with a GPU: its code runs here on a CPU, on tiny models."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ SCRIPT = ROOT / "benchmarks" / "gpu.sh"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHON": sys.executable}
+    environment = os.environ | {"PYTHON": sys.executable, "TRITON_INTERPRET": "1"}
     return subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, env=environment)
 
 
@@ -30,5 +31,9 @@ def test_the_stages_run_on_a_cpu_and_go_on_where_they_stopped(tmp_path):
     assert speed["counts tiny roberta sst2 B4 bf16"]["ours"]["waits"] == 0
     same = json.loads((tmp_path / "graphs.json").read_text())["rows"]["same tiny deberta sst2 B4 fp32 dropout 0"]
     assert same["fixed"] == {"loss": 0.0, "parameters": 0.0} and same["plain"]["parameters"] < 1e-6
+    if importlib.util.find_spec("triton"):
+        attention = json.loads((tmp_path / "attention.json").read_text())["rows"]
+        assert attention["equal fp32, heads of 16, tables, dropout 0.1, all"]["ok"]
+        assert attention["step tiny deberta sst2 B2 fp32"]["graphed packed"]["ms"]["median"] > 0
     table = (tmp_path / "gpu.md").read_text()
     assert "| RoBERTa: lora, fp32 | 1.2e-01 |" in table and "| tiny deberta | mnli-like | 2 | fp32 |" in table

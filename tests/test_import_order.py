@@ -30,7 +30,7 @@ BELOW: dict[str, set[str]] = {
 }
 # The modules of each package from the lowest: each may import those before it.
 ORDER = {
-    "ops": ["processor", "packing", "sharding", "tensors", "compiling", "kernels", "frozen"],
+    "ops": ["processor", "packing", "sharding", "tensors", "compiling", "packed_attention", "kernels", "frozen"],
     "methods": [
         "method", "targets", "table", "description", "linear", "lora", "dora", "pissa", "adalora", "vera", "bottleneck",
         "marking",
@@ -56,7 +56,10 @@ ORDER = {
 }  # fmt: skip
 # Only these of a package may import adapters: what compares two of them.
 READS_ADAPTERS = {"report": {"similarity"}}
-READS_ENVIRONMENT = {"ops.compiling": {("os", "environ")}}  # where the user's cache is
+READS_ENVIRONMENT = {
+    "ops.compiling": {("os", "environ")},  # where the user's cache is
+    "ops.kernels": {("os", "environ")},  # LORA_NLU_PACKED_ATTENTION
+}
 NO_LIBRARIES = [
     "data", "methods", "training", "training.launch", "training.arguments", "training.help", "report",
     "adapters.__main__", "predict",

@@ -11,6 +11,7 @@ Dim letters: N rows, I in, O out features; H hidden, A heads, D head size, Q que
 
 import ctypes
 import logging
+import os
 import platform
 from functools import lru_cache
 from pathlib import Path
@@ -552,14 +553,28 @@ def attention(
     """
     relative = (relative_key, relative_query)
     trains = any(x is not None and x.requires_grad and torch.is_grad_enabled() for x in relative)
-    if (
-        trains
-        or packed.key_mask is not None
-        or packed.real is not None
-        or not 0 <= threshold(p) < 65536
-        or not kernels_for(query)
-    ):
+    if trains or packed.key_mask is not None or not 0 <= threshold(p) < 65536:
+        return None
+    first_tokens, views = query.shape[0] != key.shape[0], count_views(relative)
+    if (on_gpu := packed_attention()) and on_gpu.can_attend(query, key, value, heads, packed.length):
+        if not (is_traced() or torch.compiler.is_compiling()):
+            starts = packed.starts_on_device(first_tokens, views)
+            return on_gpu.attend(query, key, value, starts, packed.length, heads, scale, threshold(p), *relative)
+    if packed.real is not None or not kernels_for(query):
         return None
     seed = draw_seed() if p else 0
-    starts = packed.starts(query.shape[0] != key.shape[0], count_views(relative))
+    starts = packed.starts(first_tokens, views)
     return _Attention.apply(query, key, value, relative, starts, packed.length, heads, scale, p, seed)
+
+
+@lru_cache(maxsize=1)
+def packed_attention() -> Any:
+    """The module of this name if the user has turned it on, else None."""
+    if os.environ.get("LORA_NLU_PACKED_ATTENTION", "0") in ("", "0"):
+        return None
+    try:
+        from lora_nlu.ops import packed_attention
+    except ImportError as e:
+        logger.warning("LORA_NLU_PACKED_ATTENTION has no effect without Triton (pip install triton): %s.", e)
+        return None
+    return packed_attention

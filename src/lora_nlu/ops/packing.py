@@ -172,6 +172,17 @@ class PackedBatch:
         view_of = [i * views // count for count, _ in self.groups for i in range(count)]
         return queries, self.row_starts, torch.tensor(view_of)
 
+    def starts_on_device(self, first_tokens: bool, views: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What `starts` returns as int32 on the batch's device, also of a plan by `of_size`; never waits for it."""
+        device, places = self.first_rows.device, torch.arange(self.batch + 1, device=self.first_rows.device)
+        rows = self.batch * self.length if self.slots is None else len(self.slots)
+        end = torch.full((1,), rows, device=device) if self.real is None else self.real.sum()[None]
+        keys = torch.cat([self.first_rows, end])
+        view_of = places[:-1] * views // self.batch  # in the batch's order
+        if self.unsort is not None:
+            view_of = torch.empty_like(view_of).scatter_(0, self.unsort, view_of)
+        return (places if first_tokens else keys).int(), keys.int(), view_of.int()
+
     def grouped(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
         """(count, L, (query, key, value) rows) of each group; key, value [N, ...], query [N, ...] or [B, ...]."""
         key_sizes = [n * length for n, length in self.groups]

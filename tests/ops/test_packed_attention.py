@@ -1,0 +1,154 @@
+"""The Triton kernels of packed_attention.py without a GPU: interpreted against float64, and compiled for two cards.
+
+The interpreter runs one block after another, so it shows wrong numbers, but neither races nor speed.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ragged_batch, tiny_config
+
+import lora_nlu.ops
+from lora_nlu.models import RobertaForSequenceClassification
+from lora_nlu.ops import kernels
+from lora_nlu.ops.packing import PackedBatch, lengths_of
+
+BOUNDS = {"torch.float32": 2e-6, "torch.float16": 2e-3, "torch.bfloat16": 5e-2}
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed (it is for Linux alone)"
+)
+
+
+def run(mode: str, interpret: str) -> dict:
+    program = Path(__file__).with_name("triton_programs.py")
+    environment = os.environ | {"TRITON_INTERPRET": interpret}
+    done = subprocess.run([sys.executable, program, mode], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@needs_triton
+def test_interpreted_kernels_compute_attention_and_gradients_with_the_defined_dropout():
+    results = run("interpret", "1")
+    of_functions = {name: errors for name, errors in results.items() if isinstance(errors, list)}
+    assert len(of_functions) == 14 and len(results) == 19
+    for name, errors in of_functions.items():
+        assert max(errors) < BOUNDS[name.partition(",")[0]], (name, errors)
+    for name in results.keys() - of_functions.keys():  # whole models in fp32, all gradients
+        assert results[name] < 1e-5, name
+
+
+@needs_triton
+def test_kernels_compile_for_two_cards_and_fit_their_shared_memory():
+    results = run("compile", "0")
+    assert len(results) == 12
+    assert all(0 < size <= 99 * 1024 for size in results.values()), results
+
+
+@needs_triton
+def test_dropout_by_its_definition_has_the_rate_and_no_pattern():
+    from lora_nlu.ops.packed_attention import kept
+
+    keeps = kept(2**40 + 1, 2000, 3, 101, kernels.threshold(0.1)).double()  # [Q, A, S]
+    assert abs(keeps.mean() - 0.9) < 4 * (0.09 / keeps.numel()) ** 0.5
+    for axis in range(3):  # neighbours by query, head and key are independent
+        first, second = keeps.narrow(axis, 0, keeps.shape[axis] - 1), keeps.narrow(axis, 1, keeps.shape[axis] - 1)
+        covariance = ((first - 0.9) * (second - 0.9)).mean()
+        assert abs(covariance) < 5 * 0.09 / first.numel() ** 0.5
+    other = kept(2**40 + 2, 2000, 3, 101, kernels.threshold(0.1)).double()
+    assert abs(((keeps - 0.9) * (other - 0.9)).mean()) < 5 * 0.09 / keeps.numel() ** 0.5
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("first_tokens", [False, True])
+@pytest.mark.parametrize("lengths", [[3, 1, 5, 5, 1, 3], [4, 4], [2, 7, 2, 2]])
+def test_a_plan_on_the_device_has_the_starts_of_the_one_on_the_cpu(lengths, first_tokens, views):
+    mask = ragged_batch(lengths)["attention_mask"]
+    packed = PackedBatch.from_mask(mask, *mask.shape, mask.device)
+    found = packed.starts_on_device(first_tokens, views)
+    assert [x.dtype for x in found] == 3 * [torch.int32]
+    expected = packed.starts(first_tokens, views)
+    if sorted(lengths[: len(lengths) // 2]) != sorted(lengths[len(lengths) // 2 :]) and views == 2:
+        found, expected = found[:2], expected[:2]  # views are two equal halves
+    assert all(torch.equal(x.long(), y) for x, y in zip(found, expected, strict=True))
+
+
+def test_a_plan_on_the_device_reads_no_value():
+    mask = ragged_batch([3, 1, 5])["attention_mask"]
+    device = torch.device("meta")
+    plans = [
+        PackedBatch.from_mask(mask.to(device), *mask.shape, device, lengths=lengths_of(mask)),
+        PackedBatch.of_size(mask.to(device), 12),
+    ]
+    for plan in plans:
+        assert [len(x) for x in plan.starts_on_device(False, 2)] == [4, 4, 3]
+
+
+def test_a_plan_of_fixed_size_leaves_padding_out():
+    mask = ragged_batch([3, 1, 5])["attention_mask"]
+    plan = PackedBatch.of_size(mask, 12)
+    queries, keys, _ = plan.starts_on_device(False, 1)
+    assert keys.tolist() == queries.tolist() == [0, 3, 4, 9]
+    assert plan.starts_on_device(True, 1)[0].tolist() == [0, 1, 2, 3]
+
+
+@needs_triton
+def test_torch_attends_without_dropout_in_half_precision_on_a_card_that_can(monkeypatch):
+    """torch's function has no CPU: what it would get is checked against its signature and computed plainly."""
+    import inspect
+
+    from torch.nn.attention import varlen
+
+    from lora_nlu.ops import packed_attention
+
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def checked(*args, **kwargs):
+        given = SimpleNamespace(**signature.bind(*args, **kwargs).arguments)
+        starts = (given.cu_seq_q, given.cu_seq_k)
+        assert all(x.dtype is torch.int32 for x in starts) and given.query.shape[1:] == (2, 8)
+        assert [int(x.diff().max()) for x in starts] == [given.max_q, given.max_k]
+        out = []
+        for a, b, m, n in zip(starts[0], starts[0][1:], starts[1], starts[1][1:], strict=False):
+            q, k, v = (x.transpose(0, 1) for x in (given.query[a:b], given.key[m:n], given.value[m:n]))
+            out.append(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(0, 1))
+        return torch.cat(out)
+
+    monkeypatch.setattr(varlen, "varlen_attn", checked)
+    monkeypatch.setattr(packed_attention, "has_torch_kernel", lambda *args: True)
+    mask = ragged_batch([3, 1, 5])["attention_mask"]
+    packed = PackedBatch.from_mask(mask, *mask.shape, mask.device)
+    key, value = torch.randn(2, 9, 16)
+    for first_tokens in (False, True):
+        query = torch.randn(3 if first_tokens else 9, 16)
+        starts = packed.starts_on_device(first_tokens, 1)
+        found = packed_attention.attend(query, key, value, starts, 5, 2, 8**-0.5, 0)
+        expected = kernels.torch_attention(
+            query, key, value, ((None, None), packed.starts(first_tokens, 1), 5, 2, 8**-0.5, 0.0, 0)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_without_triton_a_line_says_that_the_setting_has_no_effect(monkeypatch, caplog):
+    monkeypatch.setenv("LORA_NLU_PACKED_ATTENTION", "1")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "lora_nlu.ops.packed_attention", raising=False)
+    monkeypatch.delattr(lora_nlu.ops, "packed_attention", raising=False)
+    kernels.packed_attention.cache_clear()
+    try:
+        model = RobertaForSequenceClassification(tiny_config()).eval()
+        batch = ragged_batch([3, 5])
+        logits = model(**batch).logits
+        assert "LORA_NLU_PACKED_ATTENTION has no effect without Triton (pip install triton)" in caplog.text
+        monkeypatch.setenv("LORA_NLU_PACKED_ATTENTION", "0")
+        kernels.packed_attention.cache_clear()
+        assert torch.equal(logits, model(**batch).logits)
+    finally:
+        kernels.packed_attention.cache_clear()
