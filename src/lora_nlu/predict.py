@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -237,6 +238,9 @@ def write_answers(
     from lora_nlu.data.texts import encode
 
     names = _names([predictor.source.path for predictor in predictors])
+    windows = texts.windows()
+    if not texts.is_terminal:  # what is wrong with the first texts is said before a header is written
+        windows = chain([*islice(windows, 1)], windows)
     if format == "tsv":
         sink.write("\t".join(_header(texts, names, predictors)) + "\n")
     if texts.is_terminal:
@@ -244,7 +248,7 @@ def write_answers(
         _say("Type a text a line; Ctrl-D ends." if len(texts.columns) == 1 else
              f"Type {texts.columns[0]}, a tab, {texts.columns[1]}; Ctrl-D ends.")  # fmt: skip
     cut = _Cut({*max_lengths})
-    for window in texts.windows():
+    for window in windows:
         columns = [[*column] for column in zip(*window, strict=True)]
         pairs = columns[1] if len(columns) == 2 else None
         encoded = {n: encode(columns[0], pairs, predictors[0].tokenizer, n) for n in cut.counts}

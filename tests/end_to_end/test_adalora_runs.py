@@ -75,7 +75,7 @@ def test_a_folder_has_the_directions_that_are_left_and_the_settings_of_the_run(k
     assert adapters(["inspect", str(folder)]) == 0
     text = capsys.readouterr().out
     assert re.search(r"method +adalora\n", text) and re.search(
-        rf"directions left +12 of 36, {count:,} parameters\n", text
+        rf"directions left +12 of 36, with {count:,} of the parameters\n", text
     )
     left = " ".join(str(sum(mask)) for name, mask in pattern.items() if "value" in name)
     assert re.search(rf"ranks left, value +{left}\n", text)

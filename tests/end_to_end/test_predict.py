@@ -323,6 +323,8 @@ def test_a_wrong_file_is_named_with_its_line(name, content, message, folder, pre
     outcome = predict(folder / "single", tmp_path / name)
     assert outcome.code == 1 and message in outcome.err and "Traceback" not in outcome.err
     assert outcome.err.strip().count("\n") < 3
+    if name in ("a.txt", "none.csv") and b"cat" not in (content or b""):
+        assert outcome.out == ""  # no header of no answers
 
 
 def test_a_pair_needs_its_tab(folder, predict, tmp_path):

@@ -364,5 +364,6 @@ def facts(adapter: Any) -> dict[str, Any]:
     by_target = {t: [str(kept[name]) for name in names if target_of(name) == t] for t in targets_and_layers(names)[0]}
     sizes = {name: adapter.state[f"{name}.lora_A"].shape[1] + len(adapter.state[f"{name}.lora_B"]) + 1 for name in kept}
     parameters = sum(kept[name] * sizes[name] for name in kept)
-    left = {"directions left": f"{sum(kept.values())} of {sum(adapter.ranks.values())}, {parameters:,} parameters"}
+    counts = f"{sum(kept.values())} of {sum(adapter.ranks.values())}"
+    left = {"directions left": f"{counts}, with {parameters:,} of the parameters"}
     return left | {f"ranks left, {target}": " ".join(ranks) for target, ranks in by_target.items()}
