@@ -33,7 +33,7 @@ def test_the_stages_run_on_a_cpu_and_go_on_where_they_stopped(tmp_path):
     assert same["fixed"] == {"loss": 0.0, "parameters": 0.0} and same["plain"]["parameters"] < 1e-6
     if importlib.util.find_spec("triton"):
         attention = json.loads((tmp_path / "attention.json").read_text())["rows"]
-        assert attention["equal fp32, heads of 16, tables, dropout 0.1, all"]["ok"]
+        assert attention["equal fp32, heads of 16, c2p|p2c table, dropout 0.1, all tokens"]["ok"]
         assert attention["step tiny deberta sst2 B2 fp32"]["graphed packed"]["ms"]["median"] > 0
     table = (tmp_path / "gpu.md").read_text()
     assert "| RoBERTa: lora, fp32 | 1.2e-01 |" in table and "| tiny deberta | mnli-like | 2 | fp32 |" in table

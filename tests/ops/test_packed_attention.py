@@ -20,7 +20,6 @@ from lora_nlu.models import RobertaForSequenceClassification
 from lora_nlu.ops import kernels
 from lora_nlu.ops.packing import PackedBatch, lengths_of
 
-BOUNDS = {"torch.float32": 2e-6, "torch.float16": 2e-3, "torch.bfloat16": 5e-2}
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (it is for Linux alone)"
 )
@@ -37,10 +36,10 @@ def run(mode: str, interpret: str) -> dict:
 @needs_triton
 def test_interpreted_kernels_compute_attention_and_gradients_with_the_defined_dropout():
     results = run("interpret", "1")
-    of_functions = {name: errors for name, errors in results.items() if isinstance(errors, list)}
+    of_functions = {name: row for name, row in results.items() if isinstance(row, dict)}
     assert len(of_functions) == 14 and len(results) == 19
-    for name, errors in of_functions.items():
-        assert max(errors) < BOUNDS[name.partition(",")[0]], (name, errors)
+    for name, row in of_functions.items():  # each within the bound of its precision
+        assert row["ok"] and 0 < row["query"] < 0.05, (name, row)
     for name in results.keys() - of_functions.keys():  # whole models in fp32, all gradients
         assert results[name] < 1e-5, name
 

@@ -13,67 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT / "tests"), str(ROOT / "benchmarks")]
+import gpu_attention  # noqa: E402
+from gpu_attention import BOTH, Equal, equal  # noqa: E402
 from helpers import CLASSIFIERS, ragged_batch, randomise_, tiny_config, tiny_deberta_config  # noqa: E402
 
 from lora_nlu.methods.marking import mark_only_lora_as_trainable  # noqa: E402
 from lora_nlu.ops import kernels, packed_attention  # noqa: E402
 from lora_nlu.ops.packing import PackedBatch  # noqa: E402
 
-LENGTHS, LONGEST, HEADS, VIEWS = [5, 40, 33, 1], 43, 2, 2
-SEED = 2**40 + 12345  # more than 32 bits
-
-
-def plain(
-    inputs: list[Tensor], tables: list[Tensor | None], starts: list[list[int]], scale: float, kept: Tensor | None
-) -> Tensor:
-    """Attention sequence by sequence; kept [Q, A, S]: what each probability is multiplied by."""
-    contexts = []
-    query, key, value = (x.unflatten(1, (HEADS, -1)).transpose(0, 1) for x in inputs)  # [A, N, D]
-    for (a, b), (m, n), view in zip(*[zip(x, x[1:], strict=False) for x in starts[:2]], starts[2], strict=True):
-        q, k, v = query[:, a:b], key[:, m:n], value[:, m:n]
-        scores = q @ k.mT
-        distance = torch.arange(b - a)[:, None] - torch.arange(n - m)  # i - j
-        for table, of_query in zip(tables, (False, True), strict=True):
-            if table is not None:  # relative keys are sorted by descending distance, relative queries by ascending
-                rows = table[view, LONGEST - 1 + (distance if of_query else -distance)].unflatten(-1, (HEADS, -1))
-                scores = scores + torch.einsum(
-                    "ajd,ijad->aij" if of_query else "aid,ijad->aij", k if of_query else q, rows
-                )
-        probs = (scale * scores).softmax(-1)
-        if kept is not None:
-            probs = probs * kept[a:b, :, : n - m].transpose(0, 1)
-        contexts.append((probs @ v).transpose(0, 1).flatten(1))
-    return torch.cat(contexts)
+LENGTHS = [5, 40, 33, 1]
 
 
 def error(x: Tensor, true: Tensor) -> float:
     return ((x.double() - true).norm() / true.norm()).item()
-
-
-def of_function(
-    dtype: torch.dtype, size: int, has_table: tuple[bool, bool], drops: bool, one_query: bool
-) -> list[float]:
-    """Errors of the context and of the gradients of query, key and value."""
-    torch.manual_seed(0)
-    keys = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
-    starts = [list(range(len(keys))) if one_query else keys, keys, [0, 1, 0, 1]]
-    shapes = [(starts[0][-1], HEADS * size), *2 * [(keys[-1], HEADS * size)]]
-    inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-    tables = [torch.randn(VIEWS, 2 * LONGEST - 1, HEADS * size).to(dtype) if has else None for has in has_table]
-    grad, scale, threshold = torch.randn(shapes[0]).to(dtype), 0.7 * size**-0.5, kernels.threshold(0.3) * drops
-    randint, torch.randint = torch.randint, lambda *_, **__: torch.tensor([SEED])
-    tensors: Any = tuple(torch.tensor(x, dtype=torch.int32) for x in starts)
-    out = packed_attention.attend(*inputs, tensors, LONGEST, HEADS, scale, threshold, *tables)
-    torch.randint = randint
-    out.backward(grad)
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    kept = None
-    if drops:
-        kept = packed_attention.kept(SEED, shapes[0][0], HEADS, LONGEST, threshold) / (1 - threshold / 65536)
-    true = plain(exact, [None if x is None else x.double() for x in tables], starts, scale, kept)
-    true.backward(grad.double())
-    return [error(out, true), *(error(x.grad, y.grad) for x, y in zip(inputs, exact, strict=True))]
 
 
 def step(model: Any, batch: dict[str, Any], is_on: bool) -> list[Tensor]:
@@ -106,17 +60,12 @@ def of_model(config: Any, fixed_size: bool, **settings: Any) -> float:
 
 
 def interpreted() -> dict[str, Any]:
-    results: dict[str, Any] = {}
-    for dtype in packed_attention.DTYPES:
-        for has_table in ((False, False), (True, True), (True, False), (False, True)):
-            for drops, one_query in ((False, False), (True, False), (True, True)):
-                if dtype is not torch.float32 and (one_query or not drops or sum(has_table) == 1):
-                    continue  # the same code on other numbers
-                if sum(has_table) == 1 and not drops:
-                    continue
-                size = 24 if drops else 32
-                name = f"{dtype}, tables {has_table}, dropout {drops}, first tokens {one_query}"
-                results[name] = of_function(dtype, size, has_table, drops, one_query)
+    rows = [Equal("fp32", 32, tables, 0.0, lengths=LENGTHS) for tables in ("", BOTH)]
+    rows += [
+        Equal("fp32", 24, tables, 0.3, first, LENGTHS) for tables in ("", "c2p", "p2c", BOTH) for first in (False, True)
+    ]
+    rows += [Equal(dtype, 32, tables, 0.3, lengths=LENGTHS) for dtype in ("bf16", "fp16") for tables in ("", BOTH)]
+    results: dict[str, Any] = {row.name: equal(row, torch.device("cpu")) for row in rows}
     long = {"max_position_embeddings": 80}
     for fixed_size in (False, True):
         results[f"RoBERTa, fixed size {fixed_size}"] = of_model(tiny_config(**long), fixed_size)
@@ -165,4 +114,5 @@ def compiled() -> dict[str, int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gpu_attention.REPEATS = 1
     print(json.dumps(interpreted() if sys.argv[1] == "interpret" else compiled(), indent=1))
