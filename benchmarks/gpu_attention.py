@@ -1,9 +1,9 @@
 """The stage `attention` of gpu.sh: attention on packed rows (lora_nlu/ops/packed_attention.py) against that on a grid.
 
 `equal` rows compare context and gradients with float64, dropout's mask by its definition, and repeat the work, which
-must give the same bits: blocks that race would not. `step` rows time whole training steps of ours with these functions
-and without, as CUDA graphs and one operation at a time, in turn. On a CPU (--smoke) Triton's interpreter runs them, if
-TRITON_INTERPRET=1 is set.
+must give the same bits, where it is not torch's: blocks that race would not. `step` rows time whole training steps of
+ours with these functions and without, as CUDA graphs and one operation at a time, in turn. On a CPU (--smoke) Triton's
+interpreter runs them, if TRITON_INTERPRET=1 is set.
 """
 
 import importlib.util
@@ -136,9 +136,11 @@ def equal(row: Equal, device: torch.device) -> dict[str, Any]:
     true = [out, *torch.autograd.grad(out, exact, grad.double())]
     errors = [((x.cpu().double() - y).norm() / y.norm()).item() for x, y in zip(found[0], true, strict=True)]
     repeats = all(torch.equal(x, y) for again in found[1:] for x, y in zip(found[0], again, strict=True))
+    # torch's adds gradients of queries in any order
+    is_torchs = not threshold and not row.tables and packed_attention.has_torch_kernel(moved[0], HEADS, scale)
     names = ("context", "query", "key", "value")
     return {
-        "ok": repeats and max(errors) <= BOUNDS[row.precision],
+        "ok": (repeats or is_torchs) and max(errors) <= BOUNDS[row.precision],
         "repeats": repeats,
         **dict(zip(names, errors, strict=True)),
     }

@@ -98,6 +98,55 @@ def test_a_plan_of_fixed_size_leaves_padding_out():
     assert plan.starts_on_device(True, 1)[0].tolist() == [0, 1, 2, 3]
 
 
+def test_wrong_lengths_do_not_lead_out_of_the_rows():
+    mask = ragged_batch([3, 1, 5])["attention_mask"]
+    plan = PackedBatch.from_mask(mask, *mask.shape, mask.device, lengths=[1, 1, 1])
+    starts = plan.starts_on_device(False, 1)
+    assert all(int(x.max()) <= len(plan.slots) and (x.diff() >= 0).all() for x in starts[:2])
+
+
+@needs_triton
+def test_tensors_that_do_not_belong_together_are_refused_before_a_kernel_reads_them(monkeypatch):
+    from lora_nlu.ops import packed_attention
+
+    monkeypatch.setattr(kernels, "packed_attention", lambda: packed_attention)
+    monkeypatch.setattr(packed_attention, "can_attend", lambda *args: True)
+    mask = ragged_batch([3, 1, 5])["attention_mask"]
+    packed = PackedBatch.from_mask(mask, *mask.shape, mask.device)
+    elsewhere = PackedBatch.from_mask(mask.to("meta"), *mask.shape, torch.device("meta"), lengths=[3, 1, 5])
+    rows = torch.randn(9, 16)
+    cases = [
+        ("key", (rows, rows[:, :8], rows, packed), None),
+        ("value", (rows, rows, rows[:5], packed), None),
+        ("starts", (rows, rows, rows, elsewhere), None),
+        ("relative table", (rows, rows, rows, packed), torch.randn(1, 3, 16)),
+    ]
+    for name, arguments, table in cases:
+        with pytest.raises(ValueError, match=name):
+            kernels.attention(*arguments, 2, 0.25, 0.0, table)
+
+
+@needs_triton
+def test_rows_of_no_sequence_are_not_left_to_torch_which_would_not_write_them(monkeypatch):
+    """Their gradients would be whatever the memory was, and be added to those of the weights."""
+    from torch.nn.attention import varlen
+
+    from lora_nlu.ops import packed_attention
+
+    calls = []
+    monkeypatch.setattr(kernels, "packed_attention", lambda: packed_attention)
+    monkeypatch.setattr(packed_attention, "can_attend", lambda *args: True)
+    monkeypatch.setattr(packed_attention, "has_torch_kernel", lambda *args: True)
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, *args: calls.append("torch") or query)
+    ours = SimpleNamespace(apply=lambda query, *args: calls.append("ours") or query)
+    monkeypatch.setattr(packed_attention, "_Attention", ours)
+    mask = ragged_batch([3, 1, 5])["attention_mask"]
+    for plan in (PackedBatch.from_mask(mask, *mask.shape, mask.device), PackedBatch.of_size(mask, 12)):
+        rows = torch.randn(len(plan.slots), 16)
+        kernels.attention(rows, rows, rows, plan, 2, 8**-0.5, 0.0)
+    assert calls == ["torch", "ours"]
+
+
 @needs_triton
 def test_torch_attends_without_dropout_in_half_precision_on_a_card_that_can(monkeypatch):
     """torch's function has no CPU: what it would get is checked against its signature and computed plainly."""
@@ -145,7 +194,7 @@ def test_without_triton_a_line_says_that_the_setting_has_no_effect(monkeypatch, 
         model = RobertaForSequenceClassification(tiny_config()).eval()
         batch = ragged_batch([3, 5])
         logits = model(**batch).logits
-        assert "LORA_NLU_PACKED_ATTENTION has no effect without Triton (pip install triton)" in caplog.text
+        assert "LORA_NLU_PACKED_ATTENTION has no effect without Triton 3.4 (pip install triton)" in caplog.text
         monkeypatch.setenv("LORA_NLU_PACKED_ATTENTION", "0")
         kernels.packed_attention.cache_clear()
         assert torch.equal(logits, model(**batch).logits)

@@ -106,7 +106,10 @@ def compiled() -> dict[str, int]:
                 types |= dict.fromkeys(constants, "constexpr")
                 signature = {argument: types[argument] for argument in function.arg_names}
                 for capability in (80, 90):
-                    source = ASTSource(fn=function, signature=signature, constexprs=constants)
+                    aligned = {
+                        (n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind[0] == "*"
+                    }
+                    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
                     done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
                     results[f"{name}, {dtype}, {size}, tables {has_table}, sm_{capability}"] = done.metadata.shared
     return results

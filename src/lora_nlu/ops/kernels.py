@@ -556,10 +556,16 @@ def attention(
     if trains or packed.key_mask is not None or not 0 <= threshold(p) < 65536:
         return None
     first_tokens, views = query.shape[0] != key.shape[0], count_views(relative)
-    if (on_gpu := packed_attention()) and on_gpu.can_attend(query, key, value, heads, packed.length):
-        if not (is_traced() or torch.compiler.is_compiling()):
-            starts = packed.starts_on_device(first_tokens, views)
-            return on_gpu.attend(query, key, value, starts, packed.length, heads, scale, threshold(p), *relative)
+    can_replace_torch = not (torch.compiler.is_compiling() or is_traced())
+    if can_replace_torch and (gpu := packed_attention()) and gpu.can_attend(query, key, value, heads, packed):
+        starts, width, longest = packed.starts_on_device(first_tokens, views), query.shape[1], packed.length
+        check_tensor("key", key, query.device, key.shape[0], width)
+        check_tensor("value", value, query.device, key.shape[0], width)
+        check_tensor("starts", starts[0], query.device, packed.batch + 1)
+        for table in (x for x in relative if x is not None):
+            check_tensor("relative table", table, query.device, views, 2 * longest - 1, width)
+        has_padding = packed.real is not None
+        return gpu.attend(query, key, value, starts, longest, heads, scale, threshold(p), *relative, has_padding)
     if packed.real is not None or not kernels_for(query):
         return None
     seed = draw_seed() if p else 0
@@ -574,7 +580,7 @@ def packed_attention() -> Any:
         return None
     try:
         from lora_nlu.ops import packed_attention
-    except ImportError as e:
-        logger.warning("LORA_NLU_PACKED_ATTENTION has no effect without Triton (pip install triton): %s.", e)
+    except (ImportError, AttributeError) as e:  # Triton before 3.4, of torch 2.6 and 2.7, lacks `knobs`
+        logger.warning("LORA_NLU_PACKED_ATTENTION has no effect without Triton 3.4 (pip install triton): %s.", e)
         return None
     return packed_attention

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_nlu.ops.packing import PackedBatch, is_batched
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-IS_INTERPRETED = bool(
-    triton.knobs.runtime.interpret
-)  # TRITON_INTERPRET=1: Triton's interpreter runs the kernels on CPU tensors
+IS_INTERPRETED = bool(triton.knobs.runtime.interpret)  # by TRITON_INTERPRET=1, on CPU tensors
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
 
 
@@ -252,27 +252,35 @@ def _multiplied(x: Tensor, y: int) -> tuple[Tensor, Tensor]:
     return high >> 16, (high & 0xFFFF) << 16 | (low & 0xFFFF)
 
 
-def can_attend(query: Tensor, key: Tensor, value: Tensor, heads: int, longest: int) -> bool:
-    """Whether `attend` takes these rows: plain, of one dtype, heads of 128 or less, draws counted in 31 bits."""
-    size, draws = query.shape[1] // heads, query.shape[0] * heads * (longest + 3) // 4
+def can_attend(query: Tensor, key: Tensor, value: Tensor, heads: int, packed: PackedBatch) -> bool:
+    """Whether `attend` takes these rows: plain, of one dtype, heads of 128 or less, on an Ampere card or later.
+
+    Draws of dropout are counted in 31 bits, and a grid of blocks has at most 65,535 sequences.
+    """
+    size, draws = query.shape[1] // heads, query.shape[0] * heads * (packed.length + 3) // 4
     fits = all(type(x) is Tensor and x.dtype is query.dtype for x in (query, key, value))
-    return fits and query.dtype in DTYPES and size <= 128 and draws < 2**31 and (query.is_cuda or IS_INTERPRETED)
+    if not fits or query.dtype not in DTYPES or size > 128 or draws >= 2**31 or packed.batch > 65535:
+        return False
+    return IS_INTERPRETED or (query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0))
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, starts: tuple[Tensor, Tensor, Tensor], longest: int, heads: int,
     scale: float, threshold: int, relative_key: Tensor | None = None, relative_query: Tensor | None = None,
+    has_padding: bool = False,
 ) -> Tensor:  # fmt: skip
     """As `kernels.attention`, with what `PackedBatch.starts_on_device` returns; rows of no sequence become 0.
 
-    `threshold` of 65536 draws drop a probability. The backward raises RuntimeError for a second derivative.
+    The caller has checked that they belong together. `threshold` of 65536 draws drop a probability; `has_padding`:
+    there may be rows of no sequence. The backward raises RuntimeError for a second derivative, or a batch of gradients.
     """
     has_table = relative_key is not None or relative_query is not None
-    if threshold == 0 and not has_table and has_torch_kernel(query, heads, scale):
+    # torch's leaves rows of no sequence, and their gradients, as the memory was
+    if threshold == 0 and not has_table and not has_padding and has_torch_kernel(query, heads, scale):
         from torch.nn.attention.varlen import varlen_attn
 
         query_starts, key_starts, _ = starts
-        q, k, v = (x.unflatten(1, (heads, -1)) for x in (query, key, value))
+        q, k, v = (x.contiguous().unflatten(1, (heads, -1)) for x in (query, key, value))
         one_query = len(query) != len(key)
         context: Any = varlen_attn(q, k, v, query_starts, key_starts, 1 if one_query else longest, longest)
         return context.flatten(1)
@@ -281,7 +289,7 @@ def attend(
 
 
 def has_torch_kernel(query: Tensor, heads: int, scale: float) -> bool:
-    """Whether torch's `varlen_attn` can attend: half precision on an Ampere card or later, the usual scale."""
+    """Whether torch's `varlen_attn` can attend: half precision, the usual scale, what flash attention asks for."""
     size = query.shape[1] // heads
     if not query.is_cuda or query.dtype is torch.float32 or size % 8 or abs(scale * size**0.5 - 1) > 1e-6:
         return False
@@ -306,7 +314,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, tables: list[Tensor | None],
         starts: tuple[Tensor, Tensor, Tensor], longest: int, heads: int, scale: float, threshold: int,
     ) -> Tensor:  # fmt: skip
-        inputs = [x.contiguous() for x in (query, key, value)]
+        inputs = [x.resolve_neg().contiguous() for x in (query, key, value)]
         # drawn on the device, so that nothing waits and each replay of a CUDA graph draws anew
         seed = torch.randint(2**62, (1,), device=query.device) if threshold else starts[2]
         ctx.settings = (tables, starts, longest, heads, scale, threshold, seed)
@@ -318,13 +326,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(grad):
             raise RuntimeError(
-                "The attention that LORA_NLU_PACKED_ATTENTION=1 turns on has no second derivative: start without it."
+                "The attention that LORA_NLU_PACKED_ATTENTION=1 turns on has no second derivative and no batches of "
+                "gradients: start without it."
             )
         query, key, value, out, lse = ctx.saved_tensors
         heads = ctx.settings[3]
-        grad = grad.contiguous()
+        grad = grad.resolve_neg().contiguous()
         delta = (out.float() * grad.float()).unflatten(1, (heads, -1)).sum(-1)  # [Q, A]
         grads = [torch.zeros_like(x) for x in (query, key, value)]
         given = [grad, lse, delta]

@@ -174,14 +174,21 @@ class PackedBatch:
 
     def starts_on_device(self, first_tokens: bool, views: int) -> tuple[Tensor, Tensor, Tensor]:
         """What `starts` returns as int32 on the batch's device, also of a plan by `of_size`; never waits for it."""
-        device, places = self.first_rows.device, torch.arange(self.batch + 1, device=self.first_rows.device)
-        rows = self.batch * self.length if self.slots is None else len(self.slots)
-        end = torch.full((1,), rows, device=device) if self.real is None else self.real.sum()[None]
-        keys = torch.cat([self.first_rows, end])
-        view_of = places[:-1] * views // self.batch  # in the batch's order
-        if self.unsort is not None:
-            view_of = torch.empty_like(view_of).scatter_(0, self.unsort, view_of)
-        return (places if first_tokens else keys).int(), keys.int(), view_of.int()
+        if (first_tokens, views) not in self._starts_on_device:
+            device, rows = self.first_rows.device, self.batch * self.length if self.slots is None else len(self.slots)
+            places = torch.arange(self.batch + 1, device=device)
+            end = torch.full((1,), rows, device=device) if self.real is None else self.real.sum()[None]
+            keys = torch.cat([self.first_rows, end]).clamp(max=rows)  # wrong `lengths` must not lead out of the rows
+            view_of = places[:-1] * views // self.batch  # in the batch's order
+            if self.unsort is not None:
+                view_of = torch.empty_like(view_of).scatter_(0, self.unsort, view_of)
+            starts = (places if first_tokens else keys).int(), keys.int(), view_of.int()
+            self._starts_on_device[first_tokens, views] = starts
+        return self._starts_on_device[first_tokens, views]
+
+    @cached_property
+    def _starts_on_device(self) -> dict[tuple[bool, int], tuple[Tensor, Tensor, Tensor]]:
+        return {}  # computed once for all layers
 
     def grouped(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[tuple[int, int, tuple[Tensor, ...]]]:
         """(count, L, (query, key, value) rows) of each group; key, value [N, ...], query [N, ...] or [B, ...]."""
