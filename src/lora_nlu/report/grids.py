@@ -106,11 +106,11 @@ def rates_tried(cells: Sequence[Cell]) -> dict[tuple[str, str], dict[float, floa
 
 
 def short(n: float) -> str:
-    """10000 to 10k, 0.0005 to 5e-4."""
+    """10000 to 10k, 0.0005 to 5e-4, 0.01 to 1e-2."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if n >= unit:
             return f"{n / unit:g}{letter}"
-    if 0 < n < 0.01:
+    if 0 < n < 0.1:
         digits, _, exponent = f"{n:.2e}".partition("e")
         return f"{float(digits):g}e{int(exponent)}"
     return f"{n:g}"
