@@ -93,10 +93,23 @@ def _scores(
 
 
 @triton.jit
-def _window(table, view, distance, longest, width, head, D: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr):
-    """[2 M, PADDED] rows of a table [V, 2 S - 1, H] from the one of distance - (M - 1) on."""
-    count = 2 * longest - 1
-    return _rows(table, view * count, longest - 1 + distance - (M - 1), count, width, head, D, PADDED, 2 * M)
+def _window(
+    table, view, distance, longest, width, head, D: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+):  # fmt: skip
+    """[2 M, PADDED] rows of a table [V, 2 S - 1, H] from the one of distance - (M - 1) on; without a table 0."""
+    if HAS_TABLE:
+        count = 2 * longest - 1
+        return _rows(table, view * count, longest - 1 + distance - (M - 1), count, width, head, D, PADDED, 2 * M)
+    else:
+        return 0
+
+
+@triton.jit
+def _sequence(starts, sequence):
+    """The first row of a sequence, and how many it has."""
+    first = tl.load(starts + sequence)
+    return first, tl.load(starts + sequence + 1) - first
 
 
 @triton.jit(do_not_specialize=["longest", "threshold"])
@@ -108,8 +121,8 @@ def _forward(
 ):  # fmt: skip
     i0, sequence, head = tl.program_id(0) * M, tl.program_id(1), tl.program_id(2)
     width, words = heads * D, (longest + 3) // 4
-    first_query, first_key = tl.load(query_starts + sequence), tl.load(key_starts + sequence)
-    queries, keys = tl.load(query_starts + sequence + 1) - first_query, tl.load(key_starts + sequence + 1) - first_key
+    first_query, queries = _sequence(query_starts, sequence)
+    first_key, keys = _sequence(key_starts, sequence)
     view, i = tl.load(view_of + sequence), i0 + tl.arange(0, M)
     if i0 < queries:
         q = _rows(query, first_query, i0, queries, width, head, D, PADDED, M)
@@ -118,11 +131,8 @@ def _forward(
         for j0 in range(0, keys, M):
             k = _rows(key, first_key, j0, keys, width, head, D, PADDED, M)
             v = _rows(value, first_key, j0, keys, width, head, D, PADDED, M)
-            key_window, query_window = k, k  # of other shapes where there are tables
-            if HAS_KEY:
-                key_window = _window(relative_key, view, j0 - i0, longest, width, head, D, PADDED, M)
-            if HAS_QUERY:
-                query_window = _window(relative_query, view, i0 - j0, longest, width, head, D, PADDED, M)
+            key_window = _window(relative_key, view, j0 - i0, longest, width, head, D, PADDED, M, HAS_KEY)
+            query_window = _window(relative_query, view, i0 - j0, longest, width, head, D, PADDED, M, HAS_QUERY)
             scores = _scores(
                 q, k, i, j0 + tl.arange(0, M), queries, keys, key_window, query_window, scale, HAS_KEY, HAS_QUERY, M
             )
@@ -164,8 +174,8 @@ def _query_gradient(
 ):  # fmt: skip
     i0, sequence, head = tl.program_id(0) * M, tl.program_id(1), tl.program_id(2)
     width, words = heads * D, (longest + 3) // 4
-    first_query, first_key = tl.load(query_starts + sequence), tl.load(key_starts + sequence)
-    queries, keys = tl.load(query_starts + sequence + 1) - first_query, tl.load(key_starts + sequence + 1) - first_key
+    first_query, queries = _sequence(query_starts, sequence)
+    first_key, keys = _sequence(key_starts, sequence)
     view, i = tl.load(view_of + sequence), i0 + tl.arange(0, M)
     if i0 < queries:
         q = _rows(query, first_query, i0, queries, width, head, D, PADDED, M)
@@ -176,11 +186,8 @@ def _query_gradient(
         for j0 in range(0, keys, M):
             k = _rows(key, first_key, j0, keys, width, head, D, PADDED, M)
             v = _rows(value, first_key, j0, keys, width, head, D, PADDED, M)
-            key_window, query_window = k, k
-            if HAS_KEY:
-                key_window = _window(relative_key, view, j0 - i0, longest, width, head, D, PADDED, M)
-            if HAS_QUERY:
-                query_window = _window(relative_query, view, i0 - j0, longest, width, head, D, PADDED, M)
+            key_window = _window(relative_key, view, j0 - i0, longest, width, head, D, PADDED, M, HAS_KEY)
+            query_window = _window(relative_query, view, i0 - j0, longest, width, head, D, PADDED, M, HAS_QUERY)
             _, grads = _score_gradients(
                 q, k, v, grad, i, j0, queries, keys, key_window, query_window, row_lse, row_delta, seed, first_query,
                 heads, head, words, scale, threshold, HAS_KEY, HAS_QUERY, DROPS, M,
@@ -200,8 +207,8 @@ def _key_and_value_gradient(
 ):  # fmt: skip
     j0, sequence, head = tl.program_id(0) * M, tl.program_id(1), tl.program_id(2)
     width, words = heads * D, (longest + 3) // 4
-    first_query, first_key = tl.load(query_starts + sequence), tl.load(key_starts + sequence)
-    queries, keys = tl.load(query_starts + sequence + 1) - first_query, tl.load(key_starts + sequence + 1) - first_key
+    first_query, queries = _sequence(query_starts, sequence)
+    first_key, keys = _sequence(key_starts, sequence)
     view = tl.load(view_of + sequence)
     if j0 < keys:
         k = _rows(key, first_key, j0, keys, width, head, D, PADDED, M)
@@ -213,11 +220,8 @@ def _key_and_value_gradient(
             grad = _rows(grad_out, first_query, i0, queries, width, head, D, PADDED, M)
             row_lse = tl.load(lse + (first_query + i) * heads + head, mask=i < queries, other=0.0)
             row_delta = tl.load(delta + (first_query + i) * heads + head, mask=i < queries, other=0.0)
-            key_window, query_window = k, k
-            if HAS_KEY:
-                key_window = _window(relative_key, view, j0 - i0, longest, width, head, D, PADDED, M)
-            if HAS_QUERY:
-                query_window = _window(relative_query, view, i0 - j0, longest, width, head, D, PADDED, M)
+            key_window = _window(relative_key, view, j0 - i0, longest, width, head, D, PADDED, M, HAS_KEY)
+            query_window = _window(relative_query, view, i0 - j0, longest, width, head, D, PADDED, M, HAS_QUERY)
             dropped, grads = _score_gradients(
                 q, k, v, grad, i, j0, queries, keys, key_window, query_window, row_lse, row_delta, seed, first_query,
                 heads, head, words, scale, threshold, HAS_KEY, HAS_QUERY, DROPS, M,
