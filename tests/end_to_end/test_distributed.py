@@ -195,7 +195,7 @@ def test_a_run_resumes_with_another_number_of_processes_and_under_another_backen
     def flags(name: str, *more: object) -> list[object]:
         common = ["--model_name_or_path", steady["roberta"], *STEPS, *EVAL, "--save_steps", 8, *BY_LENGTH]
         common += ["--lora_variant", "rslora", "--loraplus_lr_ratio", 2, "--head_learning_rate", "4e-3"]
-        common += ["--adam_epsilon", "1e-5"]  # else Adam makes a step of what is only rounding
+        common += ["--adam_epsilon", "1e-3"]  # else Adam makes a step of what is only rounding
         return rte(glue, tmp_path / name, *common, *more)
 
     succeeded(call(*flags("one", BATCH, 8)))
