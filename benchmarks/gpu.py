@@ -25,13 +25,8 @@ if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None
 import torch  # noqa: E402
 from common import RESULTS, machine  # noqa: E402
 
-STAGES = {
-    "numerics": 200,
-    "attention": 400,
-    "speed": 400,
-    "graphs": 400,
-    "finetune": 400,
-}  # seconds that a stage may take
+# seconds that a stage may take
+STAGES = {"numerics": 200, "attention": 400, "speed": 400, "graphs": 400, "finetune": 400}
 MARGIN = 5.0  # seconds before the limit after which no row starts
 
 

@@ -16,12 +16,11 @@ from functools import partial
 from typing import Any
 
 import gpu_graphs
-import gpu_speed
 import torch
 from common import spread
 from gpu_graphs import Graphed, gpu_release, run
 from gpu_graphs import release as release_memory
-from gpu_speed import DTYPES, D, L, R, X, build, draw, held
+from gpu_speed import DTYPES, D, L, R, Work, X, build, draw, held
 from torch import Tensor
 
 from lora_nlu.ops import kernels
@@ -51,10 +50,6 @@ class Equal:
         )
 
 
-class Step(gpu_speed.Work):
-    """One row: a training step."""
-
-
 EQUALS = [
     Equal(precision, size, tables, p, first)
     for precision in PRECISIONS
@@ -64,13 +59,13 @@ EQUALS = [
     )
 ]  # fmt: skip
 STEPS = [
-    *(Step("step", model, task, 16) for model in (R, D) for task in ("rte", "sst2")),
-    *(Step("step", model, "mnli-like", 128) for model in (R, D)),
-    *(Step("step", model, "equal-128", 16) for model in (R, D)),
-    *(Step("step", model, "rte", 16) for model in (L, X)),
-    *(Step("step", model, "rte", 16, "fp32") for model in (R, D)),
+    *(Work("step", model, task, 16) for model in (R, D) for task in ("rte", "sst2")),
+    *(Work("step", model, "mnli-like", 128) for model in (R, D)),
+    *(Work("step", model, "equal-128", 16) for model in (R, D)),
+    *(Work("step", model, "rte", 16) for model in (L, X)),
+    *(Work("step", model, "rte", 16, "fp32") for model in (R, D)),
 ]
-SMOKE = [Equal("fp32", 16, BOTH, 0.1, lengths=(1, 33)), Step("step", "tiny deberta", "sst2", 2, "fp32")]
+SMOKE = [Equal("fp32", 16, BOTH, 0.1, lengths=(1, 33)), Work("step", "tiny deberta", "sst2", 2, "fp32")]
 
 
 def work(stage: Any, smoke: bool) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -80,15 +75,9 @@ def work(stage: Any, smoke: bool) -> list[tuple[str, Callable[[], dict[str, Any]
     if stage.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         print("no GPU: set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter")
         return []
+    measures = {Equal: equal, Work: partial(step, count=1 if smoke else 100)}
     rows = SMOKE if smoke else [*EQUALS, *STEPS]
-    count = 1 if smoke else 100
-    return [
-        (
-            row.name,
-            partial(equal, row, stage.device) if isinstance(row, Equal) else partial(step, row, stage.device, count),
-        )
-        for row in rows
-    ]
+    return [(row.name, partial(measures[type(row)], row, stage.device)) for row in rows]
 
 
 @contextmanager
@@ -167,7 +156,7 @@ def plain(
     return torch.cat(contexts)
 
 
-def step(row: Step, device: torch.device, count: int) -> dict[str, Any]:
+def step(row: Work, device: torch.device, count: int) -> dict[str, Any]:
     """Milliseconds and memory of a step, with graphs ("graphed") and without ("eager")."""
     batches, dtype = draw(row, device, count), DTYPES[row.precision]
     result: dict[str, Any] = {}
@@ -217,15 +206,15 @@ def table(rows: dict[str, Any]) -> str:
     wrong = [name for name, row in equals.items() if not row.get("ok")]
     text = f"Packed attention: {len(equals) - len(wrong)} of {len(equals)} comparisons with float64 within their bounds"
     lines = [HEADER]
-    for work in [*STEPS, *SMOKE]:
-        row = rows.get(work.name, {"error": ""})
-        if isinstance(work, Equal) or "error" in row:
+    for row in [*STEPS, *SMOKE]:
+        got = rows.get(row.name, {"error": ""})
+        if isinstance(row, Equal) or "error" in got:
             continue
         for way in ("graphed", "eager"):
-            packed, grid = row[f"{way} packed"], row[f"{way} grid"]
+            packed, grid = got[f"{way} packed"], got[f"{way} grid"]
             lines.append(
-                f"| {work.model} | {work.task} | {work.batch} | {work.precision} | {way} | "
-                f"{packed['ms']['median']:.1f} | {grid['ms']['median']:.1f} | {row[f'{way} times as fast']:.2f} | "
+                f"| {row.model} | {row.task} | {row.batch} | {row.precision} | {way} | "
+                f"{packed['ms']['median']:.1f} | {grid['ms']['median']:.1f} | {got[f'{way} times as fast']:.2f} | "
                 f"{packed.get('mib', 0):.0f}, {grid.get('mib', 0):.0f} |"
             )
     return "\n\n".join([text + ("." if not wrong else ": not " + "; ".join(wrong) + "."), "\n".join(lines)])

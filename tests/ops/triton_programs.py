@@ -1,7 +1,7 @@
 """What test_packed_attention.py runs in processes of their own, as TRITON_INTERPRET is read when Triton is imported.
 
-TRITON_INTERPRET=1 python triton_programs.py interpret    relative errors against float64, by case, as JSON
-python triton_programs.py compile                         bytes of shared memory, by kernel and card, as JSON
+TRITON_INTERPRET=1 python triton_programs.py interpret    errors against float64, by case, as JSON
+python triton_programs.py compile [all]                   bytes of shared memory, by kernel and card, as JSON
 """
 
 import copy
@@ -84,13 +84,8 @@ def compiled() -> dict[str, int]:
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     integers = {"query_starts": "*i32", "key_starts": "*i32", "view_of": "*i32", "seed": "*i64", "heads": "i32",
                 "longest": "i32", "threshold": "i32", "scale": "fp32", "lse": "*fp32", "delta": "*fp32"}  # fmt: skip
-    cases = [
-        (torch.bfloat16, 64),
-        (torch.bfloat16, 128),
-        (torch.float16, 64),
-        (torch.float32, 64),
-        (torch.float32, 128),
-    ]
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    cases = [(bf16, 64), (bf16, 128), (fp16, 64), (fp32, 64), (fp32, 128)]
     kernels_of_file = ("_forward", "_query_gradient", "_key_and_value_gradient")
     results = {}
     for dtype, size in cases if "all" in sys.argv else cases[:1]:
