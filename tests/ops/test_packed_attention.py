@@ -184,19 +184,28 @@ def test_torch_attends_without_dropout_in_half_precision_on_a_card_that_can(monk
         torch.testing.assert_close(found, expected)
 
 
-def test_without_triton_a_line_says_that_the_setting_has_no_effect(monkeypatch, caplog):
-    monkeypatch.setenv("LORA_NLU_PACKED_ATTENTION", "1")
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "lora_nlu.ops.packed_attention", raising=False)
-    monkeypatch.delattr(lora_nlu.ops, "packed_attention", raising=False)
-    kernels.packed_attention.cache_clear()
+@pytest.mark.parametrize(
+    "setting, reason",
+    [
+        ("1", "has no effect without Triton 3.4 (pip install triton)"),
+        pytest.param("1", "has no effect without a GPU", marks=needs_triton),
+        ("false", "is 1 or 0, not 'false'; it is taken for 0"),
+    ],
+)
+def test_a_line_says_why_the_setting_has_no_effect(setting, reason, monkeypatch, caplog):
+    if "Triton" in reason:
+        monkeypatch.setitem(sys.modules, "triton", None)
+        monkeypatch.delitem(sys.modules, "lora_nlu.ops.packed_attention", raising=False)
+        monkeypatch.delattr(lora_nlu.ops, "packed_attention", raising=False)
+    model = RobertaForSequenceClassification(tiny_config()).eval()
+    batch = ragged_batch([3, 5])
+    found = []
     try:
-        model = RobertaForSequenceClassification(tiny_config()).eval()
-        batch = ragged_batch([3, 5])
-        logits = model(**batch).logits
-        assert "LORA_NLU_PACKED_ATTENTION has no effect without Triton 3.4 (pip install triton)" in caplog.text
-        monkeypatch.setenv("LORA_NLU_PACKED_ATTENTION", "0")
-        kernels.packed_attention.cache_clear()
-        assert torch.equal(logits, model(**batch).logits)
+        for value in (setting, "0"):
+            monkeypatch.setenv("LORA_NLU_PACKED_ATTENTION", value)
+            kernels.packed_attention.cache_clear()
+            found += [model(**batch).logits, model(**batch).logits]
     finally:
         kernels.packed_attention.cache_clear()
+    assert caplog.text.count("LORA_NLU_PACKED_ATTENTION") == 1 and reason in caplog.text
+    assert all(torch.equal(found[0], logits) for logits in found)

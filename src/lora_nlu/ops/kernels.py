@@ -575,12 +575,25 @@ def attention(
 
 @lru_cache(maxsize=1)
 def packed_attention() -> Any:
-    """The module of this name if the user has turned it on, else None."""
-    if os.environ.get("LORA_NLU_PACKED_ATTENTION", "0") in ("", "0"):
+    """The module of this name if LORA_NLU_PACKED_ATTENTION is 1 and it can work here, else None, with one warning."""
+    setting = os.environ.get("LORA_NLU_PACKED_ATTENTION", "")
+    if setting in ("", "0"):
         return None
-    try:
-        from lora_nlu.ops import packed_attention
-    except (ImportError, AttributeError) as e:  # Triton before 3.4, of torch 2.6 and 2.7, lacks `knobs`
-        logger.warning("LORA_NLU_PACKED_ATTENTION has no effect without Triton 3.4 (pip install triton): %s.", e)
-        return None
-    return packed_attention
+    refusal = ""
+    module: Any = None
+    if setting != "1":
+        refusal = f"is 1 or 0, not {setting!r}; it is taken for 0"
+    else:
+        try:
+            from lora_nlu.ops import packed_attention as found
+
+            module = found
+        except (ImportError, AttributeError) as e:  # Triton before 3.4, of torch 2.6 and 2.7, lacks `knobs`
+            refusal = f"has no effect without Triton 3.4 (pip install triton): {e}"
+    if module and not module.IS_INTERPRETED:
+        cards = [torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())]
+        if min(cards, default=(0, 0)) < (8, 0):
+            refusal = "has no effect " + ("below compute capability 8.0" if cards else "without a GPU")
+    if refusal:
+        logger.warning("LORA_NLU_PACKED_ATTENTION %s.", refusal)
+    return None if refusal else module

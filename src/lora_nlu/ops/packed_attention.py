@@ -257,7 +257,7 @@ def _multiplied(x: Tensor, y: int) -> tuple[Tensor, Tensor]:
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, heads: int, packed: PackedBatch) -> bool:
-    """Whether `attend` takes these rows: plain, of one dtype, heads of 128 or less, on an Ampere card or later.
+    """Whether `attend` takes these rows: plain, of one dtype, heads of 128 or less, on a GPU.
 
     Draws of dropout are counted in 31 bits, and a grid of blocks has at most 65,535 sequences.
     """
@@ -265,7 +265,7 @@ def can_attend(query: Tensor, key: Tensor, value: Tensor, heads: int, packed: Pa
     fits = all(type(x) is Tensor and x.dtype is query.dtype for x in (query, key, value))
     if not fits or query.dtype not in DTYPES or size > 128 or draws >= 2**31 or packed.batch > 65535:
         return False
-    return IS_INTERPRETED or (query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0))
+    return query.is_cuda or IS_INTERPRETED
 
 
 def attend(
