@@ -22,7 +22,7 @@ from lora_nlu.report.comparison import (
     resampled,
     write_comparison,
 )
-from lora_nlu.report.records import training_records
+from lora_nlu.report.records import training_records, write_records
 
 RATES = (5e-4, 1e-3, 2e-3)
 
@@ -271,6 +271,16 @@ def test_what_can_not_be_compared_is_refused(tmp_path):
     write_run(tmp_path / "choosing" / "lora", "cola", 0, (0.5,), validation_from_train=10)
     with pytest.raises(UserError, match="all of these keep training rows for it"):
         compare(tmp_path / "choosing")
+    records = tmp_path / "cut" / "runs.jsonl"
+    records.parent.mkdir()
+    write_records(records, training_records([tmp_path / "choosing"])[0])
+    line = records.read_text()
+    records.write_text(line + line[:-100])
+    with pytest.raises(UserError, match=r"all of these keep .*\nleft out: .*runs.jsonl:2: not the record of a run"):
+        compare(records)
+    records.write_text("")
+    with pytest.raises(UserError, match="runs.jsonl: the file is empty"):
+        compare(records)
 
 
 def test_settings_of_one_method_are_two_lines_with_one_name_on_every_task_whatever_their_rates(tmp_path):

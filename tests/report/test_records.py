@@ -62,11 +62,11 @@ def test_a_line_has_what_a_report_reads_and_no_more_of_the_log(study, tmp_path):
     assert [*by_folder[f"{study}/begun"]] == ["run.json"]
 
 
-@pytest.mark.parametrize("study, runs", [("study", 72), ("ranks", 15)])
-def test_the_reports_in_results_are_those_of_the_records_beside_them(study, runs, tmp_path):
-    folder = Path(__file__).parents[2] / "results" / study
-    assert main(["runs", str(folder), "--out", str(tmp_path)]) == 0
-    for name in ("report.md", "report.tex", "report.csv", "runs.jsonl"):
+@pytest.mark.parametrize("kind, name, runs", [("methods", "methods", 273), ("runs", "ranks", 15)])
+def test_the_reports_in_results_are_those_of_the_records_beside_them(kind, name, runs, tmp_path):
+    folder = Path(__file__).parents[2] / "results" / name
+    assert main([kind, str(folder), "--out", str(tmp_path)]) == 0
+    for name in ("report.md", "report.csv", "runs.jsonl", *["report.tex"] * (kind == "runs")):
         assert (tmp_path / name).read_text() == (folder / name).read_text(), name
     assert {path.name for path in tmp_path.iterdir()} == {p.name for p in folder.iterdir() if p.suffix != ".sh"}
     assert len(find_records(folder)[0]) == runs

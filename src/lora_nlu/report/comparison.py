@@ -324,12 +324,15 @@ def at_the_end(cells: Sequence[Cell], tried: Mapping[tuple[str, str], Mapping[fl
             yield f"{place}: {short(cell.learning_rate)} is the {which} rate that was tried; {better} ones were not"
 
 
-def default_reference(cells: Sequence[Cell]) -> str:
-    """Plain LoRA of r 8 on query and value, or the first plain LoRA. Raises UserError without one."""
+def default_reference(cells: Sequence[Cell]) -> str | None:
+    """Plain LoRA of r 8 on query and value, or the first plain LoRA; None without one."""
     names = [cell.method for cell in cells if cell.runs[0].label == "LoRA"]
-    if not names:
-        raise UserError("no runs of plain LoRA to compare with. Name another method of the table: --reference NAME")
-    return next((name for name in names if name == "LoRA r=8"), names[0])
+    return next((name for name in names if name == "LoRA r=8"), names[0] if names else None)
+
+
+def refusal(text: str, notes: Sequence[str]) -> UserError:
+    """The error, with what was left out before: that may be why."""
+    return UserError("\n".join([text, *notes]))
 
 
 def write_comparison(records: list[Record], notes: list[str], paths: Sequence[Path], reference: str | None,
@@ -345,7 +348,8 @@ def write_comparison(records: list[Record], notes: list[str], paths: Sequence[Pa
     chosen = [record for record, is_one in zip(records, is_choosing, strict=True) if is_one and not is_unscored(record)]
     final = [with_answers(record, notes) for record, is_one in zip(records, is_choosing, strict=True) if not is_one]
     if not final:
-        raise UserError("no runs on the validation set: all of these keep training rows for it, to choose settings.")
+        text = "no runs on the validation set: all of these keep training rows for it, to choose settings."
+        raise refusal(text, notes)
     cells, notes = cells_of(final, notes, paths, ["learning_rate"])
     choosing: list[Cell] = []
     if any(record.run.get("task") in TASKS and not read_figures(record).diverged for record in chosen):
@@ -353,10 +357,10 @@ def write_comparison(records: list[Record], notes: list[str], paths: Sequence[Pa
     elif chosen:
         notes.append(f"left out, the runs to choose the rates ({len(chosen)}): each diverged, or is on no GLUE task")
     if len(models := {cell.model for cell in (*cells, *choosing)}) > 1:
-        raise UserError(f"runs of several models: {', '.join(sorted(models))}. Name those of one.")
+        raise refusal(f"runs of several models: {', '.join(sorted(models))}. Name those of one.", notes)
     cells = [cell for cell in cells if cell.done]
     if not cells:
-        raise UserError("\n".join(["no run has ended with an evaluation of the complete validation set.", *notes]))
+        raise refusal("no run has ended with an evaluation of the complete validation set.", notes)
     tried = rates_tried(choosing)
     notes += at_the_end(cells, tried)
     rates_text = CHOSEN + not_chosen(cells, tried) + "." if choosing else " No runs here chose between rates."
@@ -365,9 +369,12 @@ def write_comparison(records: list[Record], notes: list[str], paths: Sequence[Pa
     notes += [f"compared, but evaluated on different examples: {text}" for text in different_examples(cells)]
     of_folder = {str(run.folder): cell.method for cell in cells for run in cell.done}
     reference = of_folder.get(reference, reference) if reference else default_reference(cells)
+    if reference is None:
+        text = "no runs of plain LoRA to compare with. Name another method of the table: --reference NAME"
+        raise refusal(text, notes)
     if reference not in {cell.method for cell in cells}:
-        names = ", ".join(methods_of(cells))
-        raise UserError(f"--reference {printable(reference, 80)}: no finished run has this method. There are: {names}.")
+        text = f"--reference {printable(reference, 80)}: no finished run has this method."
+        raise refusal(f"{text} There are: {', '.join(methods_of(cells))}.", notes)
     found = differences_from(reference, cells, answers_of(final))
     sections: list[Any] = [
         ("heading", f"Methods on {cells[0].model}"), ("table", figures_table(cells, final)),

@@ -172,6 +172,8 @@ def _read_lines(path: Path) -> tuple[list[Record], list[str]]:
         lines = read_text(path).removesuffix("\n").split("\n")
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: not a file of records ({e}).") from e
+    if lines == [""]:
+        raise UserError(f"{path}: the file is empty. `report runs --out` writes it.")
     for number, line in enumerate(lines, start=1):
         place = f"{path}:{number}"
         try:
