@@ -28,7 +28,7 @@ fi
 [[ -n "$all" ]] || exit 0
 for long in "stress/every_call.py --cases 100 --jobs 2" "stress/at_once.py" "stress/at_once.py --train --rounds 2" \
   "stress/fuzz.py --mutations 100000" "stress/compare.py --cases 5000" "stress/distributed_methods.py" \
-  "foreign/run.py"; do
+  "ops/triton_programs.py interpret all" "ops/triton_programs.py compile all" "foreign/run.py"; do
   echo "== tests/$long"
   # shellcheck disable=SC2086  # a file and its flags
   "$venv/bin/python" tests/$long
